@@ -1,0 +1,96 @@
+# Every target makes the environment it needs in .venv and uses it again the next time;
+# after a change of setup.cfg it is brought up to date.
+
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+DEMO_PICTURE ?= modeling_prismer/assets/shape.png
+DEMO_QUESTION ?= What color is the shape?
+DEMO_OUTPUT ?= demo_output
+EASY_VQA_OUTPUT ?= runs/easy-vqa
+EASY_VQA_CHECKPOINT ?= modeling_prismer/checkpoints/prismer-easy-vqa
+comma := ,
+# more arguments for pytest or for the training: make test ARGS="-k golden"
+ARGS ?=
+
+# $(call install,PACKAGES,HOW LONG): pip, one line for each file of 10 MB or more instead of a line for everything
+define install
+set -eo pipefail; \
+echo "Installing $(1) into $(VENV)$(2)"; \
+$(BIN)/python -m pip install --progress-bar off $(1) | while read -r line; do \
+	case "$$line" in \
+		*Downloading*"("[0-9][0-9]*" MB)"* | *"Using cached"*"("[0-9][0-9]*" MB)"*) echo "  $$line" ;; \
+		"Installing collected packages:"*) words=($$line); echo "  Unpacking $$(($${#words[@]} - 3)) packages" ;; \
+	esac; \
+done
+endef
+FIRST_TIME := (about 4 minutes the first time)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style quality train-easy-vqa evaluate-easy-vqa benchmark dist clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# ---- environments ----
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed (make PYTHON=python3.12 ...)"; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.demo-ready: setup.cfg pyproject.toml | $(VENV)/.created
+	@$(call install,-e '.[experts]', $(FIRST_TIME))
+	@touch $@
+
+$(VENV)/.test-ready: setup.cfg pyproject.toml | $(VENV)/.created
+	@$(call install,-e '.[experts$(comma)train$(comma)dev]', $(FIRST_TIME))
+	@touch $@ $(VENV)/.demo-ready $(VENV)/.ruff-ready
+
+# ruff alone, in the version that setup.cfg names: a matter of seconds
+$(VENV)/.ruff-ready: setup.cfg | $(VENV)/.created
+	@$(call install,'$(shell sed -n 's/^ *\(ruff[<>=].*\)/\1/p' setup.cfg)')
+	@touch $@
+
+# ---- what people run ----
+
+demo: $(VENV)/.demo-ready  ## ask the bundled checkpoint about a bundled picture, its experts running live
+	@echo 'Picture:  $(DEMO_PICTURE)'
+	@echo 'Question: $(DEMO_QUESTION)'
+	@HF_HUB_OFFLINE=1 $(BIN)/prismer ask $(DEMO_PICTURE) "$(DEMO_QUESTION)"
+	@HF_HUB_OFFLINE=1 $(BIN)/prismer experts $(DEMO_PICTURE) --out $(DEMO_OUTPUT)
+	@echo "What each expert saw: $$(ls -d $(DEMO_OUTPUT)/*)"
+
+test: $(VENV)/.test-ready  ## run the tests and print the coverage of the three packages
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+style: $(VENV)/.ruff-ready  ## mend imports, lint and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(VENV)/.ruff-ready  ## check lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about 40 minutes on 2 cores)
+	$(BIN)/python training_examples/run_vqa.py --do_train --do_eval --output_dir $(EASY_VQA_OUTPUT) \
+		--publish_to $(EASY_VQA_OUTPUT)/published $(ARGS)
+
+evaluate-easy-vqa: $(VENV)/.test-ready  ## measure the bundled checkpoint on easy-VQA's test split
+	$(BIN)/python training_examples/run_vqa.py --do_eval --model $(EASY_VQA_CHECKPOINT) \
+		--output_dir $(EASY_VQA_OUTPUT)-evaluation $(ARGS)
+
+benchmark: $(VENV)/.test-ready  ## time the true-size network beside the recorded reference (about 10 minutes)
+	$(BIN)/python benchmarks/benchmark.py $(ARGS)
+
+dist: $(VENV)/.test-ready  ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what was built and written, but not .venv
+	rm -rf build dist modeling_prismer.egg-info demo_output htmlcov .coverage .pytest_cache .ruff_cache
