@@ -1,0 +1,310 @@
+"""Configuration of Prismer: a vision encoder that looks through experts, and a causal text decoder."""
+
+import copy
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+# The experts of the paper (arXiv 2303.02506, section 3.2): what each hands to the network. The class counts are those
+# of the published feature tables (COCO panoptic, and the label space of the detector).
+PUBLISHED_EXPERTS = [
+    {"name": "depth", "kind": "dense", "channels": 1},
+    {"name": "normal", "kind": "dense", "channels": 3},
+    {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": 133},
+    {"name": "edge", "kind": "dense", "channels": 1},
+    {"name": "detection", "kind": "label", "channels": 64, "num_classes": 722, "instances": True},
+    {"name": "ocr", "kind": "label", "channels": 64},
+]
+
+_ROBERTA_LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 25,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+_VARIANTS = {
+    "base": (
+        {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
+        {"hidden_size": 768, "num_hidden_layers": 13, "num_attention_heads": 12, "intermediate_size": 3072},
+    ),
+    "large": (
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14},
+        _ROBERTA_LARGE,
+    ),
+    "huge": (
+        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "patch_size": 14},
+        _ROBERTA_LARGE,
+    ),
+}
+VARIANTS = tuple(f"{family}_{size}" for family in ("prismer", "prismerz") for size in _VARIANTS)
+
+_EXPERT_FIELDS = {"name", "kind", "channels", "num_classes", "instances"}
+# `<name>_ids` or `<name>_values` is an input of the network itself.
+_RESERVED_NAMES = ("input", "position", "token_type", "pixel", "past_key")
+
+
+def validate_experts(experts: list[dict]) -> None:
+    """
+    Checks a list of expert descriptions.
+
+    Raises:
+        ValueError: naming the entry, what is wrong with it and what is accepted.
+    """
+    names = []
+    for expert in experts:
+        name = expert.get("name")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"expert {expert} has the name {name!r}; a name is an identifier such as 'depth'")
+        if name in _RESERVED_NAMES:
+            raise ValueError(
+                f"an expert cannot be named {name!r}: its tensors would be taken for the network's own input"
+            )
+        if name in names:
+            raise ValueError(f"expert '{name}' is described twice")
+        names.append(name)
+        if expert.get("kind") not in ("dense", "label"):
+            raise ValueError(f"expert '{name}' has the kind {expert.get('kind')!r}; accepted are 'dense' and 'label'")
+        if not isinstance(expert.get("channels"), int) or expert["channels"] < 1:
+            raise ValueError(f"expert '{name}' has channels={expert.get('channels')!r}; a positive integer is needed")
+        num_classes = expert.get("num_classes")
+        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+            raise ValueError(f"expert '{name}' has num_classes={num_classes!r}; a positive integer or None is needed")
+        if unknown := set(expert) - _EXPERT_FIELDS:
+            raise ValueError(f"expert '{name}' has unknown fields {sorted(unknown)}; known: {sorted(_EXPERT_FIELDS)}")
+        if expert["kind"] == "dense" and (expert.get("instances") or num_classes is not None):
+            raise ValueError(f"expert '{name}' is dense: 'num_classes' and 'instances' belong to the kind 'label'")
+
+
+@strict
+class PrismerVisionConfig(PreTrainedConfig):
+    r"""
+    The vision encoder of Prismer: a CLIP vision transformer (field names of `CLIPVisionConfig`) with adaptors, the
+    experts' stems and the resampler. The defaults are those of `prismer_base`, without experts.
+
+    Args:
+        experts (`list[dict]`, *optional*, defaults to `[]`):
+            What each expert hands to the network; see [`PrismerConfig`].
+        num_latents (`int`, *optional*, defaults to 64):
+            Number of latents that the resampler condenses all experts' tokens to.
+        resampler_layers (`int`, *optional*, defaults to 4):
+            Number of blocks of the resampler.
+        resampler_attention_heads (`int`, *optional*, defaults to 8):
+            Number of attention heads of the resampler.
+        num_instance_embeddings (`int`, *optional*, defaults to 128):
+            Number of rows of the table from which the instances of a detector get their embeddings.
+    """
+
+    model_type = "prismer_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    experts: list[dict] | None = None
+    num_latents: int = 64
+    resampler_layers: int = 4
+    resampler_attention_heads: int = 8
+    num_instance_embeddings: int = 128
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self.experts = [dict(expert) for expert in self.experts or []]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        validate_experts(self.experts)
+        for field in ("num_attention_heads", "resampler_attention_heads"):
+            if (field == "num_attention_heads" or self.experts) and self.hidden_size % getattr(self, field):
+                raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of {field}={getattr(self, field)}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is smaller than patch_size={self.patch_size}")
+        if self.num_instance_embeddings < 2:
+            raise ValueError(f"num_instance_embeddings={self.num_instance_embeddings}; at least 2 are needed")
+
+
+@strict
+class PrismerTextConfig(PreTrainedConfig):
+    r"""
+    The text decoder of Prismer: a causal RoBERTa (field names of `RobertaConfig`) with cross-attention and adaptors.
+    The defaults are those of `prismer_base`.
+
+    Args:
+        num_hidden_layers (`int`, *optional*, defaults to 13):
+            All layers: those with cross-attention and adaptor, and one more, the output layer, which has neither.
+        encoder_hidden_size (`int`, *optional*):
+            Width of the states that are cross-attended; [`PrismerConfig`] sets it to the vision encoder's width.
+    """
+
+    model_type = "prismer_text_model"
+    base_config_key = "text_config"
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 13
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 514
+    type_vocab_size: int = 1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    encoder_hidden_size: int = 768
+    is_decoder: bool = True
+    use_cache: bool = True
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_hidden_layers < 2:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}; at least 2 (the last is the output layer)")
+
+
+@strict
+class PrismerConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`PrismerModel`] or [`PrismerForConditionalGeneration`]. The architecture is that of
+    [Prismer](https://huggingface.co/papers/2303.02506).
+
+    Args:
+        vision_config (`dict` or [`PrismerVisionConfig`], *optional*):
+            The vision encoder.
+        text_config (`dict` or [`PrismerTextConfig`], *optional*):
+            The text decoder.
+        experts (`list[dict]`, *optional*):
+            One description for each expert, in the order of `expert_mask`. Its fields: `name`; `kind`: `"dense"` (a
+            map of values) or `"label"` (a map of ids that are painted with features); `channels` of the map or of the
+            features; and for labels `num_classes`, the size of the table of class features that is saved with the
+            model (left out: the features come with each sample, as for the words of OCR), and `instances=True` where
+            the ids count instances, whose classes come with the sample, as for a detector. No experts gives the
+            network that the paper calls PrismerZ. Kept in `vision_config`, as are the next three.
+        num_latents (`int`, *optional*, defaults to 64):
+            Number of latents of the resampler.
+        resampler_layers (`int`, *optional*, defaults to 4):
+            Number of blocks of the resampler.
+        label_smoothing (`float`, *optional*, defaults to 0.1):
+            Label smoothing of the training loss and of the scores of `rank_candidates`.
+        strict_experts (`bool`, *optional*, defaults to `True`):
+            Whether an expert that is neither given nor masked out by `expert_mask` is an error. It guards against
+            tensors that get lost on the way, which would only show as worse results.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration
+
+    >>> config = PrismerConfig.from_variant("prismer_base", image_size=480)
+    >>> config.experts[0]
+    {'name': 'depth', 'kind': 'dense', 'channels': 1}
+    ```
+    """
+
+    model_type = "prismer"
+    sub_configs_defaults = {"vision_config": PrismerVisionConfig, "text_config": PrismerTextConfig}
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "loss_per_sample",
+        "hidden_states",
+        "attentions",
+        "cross_attentions",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
+    ]
+
+    vision_config: dict | PrismerVisionConfig | None = None
+    text_config: dict | PrismerTextConfig | None = None
+    label_smoothing: float | int = 0.1
+    strict_experts: bool = True
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        vision_fields = ("experts", "num_latents", "resampler_layers", "resampler_attention_heads")
+        given = {field: kwargs.pop(field) for field in vision_fields if field in kwargs}
+        given = {field: value for field, value in given.items() if value is not None}
+        super().__post_init__(**kwargs)
+        if given:
+            self.vision_config = PrismerVisionConfig(**{**self.vision_config.to_dict(), **given})
+        self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, token) is None:
+                setattr(self, token, getattr(self.text_config, token))
+
+    @property
+    def experts(self) -> list[dict]:
+        return self.vision_config.experts
+
+    @experts.setter
+    def experts(self, experts: list[dict]):
+        validate_experts(experts)
+        self.vision_config.experts = experts
+
+    @property
+    def num_latents(self) -> int:
+        return self.vision_config.num_latents
+
+    @num_latents.setter
+    def num_latents(self, num_latents: int):
+        self.vision_config.num_latents = num_latents
+
+    @property
+    def resampler_layers(self) -> int:
+        return self.vision_config.resampler_layers
+
+    @resampler_layers.setter
+    def resampler_layers(self, resampler_layers: int):
+        self.vision_config.resampler_layers = resampler_layers
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [expert["name"] for expert in self.experts]
+
+    @classmethod
+    def from_variant(cls, variant: str, image_size: int = 224, **kwargs) -> "PrismerConfig":
+        """
+        The configuration of one of the published networks.
+
+        Args:
+            variant (`str`):
+                `prismer_base`, `prismer_large`, `prismer_huge`, or the same as `prismerz_…` (no experts).
+            image_size (`int`, *optional*, defaults to 224):
+                Side of the image in pixels; the paper has 224 for pre-training, 480 for captioning and questions, 384
+                for classification.
+            kwargs:
+                Any further field of [`PrismerConfig`], for example `experts`.
+
+        Raises:
+            ValueError: if there is no such variant.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
+        family, size = variant.split("_")
+        vision, text = _VARIANTS[size]
+        if family == "prismer":
+            kwargs.setdefault("experts", copy.deepcopy(PUBLISHED_EXPERTS))
+        return cls(vision_config={**vision, "image_size": image_size}, text_config=dict(text), **kwargs)
+
+
+__all__ = ["PrismerConfig", "PrismerTextConfig", "PrismerVisionConfig"]

@@ -1,0 +1,1661 @@
+"""
+The Prismer network (arXiv 2303.02506): an image, and the maps that frozen experts made of it, to text.
+
+The file reads from the smallest module to the model: attention and adaptor, the experts' stems, the resampler, the
+vision encoder, the text decoder, and the two put together with their loss, generation and ranking.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig, RobertaForMaskedLM, RobertaPreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+
+
+logger = logging.get_logger(__name__)
+
+BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
+
+# What an expert may hand over: its tensors are named `<expert>_<suffix>`.
+EXPERT_INPUT_SUFFIXES = ("values", "ids", "classes", "features", "rows")
+_OTHER_INPUTS = ("input_ids", "position_ids", "token_type_ids", "past_key_values", "pixel_values")
+
+# Names in a RoBERTa of transformers -> names in this decoder. The conversion of published checkpoints reads it too.
+ROBERTA_EMBEDDING_NAMES = {
+    "word_embeddings": "word_embeddings",
+    "position_embeddings": "position_embeddings",
+    "token_type_embeddings": "token_type_embeddings",
+    "LayerNorm": "layer_norm",
+}
+ROBERTA_LAYER_NAMES = {
+    "attention.self.query": "self_attn.q_proj",
+    "attention.self.key": "self_attn.k_proj",
+    "attention.self.value": "self_attn.v_proj",
+    "attention.output.dense": "self_attn.out_proj",
+    "attention.output.LayerNorm": "self_attn_layer_norm",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "output.LayerNorm": "mlp_layer_norm",
+}
+CLIP_LAYER_NAMES = (  # the same in both
+    "layer_norm1",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "layer_norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+)
+
+
+def is_expert_input(key: str) -> bool:
+    """Whether `key` names a tensor of an expert, `<expert>_<suffix>`."""
+    name, _, suffix = key.rpartition("_")
+    return bool(name) and suffix in EXPERT_INPUT_SUFFIXES and key not in _OTHER_INPUTS
+
+
+@dataclass
+class PrismerModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Output of the text decoder.
+        past_key_values (`Cache`, *optional*):
+            The decoder's self-attention keys and values; the image's cross-attention keys and values hang on it.
+        hidden_states, attentions, cross_attentions (`tuple[torch.FloatTensor]`, *optional*):
+            Of the text decoder.
+        encoder_last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_patches + num_latents, width)`):
+            Output of the vision encoder; pass it as `encoder_outputs` to ask more about the same images.
+        encoder_hidden_states, encoder_attentions (`tuple[torch.FloatTensor]`, *optional*):
+            Of the vision encoder.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class PrismerCausalLMOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `labels`):
+            Mean over the batch of each sample's loss, times its weight.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the next token before softmax.
+        loss_per_sample (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned with `labels`):
+            Sum of a sample's token losses, before weighting.
+        past_key_values, hidden_states, attentions, cross_attentions, encoder_last_hidden_state,
+        encoder_hidden_states, encoder_attentions:
+            See [`PrismerModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    loss_per_sample: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class PrismerRankingOutput(ModelOutput):
+    """
+    Args:
+        scores (`torch.FloatTensor` of shape `(batch_size, k)`):
+            Mean log-probability of each candidate's tokens (label-smoothed), best first.
+        indices (`torch.LongTensor` of shape `(batch_size, k)`):
+            Which candidates these are.
+    """
+
+    scores: torch.FloatTensor | None = None
+    indices: torch.LongTensor | None = None
+
+
+class PrismerLayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 and cast back, whatever the type of the weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype == torch.float32 == self.weight.dtype:
+            return super().forward(hidden_states)
+        normed = F.layer_norm(
+            hidden_states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
+        return normed.to(hidden_states.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+class PrismerAttention(nn.Module):
+    """
+    Multi-head attention of `hidden_states` over themselves or over other states of width `key_value_size`.
+
+    In cross-attention the keys and values may have fewer rows than the queries, one for each image: rows that follow
+    each other (the beams, candidates or questions of one image) then share theirs.
+    """
+
+    def __init__(
+        self,
+        config: PrismerVisionConfig | PrismerTextConfig,
+        num_heads: int,
+        dropout: float = 0.0,
+        key_value_size: int | None = None,
+        is_causal: bool = False,
+        layer_idx: int | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = dropout
+        self.is_causal = is_causal
+        self.layer_idx = layer_idx
+        key_value_size = key_value_size or config.hidden_size
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(key_value_size, config.hidden_size)
+        self.v_proj = nn.Linear(key_value_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, length, head_dim)
+
+    def project_keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.split_heads(self.k_proj(states)), self.split_heads(self.v_proj(states))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows, length, _ = hidden_states.shape
+        query = self.split_heads(self.q_proj(hidden_states))
+        key, value = keys_values if keys_values is not None else self.project_keys_values(hidden_states)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        images = key.shape[0]
+        if images != rows:  # queries of one image side by side: (images, heads, rows_per_image * length, head_dim)
+            query = query.unflatten(0, (images, -1)).transpose(1, 2).flatten(2, 3)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = self.out_proj(attn_output.reshape(rows, length, -1))
+        if attn_weights is not None and images != rows:
+            attn_weights = attn_weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return attn_output, attn_weights
+
+
+class PrismerMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation = ACT2FN[hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class PrismerAdaptor(nn.Module):
+    """
+    The small trained bottleneck inside a frozen layer: `up(relu(down(x))²)` with a residual connection. The vision
+    encoder normalises its input, the text decoder its output (`norm_first=False`).
+    """
+
+    def __init__(self, hidden_size: int, layer_norm_eps: float, norm_first: bool):
+        super().__init__()
+        self.norm_first = norm_first
+        self.down_proj = nn.Linear(hidden_size, hidden_size)
+        self.activation = ACT2FN["relu2"]
+        self.up_proj = nn.Linear(hidden_size, hidden_size)
+        self.layer_norm = PrismerLayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = self.layer_norm(hidden_states) if self.norm_first else hidden_states
+        hidden_states = hidden_states + self.up_proj(self.activation(self.down_proj(inner)))
+        return hidden_states if self.norm_first else self.layer_norm(hidden_states)
+
+
+class PrismerExpertStem(nn.Module):
+    """
+    Turns an expert's map into tokens on a grid: a bilinear resize, four 3×3 convolutions each followed by BatchNorm
+    and ReLU, and a 1×1 convolution. Maps of ids are painted with features on the way, without ever making the painted
+    map at full size.
+    """
+
+    def __init__(self, config: PrismerVisionConfig, expert: dict):
+        super().__init__()
+        width = config.hidden_size
+        self.name = expert["name"]
+        self.channels = expert["channels"]
+        self.num_instance_embeddings = config.num_instance_embeddings if expert.get("instances") else None
+        is_label = expert["kind"] == "label"
+        # After this resize, strides of 16 (dense) or 4 (label) in all lead to the grid of the image's patches.
+        self.scale_factor = (4 if is_label else 16) / config.patch_size
+        strides = (2, 2, 1, 1) if is_label else (2, 2, 2, 2)
+        sizes = (self.channels, width // 8, width // 4, width // 2, width)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(sizes[i], sizes[i + 1], kernel_size=3, stride=strides[i], padding=1, bias=False)
+            for i in range(4)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size, eps=1e-5) for size in sizes[1:])
+        self.projection = nn.Conv2d(width, width, kernel_size=1, bias=False)
+        if is_label:
+            # One row a class, and the background's as the last.
+            self.class_features = nn.Buffer(torch.empty((expert.get("num_classes") or 0) + 1, self.channels))
+        if self.num_instance_embeddings:
+            self.instance_embedding = nn.Parameter(torch.empty(self.num_instance_embeddings, width))
+
+    def feature_table(
+        self, classes: torch.Tensor | None, features: torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor:
+        """What each id of a map stands for: `(batch_size or 1, number of ids + 1, channels)`, background last."""
+        background = self.class_features[-1]
+        if features is not None:
+            features = features.to(background)
+        elif classes is not None:
+            features = self.class_features[classes.long()]
+        elif self.num_instance_embeddings:
+            raise ValueError(f"{self.name}_ids count instances; their classes are needed as {self.name}_classes")
+        elif self.class_features.shape[0] > 1:
+            return self.class_features[None]
+        else:
+            raise ValueError(
+                f"{self.name}_ids given, but neither a table of class features in the model (`set_class_features`), "
+                f"nor {self.name}_features with the sample; dense {self.name}_values would do as well"
+            )
+        return torch.cat([features, background.expand(batch_size, 1, -1)], dim=1)
+
+    def paint(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """
+        The features of `ids` `(batch, height, width)` from `table` `(batch or 1, ids + 1, channels)`, resized
+        bilinearly (`align_corners=True`) by gathering the four taps of each output pixel: `(batch, channels, h, w)`.
+        The background's feature stands for every id that has no row.
+        """
+        batch, height, width = ids.shape
+        out_height, out_width = (max(1, math.floor(size * self.scale_factor)) for size in (height, width))
+        num_ids = table.shape[1] - 1
+        if table.shape[0] > 1:
+            row_offset = torch.arange(batch, device=ids.device)[:, None, None] * (num_ids + 1)
+        else:
+            row_offset = 0
+        table = table.flatten(0, 1)
+
+        def gather(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            tap = ids[:, rows][:, :, columns].long()
+            tap = torch.where((tap == BACKGROUND) | (tap < 0) | (tap >= num_ids), num_ids, tap)
+            return F.embedding(tap + row_offset, table)  # (batch, out_height, out_width, channels)
+
+        if (out_height, out_width) == (height, width):
+            rows, columns = (torch.arange(size, device=ids.device) for size in (height, width))
+            return gather(rows, columns).permute(0, 3, 1, 2)
+        top, bottom, row_weight = _linear_taps(height, out_height, ids.device)
+        left, right, column_weight = _linear_taps(width, out_width, ids.device)
+        row_weight, column_weight = row_weight[:, None, None].to(table), column_weight[:, None].to(table)
+        upper = torch.lerp(gather(top, left), gather(top, right), column_weight)
+        lower = torch.lerp(gather(bottom, left), gather(bottom, right), column_weight)
+        return torch.lerp(upper, lower, row_weight).permute(0, 3, 1, 2)
+
+    def instance_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which row of the instance embedding each id takes: see `detection_rows` of [`PrismerModel.forward`]."""
+        ids = ids.long()
+        if self.training:
+            row_of_value = torch.randint(self.num_instance_embeddings, (1 << 15,), device=ids.device)
+            return row_of_value[ids]
+        background_row = self.num_instance_embeddings - 1
+        return torch.where(ids == BACKGROUND, background_row, ids % background_row)
+
+    def embed_instances(self, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`rows` `(batch, height, width)`, brought to the token grid by the floor rule of `"nearest"`, embedded."""
+        taps = []
+        for size, out_size in zip(rows.shape[1:], grid):
+            positions = torch.arange(size, dtype=torch.float32, device=rows.device)
+            taps.append(F.interpolate(positions[None, None], size=out_size, mode="nearest")[0, 0].long())
+        return F.embedding(rows[:, taps[0]][:, :, taps[1]].long(), self.instance_embedding)
+
+    def forward(
+        self,
+        values: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+        classes: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Shapes as in [`PrismerModel.forward`]. Returns tokens on their grid: `(batch, width, height, width)`."""
+        dtype = self.projection.weight.dtype
+        if values is not None:
+            if values.ndim != 4 or values.shape[1] != self.channels:
+                raise ValueError(
+                    f"{self.name}_values has the shape {tuple(values.shape)}; "
+                    f"the config's expert '{self.name}' needs (batch, {self.channels}, height, width)"
+                )
+            hidden_states = values.to(dtype)
+            if self.scale_factor != 1:
+                hidden_states = F.interpolate(
+                    hidden_states, scale_factor=self.scale_factor, mode="bilinear", align_corners=True
+                )
+        else:
+            if ids.ndim != 3:
+                raise ValueError(f"{self.name}_ids has the shape {tuple(ids.shape)}; (batch, height, width) is needed")
+            hidden_states = self.paint(ids, self.feature_table(classes, features, ids.shape[0])).to(dtype)
+        for conv, norm in zip(self.convs, self.norms):
+            hidden_states = F.relu(norm(conv(hidden_states)))
+        hidden_states = self.projection(hidden_states)
+        if self.num_instance_embeddings and (rows is not None or ids is not None):
+            rows = self.instance_rows(ids) if rows is None else rows
+            embeddings = self.embed_instances(rows, hidden_states.shape[2:])
+            hidden_states = hidden_states + embeddings.permute(0, 3, 1, 2)
+        return hidden_states
+
+
+def _linear_taps(size: int, out_size: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two source indices and the weight of the second for each output of a linear resize with aligned corners."""
+    scale = (size - 1) / (out_size - 1) if out_size > 1 else 0.0
+    source = torch.arange(out_size, dtype=torch.float32, device=device) * scale
+    first = source.long().clamp(max=size - 1)
+    return first, (first + 1).clamp(max=size - 1), source - first
+
+
+class PrismerResamplerLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PrismerVisionConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.latents_layer_norm = PrismerLayerNorm(width, eps=eps)
+        self.tokens_layer_norm = PrismerLayerNorm(width, eps=eps)
+        self.latent_attn = PrismerAttention(config, config.resampler_attention_heads, config.attention_dropout)
+        self.mlp_layer_norm = PrismerLayerNorm(width, eps=eps)
+        self.mlp = PrismerMLP(width, 4 * width, "relu2")
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        normed_latents = self.latents_layer_norm(latents)
+        states = torch.cat([normed_latents, self.tokens_layer_norm(tokens)], dim=1)
+        attn_output, _ = self.latent_attn(
+            normed_latents,
+            attention_mask=attention_mask,
+            keys_values=self.latent_attn.project_keys_values(states),
+            **kwargs,
+        )
+        latents = latents + attn_output
+        return latents + self.mlp(self.mlp_layer_norm(latents))
+
+
+class PrismerResampler(nn.Module):
+    """Condenses the tokens of all experts, however many there are, to a fixed number of latents."""
+
+    def __init__(self, config: PrismerVisionConfig):
+        super().__init__()
+        self.config = config
+        self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
+        self.layers = nn.ModuleList(PrismerResamplerLayer(config) for _ in range(config.resampler_layers))
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): zero where masked.
+            token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*): which tokens there are.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_latents, width)`.
+        """
+        latents = self.latents.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        attention_mask = None
+        if token_mask is not None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=latents,
+                attention_mask=F.pad(token_mask, (latents.shape[1], 0), value=True),
+                encoder_hidden_states=torch.cat([latents, tokens], dim=1),
+            )
+        for layer in self.layers:
+            latents = layer(latents, tokens, attention_mask=attention_mask, **kwargs)
+        return latents
+
+
+class PrismerVisionLayer(GradientCheckpointingLayer):
+    """A layer of CLIP's vision transformer with an adaptor between attention and MLP."""
+
+    def __init__(self, config: PrismerVisionConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = PrismerLayerNorm(width, eps=eps)
+        self.self_attn = PrismerAttention(config, config.num_attention_heads, config.attention_dropout)
+        self.adaptor = PrismerAdaptor(width, eps, norm_first=True)
+        self.layer_norm2 = PrismerLayerNorm(width, eps=eps)
+        self.mlp = PrismerMLP(width, config.intermediate_size, config.hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), **kwargs)[0]
+        hidden_states = self.adaptor(hidden_states)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class PrismerVisionEmbeddings(nn.Module):
+    """The image's patches, and the positions that they share with the experts' tokens."""
+
+    def __init__(self, config: PrismerVisionConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        self.num_channels = config.num_channels
+        self.grid_size = config.image_size // config.patch_size
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=False,
+        )
+        self.position_embedding = nn.Parameter(torch.empty(self.grid_size**2, config.hidden_size))
+
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The position embeddings on another grid, by bicubic interpolation: `(grid[0] * grid[1], width)`."""
+        if grid == (self.grid_size, self.grid_size):
+            return self.position_embedding
+        table = self.position_embedding.unflatten(0, (self.grid_size, self.grid_size)).permute(2, 0, 1)
+        table = F.interpolate(table[None].float(), size=grid, mode="bicubic", align_corners=False)[0]
+        return table.flatten(1).transpose(0, 1).to(self.position_embedding.dtype)
+
+    def forward(self, pixel_values: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tokens of an image, or the positions on a grid: `(batch, patches, width)` or `(positions, width)`."""
+        if pixel_values is None:  # not by `positions`, whose weights may be elsewhere until `forward` is called
+            return self.positions(grid)
+        expected = (self.num_channels, self.image_size, self.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values has the shape {tuple(pixel_values.shape)}; this model needs (batch, "
+                f"{', '.join(map(str, expected))}): prepare the image at {self.image_size} pixels, or change the "
+                "model with `resize_position_embeddings(image_size)`"
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        return patches.flatten(2).transpose(1, 2) + self.position_embedding  # (batch, patches, width)
+
+
+@torch.no_grad()
+def _init_vision_weights(module: nn.Module) -> None:
+    """CLIP's initialisation; adaptors start as the identity, stems keep the variance of their input."""
+    if isinstance(module, PrismerVisionEmbeddings):
+        init.normal_(module.patch_embedding.weight, std=0.02)
+        init.normal_(module.position_embedding, std=0.02)
+    elif isinstance(module, PrismerExpertStem):
+        for conv in module.convs:
+            init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        init.normal_(module.projection.weight, std=module.projection.in_channels**-0.5)
+        if hasattr(module, "class_features"):
+            init.normal_(module.class_features, std=module.channels**-0.5)
+        if module.num_instance_embeddings:
+            init.normal_(module.instance_embedding, std=0.02)
+    elif isinstance(module, PrismerResampler):
+        init.normal_(module.latents, std=module.latents.shape[-1] ** -0.5)
+    elif isinstance(module, (PrismerResamplerLayer, PrismerVisionLayer)):
+        attention = getattr(module, "self_attn", None) or module.latent_attn
+        depth = attention.config.num_hidden_layers
+        if isinstance(module, PrismerResamplerLayer):
+            depth = attention.config.resampler_layers
+        width = attention.config.hidden_size
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, module.mlp.fc2):
+            init.normal_(projection.weight, std=(width * 2 * depth) ** -0.5)
+        init.normal_(attention.out_proj.weight, std=width**-0.5)
+        init.normal_(module.mlp.fc1.weight, std=(2 * width) ** -0.5)
+
+
+class PrismerPreTrainedModel(PreTrainedModel):
+    config: PrismerConfig
+    config_class = PrismerConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "PrismerVisionEmbeddings",
+        "PrismerExpertStem",
+        "PrismerResamplerLayer",
+        "PrismerVisionLayer",
+        "PrismerTextEmbeddings",
+        "PrismerTextLayer",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _initialize_weights(self, module: nn.Module, *args):
+        # Without the flag for code from outside transformers, which skips every module that has no weight of its own,
+        # such as an adaptor. It protects from code that overwrites loaded weights; what is used here never does.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        _init_vision_weights(module)
+        if isinstance(module, PrismerAdaptor):
+            init.zeros_(module.up_proj.weight)
+
+    @torch.no_grad()
+    def resize_position_embeddings(self, image_size: int):
+        """
+        Changes the resolution that the model takes, resizing the position embeddings by bicubic interpolation.
+
+        Args:
+            image_size (`int`): side of the image in pixels.
+        """
+        vision_model = next((module for module in self.modules() if isinstance(module, PrismerVisionModel)), None)
+        if vision_model is None:
+            raise ValueError(f"a {type(self).__name__} takes no images")
+        embeddings, config = vision_model.embeddings, vision_model.config
+        if image_size < config.patch_size:
+            raise ValueError(f"image_size={image_size} is smaller than patch_size={config.patch_size}")
+        if embeddings.position_embedding.is_meta:
+            raise ValueError("the position embeddings are offloaded; resize them before, and save the resized model")
+        grid_size = image_size // config.patch_size
+        resized = embeddings.positions((grid_size, grid_size)).clone().contiguous()
+        embeddings.position_embedding = nn.Parameter(
+            resized, requires_grad=embeddings.position_embedding.requires_grad
+        )
+        embeddings.grid_size, embeddings.image_size = grid_size, image_size
+        config.image_size = image_size
+        return self
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, image_size: int | None = None, **kwargs):
+        """
+        As in every model of transformers, and:
+
+        Args:
+            image_size (`int`, *optional*):
+                Side of the image in pixels: where the checkpoint has another one (or the `config` that is passed asks
+                for another one), its position embeddings are resized.
+        """
+        config = kwargs.get("config")
+        if config is not None and pretrained_model_name_or_path is not None:
+            hub_fields = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            hub_kwargs = {field: kwargs[field] for field in hub_fields if field in kwargs}
+            if not isinstance(config, PreTrainedConfig):
+                config = cls.config_class.from_pretrained(config, **hub_kwargs)
+            saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            saved_size = getattr(getattr(saved, "vision_config", saved), "image_size", None)
+            wanted_size = getattr(getattr(config, "vision_config", config), "image_size", None)
+            if saved_size != wanted_size:  # the weights are loaded as they are, then resized
+                image_size = image_size or wanted_size
+                kwargs["config"] = copy.deepcopy(config)
+                getattr(kwargs["config"], "vision_config", kwargs["config"]).image_size = saved_size
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if image_size is not None:
+            model.resize_position_embeddings(image_size)
+        return loaded
+
+
+class PrismerVisionModel(PrismerPreTrainedModel):
+    """
+    The vision encoder: a CLIP vision transformer with adaptors over the image's patches and the latents to which the
+    resampler condenses what the experts saw.
+    """
+
+    config: PrismerVisionConfig
+    config_class = PrismerVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {
+        "hidden_states": PrismerVisionLayer,
+        "attentions": OutputRecorder(PrismerAttention, index=1, layer_name="self_attn"),
+    }
+
+    def __init__(self, config: PrismerVisionConfig):
+        super().__init__(config)
+        self.embeddings = PrismerVisionEmbeddings(config)
+        self.expert_stems = nn.ModuleDict(
+            {expert["name"]: PrismerExpertStem(config, expert) for expert in config.experts}
+        )
+        self.resampler = PrismerResampler(config) if config.experts else None
+        self.pre_layernorm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(PrismerVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def embed_experts(
+        self,
+        expert_inputs: dict[str, dict[str, torch.Tensor]],
+        expert_mask: torch.Tensor | None,
+        batch_size: int,
+        device: torch.device,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        Args:
+            expert_inputs: for each expert that is given, the arguments of its stem.
+            expert_mask (`torch.BoolTensor` of shape `(batch_size, number of experts)`, *optional*)
+            batch_size (`int`): number of images.
+            device (`torch.device`): where the tokens are to be; the stems may be spread over several.
+
+        Returns:
+            The tokens of each given expert `(batch_size, num_tokens, width)`, zero in samples without it, and its
+            column of the mask `(batch_size, num_tokens)`.
+        """
+        if expert_mask is not None and expert_mask.shape[0] != batch_size:
+            raise ValueError(f"expert_mask has {expert_mask.shape[0]} rows for {batch_size} images")
+        all_tokens, token_masks = [], []
+        for index, (name, stem) in enumerate(self.expert_stems.items()):
+            inputs = expert_inputs.get(name)
+            if inputs is None:
+                continue
+            for key, tensor in inputs.items():
+                if tensor.shape[0] != batch_size:
+                    raise ValueError(f"{name}_{key} has {tensor.shape[0]} rows for {batch_size} images")
+            present = None if expert_mask is None else expert_mask[:, index]
+            rows = None
+            if present is not None and self.training:
+                # Samples without this expert must take no part in the statistics of BatchNorm.
+                rows = present.nonzero()[:, 0]
+                if len(rows) == 0:
+                    continue
+                if len(rows) < batch_size:
+                    inputs = {key: tensor[rows] for key, tensor in inputs.items()}
+            tokens = stem(**inputs)
+            grid = tuple(tokens.shape[2:])
+            tokens = tokens.flatten(2).transpose(1, 2).to(device)
+            tokens = tokens + self.embeddings(grid=grid).to(device)
+            if present is not None:
+                if rows is not None and len(rows) < batch_size:
+                    tokens = tokens.new_zeros(batch_size, *tokens.shape[1:]).index_copy(0, rows, tokens)
+                elif not self.training:
+                    tokens = torch.where(present[:, None, None], tokens, 0)  # whatever the padding holds, NaN too
+                token_masks.append(present[:, None].expand(tokens.shape[:2]))
+            all_tokens.append(tokens)
+        return all_tokens, token_masks
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        expert_inputs: dict[str, dict[str, torch.Tensor]] | None = None,
+        expert_mask: torch.BoolTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, image_size, image_size)`):
+                The normalised image.
+            expert_inputs (`dict[str, dict[str, torch.Tensor]]`, *optional*):
+                For each expert that is given, its tensors by suffix (`{"depth": {"values": …}}`).
+            expert_mask (`torch.BoolTensor` of shape `(batch_size, number of experts)`, *optional*):
+                Which experts each sample has.
+
+        Returns:
+            `last_hidden_state` of shape `(batch_size, num_patches + num_latents, hidden_size)`.
+        """
+        hidden_states = self.embeddings(pixel_values)
+        if self.resampler is not None:
+            device = hidden_states.device
+            tokens, masks = self.embed_experts(expert_inputs or {}, expert_mask, hidden_states.shape[0], device)
+            tokens = torch.cat(tokens, dim=1) if tokens else hidden_states[:, :0]
+            token_mask = torch.cat(masks, dim=1) if masks else None
+            latents = self.resampler(tokens, token_mask, **kwargs)
+            hidden_states = torch.cat([hidden_states, latents.to(device)], dim=1)
+        hidden_states = self.pre_layernorm(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.post_layernorm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states)
+
+
+class PrismerTextEmbeddings(nn.Module):
+    """Words, positions and RoBERTa's single token type."""
+
+    def __init__(self, config: PrismerTextConfig):
+        super().__init__()
+        self.position_offset = config.pad_token_id + 1  # RoBERTa's positions start after that of padding
+        self.max_length = config.max_position_embeddings - self.position_offset
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.layer_norm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """`position_ids` count from 0, and are -1 for padding."""
+        embeddings = inputs_embeds + self.token_type_embeddings(position_ids.new_zeros(1))
+        embeddings = embeddings + self.position_embeddings(position_ids + self.position_offset)
+        return self.dropout(self.layer_norm(embeddings))
+
+
+class PrismerTextLayer(GradientCheckpointingLayer):
+    """
+    A RoBERTa layer, normalised after each residual connection, with cross-attention and an adaptor between its
+    attention and its MLP. The output layer has neither.
+    """
+
+    def __init__(self, config: PrismerTextConfig, layer_idx: int, is_output_layer: bool):
+        super().__init__()
+        size, eps = config.hidden_size, config.layer_norm_eps
+        dropout = config.attention_probs_dropout_prob
+        self.self_attn = PrismerAttention(
+            config, config.num_attention_heads, dropout, is_causal=True, layer_idx=layer_idx
+        )
+        self.self_attn_layer_norm = PrismerLayerNorm(size, eps=eps)
+        self.cross_attn = self.adaptor = None
+        if not is_output_layer:
+            self.cross_attn = PrismerAttention(
+                config, config.num_attention_heads, dropout, config.encoder_hidden_size, layer_idx=layer_idx
+            )
+            self.cross_attn_layer_norm = PrismerLayerNorm(size, eps=eps)
+            self.adaptor = PrismerAdaptor(size, eps, norm_first=False)
+        self.mlp = PrismerMLP(size, config.intermediate_size, config.hidden_act)
+        self.mlp_layer_norm = PrismerLayerNorm(size, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cross_keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(
+            hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = self.self_attn_layer_norm(self.dropout(attn_output) + hidden_states)
+
+        if self.cross_attn is not None:
+            if cross_keys_values is None and encoder_hidden_states is not None:
+                cross_keys_values = self.cross_attn.project_keys_values(encoder_hidden_states)
+            if cross_keys_values is not None:
+                attn_output, _ = self.cross_attn(hidden_states, keys_values=cross_keys_values, **kwargs)
+                hidden_states = self.cross_attn_layer_norm(self.dropout(attn_output) + hidden_states)
+            hidden_states = self.adaptor(hidden_states)
+
+        return self.mlp_layer_norm(self.dropout(self.mlp(hidden_states)) + hidden_states)
+
+
+class PrismerTextModel(PrismerPreTrainedModel):
+    """The text decoder: a causal RoBERTa that cross-attends to the vision encoder's output."""
+
+    config: PrismerTextConfig
+    config_class = PrismerTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "hidden_states": PrismerTextLayer,
+        "attentions": OutputRecorder(PrismerAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(PrismerAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: PrismerTextConfig):
+        super().__init__(config)
+        self.embeddings = PrismerTextEmbeddings(config)
+        last = config.num_hidden_layers - 1
+        self.layers = nn.ModuleList(
+            PrismerTextLayer(config, layer_idx=i, is_output_layer=i == last) for i in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = value
+
+    def make_position_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_length: int,
+    ) -> torch.Tensor:
+        """Positions from 0, padding left out of the count (and itself at -1): `(batch_size, sequence_length)`."""
+        length = inputs_embeds.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length + past_length:
+            mask = attention_mask.long()
+            position_ids = mask.cumsum(-1) * mask - 1
+            return position_ids[:, past_length : past_length + length]
+        if input_ids is not None and past_length == 0:
+            mask = input_ids.ne(self.config.pad_token_id).long()
+            return mask.cumsum(-1) * mask - 1
+        return torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
+
+    def cross_keys_values(
+        self, encoder_hidden_states: torch.Tensor | None, past_key_values: Cache | None, past_length: int
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        The cross-attention's keys and values of each layer, projected once for each image: they hang on the cache, one
+        row an image, and are replaced when other encoder states come.
+        """
+        if past_key_values is None:
+            return {}
+        known = getattr(past_key_values, "cross_keys_values", {})
+        if encoder_hidden_states is None:
+            if torch.compiler.is_compiling():  # a static cache's length is a tensor, which must not be looked at here
+                return known
+            return {} if past_length == 0 else known  # a cache that was cleared keeps no image
+        if getattr(past_key_values, "encoded", None) is encoder_hidden_states:
+            return known
+        past_key_values.encoded = encoder_hidden_states
+        past_key_values.cross_keys_values = {
+            index: layer.cross_attn.project_keys_values(encoder_hidden_states)
+            for index, layer in enumerate(self.layers)
+            if layer.cross_attn is not None
+        }
+        return past_key_values.cross_keys_values
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        Args:
+            encoder_hidden_states (`torch.FloatTensor` of shape `(num_images, num_tokens, encoder_hidden_size)`):
+                Left out, cross-attention takes what hangs on `past_key_values`, or is skipped.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
+                See [`PrismerModel.forward`].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings.word_embeddings(input_ids)
+        rows, length = inputs_embeds.shape[:2]
+        if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
+            raise ValueError(
+                f"{rows} rows of text for {encoder_hidden_states.shape[0]} images: the rows must be a multiple of the "
+                "images, those of one image following each other"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past_length, int) and past_length + length > self.embeddings.max_length:
+            raise ValueError(
+                f"{past_length + length} tokens; this model takes at most {self.embeddings.max_length} "
+                f"(max_position_embeddings={self.config.max_position_embeddings})"
+            )
+        if position_ids is None:
+            position_ids = self.make_position_ids(input_ids, inputs_embeds, attention_mask, past_length)
+
+        hidden_states = self.embeddings(inputs_embeds, position_ids)
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        cross_keys_values = self.cross_keys_values(encoder_hidden_states, past_key_values, past_length)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                encoder_hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                cross_keys_values=cross_keys_values.get(index),
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+
+class PrismerModel(PrismerPreTrainedModel):
+    """The vision encoder and the text decoder, without a head."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__(config)
+        self.vision_model = PrismerVisionModel._from_config(config.vision_config)
+        self.text_model = PrismerTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.vision_model if modality in (None, "image") else super().get_encoder(modality=modality)
+
+    def gather_expert_inputs(
+        self, tensors: dict[str, Any], expert_mask: torch.Tensor | None
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """
+        Sorts tensors named `<expert>_<suffix>` by expert, and takes them out of `tensors`.
+
+        Raises:
+            ValueError: if a tensor belongs to no expert of the config, if an expert lacks one, or if an expert is
+                neither given nor masked out (see `strict_experts` of [`PrismerConfig`]).
+        """
+        names = self.config.expert_names
+        gathered = {}
+        for key in list(tensors):
+            if not is_expert_input(key):
+                continue
+            name, _, suffix = key.rpartition("_")
+            tensor = tensors.pop(key)
+            if tensor is None:
+                continue
+            if name not in names:
+                raise ValueError(f"{key} given, but the config's experts are: {', '.join(names) or 'none'}")
+            gathered.setdefault(name, {})[suffix] = tensor
+        if expert_mask is not None and (expert_mask.ndim != 2 or expert_mask.shape[1] != len(names)):
+            raise ValueError(
+                f"expert_mask has the shape {tuple(expert_mask.shape)}; (batch, {len(names)}) is needed, one column "
+                f"for each of {', '.join(names) or 'no experts'}"
+            )
+        for name, inputs in gathered.items():
+            if "values" not in inputs and "ids" not in inputs:
+                raise ValueError(f"{name}_{next(iter(inputs))} given without {name}_ids or {name}_values")
+        missing = [name for name in names if name not in gathered]
+        if missing and expert_mask is not None:
+            claimed = [name for name in missing if bool(expert_mask[:, names.index(name)].any())]
+            if claimed:
+                raise ValueError(
+                    f"expert_mask says that there are {', '.join(claimed)}, but their tensors are not given"
+                )
+        elif missing and self.config.strict_experts:
+            raise ValueError(
+                f"the config's experts {', '.join(missing)} are neither given nor masked out. Give their tensors "
+                "(with Trainer: is remove_unused_columns=False needed?), or pass expert_mask with False in their "
+                "columns, or set config.strict_experts=False to run without what is not given"
+            )
+        return gathered
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        expert_mask: torch.BoolTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Encodes images and what the experts saw.
+
+        Args:
+            pixel_values, expert_mask and the experts' tensors (in `kwargs`):
+                See [`PrismerModel.forward`].
+
+        Returns:
+            `last_hidden_state`, and the same as `pooler_output`: what the text decoder cross-attends to, of shape
+            `(batch_size, num_patches + num_latents, width)`. Give it to `forward` or `generate` as `encoder_outputs`.
+        """
+        expert_inputs = self.gather_expert_inputs(kwargs, expert_mask)
+        if expert_mask is not None:
+            expert_mask = expert_mask.to(device=pixel_values.device, dtype=torch.bool)
+        outputs = self.vision_model(pixel_values, expert_inputs, expert_mask, **kwargs)
+        outputs.pooler_output = outputs.last_hidden_state
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        expert_mask: torch.BoolTensor | None = None,
+        encoder_outputs: ModelOutput | tuple[torch.FloatTensor] | torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PrismerModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The text. Its rows may be a multiple of the images: rows that follow each other then belong to one
+                image, which is encoded once.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 for padding, on either side.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions from 0; left out, they count what is not padding.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Word embeddings in place of `input_ids`.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`, *optional*):
+                The normalised images. Without them, and without `encoder_outputs`, the text runs alone.
+            depth_values, normal_values, edge_values (`torch.FloatTensor` of shape `(num_images, channels, h, w)`):
+                Maps in [-1, 1] of the dense experts. Any other dense expert of the config comes the same way, as
+                `<name>_values`; so does the painted map of a label expert.
+            segmentation_ids (`torch.Tensor` of shape `(num_images, h, w)`, `uint8` or `int16`):
+                Class of each pixel, 255 for background. Another expert of that kind comes as `<name>_ids`.
+            detection_ids, detection_classes (shapes `(num_images, h, w)` and `(num_images, max_instances)`):
+                Instance of each pixel, 255 for background, and the class of each instance.
+            detection_rows (`torch.LongTensor` of shape `(num_images, h, w)`, *optional*):
+                Row of the instance embedding for each pixel. Left out: in evaluation instance `i` takes row `i mod
+                127` and the background row 127; in training each value of the map draws a row at random.
+            ocr_ids, ocr_features (shapes `(num_images, h, w)` and `(num_images, max_words, 64)`):
+                Word of each pixel, 255 for background, and the feature of each word.
+            expert_mask (`torch.BoolTensor` of shape `(num_images, number of experts)`, *optional*):
+                Which experts each sample has, in the order of the config; left out, those whose tensors are given. An
+                expert that is masked out leaves no trace.
+            encoder_outputs (`ModelOutput`, *optional*):
+                Images that have been encoded before (`get_image_features`), in place of the image inputs.
+        """
+        expert_inputs = {key: kwargs.pop(key) for key in list(kwargs) if is_expert_input(key)}
+        if encoder_outputs is None and pixel_values is not None:
+            encoder_outputs = self.get_image_features(pixel_values, expert_mask, **expert_inputs, **kwargs)
+        elif encoder_outputs is not None and pixel_values is not None:
+            raise ValueError("give pixel_values or encoder_outputs, not both")
+        elif given := [name for name, tensor in expert_inputs.items() if tensor is not None]:
+            raise ValueError(f"{', '.join(given)} given without pixel_values")
+        if isinstance(encoder_outputs, torch.Tensor):
+            encoder_outputs = (encoder_outputs,)
+
+        outputs = self.text_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_outputs[0] if encoder_outputs is not None else None,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return PrismerModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+        )
+
+
+class PrismerLMHead(nn.Module):
+    """RoBERTa's head: dense, GELU, LayerNorm, and a projection tied to the word embeddings."""
+
+    def __init__(self, config: PrismerTextConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN["gelu"]
+        self.layer_norm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))
+
+
+def sample_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """
+    Cross-entropy with label smoothing, summed over the tokens of each sample.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch_size, length, vocab_size)`)
+        labels (`torch.LongTensor` of shape `(batch_size, length)`): what each position should predict; -100 counts
+            for nothing.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size,)`, in float32.
+    """
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        labels.to(logits.device).flatten(),
+        ignore_index=-100,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    return losses.view(labels.shape).sum(dim=-1)
+
+
+class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
+    """
+    Prismer with its language modelling head: captions, answers, and ranking of given answers.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+
+    >>> path = pretrained_path("prismer-easy-vqa")
+    >>> processor = PrismerProcessor.from_pretrained(path)
+    >>> model = PrismerForConditionalGeneration.from_pretrained(path)
+    >>> inputs = processor(images=image, text="What color is the shape?", return_tensors="pt")
+    >>> generated = model.generate(**inputs, max_new_tokens=5)
+    >>> processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.text_model.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = False  # the loss is a mean over samples: Trainer scales it under gradient accumulation
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__(config)
+        self.model = PrismerModel(config)
+        self.lm_head = PrismerLMHead(config.text_config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head.decoder = new_embeddings
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.model.get_encoder(modality=modality)
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, expert_mask=None, **kwargs):
+        return self.model.get_image_features(pixel_values, expert_mask, **kwargs)
+
+    get_image_features.__doc__ = PrismerModel.get_image_features.__doc__
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        depth_values: torch.FloatTensor | None = None,
+        normal_values: torch.FloatTensor | None = None,
+        segmentation_ids: torch.Tensor | None = None,
+        edge_values: torch.FloatTensor | None = None,
+        detection_ids: torch.Tensor | None = None,
+        detection_classes: torch.Tensor | None = None,
+        detection_rows: torch.LongTensor | None = None,
+        ocr_ids: torch.Tensor | None = None,
+        ocr_features: torch.FloatTensor | None = None,
+        expert_mask: torch.BoolTensor | None = None,
+        encoder_outputs: ModelOutput | tuple[torch.FloatTensor] | torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        sample_weight: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PrismerCausalLMOutput:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The tokens to learn, aligned with `input_ids`; -100 where nothing is learned (prompt, padding).
+            sample_weight (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+                Weight of each sample's loss, such as the share of the annotators who gave a VQA answer.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute the logits of this many last positions only (0: all), or of the positions in the tensor.
+            input_ids … encoder_outputs, use_cache:
+                See [`PrismerModel.forward`].
+        """
+        shift_labels = kwargs.pop("shift_labels", None)
+        kwargs.pop("num_items_in_batch", None)
+        if labels is not None or shift_labels is not None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            depth_values=depth_values,
+            normal_values=normal_values,
+            segmentation_ids=segmentation_ids,
+            edge_values=edge_values,
+            detection_ids=detection_ids,
+            detection_classes=detection_classes,
+            detection_rows=detection_rows,
+            ocr_ids=ocr_ids,
+            ocr_features=ocr_features,
+            expert_mask=expert_mask,
+            encoder_outputs=encoder_outputs,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+
+        loss = loss_per_sample = None
+        if labels is not None or shift_labels is not None:
+            if shift_labels is None:
+                loss_per_sample = sample_losses(logits[:, :-1], labels[:, 1:], self.config.label_smoothing)
+            else:
+                loss_per_sample = sample_losses(logits, shift_labels, self.config.label_smoothing)
+            weighted = loss_per_sample if sample_weight is None else loss_per_sample * sample_weight.to(logits.device)
+            loss = weighted.mean()
+        return PrismerCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            loss_per_sample=loss_per_sample,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]):
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if not is_expert_input(key)})
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], model_input_name, generation_config
+    ) -> dict[str, Any]:
+        """Encodes the images once for the whole generation; the output, not being a tensor, is shared by all beams."""
+        attention_mask = model_kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.ndim == 2 and bool((attention_mask[:, -1] == 0).any()):
+            raise ValueError(
+                "generate needs prompts padded on the left (padding_side='left'): this attention_mask ends in padding"
+            )
+        expert_inputs = {key: model_kwargs.pop(key) for key in list(model_kwargs) if is_expert_input(key)}
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        expert_mask = model_kwargs.pop("expert_mask", None)
+        if pixel_values is None:
+            if given := [key for key, tensor in expert_inputs.items() if tensor is not None]:
+                raise ValueError(f"{', '.join(given)} given without pixel_values")
+        elif model_kwargs.get("encoder_outputs") is not None:
+            raise ValueError("give pixel_values or encoder_outputs, not both")
+        else:
+            model_kwargs["encoder_outputs"] = self.get_image_features(
+                pixel_values, expert_mask, return_dict=True, **expert_inputs
+            )
+        encoder_outputs = model_kwargs.get("encoder_outputs")
+        if isinstance(encoder_outputs, torch.Tensor):  # a tensor would be repeated for every beam
+            model_kwargs["encoder_outputs"] = (encoder_outputs,)
+        return model_kwargs
+
+    @torch.no_grad()
+    def rank_candidates(
+        self,
+        candidate_ids: torch.LongTensor,
+        candidate_mask: torch.Tensor,
+        k: int,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | None = None,
+        chunk_size: int = 128,
+        **image_inputs,
+    ) -> PrismerRankingOutput:
+        r"""
+        Ranks given answers (or class names) for each image, as the paper does for VQA (k=16) and classification
+        (k=32): the `k` candidates whose first token is most probable are scored by the mean log-probability of their
+        tokens. The prompt is run once, and all candidates share its cache.
+
+        Args:
+            candidate_ids (`torch.LongTensor` of shape `(num_candidates, length)`):
+                The candidates, each closed by `</s>`, padded on the right; `processor.prepare_candidates` makes them.
+            candidate_mask (`torch.Tensor` of shape `(num_candidates, length)`):
+                0 for padding.
+            k (`int`):
+                How many candidates to score for each row; more than there are is taken as all.
+            input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
+                The prompts, padded on either side.
+            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
+                0 for padding; left out, what is not `pad_token_id` counts.
+            encoder_outputs (`ModelOutput`, *optional*):
+                Images encoded before; else the image inputs of [`PrismerModel.forward`] are given.
+            chunk_size (`int`, *optional*, defaults to 128):
+                How many candidates are run at a time (over all rows), which bounds the memory.
+
+        Returns:
+            [`PrismerRankingOutput`] with `scores` and `indices` of shape `(batch_size, k)`, best first.
+
+        Raises:
+            ValueError: if `k` or `chunk_size` is below 1, if there are no candidates, or they have not one mask entry
+                for each token, or are not padded on the right; if a candidate or a prompt is empty.
+        """
+        if k < 1 or chunk_size < 1:
+            raise ValueError(f"k={k}, chunk_size={chunk_size}; both must be at least 1")
+        candidate_mask = candidate_mask.bool()
+        if (
+            candidate_ids.shape != candidate_mask.shape
+            or candidate_ids.ndim != 2
+            or not candidate_ids.numel()
+            or not candidate_mask[:, 0].all()
+            or (candidate_mask[:, 1:] & ~candidate_mask[:, :-1]).any()
+        ):
+            raise ValueError(
+                f"candidate_ids {tuple(candidate_ids.shape)} and candidate_mask {tuple(candidate_mask.shape)} must "
+                "both be (num_candidates, length), at least one, padded on the right, and no candidate empty"
+            )
+        rows, prompt_length = input_ids.shape
+        k = min(k, candidate_ids.shape[0])
+        candidate_ids, candidate_mask = candidate_ids.to(input_ids.device), candidate_mask.to(input_ids.device)
+        if attention_mask is None:
+            attention_mask = input_ids.ne(self.config.pad_token_id)
+        attention_mask = attention_mask.long()
+        if not attention_mask.any(dim=-1).all():
+            raise ValueError("a row of input_ids is all padding; a prompt has at least one token")
+
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_outputs=encoder_outputs,
+            use_cache=True,
+            return_dict=True,
+            **image_inputs,
+        )
+        prompt_cache = outputs.past_key_values
+        last = (attention_mask * torch.arange(prompt_length, device=input_ids.device)).argmax(dim=-1)
+        first_logits = self.lm_head(outputs.last_hidden_state[torch.arange(rows, device=last.device), last])
+        first_logits = first_logits.to(input_ids.device)
+        first_probs = first_logits.float().softmax(dim=-1)
+        # (rows, k); of equally probable ones, such as those with the same first token, the first
+        chosen = first_probs[:, candidate_ids[:, 0]].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+        scores = []
+        for indices in chosen.split(max(1, chunk_size // rows), dim=1):
+            each = indices.shape[1]  # candidates of each row in this chunk
+            ids, mask = candidate_ids[indices.flatten()], candidate_mask[indices.flatten()]
+            lengths = mask.sum(dim=-1)
+            ids, mask = ids[:, : lengths.max()], mask[:, : lengths.max()]  # (rows * each, length)
+            losses = sample_losses(
+                first_logits.repeat_interleave(each, dim=0)[:, None], ids[:, :1], self.config.label_smoothing
+            )
+            if ids.shape[1] > 1:
+                hidden_states = self.model(
+                    input_ids=ids[:, :-1],
+                    attention_mask=torch.cat([attention_mask.repeat_interleave(each, dim=0), mask[:, :-1]], dim=1),
+                    past_key_values=_repeat_cache(prompt_cache, each, self.config.text_config),
+                    use_cache=True,
+                    return_dict=True,
+                ).last_hidden_state.to(input_ids.device)
+                logits = self.lm_head(hidden_states[mask[:, 1:]]).to(input_ids.device)  # (number of tokens, vocab)
+                token_losses = sample_losses(
+                    logits[:, None], ids[:, 1:][mask[:, 1:]][:, None], self.config.label_smoothing
+                )
+                losses = losses + torch.zeros_like(mask[:, 1:], dtype=losses.dtype).masked_scatter(
+                    mask[:, 1:], token_losses
+                ).sum(dim=-1)
+            scores.append((-losses / lengths).view(rows, each))
+        scores, order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True)
+        return PrismerRankingOutput(scores=scores, indices=chosen.gather(1, order))
+
+    @staticmethod
+    def _backbone_parameters(model: PrismerModel, vision: bool):
+        """The parameters that come from CLIP's or RoBERTa's layers: all of a layer but what Prismer put into it."""
+        layers = model.vision_model.layers if vision else model.text_model.layers[:-1]
+        for name, parameter in layers.named_parameters():
+            if not any(part in name for part in (".adaptor.", ".cross_attn.", ".cross_attn_layer_norm.")):
+                yield parameter
+
+    def freeze_backbones(self, vision: bool = True, language: bool = True):
+        """
+        Freezes the layers that come from CLIP (`vision`) and from RoBERTa (`language`), or unfreezes them (`False`).
+        Everything else always trains: the experts' stems, resampler, positions, adaptors, cross-attention, embeddings,
+        output layer and head. The paper freezes both in pre-training and the vision backbone in fine-tuning.
+        """
+        for parameter in self._backbone_parameters(self.model, vision=True):
+            parameter.requires_grad_(not vision)
+        for parameter in self._backbone_parameters(self.model, vision=False):
+            parameter.requires_grad_(not language)
+        return self
+
+    def _stem(self, name: str) -> PrismerExpertStem:
+        if name not in self.config.expert_names:
+            raise ValueError(f"no expert '{name}'; the config has {', '.join(self.config.expert_names) or 'none'}")
+        return self.model.vision_model.expert_stems[name]
+
+    @torch.no_grad()
+    def set_class_features(self, name: str, features: torch.Tensor, background: torch.Tensor | None = None):
+        """
+        Sets the features with which a label expert's classes are painted; they are saved with the model.
+
+        Args:
+            name (`str`): the expert.
+            features (`torch.FloatTensor` of shape `(num_classes, channels)`): one row a class; no rows where the
+                features come with each sample.
+            background (`torch.FloatTensor` of shape `(channels,)`, *optional*): left out, it stays as it is.
+        """
+        stem = self._stem(name)
+        if not hasattr(stem, "class_features") or features.ndim != 2 or features.shape[1] != stem.channels:
+            raise ValueError(
+                f"expert '{name}' ({'label' if hasattr(stem, 'class_features') else 'dense'}, {stem.channels} "
+                f"channels) cannot take features of the shape {tuple(features.shape)}; a label expert takes "
+                "(num_classes, channels)"
+            )
+        old = stem.class_features
+        background = old[-1] if background is None else background.to(old).view(stem.channels)
+        stem.class_features = torch.cat([features.to(old), background[None]])
+        for expert in self.config.experts:
+            if expert["name"] == name:
+                expert.pop("num_classes", None)
+                if len(features):
+                    expert["num_classes"] = len(features)
+        return self
+
+    def add_expert(
+        self, name: str, kind: str, channels: int, num_classes: int | None = None, instances: bool = False
+    ) -> PrismerExpertStem:
+        """
+        Gives a model one more expert, with a stem to be trained. The arguments are the fields of its description, see
+        [`PrismerConfig`]. Returns the new stem.
+        """
+        expert = {"name": name, "kind": kind, "channels": channels}
+        if num_classes is not None:
+            expert["num_classes"] = num_classes
+        if instances:
+            expert["instances"] = True
+        self.config.experts = [*self.config.experts, expert]
+        vision_model = self.model.vision_model
+        stem = PrismerExpertStem(self.config.vision_config, expert)
+        new = [stem]
+        if vision_model.resampler is None:
+            vision_model.resampler = PrismerResampler(self.config.vision_config)
+            new.append(vision_model.resampler)
+        for module in new:
+            module.apply(vision_model._init_weights)
+            module.to(device=self.device, dtype=self.dtype).train(self.training)
+        vision_model.expert_stems[name] = stem
+        return stem
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
+        experts: list[dict] | None = None,
+        image_size: int | None = None,
+        **kwargs,
+    ) -> "PrismerForConditionalGeneration":
+        """
+        A new model on a CLIP vision tower and a RoBERTa. The backbones' weights are taken over exactly (CLIP's class
+        token and the poolers are dropped); stems, resampler, adaptors, cross-attention and output layer start fresh.
+        The LayerNorms that Prismer puts into a RoBERTa layer start as copies of the one before, so that the frozen
+        weights after them meet what they are used to.
+
+        Args:
+            vision (`str`, `CLIPVisionModel` or `CLIPModel`):
+                A Hub id, a folder, or a loaded model.
+            text (`str`, `RobertaModel`, `RobertaForMaskedLM` or `RobertaForCausalLM`):
+                A Hub id, a folder, or a loaded model. The language modelling head is taken over where there is one.
+            experts (`list[dict]`, *optional*):
+                The experts' descriptions; see [`PrismerConfig`].
+            image_size (`int`, *optional*):
+                Side of the image in pixels, by default the vision tower's; the positions are resized to it.
+            kwargs:
+                Further fields of [`PrismerConfig`].
+
+        Raises:
+            ValueError: if `vision` is no CLIP vision tower, or `text` no RoBERTa.
+        """
+        if not isinstance(vision, PreTrainedModel):
+            kind = AutoConfig.from_pretrained(vision).model_type
+            if kind not in ("clip", "clip_vision_model"):
+                raise ValueError(f"{vision} holds a model of the type {kind!r}; a CLIP vision tower is needed")
+            vision = CLIPVisionModel.from_pretrained(vision)
+        vision = getattr(vision, "vision_model", vision)
+        if vision.config.model_type != "clip_vision_model":
+            raise ValueError(f"vision is a {type(vision).__name__}; a CLIP vision tower is needed (CLIPVisionModel)")
+        if not isinstance(text, PreTrainedModel):
+            kind = AutoConfig.from_pretrained(text).model_type
+            if kind != "roberta":
+                raise ValueError(f"{text} holds a model of the type {kind!r}; a RoBERTa is needed")
+            text = RobertaForMaskedLM.from_pretrained(text)
+        if not isinstance(text, RobertaPreTrainedModel):
+            raise ValueError(f"text is a {type(text).__name__}; a RoBERTa is needed (RobertaForMaskedLM)")
+
+        clip, roberta = vision.config, text.config
+        vision_fields = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_channels",
+        )
+        vision_fields += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout")
+        vision_fields += ("initializer_range",)
+        text_fields = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
+        text_fields += ("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings")
+        text_fields += ("type_vocab_size", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
+        text_fields += ("initializer_range",)
+        config = PrismerConfig(
+            vision_config={field: getattr(clip, field) for field in vision_fields},
+            text_config={field: getattr(roberta, field) for field in text_fields}
+            | {"num_hidden_layers": roberta.num_hidden_layers + 1},
+            experts=experts,
+            **kwargs,
+        )
+        model = cls(config)
+        names = backbone_names(config.vision_config.num_hidden_layers, roberta.num_hidden_layers)
+        source = {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()}
+        has_head = hasattr(text, "lm_head")
+        text_body = text.roberta if hasattr(text, "roberta") else text
+        source |= {f"text.{name}": tensor for name, tensor in text_body.state_dict().items()}
+        if has_head:
+            source |= {f"lm_head.{name}": tensor for name, tensor in text.lm_head.state_dict().items()}
+        source["vision.embeddings.position_embedding.weight"] = source["vision.embeddings.position_embedding.weight"][
+            1:
+        ]
+
+        target = model.state_dict()
+        with torch.no_grad():
+            for name, source_name in names.items():
+                if source_name in source:
+                    target[name].copy_(source[source_name])
+                elif not source_name.startswith("lm_head."):
+                    raise ValueError(f"the backbone has no weight {source_name!r}, which {name} is to be taken from")
+            for layer in model.model.text_model.layers[:-1]:
+                for norm in (layer.cross_attn_layer_norm, layer.adaptor.layer_norm):
+                    norm.load_state_dict(layer.self_attn_layer_norm.state_dict())
+        if image_size is not None and image_size != config.vision_config.image_size:
+            model.resize_position_embeddings(image_size)
+        return model
+
+
+def backbone_names(vision_layers: int, text_layers: int) -> dict[str, str]:
+    """
+    The weights that `from_backbones` takes over: name in a [`PrismerForConditionalGeneration`] -> name in the CLIP
+    vision tower (`vision.…`), the RoBERTa (`text.…`) or its language modelling head (`lm_head.…`).
+    """
+    vision, text = "model.vision_model.", "model.text_model."
+    modules = {f"{vision}pre_layernorm": "vision.pre_layrnorm", f"{vision}post_layernorm": "vision.post_layernorm"}
+    for i in range(vision_layers):
+        modules |= {f"{vision}layers.{i}.{name}": f"vision.encoder.layers.{i}.{name}" for name in CLIP_LAYER_NAMES}
+    for i in range(text_layers):
+        for source, name in ROBERTA_LAYER_NAMES.items():
+            modules[f"{text}layers.{i}.{name}"] = f"text.encoder.layer.{i}.{source}"
+    modules |= {f"{text}embeddings.layer_norm": "text.embeddings.LayerNorm"}
+    modules |= {f"lm_head.{name}": f"lm_head.{name}" for name in ("dense", "layer_norm")}
+    names = {f"{name}.{kind}": f"{source}.{kind}" for name, source in modules.items() for kind in ("weight", "bias")}
+    for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        names[f"{text}embeddings.{table}.weight"] = f"text.embeddings.{table}.weight"
+    names[f"{vision}embeddings.patch_embedding.weight"] = "vision.embeddings.patch_embedding.weight"
+    names[f"{vision}embeddings.position_embedding"] = "vision.embeddings.position_embedding.weight"
+    names["lm_head.decoder.bias"] = "lm_head.bias"
+    return names
+
+
+def _repeat_cache(cache: Cache, repeats: int, config: PrismerTextConfig) -> DynamicCache:
+    """A copy of a prompt's cache with every row repeated; the image's keys and values are shared."""
+    repeated = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        repeated.update(
+            layer.keys.repeat_interleave(repeats, dim=0), layer.values.repeat_interleave(repeats, dim=0), index
+        )
+    repeated.encoded = getattr(cache, "encoded", None)
+    repeated.cross_keys_values = getattr(cache, "cross_keys_values", {})
+    return repeated
+
+
+__all__ = [
+    "PrismerForConditionalGeneration",
+    "PrismerModel",
+    "PrismerPreTrainedModel",
+    "PrismerTextModel",
+    "PrismerVisionModel",
+]
