@@ -1,0 +1,261 @@
+"""Whatever a person calls an image, opened as an upright RGB picture of 8 bits a channel."""
+
+import base64
+import io
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import get_session, is_offline_mode
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from transformers.image_utils import ChannelDimension
+
+
+# Pillow's own limit, above which it takes a file for a decompression bomb
+MAX_IMAGE_PIXELS = 178_956_970
+
+ACCEPTED_IMAGES = (
+    "accepted are a path, an http(s) URL, a data: URI, the bytes of an image file, a PIL image, and a NumPy array or "
+    "torch tensor of shape (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels"
+)
+_ACCEPTED_FILES = "accepted are the formats that Pillow reads, such as PNG, JPEG, WebP, GIF, TIFF and BMP"
+_ACCEPTED_VALUES = (
+    "accepted are uint8, uint16, bool, integers from 0 to 65535, and floats from 0 to 1 or from 0 to 255"
+)
+
+
+def load_image(
+    image: Any,
+    max_pixels: int | None = MAX_IMAGE_PIXELS,
+    input_data_format: str | ChannelDimension | None = None,
+    timeout: float | None = 30.0,
+    name: str | None = None,
+) -> Image.Image:
+    """
+    Opens one image.
+
+    The picture is turned as its EXIF orientation says. Transparent pixels are laid on white. Of an animation the
+    first frame is taken (of a PIL image the frame it stands at). Values that are not 8 bit are scaled: 16-bit ones by
+    255/65535, floats of which none is above 1 by 255. Wider integers and floats above 1 are read as 0 to 255, or as
+    0 to 65535 if an integer is above 255.
+
+    Args:
+        image (`str`, `os.PathLike`, `bytes`, `dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
+            A path, an `http(s)://` URL, a `data:` URI, the bytes of an image file, a `{"bytes": …, "path": …}` as
+            `datasets` stores images, a PIL image in any mode, or an array of shape (H, W), (H, W, C) or (C, H, W)
+            with C of 1, 3 or 4.
+        max_pixels (`int`, *optional*, defaults to 178,956,970):
+            Refuse an image of more pixels than this. A file's header is read for it, nothing is decoded. `None`
+            leaves Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`, which always holds.
+        input_data_format (`str` or `ChannelDimension`, *optional*):
+            `"channels_first"` or `"channels_last"` for arrays. Left out, it is inferred; where both ends fit, three
+            channels are preferred to one or four, then the last axis for arrays and the first for tensors.
+        timeout (`float`, *optional*, defaults to 30.0):
+            Seconds to wait for a URL.
+        name (`str`, *optional*):
+            What error messages call the image. Defaults to its path or a description.
+
+    Returns:
+        `PIL.Image.Image`: an image in mode RGB.
+
+    Raises:
+        FileNotFoundError: if the path does not exist.
+        OSError: if a URL cannot be fetched, and always when offline (`HF_HUB_OFFLINE`).
+        ValueError: if the image is empty, damaged, no image at all, too large, or of unknown shape or values.
+        TypeError: if the argument is none of the accepted types.
+    """
+    if isinstance(image, Mapping):  # a row of `datasets` with Image(decode=False)
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str | os.PathLike | bytes):
+        name = name or ("image file" if isinstance(image, bytes) else _shorten(os.fspath(image)))
+        with _open(image, name, timeout, max_pixels) as opened:
+            return _to_rgb(_decode(opened, name, max_pixels), name)
+    if isinstance(image, Image.Image):
+        name = name or getattr(image, "filename", None) or f"PIL image ({image.mode}, {image.width}×{image.height})"
+        return _to_rgb(_decode(image, name, max_pixels), name)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        name = name or f"{'tensor' if isinstance(image, torch.Tensor) else 'array'} of shape {tuple(image.shape)}"
+        return _to_rgb(_from_array(image, name, input_data_format), name)
+    raise TypeError(f"{name or 'image'} is a {type(image).__name__}; {ACCEPTED_IMAGES}")
+
+
+def load_images(images: Any, **kwargs) -> list[Image.Image]:
+    """
+    Opens one or many images, of any sizes.
+
+    Args:
+        images:
+            Anything that [`load_image`] takes, a list or tuple of such, nested or not, or arrays and tensors with a
+            batch dimension in front, (B, H, W, C) or (B, C, H, W).
+        kwargs:
+            Passed on to [`load_image`].
+
+    Returns:
+        `list[PIL.Image.Image]`: images in mode RGB, flattened in the order given.
+
+    Raises:
+        ValueError: if there is no image in it; else as [`load_image`], naming a file or the position in the batch.
+    """
+    images = list(_flatten(images))
+    if not images:
+        raise ValueError("images is empty; at least one image is needed")
+    opened = []
+    for i, image in enumerate(images):
+        names_itself = len(images) == 1 or isinstance(image, str | os.PathLike) or getattr(image, "filename", None)
+        opened.append(load_image(image, **{"name": None if names_itself else f"images[{i}]", **kwargs}))
+    return opened
+
+
+def _flatten(images: Any) -> Iterator[Any]:
+    if isinstance(images, list | tuple) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4):
+        for image in images:
+            yield from _flatten(image)
+    else:
+        yield images
+
+
+def _shorten(name: str, length: int = 120) -> str:
+    return name if len(name) <= length else f"{name[:length]}…"
+
+
+def _open(source: str | os.PathLike | bytes, name: str, timeout: float | None, max_pixels: int | None) -> Image.Image:
+    """Reads an image's header."""
+    if isinstance(source, bytes):
+        file, size = io.BytesIO(source), len(source)
+    elif str(source).startswith(("http://", "https://")):
+        content = _fetch(str(source), timeout)
+        file, size = io.BytesIO(content), len(content)
+    elif str(source).startswith("data:"):
+        content = _decode_data_uri(str(source), name)
+        file, size = io.BytesIO(content), len(content)
+    elif not os.path.exists(source):
+        raise FileNotFoundError(f"there is no file '{name}'; {ACCEPTED_IMAGES}")
+    elif not os.path.isfile(source):
+        raise ValueError(f"'{name}' is a folder, not an image file; {ACCEPTED_IMAGES}")
+    else:
+        file, size = source, os.path.getsize(source)
+
+    if size == 0:
+        raise ValueError(f"'{name}' is empty (0 bytes); {_ACCEPTED_FILES}")
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"'{name}' is not an image, or damaged at its beginning; {_ACCEPTED_FILES}") from error
+    except Image.DecompressionBombError as error:
+        limit = f"{max_pixels:,}" if max_pixels else "PIL.Image.MAX_IMAGE_PIXELS"
+        raise ValueError(
+            f"'{name}' is refused as too large ({error}); the limit is max_pixels={limit}, and Pillow refuses images "
+            "of more than twice PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+
+
+def _fetch(url: str, timeout: float | None) -> bytes:
+    if is_offline_mode():
+        raise OSError(f"'{_shorten(url)}' cannot be fetched: HF_HUB_OFFLINE is set. Pass a local file instead")
+    try:
+        response = get_session().get(url, follow_redirects=True, timeout=timeout)
+        response.raise_for_status()
+    except Exception as error:  # the client's own exceptions, which differ between versions of huggingface_hub
+        raise OSError(f"'{_shorten(url)}' cannot be fetched: {error}") from error
+    return response.content
+
+
+def _decode_data_uri(uri: str, name: str) -> bytes:
+    head, _, body = uri.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError(f"'{name}' is not base64; a data: URI looks like 'data:image/png;base64,…'")
+    try:
+        return base64.b64decode(body, validate=True)
+    except ValueError as error:
+        raise ValueError(f"'{name}' holds damaged base64: {error}") from error
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
+    """Decodes the pixels, if there are not too many, and turns them upright."""
+    if image.width == 0 or image.height == 0:
+        raise ValueError(f"'{name}' has no pixels: it is {image.width}×{image.height}")
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError(
+            f"'{name}' has {image.width}×{image.height} pixels; the limit is max_pixels={max_pixels:,}. Make it "
+            "smaller, or raise the limit if you trust the file"
+        )
+    try:
+        image.load()
+    except Exception as error:  # every decoder fails in its own way
+        raise ValueError(f"'{name}' is truncated or damaged: {error}") from error
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # a picture is not lost because its EXIF data is
+        return image
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip them to 0..255
+        return Image.fromarray(_to_8_bit(np.asarray(image), name)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(
+    image: np.ndarray | torch.Tensor, name: str, input_data_format: str | ChannelDimension | None
+) -> Image.Image:
+    if image.ndim not in (2, 3):
+        raise ValueError(f"{name} has {image.ndim} dimensions; {ACCEPTED_IMAGES}")
+    if 0 in image.shape:
+        raise ValueError(f"{name} has no pixels: its shape is {tuple(image.shape)}")
+    if image.ndim == 3 and _channel_axis(image, name, input_data_format) == 0:
+        image = image.permute(1, 2, 0) if isinstance(image, torch.Tensor) else image.transpose(1, 2, 0)
+    if isinstance(image, torch.Tensor):
+        if image.dtype == torch.bfloat16:
+            image = image.float()
+        image = image.numpy(force=True)
+    image = _to_8_bit(image, name)  # (H, W) or (H, W, C)
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[2:] == (1,) else image))
+
+
+def _channel_axis(
+    image: np.ndarray | torch.Tensor, name: str, input_data_format: str | ChannelDimension | None
+) -> int:
+    first, last = image.shape[0], image.shape[-1]
+    if input_data_format is not None:
+        axis = 0 if ChannelDimension(input_data_format) == ChannelDimension.FIRST else -1
+    elif (first == 3) != (last == 3):
+        axis = 0 if first == 3 else -1
+    elif (first in (1, 3, 4)) != (last in (1, 3, 4)):
+        axis = 0 if first in (1, 3, 4) else -1
+    else:
+        axis = 0 if isinstance(image, torch.Tensor) else -1
+    if image.shape[axis] not in (1, 3, 4):
+        where = "" if input_data_format is None else f" with input_data_format={str(input_data_format)!r}"
+        raise ValueError(f"{name} has shape {tuple(image.shape)}{where}; {ACCEPTED_IMAGES}")
+    return axis
+
+
+def _to_8_bit(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    kind = values.dtype.kind
+    low, high = (values.min(), values.max()) if kind in "iuf" else (None, None)
+    # written so that NaN is refused as well
+    if not (kind in "iuf" and low >= 0 and high <= (255 if kind == "f" else 65535)):
+        raise ValueError(f"{name} has {values.dtype} values from {low} to {high}; {_ACCEPTED_VALUES}")
+    if kind == "f":
+        scale = 255.0 if high <= 1 else 1.0
+    else:
+        scale = 255 / 65535 if high > 255 or (kind == "u" and values.dtype.itemsize == 2) else 1.0
+    return np.rint(values.astype(np.float32) * np.float32(scale)).astype(np.uint8)
+
+
+__all__ = ["MAX_IMAGE_PIXELS", "load_image", "load_images"]

@@ -1,0 +1,498 @@
+"""Image processor of Prismer: a picture and its expert maps, together."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType, logging
+
+from .image_loading import MAX_IMAGE_PIXELS, load_images
+
+
+logger = logging.get_logger(__name__)
+
+# The value of an 8-bit id map where nothing is known
+BACKGROUND = 255
+
+
+class PrismerImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    experts (`list[dict]`, *optional*, defaults to `self.experts`):
+        Descriptions of the experts, as in [`PrismerConfig`].
+    expert_size (`int`, *optional*, defaults to `self.expert_size`):
+        Side of the expert maps in pixels.
+    max_instances (`int`, *optional*, defaults to `self.max_instances`):
+        Number of instances an image can have.
+    max_words (`int`, *optional*, defaults to `self.max_words`):
+        Number of words an image can have.
+    max_image_pixels (`int`, *optional*, defaults to `self.max_image_pixels`):
+        Refuse image files of more pixels than this.
+    """
+
+    experts: list[dict[str, Any]] | None
+    expert_size: int | None
+    max_instances: int | None
+    max_words: int | None
+    max_image_pixels: int | None
+
+
+class _ImageAndExpertMaps:
+    """What the two backends share: everything but how the RGB picture is resized."""
+
+    valid_kwargs = PrismerImageProcessorKwargs
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"height": 224, "width": 224}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    experts = []
+    expert_size = 224
+    max_instances = 128
+    max_words = 128
+    max_image_pixels = MAX_IMAGE_PIXELS
+
+    def __init__(self, **kwargs: Unpack[PrismerImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = ["pixel_values"]
+        for expert in self.experts:
+            names += [f"{expert['name']}_{suffix}" for suffix in _tensor_suffixes(expert)]
+        return names + ["expert_mask"] if self.experts else names
+
+    def preprocess(
+        self,
+        images: Any,
+        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        return_tensors: str | TensorType | None = "pt",
+        **kwargs: Unpack[PrismerImageProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Prepares images and their expert maps for the network, as in evaluation: no augmentation.
+
+        Args:
+            images:
+                One or many images: paths, URLs, PIL images, arrays, tensors; see [`load_images`]. They are always
+                turned upright and converted to RGB.
+            expert_labels (`dict` or `list[dict]`, *optional*):
+                For each image a dict from an expert's name to its label (one dict will do for one image). `None`, or
+                an absent name, means that the expert is missing for this image. Labels are 8 bit and of any size,
+                usually the image's; a map is a NumPy array, a torch tensor or a PIL image:
+
+                - dense: (H, W), (H, W, C) or (C, H, W), values from 0 to 255;
+                - label: (H, W) or `{"ids": (H, W)}`, class ids, 255 = background;
+                - label with instances: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
+                - label without `num_classes`: `{"ids": (H, W), "features": (n, channels) float}`, ids counting words.
+
+                Instances beyond `max_instances` and words beyond `max_words` become background, with a warning.
+            return_tensors (`str` or `TensorType`, *optional*, defaults to `"pt"`):
+                `"pt"` or `"np"`; `None` is the same as `"np"`.
+            kwargs:
+                Any attribute of the image processor, for this call. `device` puts the tensors there.
+
+        Returns:
+            [`BatchFeature`] with `pixel_values` (batch, 3, height, width) float32, and for each expert, S being
+            `expert_size`:
+
+            - `<name>_values` (batch, channels, S, S) float32 in [-1, 1], for dense; 0 where missing;
+            - `<name>_ids` (batch, S, S) uint8, for label; 255 where missing or background;
+            - `<name>_classes` (batch, max_instances) int64, for label with instances; 0 beyond the last;
+            - `<name>_features` (batch, max_words, channels) float32, for label without `num_classes`; 0 beyond the
+              last;
+            - `expert_mask` (batch, number of experts) bool: which image has which expert, in the order of `experts`.
+
+        Raises:
+            ValueError, TypeError: naming the image or the label, what is wrong with it and what is accepted.
+        """
+        return super().preprocess(images, expert_labels, return_tensors=return_tensors, **kwargs)
+
+    def _standardize_kwargs(self, experts: list[dict[str, Any]] | None = None, **kwargs) -> dict:
+        kwargs = super()._standardize_kwargs(**kwargs)
+        _validate_experts(experts)
+        return {"experts": experts, **kwargs}
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        super()._validate_preprocess_kwargs(**kwargs)
+        if kwargs["do_resize"] and not (kwargs["size"].height and kwargs["size"].width):
+            raise ValueError(f"size is {dict(kwargs['size'])}; {{'height': …, 'width': …}} is needed")
+        for name in ("do_center_crop", "do_pad"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not supported: the expert maps would no longer lie over the image")
+        if kwargs.get("data_format") not in (None, "channels_first"):
+            raise ValueError(f"data_format is {kwargs['data_format']!r}; the network reads 'channels_first'")
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: Any,
+        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        *,
+        experts: list[dict[str, Any]],
+        expert_size: int,
+        max_instances: int,
+        max_words: int,
+        max_image_pixels: int | None,
+        input_data_format: str | None = None,
+        device: str | torch.device | None = None,
+        return_tensors: str | TensorType | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        images = load_images(images, max_pixels=max_image_pixels, input_data_format=input_data_format)
+        expert_labels = match_expert_labels(expert_labels, len(images), experts)
+        data = {"pixel_values": self._pixel_values(images, device=device, **kwargs)}
+        for expert in experts:
+            labels = [labels.get(expert["name"]) for labels in expert_labels]
+            if expert["kind"] == "dense":
+                data.update(_dense_tensors(labels, expert, expert_size))
+            else:
+                max_items = max_instances if expert.get("instances") else max_words
+                data.update(_label_tensors(labels, expert, expert_size, max_items))
+        if experts:
+            names = [expert["name"] for expert in experts]
+            data["expert_mask"] = np.array(
+                [[labels.get(name) is not None for name in names] for labels in expert_labels]
+            )
+        features = BatchFeature(data, tensor_type=return_tensors)
+        return features if device is None or return_tensors in (None, "np") else features.to(device)
+
+    def _pixel_values(self, images: list[Image.Image], **kwargs) -> np.ndarray | torch.Tensor:
+        """The resized and normalised pictures, (batch, 3, height, width) float32."""
+        raise NotImplementedError
+
+
+class PrismerImageProcessor(_ImageAndExpertMaps, PilBackend):
+    """
+    Prepares images and expert maps for Prismer, with Pillow, exactly as in evaluation of the published checkpoints.
+
+    The picture is resized by `resample` with antialiasing and normalised. Expert maps are resized to `expert_size`
+    by nearest neighbour; dense ones are then stretched to [-1, 1] over all their channels, `2 * (x - min) / (max -
+    min + 1e-6) - 1`. Ids stay ids: the network paints them with its own tables.
+
+    Args:
+        experts (`list[dict]`, *optional*, defaults to `[]`):
+            Descriptions of the experts, the same list as in [`PrismerConfig`]: `name`, `kind` (`"dense"` or
+            `"label"`), `channels`, and for labels `num_classes` and `instances`.
+        size (`dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
+            Size of the picture that the network sees, in pixels.
+        expert_size (`int`, *optional*, defaults to 224):
+            Side of the expert maps in pixels, whatever the size of the picture.
+        max_instances (`int`, *optional*, defaults to 128):
+            Number of instances that an image can have; more become background.
+        max_words (`int`, *optional*, defaults to 128):
+            Number of words that an image can have; more become background.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            Whether to resize the picture. If not, all pictures of a batch need one size.
+        resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
+            Filter for the picture. Expert maps are always resized by nearest neighbour.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether to multiply the picture's 8-bit values by `rescale_factor`, 1/255.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Whether to subtract `image_mean` and divide by `image_std`.
+        image_mean (`list[float]`, *optional*, defaults to CLIP's):
+            Mean of the channels, in the units that `rescale_factor` leaves.
+        image_std (`list[float]`, *optional*, defaults to CLIP's):
+            Standard deviation of the channels, in the units that `rescale_factor` leaves.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Kept for the interface: pictures are always converted to RGB, since the network reads three channels.
+        max_image_pixels (`int`, *optional*, defaults to 178,956,970):
+            Refuse image files of more pixels than this, before they are decoded.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing import PrismerImageProcessor
+
+    >>> image_processor = PrismerImageProcessor(experts=[{"name": "depth", "kind": "dense", "channels": 1}])
+    >>> image, depth = np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), np.uint8)
+    >>> inputs = image_processor(image, {"depth": depth})
+    >>> {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+    {'pixel_values': (1, 3, 224, 224), 'depth_values': (1, 1, 224, 224), 'expert_mask': (1, 1)}
+    ```
+    """
+
+    def _pixel_values(
+        self,
+        images: list[Image.Image],
+        do_resize: bool,
+        size: Any,
+        resample: PILImageResampling,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        **kwargs,
+    ) -> np.ndarray:
+        if do_resize:
+            images = [_resize_picture(image, size.width, size.height, resample) for image in images]
+        _require_one_size([image.size for image in images])
+        scale = np.full(3, rescale_factor if do_rescale else 1.0)
+        shift = np.zeros(3)
+        if do_normalize:
+            scale, shift = scale / image_std, -np.divide(image_mean, image_std)
+        pixel_values = np.empty((len(images), 3, images[0].height, images[0].width), np.float32)
+        for row, image in zip(pixel_values, images):
+            pixels = np.asarray(image).transpose(2, 0, 1)
+            np.multiply(pixels, scale.astype(np.float32)[:, None, None], out=row)
+            row += shift.astype(np.float32)[:, None, None]
+        return pixel_values
+
+
+class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
+    """
+    [`PrismerImageProcessor`] with torchvision for the picture, which can work on a GPU (`device="cuda"` in the call).
+
+    Its antialiased bicubic filter differs from Pillow's by up to one 8-bit step, 0.015 after normalisation. Expert
+    maps are prepared exactly as by [`PrismerImageProcessor`], whose arguments it takes.
+    """
+
+    def _pixel_values(
+        self, images: list[Image.Image], device: str | torch.device | None = None, **kwargs
+    ) -> torch.Tensor:
+        pictures = [self.process_image(image, do_convert_rgb=True, device=device) for image in images]
+        kwargs["disable_grouping"] = kwargs.get("disable_grouping")
+        pictures = self._preprocess(pictures, return_tensors=None, **kwargs)["pixel_values"]
+        _require_one_size([picture.shape[:0:-1] for picture in pictures])
+        return torch.stack(list(pictures))
+
+
+def match_expert_labels(
+    expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None,
+    num_images: int,
+    experts: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """
+    One dict of labels for each image.
+
+    Args:
+        expert_labels: as [`PrismerImageProcessor.preprocess`] takes them.
+        num_images: number of images that they belong to.
+        experts: the configured experts' descriptions.
+
+    Returns:
+        `list[dict]`: as many as images, empty where nothing is given.
+
+    Raises:
+        ValueError: if their number is another, or if a name is not among the experts.
+    """
+    if expert_labels is None:
+        return [{} for _ in range(num_images)]
+    if isinstance(expert_labels, Mapping):
+        expert_labels = [expert_labels]
+    if not isinstance(expert_labels, list | tuple) or not all(
+        labels is None or isinstance(labels, Mapping) for labels in expert_labels
+    ):
+        raise TypeError("expert_labels must be a dict {expert name: label}, or a list of them, one for each image")
+    if len(expert_labels) != num_images:
+        raise ValueError(
+            f"expert_labels has {len(expert_labels)} entries for {num_images} images; one for each image is needed"
+        )
+    known = [expert["name"] for expert in experts]
+    for labels in expert_labels:
+        for name in labels or ():
+            if name not in known:
+                raise ValueError(f"expert_labels has '{name}'; the config's experts are: {', '.join(known) or 'none'}")
+    return [dict(labels or {}) for labels in expert_labels]
+
+
+def _tensor_suffixes(expert: dict[str, Any]) -> list[str]:
+    if expert["kind"] == "dense":
+        return ["values"]
+    if expert.get("instances"):
+        return ["ids", "classes"]
+    return ["ids"] if expert.get("num_classes") else ["ids", "features"]
+
+
+def _validate_experts(experts: list[dict[str, Any]]) -> None:
+    names = [expert.get("name") for expert in experts]
+    for expert, name in zip(experts, names):
+        if not isinstance(name, str) or not name.isidentifier() or names.count(name) > 1:
+            raise ValueError(f"expert {expert} has the name {name!r}; a unique identifier such as 'depth' is needed")
+        if expert.get("kind") not in ("dense", "label"):
+            raise ValueError(f"expert '{name}' has the kind {expert.get('kind')!r}; accepted are 'dense' and 'label'")
+        if not isinstance(expert.get("channels"), int) or expert["channels"] < 1:
+            raise ValueError(f"expert '{name}' has channels={expert.get('channels')!r}; a positive integer is needed")
+        if not expert.get("instances") and (expert.get("num_classes") or 0) > BACKGROUND:
+            raise ValueError(
+                f"expert '{name}' has {expert['num_classes']} classes; a map of 8-bit ids holds at most {BACKGROUND} "
+                "(with 'instances': True the ids are instances, and the number of classes is free)"
+            )
+
+
+def _require_one_size(sizes: list[tuple[int, int]]) -> None:
+    if len(set(sizes)) > 1:
+        several = ", ".join(sorted({f"{width}×{height}" for width, height in sizes}))
+        raise ValueError(f"do_resize is False and the images have several sizes ({several}); a batch needs one size")
+
+
+def _resize_picture(image: Image.Image, width: int, height: int, resample: PILImageResampling) -> Image.Image:
+    # One direction after the other, as Pillow does it, but always the width first: from version 13 on Pillow starts
+    # with the height where that shrinks more, and then gives values that differ by up to two 8-bit steps. A picture
+    # so tall that its widened version would fill the memory is the exception.
+    width_first = width * image.height <= MAX_IMAGE_PIXELS
+    image = image.resize((width, image.height) if width_first else (image.width, height), resample)
+    return image.resize((width, height), resample)
+
+
+def _dense_tensors(labels: list[Any], expert: dict[str, Any], size: int) -> dict[str, np.ndarray]:
+    values = np.zeros((len(labels), expert["channels"], size, size), np.float32)
+    for row, label in zip(values, labels):
+        if label is None:
+            continue
+        channels = [_resize_map(channel, size) for channel in _dense_map(label, expert)]
+        low, high = np.float32(min(c.min() for c in channels) / 255), np.float32(max(c.max() for c in channels) / 255)
+        # an 8-bit map has 256 values: stretch those, then look up each pixel's
+        stretched = 2 * (np.arange(256, dtype=np.float32) / 255 - low) / (high - low + np.float32(1e-6)) - 1
+        for out, channel in zip(row, channels):
+            np.take(stretched, channel, out=out)
+    return {f"{expert['name']}_values": values}
+
+
+def _label_tensors(labels: list[Any], expert: dict[str, Any], size: int, max_items: int) -> dict[str, np.ndarray]:
+    name, channels = expert["name"], expert["channels"]
+    ids = np.full((len(labels), size, size), BACKGROUND, np.uint8)
+    tensors = {f"{name}_ids": ids}
+    if "classes" in _tensor_suffixes(expert):
+        tensors[f"{name}_classes"] = items = np.zeros((len(labels), max_items), np.int64)
+        read_items = _instance_classes
+    elif "features" in _tensor_suffixes(expert):
+        tensors[f"{name}_features"] = items = np.zeros((len(labels), max_items, channels), np.float32)
+        read_items = _word_features
+    else:
+        items, read_items = None, None
+
+    for row, label in enumerate(labels):
+        if label is None:
+            continue
+        full_map = _id_map(label, expert)
+        highest = max(
+            (i for i, count in enumerate(Image.fromarray(full_map).histogram()[:BACKGROUND]) if count), default=-1
+        )
+        ids[row] = _resize_map(full_map, size)
+        if items is None:
+            _require_class(name, highest, expert["num_classes"])
+            continue
+        values = read_items(label, expert)
+        if highest >= len(values):
+            what = _tensor_suffixes(expert)[1]
+            raise ValueError(f"{name} label has the id {highest} in its map, but '{what}' has {len(values)} entries")
+        if len(values) > max_items:
+            setting = "max_instances" if expert.get("instances") else "max_words"
+            logger.warning_once(
+                f"An image has more than {max_items} entries of the expert '{name}': the first {max_items} are kept, "
+                f"the rest becomes background ({setting}={max_items})."
+            )
+            ids[row][ids[row] >= max_items] = BACKGROUND
+        items[row, : len(values)] = values[:max_items]
+    return tensors
+
+
+def _resize_map(values: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) uint8 to (size, size), by Pillow's nearest neighbour."""
+    return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST))
+
+
+def _dense_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
+    """A dense label as (C, H, W) uint8."""
+    name, channels = expert["name"], expert["channels"]
+    values = _to_8_bit_array(label, name, "values")
+    if values.ndim == 2:
+        values = values[None]
+    elif values.ndim == 3 and values.shape[-1] == channels:
+        values = values.transpose(2, 0, 1)
+    if values.ndim != 3:
+        raise ValueError(f"{name} label has shape {values.shape}; (H, W), (H, W, C) or (C, H, W) is accepted")
+    if len(values) != channels:
+        found = values.shape[0] if values.shape[0] < values.shape[-1] else values.shape[-1]
+        raise ValueError(f"{name} label has {found} channels; the config's expert '{name}' has {channels}")
+    return values
+
+
+def _id_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
+    """The ids of a label as (H, W) uint8."""
+    name, others = expert["name"], _tensor_suffixes(expert)[1:]
+    if isinstance(label, Mapping):
+        missing = [key for key in ["ids", *others] if label.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"{name} label has no '{missing[0]}'; its keys are: {', '.join(map(str, label)) or 'none'}"
+            )
+        label = label["ids"]
+    elif others:
+        raise ValueError(f"{name} label is a bare map; {{'ids': map, '{others[0]}': …}} is needed")
+    ids = _to_8_bit_array(label, name, "ids")
+    if ids.ndim == 3 and 1 in (ids.shape[0], ids.shape[-1]):
+        ids = ids[0] if ids.shape[0] == 1 else ids[..., 0]
+    if ids.ndim != 2:
+        raise ValueError(f"{name} label has ids of shape {ids.shape}; one id for each pixel, (H, W), is needed")
+    return np.ascontiguousarray(ids)
+
+
+def _instance_classes(label: Mapping[str, Any], expert: dict[str, Any]) -> np.ndarray:
+    """(number of instances,) int64"""
+    classes = np.asarray(label["classes"])
+    if classes.ndim != 1 or (classes.size and classes.dtype.kind not in "iu"):
+        raise ValueError(f"{expert['name']} label has 'classes' that are not a list of class numbers: {classes!r}")
+    if classes.size:
+        if classes.min() < 0:
+            raise ValueError(f"{expert['name']} label has the class {classes.min()}; classes count from 0")
+        _require_class(expert["name"], int(classes.max()), expert.get("num_classes"))
+    return classes.astype(np.int64)
+
+
+def _word_features(label: Mapping[str, Any], expert: dict[str, Any]) -> np.ndarray:
+    """(number of words, channels) float32"""
+    name, channels = expert["name"], expert["channels"]
+    features = np.asarray(label["features"], np.float32)
+    if features.size == 0:
+        features = features.reshape(0, channels)
+    if features.ndim != 2 or features.shape[1] != channels:
+        raise ValueError(
+            f"{name} label has features of shape {features.shape}; (number of words, {channels}) is needed"
+        )
+    words = label.get("words")
+    if words is not None and len(words) != len(features):
+        raise ValueError(f"{name} label has {len(words)} words, but {len(features)} features")
+    return features
+
+
+def _require_class(name: str, highest: int, num_classes: int | None) -> None:
+    if num_classes is not None and highest >= num_classes:
+        raise ValueError(
+            f"{name} label has the class {highest}; the config's expert '{name}' has {num_classes} classes "
+            f"(0 to {num_classes - 1}; in a map {BACKGROUND} is background)"
+        )
+
+
+def _to_8_bit_array(values: Any, name: str, what: str) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.numpy(force=True)
+    elif isinstance(values, Image.Image):
+        values = np.asarray(values)
+    elif not isinstance(values, np.ndarray):
+        raise TypeError(
+            f"{name} label has {what} of type {type(values).__name__}; a NumPy array, a torch tensor or a PIL image "
+            "of 8 bits is accepted"
+        )
+    if values.size == 0:
+        raise ValueError(f"{name} label has an empty map: its shape is {values.shape}")
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind not in "iub":
+        raise ValueError(f"{name} label has {values.dtype} {what}; 8-bit integers, 0 to 255, are accepted")
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"{name} label has {what} from {values.min()} to {values.max()}; 0 to 255 is accepted")
+    return values.astype(np.uint8)
+
+
+__all__ = ["PrismerImageProcessor", "PrismerImageProcessorTorchvision"]

@@ -1,0 +1,541 @@
+"""Processor of Prismer: frozen experts, image processor and tokenizer behind one call."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import TensorType, logging
+
+from .image_loading import load_images
+from .image_processing_prismer import match_expert_labels
+
+
+logger = logging.get_logger(__name__)
+
+TASKS = ("caption", "vqa", "classification")
+DEFAULT_PROMPTS = {"caption": "A picture of", "classification": "A photo of a"}
+MAX_QUESTION_TOKENS = 35
+MAX_CAPTION_TOKENS = 30
+
+_PUNCTUATION = re.compile(r'[.!"()*#:;~]')
+
+
+def clean_caption(caption: str, max_words: int = 30) -> str:
+    """
+    Cleans a caption as in training of the published checkpoints: first letter upper case and the rest lower, each of
+    `. ! " ( ) * # : ; ~` becomes a space, two or more white-space characters become one space, trimmed, cut after
+    `max_words` words.
+
+    >>> clean_caption("THE QUICK*BROWN~FOX: #1")
+    'The quick brown fox 1'
+    """
+    caption = _PUNCTUATION.sub(" ", caption.capitalize())
+    caption = re.sub(r"\s{2,}", " ", caption).strip()
+    return " ".join(caption.split(" ")[:max_words])
+
+
+def clean_question(question: str, max_words: int = 30) -> str:
+    """
+    Cleans a question as in training of the published checkpoints: as [`clean_caption`], but white space inside stays
+    as it is, and `?` is appended unless the question ends with one.
+
+    >>> clean_question("is it (really) raining!?")
+    'Is it  really  raining ?'
+    """
+    question = _PUNCTUATION.sub(" ", question.capitalize()).strip()
+    question = " ".join(question.split(" ")[:max_words])
+    return question if question.endswith("?") else question + "?"
+
+
+class PrismerProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left", "truncation": True},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class _Shared:
+    """Keeps the live experts out of the deep copies that `ProcessorMixin.to_dict` makes for every repr and save."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class PrismerProcessor(ProcessorMixin):
+    r"""
+    Turns pictures and text into the inputs of Prismer: runs the frozen experts on the pictures, prepares pictures and
+    expert maps with a [`PrismerImageProcessor`], and makes the prompt of the checkpoint's task.
+
+    Args:
+        image_processor ([`PrismerImageProcessor`]):
+            Prepares pictures and maps; its `experts` say which experts the network reads.
+        tokenizer ([`PreTrainedTokenizerBase`]):
+            A tokenizer of RoBERTa's kind, with `bos_token`, `eos_token` and `pad_token`.
+        experts ([`ExpertSuite`], `list[Expert]`, `str` or `dict`, *optional*):
+            The experts that run live: a suite, a list of experts, the name of a suite (`"offline"`), or a suite's
+            description (`suite.to_dict()`), which is loaded when it is first needed. Without them, labels come as
+            `expert_labels`. Can be replaced at any time: `processor.experts = …`.
+        chat_template (`str`, *optional*):
+            A chat template in Jinja.
+        task (`str`, *optional*, defaults to `"caption"`):
+            What the checkpoint was trained for; it decides about prompts, suffixes and candidates:
+
+            - `"caption"`: the prompt is `A picture of` unless given, captions and candidates are lower case;
+            - `"vqa"`: the prompt is a question, cleaned by [`clean_question`]; answers are capitalised;
+            - `"classification"`: the prompt is `A photo of a` unless given, classes are lower case.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+
+    >>> processor = PrismerProcessor.from_pretrained(path)
+    >>> model = PrismerForConditionalGeneration.from_pretrained(path)
+    >>> inputs = processor(images="cat.jpg", text="what colour is it?")
+    >>> generated = model.generate(**inputs, num_beams=3)
+    >>> processor.post_process_generation(generated, prompt_length=inputs["input_ids"].shape[1])
+    ['black']
+    ```
+    """
+
+    valid_processor_kwargs = PrismerProcessorKwargs
+
+    def __init__(self, image_processor, tokenizer, experts=None, chat_template=None, task="caption"):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        for token in ("bos_token", "eos_token", "pad_token"):
+            if getattr(tokenizer, f"{token}_id", None) is None:
+                raise ValueError(
+                    f"the tokenizer has no {token}; one of RoBERTa's kind, with <s>, </s> and <pad>, is needed"
+                )
+        if task not in TASKS:
+            raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, TASKS))}")
+        self.task = task
+        self.experts = experts
+
+    @property
+    def experts(self):
+        """The suite of live experts, or `None`."""
+        if _is_description(self._experts.value):
+            try:
+                suite_class = _suite_class()
+            except ImportError as error:
+                logger.warning_once(f"The saved experts do not run: {error}")
+                return None
+            source, hub_kwargs = self._experts_source or (None, {})
+            if source is None or os.path.isdir(source):
+                suite = suite_class.from_dict(dict(self._experts.value), folder=source)
+            else:
+                suite = suite_class.from_pretrained(source, **hub_kwargs)
+            self._experts = _Shared(suite)
+        return self._experts.value
+
+    @experts.setter
+    def experts(self, experts):
+        if isinstance(experts, str):
+            experts = _suite_class().from_name(experts)
+        elif isinstance(experts, list | tuple):
+            experts = _suite_class()(list(experts))
+        elif experts is not None and not isinstance(experts, Mapping):
+            raise TypeError(
+                f"experts is a {type(experts).__name__}; accepted are an ExpertSuite, a list of experts, the name of "
+                "a suite such as 'offline', a suite's description, and None"
+            )
+        self._experts = _Shared(experts)
+        # where a description comes from: (folder or Hub id, arguments for the Hub)
+        self._experts_source = None
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | list[list[str]] | None = None,
+        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        suffix: str | list[str] | list[list[str]] | None = None,
+        experts: list[str] | None = None,
+        **kwargs: Unpack[PrismerProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Prepares the inputs of `forward` and `generate`.
+
+        Args:
+            images:
+                One or many images: paths, URLs, PIL images, arrays, tensors; see [`load_images`].
+            text (`str`, `list[str]` or `list[list[str]]`, *optional*):
+                The prompts: questions if `task` is `"vqa"`, else the beginning of the sentence. One string is used for
+                every image. A list holds one prompt for each image, or n, those of the first image first; a list of
+                lists holds the n prompts of each image. The network encodes an image once for its n rows.
+            expert_labels (`dict` or `list[dict]`, *optional*):
+                For each image a dict from an expert's name to its label, as [`PrismerImageProcessor.preprocess`] takes
+                them. Live experts only run where a name is absent; a label of `None` says that the expert is missing.
+            suffix (`str`, `list[str]` or `list[list[str]]`, *optional*):
+                For training: the caption, answer or class that follows each prompt, in the layout of `text`. It is
+                brought to the form of the task, and `labels` come with it.
+            experts (`list[str]`, *optional*):
+                Names of the experts to use in this call, live or from `expert_labels`; the others are masked out.
+                `[]` means none.
+            kwargs:
+                `return_tensors` (defaults to `"pt"`), `padding` (`True`), `truncation` (`True`), `max_length` (tokens;
+                left out, 35 for a question without its answer and 30 for a caption with its prompt), `padding_side`
+                (`"left"`), `pad_to_multiple_of`, and what the image processor takes.
+
+        Returns:
+            [`BatchFeature`] with, for `rows` = images · prompts an image:
+
+            - `input_ids` (rows, T) int64: `<s>` + prompt, and with `suffix` the suffix + `</s>`; padded on the left;
+            - `attention_mask` (rows, T) int64;
+            - `labels` (rows, T) int64, with `suffix`: -100 on prompt and padding;
+            - `pixel_values`, the experts' tensors and `expert_mask`, with `images` rows; see
+              [`PrismerImageProcessor.preprocess`].
+
+        Raises:
+            ValueError: if there is no image; if numbers of images, prompts, suffixes or labels do not fit together; if
+                an expert is not in the configuration; and as the image processor.
+        """
+        if images is None:
+            raise ValueError(
+                "images is missing: Prismer speaks about a picture. Pass images=…, or call processor.tokenizer(text) "
+                "for tokens alone"
+            )
+        kwargs = self._merge_kwargs(**kwargs)
+        images = load_images(
+            images,
+            max_pixels=kwargs["images_kwargs"].get("max_image_pixels", self.image_processor.max_image_pixels),
+            input_data_format=kwargs["images_kwargs"].pop("input_data_format", None),
+        )
+        prompts = self._prompts(text, len(images))
+        suffixes = None if suffix is None else self._suffixes(suffix, len(images), len(prompts))
+        # the texts first: a mistake there is found before the experts run
+        data = self._tokenize(prompts, suffixes, **kwargs["text_kwargs"])
+        data.update(self.process_images(images, expert_labels, experts, **kwargs["images_kwargs"]))
+        return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
+
+    # ---- images and experts ----
+
+    def process_images(
+        self,
+        images: Any,
+        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        experts: list[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        The image inputs alone, without text: `pixel_values`, the experts' tensors and `expert_mask`.
+
+        Args:
+            images, expert_labels, experts: as in [`PrismerProcessor.__call__`].
+            kwargs: passed on to the image processor.
+        """
+        images = load_images(images, max_pixels=kwargs.get("max_image_pixels", self.image_processor.max_image_pixels))
+        expert_labels = self._run_experts(images, expert_labels, experts)
+        return self.image_processor(images, expert_labels=expert_labels, **kwargs)
+
+    def run_experts(
+        self,
+        images: Any,
+        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        experts: list[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """
+        The labels of the configured experts, live ones where none are given.
+
+        Args:
+            images, expert_labels, experts: as in [`PrismerProcessor.__call__`].
+
+        Returns:
+            `list[dict]`: for each image a dict from an expert's name to its label, of 8 bits and the image's size. An
+            expert that neither ran nor was given has no entry; a warning says so once.
+        """
+        images = load_images(images, max_pixels=self.image_processor.max_image_pixels)
+        return self._run_experts(images, expert_labels, experts)
+
+    def _run_experts(
+        self,
+        images: list[Image.Image],
+        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None,
+        experts: list[str] | None,
+    ) -> list[dict[str, Any]]:
+        configured = [expert["name"] for expert in self.image_processor.experts]
+        labels = match_expert_labels(expert_labels, len(images), self.image_processor.experts)
+        wanted = configured if experts is None else [experts] if isinstance(experts, str) else list(experts)
+        for name in wanted:
+            if name not in configured:
+                raise ValueError(f"experts has '{name}'; the config's experts are: {', '.join(configured) or 'none'}")
+        labels = [{name: given[name] for name in configured if name in given and name in wanted} for given in labels]
+
+        suite = self.experts if wanted else None
+        live = [name for name in wanted if suite is not None and name in suite]
+        for expert in self.image_processor.experts:
+            if expert["name"] in live:
+                _require_same_description(suite[expert["name"]].description, expert)
+        rows_by_need: dict[tuple[str, ...], list[int]] = {}
+        for row, given in enumerate(labels):
+            rows_by_need.setdefault(tuple(name for name in live if name not in given), []).append(row)
+        for names, rows in rows_by_need.items():
+            if names:
+                outputs = suite.only(*names)([images[row] for row in rows])
+                for row, output in zip(rows, outputs):
+                    labels[row].update({name: output.get(name) for name in names})
+
+        lacking = [name for name in wanted if name not in live and any(name not in given for given in labels)]
+        if lacking:
+            logger.warning_once(
+                f"The configured experts {', '.join(lacking)} are neither among the live experts nor in "
+                "expert_labels: they are masked out."
+            )
+        return labels
+
+    # ---- text ----
+
+    def _prompts(self, text: str | list[str] | list[list[str]] | None, num_images: int) -> list[str]:
+        if text is None:
+            if self.task not in DEFAULT_PROMPTS:
+                raise ValueError(
+                    f"text is missing: the task {self.task!r} needs a question for each image. For the image inputs "
+                    "alone, call processor.process_images(images)"
+                )
+            text = DEFAULT_PROMPTS[self.task]
+        prompts = [text] * num_images if isinstance(text, str) else _flatten_texts(text, num_images, "text")
+        if not prompts or len(prompts) % num_images:
+            raise ValueError(
+                f"{len(prompts)} texts for {num_images} images; as many texts as images, or a multiple, is needed"
+            )
+        return [clean_question(prompt) if self.task == "vqa" else prompt.rstrip() for prompt in prompts]
+
+    def _suffixes(self, suffix: str | list[str] | list[list[str]], num_images: int, num_rows: int) -> list[str]:
+        suffixes = [suffix] if isinstance(suffix, str) else _flatten_texts(suffix, num_images, "suffix")
+        if len(suffixes) != num_rows:
+            raise ValueError(f"{len(suffixes)} suffixes for {num_rows} prompts; one for each prompt is needed")
+        if self.task == "caption":
+            suffixes = [clean_caption(suffix) for suffix in suffixes]
+        return [self._continuation(suffix) for suffix in suffixes]
+
+    def _continuation(self, answer: str) -> str:
+        answer = answer.strip()
+        return " " + (answer.capitalize() if self.task == "vqa" else answer.lower())
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        # "</s>" in somebody's question is text, not the end of it
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _tokenize(
+        self,
+        prompts: list[str],
+        suffixes: list[str] | None,
+        max_length: int | None = None,
+        truncation: bool | str | None = True,
+        padding: bool | str | None = True,
+        padding_side: str = "left",
+        pad_to_multiple_of: int | None = None,
+        **kwargs,
+    ) -> dict[str, list[list[int]]]:
+        # (tokens of the prompt, tokens of prompt and suffix); an answer is never cut
+        limit, total = (MAX_QUESTION_TOKENS, None) if self.task == "vqa" else (MAX_CAPTION_TOKENS, MAX_CAPTION_TOKENS)
+        if max_length is not None:
+            limit = total = max_length
+        rows = [[self.tokenizer.bos_token_id, *ids] for ids in self._token_ids(prompts)]
+        if suffixes is None:
+            total, learned = limit, [[] for _ in rows]
+        else:
+            learned = [[*ids, self.tokenizer.eos_token_id] for ids in self._token_ids(suffixes)]
+            limit = limit if total is None else max(1, total - 2)
+        if truncation:
+            rows = [row[:limit] for row in rows]
+            if suffixes is not None and total is not None:  # cut before </s>, which stays
+                rooms = [max(1, total - len(row)) for row in rows]
+                learned = [ids[: room - 1] + ids[-1:] if len(ids) > room else ids for ids, room in zip(learned, rooms)]
+        labels = [[-100] * len(row) + ids for row, ids in zip(rows, learned)]
+        rows = [row + ids for row, ids in zip(rows, learned)]
+
+        data = dict(
+            self.tokenizer.pad(
+                {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+                padding=padding,
+                max_length=total if padding == "max_length" else None,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side,
+            )
+        )
+        if suffixes is not None:
+            missing = [[-100] * (len(ids) - len(row)) for ids, row in zip(data["input_ids"], labels)]
+            data["labels"] = [p + row if padding_side == "left" else row + p for p, row in zip(missing, labels)]
+        return data
+
+    def prepare_candidates(
+        self, answers: list[str], return_tensors: str | TensorType | None = "pt", padding: bool | str = True
+    ) -> BatchFeature:
+        """
+        Tokenises the candidates among which `model.rank_candidates` chooses, in the form of the task.
+
+        Args:
+            answers (`list[str]`): the candidates: captions, answers or class names.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for lists.
+            padding (`bool` or `str`, *optional*, defaults to `True`): as for a tokenizer.
+
+        Returns:
+            [`BatchFeature`] with `candidate_ids` and `candidate_mask`, (number of answers, T) int64: `" "` + answer +
+            `</s>`, without `<s>`; padded on the right.
+
+        Raises:
+            ValueError: if there are no answers, or an empty one.
+        """
+        answers = [answers] if isinstance(answers, str) else list(answers)
+        if not answers or not all(answer.strip() for answer in answers):
+            raise ValueError("answers is empty or holds an empty text; at least one, and text in each, is needed")
+        rows = [
+            [*ids, self.tokenizer.eos_token_id] for ids in self._token_ids([self._continuation(a) for a in answers])
+        ]
+        padded = self.tokenizer.pad(
+            {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+            padding=padding,
+            padding_side="right",
+        )
+        data = {"candidate_ids": padded["input_ids"], "candidate_mask": padded["attention_mask"]}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def post_process_generation(
+        self, generated_ids: torch.Tensor | np.ndarray | list[list[int]], prompt_length: int = 0
+    ) -> list[str]:
+        """
+        The captions, answers or classes that `model.generate` gave.
+
+        Args:
+            generated_ids (`torch.Tensor` of shape `(rows, T)`): prompt and continuation, as `generate` returns them.
+            prompt_length (`int`, *optional*, defaults to 0): columns to cut off, `inputs["input_ids"].shape[1]`.
+
+        Returns:
+            `list[str]`: stripped; answers to questions in lower case.
+        """
+        texts = self.tokenizer.batch_decode([row[prompt_length:] for row in generated_ids], skip_special_tokens=True)
+        return [text.strip().lower() if self.task == "vqa" else text.strip() for text in texts]
+
+    # ---- saving and loading ----
+
+    def to_dict(self) -> dict[str, Any]:
+        """The processor's settings, with a description of the live experts in place of the experts themselves."""
+        output = super().to_dict()
+        experts = self._experts.value
+        if experts is not None:
+            output["experts"] = dict(experts) if _is_description(experts) else experts.to_dict()
+        return output
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """
+        Saves image processor, tokenizer, task and the description of the live experts, and the weights of those
+        experts that have weights of their own.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder; made if it does not exist.
+            push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload the folder to the Hub.
+            kwargs: passed on to `ProcessorMixin.save_pretrained`.
+        """
+        live = self._experts
+        if self.experts is not None:
+            self.experts.save_pretrained(save_directory)
+            # this description gives the paths of own weights relative to the folder
+            description = Path(save_directory, "experts", "suite.json").read_text(encoding="utf-8")
+            live, self._experts = self._experts, _Shared(json.loads(description))
+        try:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            self._experts = live
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        experts: Any = "saved",
+        expert_device: str | torch.device | int | None = None,
+        expert_dtype: torch.dtype | str | None = None,
+        experts_memory: str | None = None,
+        **kwargs,
+    ) -> "PrismerProcessor":
+        """
+        Loads a processor and its experts; an expert's own weights are loaded when it first runs.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
+            experts (*optional*, defaults to `"saved"`):
+                `"saved"` restores the experts that were saved with it; `None` leaves them out; else as in the
+                constructor: `"offline"`, a list of experts, a suite.
+            expert_device (`str` or `torch.device`, *optional*): where the experts run.
+            expert_dtype (`torch.dtype`, *optional*): in which precision they run.
+            experts_memory (`str`, *optional*): reserved.
+            kwargs: passed on to `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            OSError: if the files are not found.
+        """
+        if experts_memory is not None:
+            raise ValueError(f"experts_memory is reserved and must be None, not {experts_memory!r}")
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if isinstance(experts, str) and experts == "saved":
+            names = ("revision", "token", "cache_dir", "local_files_only")
+            hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            processor._experts_source = (os.fspath(pretrained_model_name_or_path), hub_kwargs)
+        else:
+            processor.experts = experts
+        if (expert_device is not None or expert_dtype is not None) and processor.experts is not None:
+            dtype = getattr(torch, expert_dtype) if isinstance(expert_dtype, str) else expert_dtype
+            processor.experts.to(device=expert_device, dtype=dtype)
+        return processor
+
+
+def _flatten_texts(texts: Iterable[str] | Iterable[Iterable[str]], num_images: int, name: str) -> list[str]:
+    texts = list(texts)
+    if all(isinstance(text, str) for text in texts):
+        return texts
+    if not all(isinstance(group, list | tuple) and all(isinstance(text, str) for text in group) for group in texts):
+        raise TypeError(
+            f"{name} must be a string, a list of strings, or a list of lists of strings, one for each image"
+        )
+    if len(texts) != num_images:
+        raise ValueError(f"{name} has {len(texts)} lists for {num_images} images; one list for each image is needed")
+    counts = [len(group) for group in texts]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"{name} has lists of {', '.join(map(str, counts))} entries; every image needs equally many, since the "
+            "rows of a batch are divided evenly among its images"
+        )
+    return [text for group in texts for text in group]
+
+
+def _require_same_description(live: Mapping[str, Any], configured: Mapping[str, Any]) -> None:
+    for field in ("kind", "channels", "num_classes", "instances"):
+        if (live.get(field) or None) != (configured.get(field) or None):
+            raise ValueError(
+                f"the live expert '{configured['name']}' has {field}={live.get(field)!r}; the config's expert "
+                f"'{configured['name']}' has {field}={configured.get(field)!r}"
+            )
+
+
+def _is_description(experts: Any) -> bool:
+    return isinstance(experts, Mapping) and not callable(experts)
+
+
+def _suite_class() -> type:
+    # Only live experts need the installed package; the rest works in a saved folder alone (trust_remote_code).
+    try:
+        from modeling_prismer.processing.experts import ExpertSuite
+    except ImportError as error:
+        raise ImportError(
+            f"live experts need the package modeling-prismer ({error}); install it, or pass expert_labels"
+        ) from error
+    return ExpertSuite
+
+
+__all__ = ["PrismerProcessor", "clean_caption", "clean_question"]

@@ -1,0 +1,539 @@
+"""One call turns pictures and text into what the network reads, running the experts that are missing."""
+
+import copy
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.models.auto import processing_auto
+
+from modeling_prismer import PrismerForConditionalGeneration
+from modeling_prismer.processing import (
+    PrismerImageProcessor,
+    PrismerProcessor,
+    clean_caption,
+    clean_question,
+    processing_prismer,
+)
+from modeling_prismer.processing.experts import CannyEdges
+
+
+TEXTS = [
+    json.loads(path.read_text())
+    for path in sorted((Path(__file__).parents[1] / "fixtures" / "preprocessing").glob("*/text.json"))
+]
+
+
+# ---- clean-up ----
+
+
+@pytest.mark.parametrize("raw, cleaned", [pair for texts in TEXTS for pair in texts["pre_caption_max30"]])
+def test_captions_are_cleaned_as_recorded(raw, cleaned):
+    assert clean_caption(raw) == cleaned
+
+
+@pytest.mark.parametrize("raw, cleaned", [pair for texts in TEXTS for pair in texts["pre_question_max30"]])
+def test_questions_are_cleaned_as_recorded(raw, cleaned):
+    assert clean_question(raw) == cleaned
+
+
+# ---- prompts ----
+
+
+def test_a_captioner_begins_with_a_picture_of(make_processor, image, tokenizer):
+    inputs = make_processor("caption")(images=image)
+    assert inputs["input_ids"].tolist() == [[0, *tokenizer("A picture of", add_special_tokens=False)["input_ids"]]]
+    assert "labels" not in inputs
+
+
+def test_a_classifier_begins_with_a_photo_of_a(make_processor, image):
+    processor = make_processor("classification")
+    assert processor.batch_decode(processor(images=[image, image])["input_ids"]) == ["<s>A photo of a"] * 2
+
+
+def test_white_space_after_a_prompt_does_not_change_it(make_processor, image):
+    processor = make_processor("caption")
+    with_space, without = (processor(images=image, text=text)["input_ids"] for text in ("A photo of ", "A photo of"))
+    assert torch.equal(with_space, without)
+
+
+def test_a_question_is_cleaned_and_has_no_end(make_processor, image):
+    processor = make_processor("vqa")
+    inputs = processor(images=image, text="what COLOR is (the) shape  ")
+    assert processor.decode(inputs["input_ids"][0]) == "<s>What color is  the  shape?"
+
+
+def test_a_question_has_at_most_35_tokens(make_processor, image, tokenizer):
+    question = "zzqx " * 30
+    tokens = tokenizer(clean_question(question), add_special_tokens=False)["input_ids"]
+    inputs = make_processor("vqa")(images=image, text=question)
+    assert len(tokens) > 35 and inputs["input_ids"].tolist() == [[0, *tokens][:35]]
+    assert make_processor("vqa")(images=image, text=question, max_length=12)["input_ids"].shape == (1, 12)
+    assert make_processor("vqa")(images=image, text=question, truncation=False)["input_ids"].shape[1] > 35
+
+
+def test_shorter_prompts_are_padded_on_the_left(make_processor, image):
+    inputs = make_processor("vqa")(images=image, text=["How many people are there?", "Red?"])
+    padding = inputs["input_ids"][1] == 1
+    assert padding[0] and not padding[-1] and not (inputs["input_ids"][0] == 1).any()
+    assert torch.equal(inputs["attention_mask"][1] == 0, padding)
+    assert inputs["input_ids"][1, padding.sum()] == 0
+
+
+def test_padding_follows_the_arguments(make_processor, image):
+    processor = make_processor("vqa")
+    texts = ["How many people are there?", "Red?"]
+    assert processor(images=image, text=texts, padding="max_length", max_length=16)["input_ids"].shape == (2, 16)
+    assert processor(images=image, text=texts, pad_to_multiple_of=8)["input_ids"].shape[1] % 8 == 0
+    right = processor(images=image, text=texts, suffix=["2", "no"], padding_side="right")
+    assert right["input_ids"][1, -1] == 1 and right["labels"][1, -1] == -100
+    unpadded = processor(images=image, text=texts, padding=False, return_tensors=None)["input_ids"]
+    assert len(unpadded[0]) > len(unpadded[1])
+
+
+def test_the_tokenizers_own_padding_side_does_not_matter(make_processor, image, tokenizer, tmp_path):
+    make_processor("vqa").save_pretrained(tmp_path)
+    loaded = PrismerProcessor.from_pretrained(tmp_path, padding_side="right")
+    assert loaded.tokenizer.padding_side == "right"
+    inputs = loaded(images=image, text=["How many people are there?", "Red?"])
+    assert inputs["input_ids"][1, 0] == 1 and inputs["input_ids"][1, -1] != 1
+
+
+def test_special_tokens_in_a_text_are_only_text(make_processor, image):
+    inputs = make_processor("vqa")(images=image, text="is </s> or <pad> red", suffix="<mask>")
+    assert [(inputs["input_ids"] == token).sum().item() for token in (0, 1, 2, 4)] == [1, 0, 1, 0]
+
+
+# ---- what is learned ----
+
+
+def learned(processor, inputs, row=0):
+    labels = inputs["labels"][row]
+    assert torch.equal(labels[labels != -100], inputs["input_ids"][row][labels != -100])
+    return processor.decode(labels[labels != -100])
+
+
+@pytest.mark.parametrize(
+    "task, text, suffix, expected",
+    [
+        ("caption", None, "Two DOGS, playing (in the park)!", " two dogs, playing in the park</s>"),
+        ("vqa", "What color is the shape?", "blue circle", " Blue circle</s>"),
+        ("classification", None, "Golden Retriever", " golden retriever</s>"),
+    ],
+)
+def test_the_suffix_has_the_form_of_the_task_and_is_all_that_is_learned(
+    make_processor, image, task, text, suffix, expected
+):
+    processor = make_processor(task)
+    prompt = processor(images=image, text=text)["input_ids"][0]
+    inputs = processor(images=image, text=text, suffix=suffix)
+    assert learned(processor, inputs) == expected
+    assert torch.equal(inputs["input_ids"][0, : len(prompt)], prompt), "generation starts from the same prompt"
+
+
+def test_labels_are_masked_on_padding_and_prompt(make_processor, image):
+    processor = make_processor("vqa")
+    inputs = processor(images=image, text=["How many people are there?", "Red?"], suffix=["Two dogs", "yes"])
+    assert (inputs["labels"][inputs["attention_mask"] == 0] == -100).all()
+    assert learned(processor, inputs, 0) == " Two dogs</s>"
+    assert learned(processor, inputs, 1) == " Yes</s>"
+
+
+def test_a_long_caption_is_cut_to_30_tokens_and_still_ends(make_processor, image):
+    inputs = make_processor("caption")(images=image, suffix="zzqx " * 30)
+    assert inputs["input_ids"].shape == (1, 30)
+    assert inputs["input_ids"][0, -1] == inputs["labels"][0, -1] == 2
+
+
+def test_an_answer_is_never_cut(make_processor, image):
+    processor = make_processor("vqa")
+    answer = "zzqx " * 20
+    inputs = processor(images=image, text="why " * 30, suffix=answer)
+    assert learned(processor, inputs) == f" {answer.strip().capitalize()}</s>"
+
+
+def test_a_text_too_long_for_max_length_keeps_prompt_and_end(make_processor, image):
+    inputs = make_processor("vqa")(
+        images=image, text=["why " * 30, "Red?"], suffix="yes no".split(), max_length=10, padding="max_length"
+    )
+    assert inputs["input_ids"].shape == inputs["labels"].shape == (2, 10)
+    assert (inputs["labels"][:, -1] == 2).all() and (inputs["labels"][:, -2] != -100).all()
+
+
+# ---- rows ----
+
+
+def test_several_questions_on_an_image_stay_together(make_processor, image):
+    processor = make_processor("vqa")
+    nested = processor(images=[image, image], text=[["one", "two"], ["three", "four"]])
+    assert processor.batch_decode(nested["input_ids"], skip_special_tokens=True) == ["One?", "Two?", "Three?", "Four?"]
+    assert nested["pixel_values"].shape[0] == nested["expert_mask"].shape[0] == 2
+    flat = processor(images=[image, image], text=["one", "two", "three", "four"])
+    assert torch.equal(nested["input_ids"], flat["input_ids"])
+
+
+def test_suffixes_have_the_layout_of_the_questions(make_processor, image):
+    processor = make_processor("vqa")
+    inputs = processor(images=[image, image], text=[["a", "b"], ["c", "d"]], suffix=[["1", "2"], ["3", "4"]])
+    assert [learned(processor, inputs, row) for row in range(4)] == [" 1</s>", " 2</s>", " 3</s>", " 4</s>"]
+
+
+def test_one_image_may_have_a_list_of_questions(make_processor, image):
+    inputs = make_processor("vqa")(images=image, text=["one", "two", "three"])
+    assert inputs["input_ids"].shape[0] == 3 and inputs["pixel_values"].shape[0] == 1
+
+
+def test_one_question_may_be_asked_about_every_image(make_processor, image):
+    inputs = make_processor("vqa")(images=[image, image], text="what is it?")
+    assert torch.equal(inputs["input_ids"][0], inputs["input_ids"][1])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"text": "what?"}, ValueError, "images is missing: Prismer speaks about a picture. Pass images=…, or call"),
+        ({"images": 2}, ValueError, r"text is missing: the task 'vqa' needs .* processor.process_images\(images\)"),
+        (
+            {"images": 2, "text": ["a", "b", "c"]},
+            ValueError,
+            "3 texts for 2 images; as many texts as images, or a mul",
+        ),
+        ({"images": 2, "text": []}, ValueError, "0 texts for 2 images"),
+        ({"images": 2, "text": [["a"]]}, ValueError, "text has 1 lists for 2 images; one list for each image"),
+        ({"images": 2, "text": [["a"], ["b", "c"]]}, ValueError, "text has lists of 1, 2 entries; every image needs"),
+        ({"images": 2, "text": [1, 2]}, TypeError, "text must be a string, a list of strings, or a list of lists"),
+        (
+            {"images": 1, "text": ["a", "b"], "suffix": "c"},
+            ValueError,
+            "1 suffixes for 2 prompts; one for each prompt",
+        ),
+        (
+            {"images": 1, "text": "a", "expert_labels": [{}, {}]},
+            ValueError,
+            "expert_labels has 2 entries for 1 images",
+        ),
+        (
+            {"images": 1, "text": "a", "experts": ["dept"]},
+            ValueError,
+            "experts has 'dept'; the config's experts are: de",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(make_processor, image, arguments, error, message):
+    if "images" in arguments:
+        arguments = {**arguments, "images": [image] * arguments["images"]}
+    with pytest.raises(error, match=message):
+        make_processor("vqa")(**arguments)
+
+
+def test_a_wrong_text_is_found_before_the_experts_run(make_processor, pretend_suite, image):
+    suite = pretend_suite("depth")
+    with pytest.raises(ValueError):
+        make_processor("vqa", suite)(images=image, text=[])
+    assert suite["depth"].seen == []
+
+
+# ---- experts ----
+
+
+def test_live_experts_run_on_the_whole_batch_at_once(make_processor, pretend_suite, image):
+    suite = pretend_suite("depth", "ocr")
+    inputs = make_processor(experts=suite)(images=[image, image[:9, :5]])
+    assert suite["depth"].seen == suite["ocr"].seen == [[(40, 24), (5, 9)]]
+    assert inputs["expert_mask"].tolist() == [[True, False, False, False, False, True]] * 2
+    assert inputs["depth_values"].max() > 0.99 and (inputs["ocr_features"][:, 0] == 1).all()
+
+
+def test_given_labels_are_used_and_experts_run_for_the_others(make_processor, pretend_suite, image):
+    suite = pretend_suite("depth", "edge")
+    white = np.full((24, 40), 255, np.uint8)
+    processor = make_processor(experts=suite)
+    inputs = processor(images=[image, image[:9]], expert_labels=[{"depth": white}, None])
+    assert suite["depth"].seen == [[(40, 9)]]
+    assert sorted(sum(suite["edge"].seen, [])) == [(40, 9), (40, 24)]
+    assert (inputs["depth_values"][0] == -1).all() and inputs["depth_values"][1].max() > 0.99
+    assert inputs["expert_mask"][:, [0, 3]].all()
+
+
+def test_a_label_of_none_says_that_the_expert_is_missing(make_processor, pretend_suite, image):
+    suite = pretend_suite("depth")
+    inputs = make_processor(experts=suite)(images=image, expert_labels={"depth": None})
+    assert suite["depth"].seen == [] and not inputs["expert_mask"][0, 0]
+
+
+def test_experts_can_be_chosen_for_a_call(make_processor, pretend_suite, image):
+    suite = pretend_suite("depth", "edge")
+    processor = make_processor(experts=suite)
+    labels = {"normal": image}
+    assert processor(images=image, expert_labels=labels, experts=["edge"])["expert_mask"][0].nonzero().tolist() == [
+        [3]
+    ]
+    assert processor(images=image, expert_labels=labels, experts=["normal"])["expert_mask"][0, 1]
+    assert not processor(images=image, expert_labels=labels, experts=[])["expert_mask"].any()
+    assert suite["depth"].seen == [] and len(suite["edge"].seen) == 1
+
+
+def test_live_experts_that_the_network_does_not_read_do_not_run(make_processor, pretend_suite, image):
+    suite = pretend_suite("depth", "motion")
+    make_processor(experts=suite)(images=image)
+    assert len(suite["depth"].seen) == 1 and suite["motion"].seen == []
+
+
+def test_a_live_expert_of_another_kind_than_the_networks_is_refused(make_processor, pretend_suite, image):
+    suite = pretend_suite("ocr")
+    suite["ocr"].description["channels"] = 64
+    with pytest.raises(
+        ValueError, match="live expert 'ocr' has channels=64; the config's expert 'ocr' has channels=8"
+    ):
+        make_processor(experts=suite)(images=image)
+
+
+def test_an_expert_that_nobody_provides_is_warned_about_once(make_processor, pretend_suite, image, warnings_once):
+    processor = make_processor(experts=pretend_suite("depth", "edge", "ocr"))
+    processor(images=image, experts=["depth"])
+    processor(images=image, expert_labels={"normal": None, "segmentation": None, "detection": None})
+    assert warnings_once() == []
+    processor(images=image)
+    processor(images=image)
+    assert warnings_once() == [
+        "The configured experts normal, segmentation, detection are neither among the live experts nor in "
+        "expert_labels: they are masked out."
+    ]
+
+
+def test_the_experts_can_be_replaced(make_processor, pretend_suite, image):
+    processor = make_processor(experts=pretend_suite("depth"))
+    processor.experts = None
+    assert processor.experts is None and not processor(images=image)["expert_mask"].any()
+    processor.experts = suite = pretend_suite("edge")
+    assert processor.experts is suite and processor(images=image)["expert_mask"][0, 3]
+    with pytest.raises(TypeError, match="experts is a PretendExpert; accepted are an ExpertSuite, a list of experts"):
+        processor.experts = suite["edge"]
+
+
+def test_labels_and_image_inputs_can_be_had_alone(make_processor, pretend_suite, image):
+    processor = make_processor("vqa", pretend_suite("depth"))
+    labels = processor.run_experts([image, image])
+    assert [list(given) for given in labels] == [["depth"], ["depth"]] and labels[0]["depth"].shape == (24, 40)
+    inputs, whole = processor.process_images(image), processor(images=image, text="what?")
+    assert list(inputs) == processor.image_processor.model_input_names
+    assert all(torch.equal(inputs[name], whole[name]) for name in inputs)
+
+
+def test_images_are_opened_once_for_experts_and_network(make_processor, pretend_suite, image, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    suite = pretend_suite("depth")
+    processor = make_processor(experts=suite)
+    inputs = processor(images=str(tmp_path / "a.png"))
+    assert suite["depth"].seen == [[(24, 40)]]
+    upright = processor(images=np.rot90(image, -1))
+    assert torch.equal(inputs["pixel_values"], upright["pixel_values"])
+
+
+def test_settings_of_the_image_processor_can_be_given_in_the_call(make_processor, image, tmp_path):
+    Image.fromarray(image).save(tmp_path / "a.png")
+    processor = make_processor()
+    assert processor(images=image, size={"height": 8, "width": 8})["pixel_values"].shape == (1, 3, 8, 8)
+    assert processor(images=image[..., :2].repeat(2, 2), input_data_format="channels_last")
+    with pytest.raises(ValueError, match="the limit is max_pixels=10"):
+        processor(images=tmp_path / "a.png", max_image_pixels=10)
+    processor.image_processor.max_image_pixels = 10
+    assert processor(images=tmp_path / "a.png", max_image_pixels=1000)
+
+
+# ---- outputs ----
+
+
+def test_the_network_knows_every_input_by_name(make_processor, image):
+    processor = make_processor()
+    inputs = processor(images=image, suffix="a dog")
+    assert set(inputs) == {*processor.model_input_names, "labels"}
+    assert set(inputs) <= set(inspect.signature(PrismerForConditionalGeneration.forward).parameters)
+
+
+@pytest.mark.parametrize("return_tensors, type_of", [("pt", torch.Tensor), ("np", np.ndarray)])
+def test_tensors_are_those_asked_for(make_processor, image, return_tensors, type_of):
+    inputs = make_processor()(images=image, suffix="a dog", return_tensors=return_tensors)
+    assert all(isinstance(value, type_of) for value in inputs.values())
+    assert str(inputs["labels"].dtype).endswith("int64") and str(inputs["segmentation_ids"].dtype).endswith("uint8")
+
+
+@pytest.mark.parametrize(
+    "task, expected", [("caption", " a dog</s>"), ("vqa", " A dog</s>"), ("classification", " a dog</s>")]
+)
+def test_candidates_have_the_form_of_the_task(make_processor, task, expected):
+    processor = make_processor(task)
+    candidates = processor.prepare_candidates([" a Dog", "Golden retriever"])
+    first = candidates["candidate_ids"][0][candidates["candidate_mask"][0].bool()]
+    assert processor.decode(first) == expected
+    assert (candidates["candidate_mask"].diff(dim=1) <= 0).all(), "padded on the right"
+    assert candidates["candidate_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa", "classification"])
+def test_a_candidate_has_the_tokens_of_the_suffix(make_processor, image, task):
+    processor = make_processor(task)
+    inputs = processor(images=image, text="what?", suffix="Golden retriever")
+    candidates = processor.prepare_candidates("Golden retriever", return_tensors="np")
+    assert inputs["labels"][inputs["labels"] != -100].tolist() == candidates["candidate_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("answers", [[], ["a", " "]])
+def test_candidates_without_text_are_refused(make_processor, answers):
+    with pytest.raises(ValueError, match="answers is empty or holds an empty text"):
+        make_processor().prepare_candidates(answers)
+
+
+@pytest.mark.parametrize("task, expected", [("vqa", "blue circle"), ("caption", "Blue circle")])
+def test_generations_lose_prompt_and_padding(make_processor, image, task, expected):
+    processor = make_processor(task)
+    inputs = processor(images=image, text=["What color is the shape?", "Red?"], suffix=["Blue circle"] * 2)
+    prompt_length = int((inputs["labels"][0] == -100).sum())
+    generated = torch.nn.functional.pad(inputs["input_ids"], (0, 2), value=1)
+    for ids in (generated, generated.numpy(), generated.tolist()):
+        texts = processor.post_process_generation(ids, prompt_length)
+        assert [text.lower() for text in texts] == ["blue circle"] * 2
+        assert task == "caption" or texts[0] == expected
+
+
+# ---- construction, saving and loading ----
+
+
+def test_an_unknown_task_and_a_tokenizer_without_padding_are_refused(image_processor, tokenizer):
+    with pytest.raises(ValueError, match="task is 'ocr'; accepted are 'caption', 'vqa', 'classification'"):
+        PrismerProcessor(image_processor, tokenizer, task="ocr")
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no pad_token"):
+        PrismerProcessor(image_processor, tokenizer)
+
+
+@pytest.fixture
+def pretend_package(monkeypatch, pretend_suite):
+    monkeypatch.setattr(processing_prismer, "_suite_class", lambda: pretend_suite)
+
+
+@pytest.mark.parametrize("load", [PrismerProcessor.from_pretrained, AutoProcessor.from_pretrained])
+def test_what_was_saved_is_loaded(make_processor, pretend_suite, pretend_package, image, tmp_path, load):
+    saved = make_processor("vqa", pretend_suite("depth", "ocr"))
+    saved.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert type(loaded) is PrismerProcessor and loaded.task == "vqa"
+    assert list(loaded.experts) == ["depth", "ocr"] and loaded.experts.folder == str(tmp_path)
+    expected, found = (processor(images=image, text="what color?", suffix="red") for processor in (saved, loaded))
+    assert list(expected) == list(found) and all(torch.equal(expected[name], found[name]) for name in expected)
+    loaded.save_pretrained(tmp_path / "again")
+    config = "processor_config.json"
+    assert (tmp_path / "again" / config).read_text() == (tmp_path / config).read_text()
+
+
+def test_the_experts_of_this_package_are_restored(make_processor, image, tmp_path):
+    saved = make_processor(experts=[CannyEdges(low_threshold=0.02, high_threshold=0.05)])
+    saved.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded.experts["edge"].low_threshold == 0.02
+    expected, found = (processor.process_images(image, experts=["edge"]) for processor in (saved, loaded))
+    assert expected["expert_mask"][0, 3] and torch.equal(expected["edge_values"], found["edge_values"])
+    loaded.experts = "offline"
+    assert list(loaded.experts) == ["edge", "ocr"]
+
+
+def test_the_saved_paths_of_own_weights_are_relative(make_processor, pretend_suite, tmp_path):
+    processor = make_processor(experts=pretend_suite("depth"))
+    processor.save_pretrained(tmp_path)
+    assert "/home/me" not in (tmp_path / "processor_config.json").read_text()
+    assert processor.to_dict()["experts"]["experts"][0]["weights"] == "/home/me/depth", "and the live ones are kept"
+
+
+def test_a_processor_without_experts_is_restored_without(make_processor, tmp_path):
+    make_processor().save_pretrained(tmp_path)
+    assert PrismerProcessor.from_pretrained(tmp_path).experts is None
+    assert not (tmp_path / "experts").exists()
+
+
+@pytest.mark.parametrize("load", [PrismerProcessor.from_pretrained, AutoProcessor.from_pretrained])
+def test_experts_can_be_replaced_and_moved_on_loading(make_processor, pretend_suite, pretend_package, tmp_path, load):
+    make_processor(experts=pretend_suite("depth")).save_pretrained(tmp_path)
+    assert load(tmp_path, experts=None).experts is None
+    suite = pretend_suite("edge")
+    loaded = load(tmp_path, experts=suite, expert_device="cpu", expert_dtype="bfloat16")
+    assert loaded.experts is suite and suite.moved_to == ("cpu", torch.bfloat16)
+    assert not any(name.startswith("expert") for name in loaded.tokenizer.init_kwargs)
+    loaded.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="experts_memory is reserved"):
+        load(tmp_path, experts_memory="sequential")
+
+
+def test_a_folder_keeps_its_experts_where_they_cannot_run(
+    make_processor, pretend_suite, image, tmp_path, monkeypatch, warnings_once
+):
+    make_processor(experts=pretend_suite("depth")).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "modeling_prismer.processing.experts", None)
+    loaded = PrismerProcessor.from_pretrained(tmp_path)
+    assert not loaded(images=image, experts=["depth"])["expert_mask"].any()
+    assert "live experts need the package modeling-prismer" in warnings_once()[0]
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "processor_config.json").read_text())["experts"]["experts"]
+    with pytest.raises(ImportError, match="live experts need the package modeling-prismer"):
+        loaded.experts = "offline"
+
+
+def test_showing_copying_and_pickling_never_copies_live_experts(make_processor, pretend_suite):
+    suite = pretend_suite("depth")
+    processor = make_processor(experts=suite)
+    assert '"pretend"' in repr(processor)
+    assert copy.deepcopy(processor).experts is suite
+    processor.experts = None
+    assert pickle.loads(pickle.dumps(processor)).task == "caption"
+
+
+def test_a_saved_folder_works_where_the_package_is_not_installed(
+    image_processor, tokenizer, pretend_suite, image, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(PrismerProcessor, "_auto_class", None)
+    monkeypatch.setattr(PrismerImageProcessor, "_auto_class", None)
+    PrismerProcessor.register_for_auto_class()
+    PrismerImageProcessor.register_for_auto_class()
+    processor = PrismerProcessor(image_processor, tokenizer, experts=pretend_suite("depth"), task="vqa")
+    processor.save_pretrained(tmp_path / "saved")
+    expected = processor(images=image, text="what color?", expert_labels={"depth": image[..., 0]}, return_tensors="np")
+    np.savez(tmp_path / "expected.npz", image=image, **expected)
+    assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
+        "image_loading.py",
+        "image_processing_prismer.py",
+        "processing_prismer.py",
+    }
+    code = f"""
+import sys
+sys.modules["modeling_prismer"] = None  # as if it were not installed
+import numpy as np
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+expected = np.load({str(tmp_path / "expected.npz")!r})
+image = expected["image"]
+inputs = processor(images=image, text="what color?", expert_labels={{"depth": image[..., 0]}}, return_tensors="np")
+assert all((inputs[name] == expected[name]).all() for name in inputs), list(inputs)
+assert "modeling_prismer" not in type(processor).__module__, type(processor).__module__
+print("same", len(inputs))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("same"), result.stdout
+
+
+def test_the_auto_class_knows_the_processor():
+    assert processing_auto.processor_class_from_name("PrismerProcessor") is PrismerProcessor
