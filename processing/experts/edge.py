@@ -1,0 +1,178 @@
+"""Experts for edges: weight-free Canny, and DexiNed, the expert of the published checkpoints."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .base import Expert, read_weights, size_within
+
+
+class CannyEdges(Expert):
+    """
+    Edges by Canny's detector, from kornia. It has no weights and needs no download.
+
+    The map is 255 where there is no edge and 0 on an edge: dark lines on white, like the published DexiNed maps, so
+    that one can stand in for the other. Edges are found on the image reduced to `max_pixels` and the map is enlarged
+    bilinearly to the image's size: lines of one pixel in a large image would fall apart when the map is reduced, by
+    nearest neighbour, to the 224×224 that the network reads.
+
+    Label: uint8 (height, width). Weights: none.
+
+    Args:
+        low_threshold (`float`, *optional*, defaults to 0.1):
+            Magnitude of the Sobel gradient, of grey values in [0, 1], above which a pixel continues an edge.
+        high_threshold (`float`, *optional*, defaults to 0.2):
+            Magnitude above which a pixel begins an edge.
+        sigma (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the Gaussian blur beforehand, in pixels.
+        kernel_size (`int`, *optional*, defaults to 5):
+            Side of the blur's kernel in pixels, odd.
+        max_pixels (`int`, *optional*, defaults to 65536):
+            Number of pixels (256×256) that larger images are reduced to; `None` keeps every image's own size.
+    """
+
+    type = "canny"
+    name, kind, channels = "edge", "dense", 1
+    license = "none needed: no weights"
+    source = "kornia.filters.Canny"
+    batch_size = 32
+
+    def __init__(
+        self,
+        low_threshold: float = 0.1,
+        high_threshold: float = 0.2,
+        sigma: float = 1.0,
+        kernel_size: int = 5,
+        max_pixels: int | None = 256 * 256,
+    ):
+        if not 0 < low_threshold <= high_threshold:
+            raise ValueError(
+                f"low_threshold is {low_threshold}, high_threshold {high_threshold}; needed is 0 < low <= high"
+            )
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}; an odd number is needed")
+        if max_pixels is not None and max_pixels < 1:
+            raise ValueError(f"max_pixels is {max_pixels}; at least 1, or None, is needed")
+        self.low_threshold = low_threshold
+        self.high_threshold = high_threshold
+        self.sigma = sigma
+        self.kernel_size = kernel_size
+        self.max_pixels = max_pixels
+
+    def load_model(self) -> torch.nn.Module:
+        from kornia.filters import Canny
+
+        return Canny(
+            self.low_threshold,
+            self.high_threshold,
+            kernel_size=(self.kernel_size, self.kernel_size),
+            sigma=(self.sigma, self.sigma),
+        )
+
+    def run(self, images: list[Image.Image]) -> list[np.ndarray]:
+        reduced = []
+        for image in images:
+            size = size_within(image.size, self.max_pixels)
+            reduced.append(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
+        indices_by_size: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(reduced):
+            indices_by_size.setdefault(image.size, []).append(index)
+
+        labels: list[np.ndarray | None] = [None] * len(images)
+        for indices in indices_by_size.values():
+            pixels = np.stack([np.asarray(reduced[index]) for index in indices])
+            for index, edges in zip(indices, self._edges(pixels)):
+                labels[index] = _enlarge(edges, images[index].size)
+        return labels
+
+    def _edges(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (batch, height, width, 3) to uint8 (batch, height, width), 0 on edges."""
+        height, width = pixels.shape[1:3]
+        pixels = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
+        # the blur reflects half its kernel at the border: a smaller image is extended first
+        least = self.kernel_size // 2 + 1
+        padding = (0, max(0, least - width), 0, max(0, least - height))
+        _, edges = self.model(torch.nn.functional.pad(pixels, padding, mode="replicate"))
+        return ((1 - edges[:, 0, :height, :width]) * 255).byte().cpu().numpy()
+
+
+class DexiNedEdges(Expert):
+    """
+    Edges by DexiNed trained on BIPED, the edge expert of the published checkpoints, with its settings.
+
+    The image is squashed to 480×480 (bilinear), blue-green-red in [0, 255] minus the mean of the training data; the
+    fused map goes through a sigmoid, is stretched to 0..255, inverted (255 = no edge, dark lines on white) and resized
+    bilinearly to the image's size.
+
+    Label: uint8 (height, width). Weights: 35.2 million parameters, 141 MB, MIT licence.
+
+    Args:
+        checkpoint (`str`, *optional*):
+            A local file of weights, safetensors or as torch saves them, read without unpickling objects. By default
+            kornia's copy is downloaded from the Hub, or taken from its cache.
+        pretrained (`bool`, *optional*, defaults to `True`):
+            `False` gives random weights, for tests.
+    """
+
+    type = "dexined"
+    name, kind, channels = "edge", "dense", 1
+    model_id = "kornia/dexined"
+    license = "mit"
+    size_in_bytes = 140_961_380
+    source = "kornia.models.dexined; weights of xavysp/DexiNed, trained on BIPED"
+    file_settings = ("checkpoint",)
+
+    filename = "DexiNed_BIPED_10.pth"
+    input_size = (480, 480)
+    mean = (103.939, 116.779, 123.68)  # blue, green, red
+
+    def __init__(self, checkpoint: str | None = None, pretrained: bool = True):
+        self.checkpoint = None if checkpoint is None else str(checkpoint)
+        self.pretrained = pretrained
+
+    def load_model(self) -> torch.nn.Module:
+        from kornia.models.dexined import DexiNed
+
+        if self.checkpoint is None and not self.pretrained:
+            return DexiNed(pretrained=False)
+        weights = read_weights(self.checkpoint or self._download())
+        # kornia initialises every weight at random, which takes longer than reading them
+        with torch.device("meta"):
+            model = DexiNed(pretrained=False)
+        try:
+            model.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.checkpoint or self.filename} does not hold the weights of DexiNed: {error}"
+            ) from error
+        return model
+
+    def _download(self) -> str:
+        # kornia's own download ignores HF_HUB_OFFLINE; the Hub's client does not, and shares its cache
+        from huggingface_hub import hf_hub_download, is_offline_mode
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return hf_hub_download(self.model_id, self.filename)
+        except LocalEntryNotFoundError as error:
+            reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
+            raise OSError(
+                f"the weights of DexiNed ({self.model_id}, {self.filename}) are not in the Hub's cache and {reason}. "
+                "Give a local file, DexiNedEdges(checkpoint=…), or use CannyEdges, which needs no weights"
+            ) from error
+
+    def run(self, images: list[Image.Image]) -> list[np.ndarray]:
+        weight = next(self.model.parameters())
+        pixels = np.stack([np.asarray(image.resize(self.input_size, Image.Resampling.BILINEAR)) for image in images])
+        pixels = torch.from_numpy(pixels).to(weight.device).permute(0, 3, 1, 2).flip(1).float()  # RGB to BGR
+        pixels = pixels - torch.tensor(self.mean, device=weight.device)[:, None, None]
+        edges = self.model(pixels.to(weight.dtype)).float().sigmoid()[:, 0]  # (batch, 480, 480)
+        low, high = edges.amin((1, 2), keepdim=True), edges.amax((1, 2), keepdim=True)
+        edges = 255 - (255 * (edges - low) / (high - low + 1e-12)).byte()
+        return [_enlarge(edge_map, image.size) for edge_map, image in zip(edges.cpu().numpy(), images)]
+
+
+def _enlarge(edges: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A uint8 (height, width) map, resized bilinearly to `size`, (width, height)."""
+    edge_map = Image.fromarray(edges)
+    return np.array(edge_map if edge_map.size == size else edge_map.resize(size, Image.Resampling.BILINEAR))

@@ -1,0 +1,237 @@
+"""Expert for text: RapidOCR, whose wheel brings its weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .base import BACKGROUND, MAX_REGIONS, Expert, size_within
+from .word_features import HashedNgrams, WordFeatures
+
+
+@dataclass
+class Word:
+    """A word that was read: its text, the mean confidence of its letters, and its corners."""
+
+    text: str
+    score: float
+    corners: np.ndarray  # (4, 2) float: x, y in pixels; first letter's top, last letter's top, then the bottoms
+
+
+class RapidOcrText(Expert):
+    """
+    Words by RapidOCR: detection of lines, orientation and recognition (PP-OCRv6 small), run by onnxruntime.
+
+    The map counts the words, 0 for the first: each word's quadrilateral is filled with its number, earlier words over
+    later ones; 255 is background. Words come line by line from the top, in lower case, at most 254. Each has a feature
+    from a [`WordFeatures`]. Nothing found: no words, and background everywhere.
+
+    Images are reduced to `max_pixels`, and small ones enlarged, up to threefold, towards a short side of `min_side`
+    pixels. Sides under 8 pixels hold no readable text: such an image is not run.
+
+    Label: `{"ids": uint8 (height, width), "words": [str, …], "features": float32 (words, 64)}`. Weights: three ONNX
+    models, 31.7 MB, Apache-2.0, inside the wheel of rapidocr: nothing is downloaded. They run on the CPU, in float32;
+    `to` moves the word features only.
+
+    Args:
+        word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]):
+            The encoder of the words.
+        min_score (`float`, *optional*, defaults to 0.5):
+            Words with a lower mean confidence of their letters are left out.
+        min_side (`int`, *optional*, defaults to 320):
+            Short side in pixels that smaller images are enlarged towards.
+        max_pixels (`int`, *optional*, defaults to 921600):
+            Number of pixels (960×960) that larger images are reduced to.
+        num_threads (`int`, *optional*):
+            Threads of onnxruntime for one image; by default as many as there are cores.
+        params (`dict`, *optional*):
+            More settings of RapidOCR, as `{"Rec.lang_type": "cyrillic"}`. Models that are not in the wheel are
+            downloaded.
+    """
+
+    type = "rapidocr"
+    name, kind = "ocr", "label"
+    model_id = "rapidocr"
+    license = "apache-2.0"
+    size_in_bytes = 31_749_509
+    source = "rapidocr: PP-OCRv6 small detection and recognition, PP-OCR mobile v2.0 orientation"
+    part_settings = {"word_features": WordFeatures}
+
+    max_enlargement = 3
+    least_side = 8  # pixels, of an image that is run; twice that when it runs
+
+    def __init__(
+        self,
+        word_features: WordFeatures | None = None,
+        min_score: float = 0.5,
+        min_side: int = 320,
+        max_pixels: int = 960 * 960,
+        num_threads: int | None = None,
+        params: dict[str, Any] | None = None,
+    ):
+        if not 0 <= min_score <= 1:
+            raise ValueError(f"min_score is {min_score}; a number from 0 to 1 is needed")
+        if min_side < 1 or max_pixels < 1:
+            raise ValueError(f"min_side is {min_side} and max_pixels {max_pixels}; both must be at least 1")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}; at least 1, or None for all cores, is needed")
+        self.word_features = HashedNgrams() if word_features is None else word_features
+        self.min_score = min_score
+        self.min_side = min_side
+        self.max_pixels = max_pixels
+        self.num_threads = num_threads
+        self.params = params
+
+    @property
+    def channels(self) -> int:
+        return self.word_features.channels
+
+    def load_model(self):
+        try:
+            from rapidocr import RapidOCR
+        except ImportError as error:
+            raise ImportError(
+                "RapidOcrText needs rapidocr and onnxruntime: pip install rapidocr onnxruntime"
+            ) from error
+
+        threads = -1 if self.num_threads is None else self.num_threads
+        self.word_features.load()
+        return RapidOCR(
+            params={
+                "Global.log_level": "error",
+                "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+                "EngineConfig.onnxruntime.inter_op_num_threads": threads,
+                # the sizes are ours: RapidOCR would enlarge a thin strip to billions of pixels
+                "Global.use_preprocess_img": False,
+                "Global.use_vertical_padding": False,
+                "Det.limit_side_len": 32,
+                "Global.return_word_box": True,
+                **(self.params or {}),
+            }
+        )
+
+    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None):
+        self.word_features.to(device, dtype)
+        return super().to(device, dtype)
+
+    def unload(self) -> None:
+        self.word_features.unload()
+        super().unload()
+
+    def run(self, images: list[Image.Image]) -> list[dict[str, Any]]:
+        found = [self.read(image) for image in images]
+        # one run of the encoder for all images
+        features = self.word_features([word.text for words in found for word in words])
+        ends = np.cumsum([len(words) for words in found])[:-1]
+        return [
+            {
+                "ids": paint([word.corners for word in words], image.size),
+                "words": [word.text for word in words],
+                "features": part,
+            }
+            for image, words, part in zip(images, found, np.split(features, ends))
+        ]
+
+    def read(self, image: Image.Image) -> list[Word]:
+        """
+        The words of one RGB image, line by line from the top; at most 254. The model must be loaded.
+        """
+        if min(image.size) < self.least_side:
+            return []
+        width, height = size_within(image.size, self.max_pixels)
+        scale = min(self.max_enlargement, self.min_side / min(width, height))
+        if scale > 1:
+            width, height = size_within((round(width * scale), round(height * scale)), self.max_pixels)
+        if min(width, height) < 2 * self.least_side:
+            return []
+        resized = image.resize((width, height), Image.Resampling.BICUBIC) if (width, height) != image.size else image
+        pixels = np.ascontiguousarray(np.asarray(resized)[:, :, ::-1])  # (height, width, blue-green-red)
+
+        detection, orientation, recognition, _ = self.model.run_ocr_steps(pixels, {})
+        if detection.boxes is None or recognition.txts is None:
+            return []
+        words = []
+        for box, (label, score), text, line in zip(
+            detection.boxes, orientation.cls_res, recognition.txts, recognition.word_results
+        ):
+            upside_down = "180" in label and score > self.model.text_cls.cls_thresh
+            words += words_of_line(text, line, reading_quad(np.asarray(box, np.float64), upside_down))
+        scales = np.array([image.width / width, image.height / height])
+        words = [Word(word.text.lower(), word.score, word.corners * scales) for word in words]
+        return [word for word in words if word.score >= self.min_score][:MAX_REGIONS]
+
+
+def reading_quad(box: np.ndarray, upside_down: bool) -> np.ndarray:
+    """
+    The corners of a line as it is read: top of its beginning, top of its end, bottom of its end, of its beginning.
+
+    Args:
+        box (`np.ndarray` of shape `(4, 2)`): corners in the picture: top left, top right, bottom right, bottom left.
+        upside_down (`bool`): whether the line's crop had to be turned by 180° to be read.
+    """
+    width = max(np.linalg.norm(box[0] - box[1]), np.linalg.norm(box[2] - box[3]))
+    height = max(np.linalg.norm(box[0] - box[3]), np.linalg.norm(box[1] - box[2]))
+    # RapidOCR turns the crop of an upright box counter-clockwise, so that its right side is up
+    turns = 1 if int(height) >= 1.5 * int(width) else 0
+    return np.roll(box, -turns - (2 if upside_down else 0), axis=0)
+
+
+def words_of_line(text: str, line: Any, quad: np.ndarray) -> list[Word]:
+    """
+    Cuts a recognised line into its words.
+
+    Args:
+        text (`str`): the line's letters and spaces.
+        line: RapidOCR's `WordInfo`: `words`, letters of each word; `word_cols`, the step of the recogniser's sequence
+            at which each letter was seen, about its middle; `line_txt_len`, the steps over the line's whole width;
+            `confs`, the confidence of each character of `text`.
+        quad (`np.ndarray` of shape `(4, 2)`): the line's corners, from [`reading_quad`].
+    """
+    if not line.words or not line.line_txt_len:
+        return []
+    steps = line.line_txt_len
+    centres = [(np.asarray(columns) + 0.5) / steps for columns in line.word_cols]  # 0 to 1 along the line
+    gaps = np.concatenate([np.diff(columns) for columns in centres])
+    letter = gaps.mean() if len(gaps) else 1 / max(1, len(text))
+    reach = 0.7 * letter  # more than half: the first or last letter may be a wide one
+    starts = [max(0.0, columns[0] - reach) for columns in centres]
+    ends = [min(1.0, columns[-1] + reach) for columns in centres]
+    for left in range(len(starts) - 1):
+        if ends[left] > starts[left + 1]:
+            ends[left] = starts[left + 1] = (ends[left] + starts[left + 1]) / 2
+
+    scores = iter([score for character, score in zip(text, line.confs) if not character.isspace()])
+    words = []
+    for letters, start, end in zip(line.words, starts, ends):
+        score = float(np.mean([next(scores, 0.0) for _ in letters]))
+        (top_start, top_end, bottom_end, bottom_start) = quad
+        corners = np.stack(
+            [
+                top_start + start * (top_end - top_start),
+                top_start + end * (top_end - top_start),
+                bottom_start + end * (bottom_end - bottom_start),
+                bottom_start + start * (bottom_end - bottom_start),
+            ]
+        )
+        words.append(Word("".join(letters), score, corners))
+    return words
+
+
+def paint(polygons: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """
+    Fills polygons with their numbers, earlier ones over later ones.
+
+    Args:
+        polygons (`list[np.ndarray]`): of shape (corners, 2), x and y in pixels; at most 254.
+        size (`tuple[int, int]`): width and height of the map.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`, uint8; 255 where there is no polygon.
+    """
+    ids = Image.new("L", size, BACKGROUND)
+    draw = ImageDraw.Draw(ids)
+    for number in reversed(range(len(polygons))):
+        draw.polygon([(float(x), float(y)) for x, y in polygons[number]], fill=number)
+    return np.array(ids)

@@ -1,0 +1,199 @@
+"""Features of words: what the map of an expert for text is painted with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .base import FrozenModel, read_weights
+
+
+class WordFeatures(FrozenModel):
+    """
+    From words to vectors, frozen. A subclass names itself by `type` and implements `encode`.
+
+    Attributes:
+        channels (`int`): length of a word's vector.
+    """
+
+    registry: ClassVar[dict[str, type["WordFeatures"]]] = {}
+
+    channels: int = 64
+
+    def encode(self, words: list[str]) -> np.ndarray:
+        """At least one word to (words, channels) float; called with the model loaded and in inference mode."""
+        raise NotImplementedError(f"{type(self).__name__} has no method `encode`")
+
+    @torch.inference_mode()
+    def __call__(self, words: Sequence[str]) -> np.ndarray:
+        """
+        Args:
+            words (`Sequence[str]`): any number of words.
+
+        Returns:
+            `np.ndarray` of shape `(words, channels)`, float32.
+        """
+        if not words:
+            return np.zeros((0, self.channels), np.float32)
+        self.load()
+        features = np.asarray(self.encode(list(words)), np.float32)
+        if features.shape != (len(words), self.channels):
+            raise ValueError(
+                f"word features of shape {features.shape} for {len(words)} words; "
+                f"needed is ({len(words)}, {self.channels})"
+            )
+        return features
+
+
+class HashedNgrams(WordFeatures):
+    """
+    The letters of a word, hashed: counts of its 2- to 4-grams, word boundaries included, each added to or taken from
+    one of 64 numbers that the n-gram's hash picks, scaled to length 1. Similar spellings get similar features.
+
+    It is the same on every machine, needs no download and no weights, and knows nothing of meaning: a network trained
+    with it cannot be run with [`ClipTextFeatures`], and the other way round.
+
+    Features: float32 (words, 64). Weights: none.
+
+    Args:
+        channels (`int`, *optional*, defaults to 64): length of a word's vector.
+        ngram_range (`tuple[int, int]`, *optional*, defaults to `(2, 4)`): shortest and longest n-gram.
+    """
+
+    type = "hashed_ngrams"
+    license = "none needed: no weights"
+    source = "sklearn.feature_extraction.text.HashingVectorizer"
+
+    def __init__(self, channels: int = 64, ngram_range: tuple[int, int] = (2, 4)):
+        self.channels = channels
+        self.ngram_range = tuple(ngram_range)
+
+    def load_model(self):
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        return HashingVectorizer(
+            analyzer="char_wb",
+            ngram_range=self.ngram_range,
+            n_features=self.channels,
+            norm="l2",
+            dtype=np.float32,
+        )
+
+    def encode(self, words: list[str]) -> np.ndarray:
+        return self.model.transform(words).toarray()
+
+
+class ClipTextFeatures(WordFeatures):
+    """
+    CLIP's text embedding of a word, reduced to 64 numbers by a principal component analysis: the features of the
+    published checkpoints, with the published analysis.
+
+    Features: float32 (words, 64). Weights: the text part of CLIP ViT-L/14, 123.7 million parameters, 495 MB, MIT
+    licence; the analysis adds 0.2 MB.
+
+    Args:
+        pca (`str`):
+            A safetensors file with `mean` (embedding) and `components` (64, embedding); [`ClipTextFeatures.fit_pca`]
+            makes one.
+        model_name (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+            Hub id or folder of a CLIP model with its tokenizer.
+    """
+
+    type = "clip_text"
+    license = "mit"
+    size_in_bytes = 494_601_216
+    source = "transformers.CLIPTextModelWithProjection"
+    file_settings = ("pca", "model_name")
+
+    max_words = 64  # run at a time
+
+    def __init__(self, pca: str, model_name: str = "openai/clip-vit-large-patch14"):
+        self.pca = str(pca)
+        self.model_name = str(model_name)
+
+    @property
+    def model_id(self) -> str:
+        return self.model_name
+
+    def load_model(self) -> torch.nn.Module:
+        analysis = read_weights(self.pca)
+        for name in ("mean", "components"):
+            if name not in analysis:
+                raise ValueError(f"{self.pca} has no tensor '{name}'; it has {', '.join(analysis)}")
+        model, self._tokenizer = self._load_clip(self.model_name)
+        width, shape = model.config.projection_dim, tuple(analysis["components"].shape)
+        if shape != (self.channels, width):
+            raise ValueError(f"the components in {self.pca} are {shape}; needed is ({self.channels}, {width})")
+        self._mean, self._components = analysis["mean"].float(), analysis["components"].float()
+        return model
+
+    def encode(self, words: list[str]) -> np.ndarray:
+        embeddings = self._embed(words, self.model, self._tokenizer)
+        return ((embeddings - self._mean) @ self._components.T).numpy()
+
+    @staticmethod
+    def _load_clip(model_name: str | Path):
+        """The text part of a CLIP model, or of a whole one, and its tokenizer."""
+        from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
+
+        class TextPart(CLIPTextModelWithProjection):
+            # a whole CLIP has a vision part, too
+            _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
+
+        config = AutoConfig.from_pretrained(model_name)
+        if hasattr(config, "text_config"):
+            config.text_config.projection_dim = config.projection_dim
+            config = config.text_config
+        return TextPart.from_pretrained(model_name, config=config), AutoTokenizer.from_pretrained(model_name)
+
+    @classmethod
+    def _embed(cls, texts: list[str], model: torch.nn.Module, tokenizer) -> torch.Tensor:
+        """(texts, projection_dim) float32, on the CPU."""
+        embeddings = []
+        for first in range(0, len(texts), cls.max_words):
+            tokens = tokenizer(
+                texts[first : first + cls.max_words],
+                padding=True,
+                truncation=True,
+                max_length=model.config.max_position_embeddings,
+                return_tensors="pt",
+            )
+            tokens = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            embeddings.append(model(**tokens).text_embeds.float().cpu())
+        return torch.cat(embeddings)
+
+    @classmethod
+    @torch.inference_mode()
+    def fit_pca(
+        cls, texts: Sequence[str], path: str | Path, model_name: str = "openai/clip-vit-large-patch14"
+    ) -> "ClipTextFeatures":
+        """
+        Fits the principal component analysis to the CLIP embeddings of `texts` and writes it to `path`.
+
+        Args:
+            texts (`Sequence[str]`): at least as many different ones as components, better many thousand.
+            path (`str` or `Path`): the safetensors file to write.
+            model_name (`str`, *optional*): Hub id or folder of a CLIP model with its tokenizer.
+
+        Returns:
+            [`ClipTextFeatures`] with this analysis.
+        """
+        from safetensors.torch import save_file
+        from sklearn.decomposition import PCA
+
+        if len(set(texts)) < cls.channels:
+            raise ValueError(f"{len(set(texts))} different texts; at least {cls.channels} are needed")
+        model, tokenizer = cls._load_clip(model_name)
+        embeddings = cls._embed(list(texts), model.eval(), tokenizer)
+        analysis = PCA(n_components=cls.channels, svd_solver="full").fit(embeddings.numpy())
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {
+                "mean": torch.from_numpy(analysis.mean_.astype(np.float32)),
+                "components": torch.from_numpy(np.ascontiguousarray(analysis.components_, np.float32)),
+            },
+            path,
+        )
+        return cls(str(path), model_name)

@@ -1,0 +1,470 @@
+"""Pictures of what the experts saw."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+BACKGROUND = 255
+
+# Steps of the perceptually even colour map "inferno", dark to light; between them colours are mixed linearly.
+COLOR_MAP = np.array(
+    [
+        (0, 0, 4),
+        (22, 11, 57),
+        (66, 10, 104),
+        (106, 23, 110),
+        (147, 38, 103),
+        (188, 55, 84),
+        (221, 81, 58),
+        (243, 120, 25),
+        (252, 165, 10),
+        (246, 215, 70),
+        (252, 255, 164),
+    ],
+    dtype=np.float32,
+)
+
+# Colours for regions, told apart by most people, in the order they are given out.
+PALETTE = [
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (213, 94, 0),
+    (204, 121, 167),
+    (0, 114, 178),
+    (240, 228, 66),
+    (148, 103, 189),
+    (23, 190, 207),
+    (227, 26, 28),
+    (127, 201, 60),
+    (166, 86, 40),
+]
+
+PAPER, INK, FAINT, RULE = (255, 255, 255), (32, 33, 36), (110, 113, 118), (218, 220, 224)
+
+TITLES = {
+    "depth": "Depth",
+    "normal": "Surface normals",
+    "segmentation": "Segments",
+    "edge": "Edges",
+    "detection": "Objects",
+    "ocr": "Text",
+}
+
+MARGIN = 16
+TITLE_SIZE, TEXT_SIZE = 19, 14
+
+
+def experts_panel(
+    image: Image.Image,
+    labels: Mapping[str, Any],
+    descriptions: Sequence[Mapping[str, Any]] | None = None,
+    class_names: Mapping[str, Sequence[str] | Mapping[int, str]] | None = None,
+    tile_size: int = 400,
+    columns: int | None = None,
+) -> Image.Image:
+    """
+    Draws a picture and what each expert saw in it, side by side: depth and normals in colour, edges, and segments,
+    objects and words on the picture with their names. An expert without a label gets a tile that says so.
+
+    Args:
+        image (`PIL.Image.Image`): the picture, of any size and mode.
+        labels (`dict`):
+            From an expert's name to its label, as experts return them; `None` where there is none. Maps are uint8 of
+            the image's shape (height, width), or of any size, and are stretched over the picture:
+
+            - dense: (H, W), or (H, W, 3), drawn as red, green and blue;
+            - `{"ids": (H, W)}`: ids are classes, 255 is background;
+            - `{"ids": (H, W), "classes": [class of instance 0, …]}`: ids are instances;
+            - `{"ids": (H, W), "words": [str, …]}`: ids are words.
+        descriptions (`list[dict]`, *optional*):
+            The experts of the config or suite (`suite.descriptions`): their order, which of them are missing, and
+            whether a bare (H, W) array holds values or ids. By default the order of `labels`, where bare arrays are
+            values unless the expert is `"segmentation"`.
+        class_names (`dict`, *optional*):
+            From an expert's name to the names of its classes, a list or a dict from class to name. Classes without a
+            name are numbered.
+        tile_size (`int`, *optional*, defaults to 400):
+            Long side in pixels that the picture is drawn with.
+        columns (`int`, *optional*):
+            Tiles in a row; by default 2 for up to four tiles, else 3, or 4 for more than six.
+
+    Returns:
+        `PIL.Image.Image`: RGB; its size depends on the number of tiles and the lengths of the legends.
+
+    Example:
+
+    ```python
+    >>> labels = suite([image])[0]
+    >>> experts_panel(image, labels, descriptions=suite.descriptions).save("panel.png")
+    ```
+    """
+    if tile_size < 64:
+        raise ValueError(f"tile_size is {tile_size}; at least 64 is needed")
+    kinds = {description["name"]: description.get("kind") for description in descriptions or []}
+    names = [*kinds, *(name for name in labels if name not in kinds)]
+    picture = _fit(image.convert("RGB"), tile_size)
+    width = max(picture.width, min(tile_size, 280))
+
+    tiles = [_Tile("Picture", f"{image.width} x {image.height} pixels", picture)]
+    for name in names:
+        label = _as_parts(name, labels.get(name), kinds.get(name))
+        tiles.append(_tile(name, label, picture, (class_names or {}).get(name)))
+    for tile in tiles:
+        tile.lay_out(width, picture.height)
+
+    columns = columns or (2 if len(tiles) in (2, 4) else 3 if len(tiles) <= 6 else 4)
+    columns = min(columns, len(tiles))
+    rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    panel = Image.new(
+        "RGB", (columns * width + (columns + 1) * MARGIN, sum(heights) + (len(rows) + 1) * MARGIN), PAPER
+    )
+    top = MARGIN
+    for row, height in zip(rows, heights):
+        for column, tile in enumerate(row):
+            tile.draw(panel, MARGIN + column * (width + MARGIN), top)
+        top += height + MARGIN
+    return panel
+
+
+class _Tile:
+    """A titled picture with a legend under it."""
+
+    def __init__(self, title: str, subtitle: str, picture: Image.Image | None, legend: Sequence = (), scale=None):
+        self.title = title
+        self.subtitle = subtitle
+        self.picture = picture
+        self.legend = list(legend)  # (colour, text)
+        self.scale = scale  # (text at the left, colours (n, 3), text at the right)
+
+    def lay_out(self, width: int, picture_height: int, max_lines: int = 10) -> None:
+        self.width, self.picture_height = width, picture_height
+        font = _font(TEXT_SIZE)
+        lines, x = [[]], 0
+        for number, (color, text) in enumerate(self.legend):
+            text = _shorten(text, font, width - 24)
+            needed = 22 + font.getlength(text) + 14
+            if x and x + needed - 14 > width:
+                if len(lines) == max_lines:
+                    rest = f"and {len(self.legend) - number} more"
+                    while lines[-1] and x + font.getlength(rest) > width:
+                        x = lines[-1].pop()[0]
+                        number -= 1
+                        rest = f"and {len(self.legend) - number} more"
+                    lines[-1].append((x, None, rest))
+                    break
+                lines.append([])
+                x = 0
+            lines[-1].append((x, color, text))
+            x += needed
+        self.lines = lines if self.legend else []
+        self.height = 30 + picture_height + 10 + 20 * len(self.lines) + (24 if self.scale else 0)
+
+    def draw(self, panel: Image.Image, left: int, top: int) -> None:
+        draw = ImageDraw.Draw(panel)
+        title, font = _font(TITLE_SIZE), _font(TEXT_SIZE)
+        draw.text((left, top + 22), self.title, fill=INK, font=title, anchor="ls")
+        room = self.width - title.getlength(self.title) - 10
+        draw.text(
+            (left + self.width, top + 22), _shorten(self.subtitle, font, room), fill=FAINT, font=font, anchor="rs"
+        )
+        top += 30
+        if self.picture is None:
+            box = (left, top, left + self.width - 1, top + self.picture_height - 1)
+            draw.rectangle(box, fill=(244, 245, 246), outline=RULE)
+            middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+            draw.text(middle, "missing", fill=FAINT, font=_font(TITLE_SIZE), anchor="mm")
+        else:
+            x = left + (self.width - self.picture.width) // 2
+            panel.paste(self.picture, (x, top))
+            draw.rectangle((x - 1, top - 1, x + self.picture.width, top + self.picture.height), outline=RULE)
+        top += self.picture_height + 10
+        if self.scale:
+            self._draw_scale(panel, draw, left, top)
+            top += 24
+        for line in self.lines:
+            for x, color, text in line:
+                if color is not None:
+                    draw.rounded_rectangle((left + x, top + 2, left + x + 14, top + 14), 3, fill=color)
+                    x += 22
+                draw.text((left + x, top + 13), text, fill=INK if color else FAINT, font=font, anchor="ls")
+            top += 20
+
+    def _draw_scale(self, panel: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+        low, colors, high = self.scale
+        font = _font(TEXT_SIZE)
+        draw.text((left, top + 13), low, fill=INK, font=font, anchor="ls")
+        draw.text((left + self.width, top + 13), high, fill=INK, font=font, anchor="rs")
+        start = left + round(font.getlength(low)) + 8
+        length = max(1, left + self.width - round(font.getlength(high)) - 8 - start)
+        bar = Image.fromarray(np.asarray(colors, np.uint8)[None]).resize((length, 12), Image.Resampling.BILINEAR)
+        panel.paste(bar, (start, top + 2))
+        draw.rectangle((start, top + 2, start + length - 1, top + 13), outline=RULE)
+
+
+def _tile(name: str, parts: dict[str, Any] | None, picture: Image.Image, class_names) -> _Tile:
+    title = TITLES.get(name, name)
+    if parts is None:
+        return _Tile(title, "", None)
+    if "values" in parts:
+        return _dense_tile(name, title, parts["values"], picture)
+    ids = np.array(_resize(parts["ids"], picture.size, Image.Resampling.NEAREST))
+    if "words" in parts:
+        return _words_tile(title, ids, [str(word) for word in parts["words"]], picture)
+    if "classes" in parts:
+        return _instances_tile(title, ids, [int(index) for index in parts["classes"]], picture, class_names)
+    return _classes_tile(title, ids, picture, class_names)
+
+
+def _dense_tile(name: str, title: str, values: np.ndarray, picture: Image.Image) -> _Tile:
+    if values.ndim == 3:
+        colored = Image.fromarray(_three_channels(values))
+        legend = []
+        if name == "normal":
+            legend = [((255, 128, 128), "x"), ((128, 255, 128), "y"), ((128, 128, 255), "z")]
+        return _Tile(title, "", _resize(np.asarray(colored), picture.size, Image.Resampling.BILINEAR), legend)
+    values = np.asarray(_resize(values, picture.size, Image.Resampling.BILINEAR))
+    low, high = int(values.min()), int(values.max())
+    subtitle = f"{low} to {high}"
+    if name == "edge":
+        return _Tile(title, "", Image.fromarray(values).convert("RGB"))
+    stretched = (values.astype(np.float32) - low) / max(1, high - low)
+    ends = ("far", "near") if name == "depth" else ("low", "high")
+    return _Tile(title, subtitle, Image.fromarray(_colored(stretched)), scale=(ends[0], COLOR_MAP, ends[1]))
+
+
+def _classes_tile(title: str, ids: np.ndarray, picture: Image.Image, class_names) -> _Tile:
+    classes, areas = np.unique(ids[ids != BACKGROUND], return_counts=True)
+    classes = [int(index) for index in classes[np.argsort(-areas, kind="stable")]]
+    colors = {index: _color(number) for number, index in enumerate(classes)}
+    drawn = _overlay(picture, ids, colors)
+    legend = [(colors[index], _class_name(class_names, index)) for index in classes]
+    tags = []
+    for index in classes[:12]:
+        place = _inner_point(ids == index)
+        if place is not None:
+            tags.append((place, _class_name(class_names, index), colors[index]))
+    _draw_tags(drawn, tags, centered=True)
+    return _Tile(title, _count(len(classes), "class", "classes"), drawn, legend)
+
+
+def _instances_tile(title: str, ids: np.ndarray, classes: list[int], picture: Image.Image, class_names) -> _Tile:
+    instances = [int(number) for number in np.unique(ids) if number < len(classes)]
+    # instances of a class share its colour
+    order = list(dict.fromkeys(classes[number] for number in instances))
+    colors = {index: _color(place) for place, index in enumerate(order)}
+    color_of = {number: colors[classes[number]] for number in instances}
+    drawn = _overlay(picture, ids, color_of, opacity=0.25, outlines=False)
+    drawn, boxes = _boxes(drawn, [ids == number for number in instances], list(color_of.values()))
+    tags = [
+        ((box[0], box[1]), _class_name(class_names, classes[number]), color_of[number])
+        for box, number in zip(boxes, instances)
+    ]
+    _draw_tags(drawn, tags)
+    counts = {index: sum(classes[number] == index for number in instances) for index in order}
+    legend = [
+        (colors[index], _class_name(class_names, index) + (f" ({counts[index]})" if counts[index] > 1 else ""))
+        for index in order
+    ]
+    return _Tile(title, _count(len(instances), "object", "objects"), drawn, legend)
+
+
+def _words_tile(title: str, ids: np.ndarray, words: list[str], picture: Image.Image) -> _Tile:
+    colors = [_color(number) for number in range(len(words))]
+    seen = [int(number) for number in np.unique(ids) if number < len(words)]
+    drawn = _overlay(picture, ids, {number: colors[number] for number in seen}, opacity=0.3)
+    tags, boxes = [], []
+    for number in seen:
+        rows, columns = np.nonzero(ids == number)
+        boxes.append((columns.min(), rows.min(), columns.max(), rows.max()))
+        tags.append((boxes[-1][:2], words[number], colors[number]))
+    if len(tags) <= 20:  # in dense text the legend, in reading order, has to do
+        _draw_tags(drawn, tags, obstacles=boxes)
+    return _Tile(title, _count(len(words), "word", "words"), drawn, list(zip(colors, words)))
+
+
+# ---- labels ----
+
+
+def _as_parts(name: str, label: Any, kind: str | None) -> dict[str, Any] | None:
+    """The label as a dict of `values`, or `ids` with what belongs to them; arrays are uint8 NumPy."""
+    if label is None:
+        return None
+    if not isinstance(label, Mapping):
+        is_ids = kind == "label" or (kind is None and name == "segmentation")
+        label = {"ids" if is_ids else "values": label}
+    parts = dict(label)
+    what = "ids" if "ids" in parts else "values"
+    if what not in parts:
+        raise ValueError(f"the label of '{name}' has {', '.join(parts) or 'nothing'}; 'ids' or a map is needed")
+    array = parts[what]
+    array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (what == "values" and array.ndim == 3) or 0 in array.shape:
+        raise ValueError(f"the map of '{name}' has the shape {array.shape}; (height, width) is needed")
+    if array.dtype != np.uint8:
+        if array.dtype.kind not in "iub" or array.min() < 0 or array.max() > 255:
+            raise ValueError(f"the map of '{name}' is {array.dtype}; values of 8 bit are needed")
+        array = array.astype(np.uint8)
+    parts[what] = array
+    return parts
+
+
+def _three_channels(values: np.ndarray) -> np.ndarray:
+    """(height, width, any number of channels) to three: more are cut, missing ones are 0."""
+    three = np.zeros((*values.shape[:2], 3), np.uint8)
+    channels = min(3, values.shape[2])
+    three[..., :channels] = values[..., :channels]
+    return three
+
+
+def _class_name(class_names, index: int) -> str:
+    if isinstance(class_names, Mapping):
+        return str(class_names.get(index, f"class {index}"))
+    if class_names is not None and index < len(class_names):
+        return str(class_names[index])
+    return f"class {index}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"no {many}" if number == 0 else f"{number} {one if number == 1 else many}"
+
+
+# ---- drawing ----
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """The picture with a long side of `size` pixels; one that is much smaller keeps its pixels visible as squares."""
+    scale = size / max(image.size)
+    fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(fitted, Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.BICUBIC)
+
+
+def _resize(array: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    map_image = Image.fromarray(array)
+    enlarged = min(size[0] / map_image.width, size[1] / map_image.height) >= 4
+    return map_image.resize(size, Image.Resampling.NEAREST if enlarged else resample)
+
+
+def _colored(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] to colours: (height, width) to uint8 (height, width, 3)."""
+    position = np.clip(values, 0, 1) * (len(COLOR_MAP) - 1)
+    below = np.minimum(position.astype(int), len(COLOR_MAP) - 2)
+    part = (position - below)[..., None]
+    return (COLOR_MAP[below] * (1 - part) + COLOR_MAP[below + 1] * part).round().astype(np.uint8)
+
+
+def _color(number: int) -> tuple[int, int, int]:
+    return PALETTE[number % len(PALETTE)]
+
+
+def _overlay(
+    picture: Image.Image, ids: np.ndarray, colors: Mapping[int, tuple], opacity: float = 0.45, outlines: bool = True
+) -> Image.Image:
+    """The picture with each region of `ids`, (height, width), that has a colour painted over, and a line around it."""
+    table = np.zeros((256, 3), np.float32)
+    opacities = np.zeros((256, 1), np.float32)
+    for number, color in colors.items():
+        table[number], opacities[number] = color, opacity
+    share = opacities[ids]  # (height, width, 1)
+    if outlines:
+        values = torch.from_numpy(ids)[None, None].float()
+        highest, negative_lowest = (
+            torch.nn.functional.max_pool2d(each, 5, stride=1, padding=2)[0, 0].numpy() for each in (values, -values)
+        )
+        share = np.where((highest != -negative_lowest)[..., None] & (share > 0), np.float32(1), share)
+    pixels = np.asarray(picture, np.float32)
+    return Image.fromarray((pixels * (1 - share) + table[ids] * share).round().astype(np.uint8))
+
+
+def _boxes(picture: Image.Image, masks: list, colors: list) -> tuple[Image.Image, list[list[float]]]:
+    """The picture with a box around each mask; the boxes as left, top, right, bottom."""
+    if not masks:
+        return picture, []
+    from torchvision.ops import masks_to_boxes
+    from torchvision.utils import draw_bounding_boxes
+
+    boxes = masks_to_boxes(torch.from_numpy(np.stack(masks)))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    drawn = draw_bounding_boxes(pixels, boxes, colors=colors, width=3)
+    return Image.fromarray(drawn.permute(1, 2, 0).numpy()), boxes.tolist()
+
+
+def _inner_point(mask: np.ndarray) -> tuple[float, float] | None:
+    """A point well inside the thickest part of a mask, x and y; `None` if the mask is tiny."""
+    if mask.sum() < 0.004 * mask.size:
+        return None
+    step = max(1, min(mask.shape) // 64)
+    layer = torch.from_numpy(mask[::step, ::step].copy())[None, None].float()
+    depth = torch.zeros_like(layer)
+    while layer.any():  # peeled layer by layer, from the picture's border, too
+        depth += layer
+        layer = -torch.nn.functional.max_pool2d(-torch.nn.functional.pad(layer, (1, 1, 1, 1)), 3, stride=1)
+    if not depth.any():
+        return None
+    rows, columns = np.nonzero(depth[0, 0].numpy() == depth.max().item())
+    middle = np.argmin((rows - np.median(rows)) ** 2 + (columns - np.median(columns)) ** 2)
+    return float(columns[middle] * step), float(rows[middle] * step)
+
+
+def _draw_tags(picture: Image.Image, tags: list, centered: bool = False, obstacles: Sequence = ()) -> None:
+    """
+    Names on coloured ground at their points, (x, y); one that finds no free place is left to the legend. `obstacles`
+    are boxes, one a tag, that the other tags must not cover.
+    """
+    draw = ImageDraw.Draw(picture)
+    font = _font(TEXT_SIZE - 1)
+    taken: list[tuple[float, float, float, float]] = []
+    height = TEXT_SIZE + 5
+    for number, ((x, y), text, color) in enumerate(tags):
+        others = [box for index, box in enumerate(obstacles) if index != number]
+        text = _shorten(text, font, picture.width - 10)
+        width = font.getlength(text) + 8
+        if centered:
+            places = [(x - width / 2, y - height / 2)]
+            places += [(x - width / 2, y - height / 2 + step * height) for step in (-1, 1)]
+        else:
+            places = [(x - 1, y - height + 1), (x - 1, y), (x - 1, y - 2 * height)]
+        for left, top in places:
+            left = min(max(0, left), picture.width - width - 1)
+            top = min(max(0, top), picture.height - height - 1)
+            box = (left, top, left + width, top + height)
+            if not any(
+                box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+                for other in (*taken, *others)
+            ):
+                taken.append(box)
+                draw.rectangle(box, fill=color)
+                draw.text((left + 4, top + height - 5), text, fill=_readable_on(color), font=font, anchor="ls")
+                break
+
+
+def _readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = color
+    return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else (255, 255, 255)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """
+    The text, cut to a width in pixels. Pillow's own font has ASCII: accents go, a single sign is named (a triangle that
+    was read as ▲ becomes "black up-pointing triangle"), other scripts become boxes.
+    """
+    text = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
+    if len(text) == 1 and not text.isascii():
+        text = unicodedata.name(text, text).lower()
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

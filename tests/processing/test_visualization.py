@@ -1,0 +1,217 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from modeling_prismer.processing import visualization
+from modeling_prismer.processing.visualization import COLOR_MAP, PALETTE, experts_panel
+
+
+SIX = [
+    {"name": "depth", "kind": "dense", "channels": 1},
+    {"name": "normal", "kind": "dense", "channels": 3},
+    {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": 133},
+    {"name": "edge", "kind": "dense", "channels": 1},
+    {"name": "detection", "kind": "label", "channels": 64, "num_classes": 80, "instances": True},
+    {"name": "ocr", "kind": "label", "channels": 64},
+]
+
+
+@pytest.fixture
+def picture():
+    return Image.new("RGB", (120, 90), (128, 128, 128))
+
+
+@pytest.fixture
+def labels():
+    ids = np.full((90, 120), 255, np.uint8)
+    ids[20:70, 10:50] = 0
+    ids[30:80, 70:110] = 1
+    ramp = np.tile(np.linspace(0, 255, 120).astype(np.uint8), (90, 1))
+    return {
+        "depth": ramp,
+        "normal": np.stack([ramp, ramp.T.copy().T, ramp], -1),
+        "segmentation": ids,
+        "edge": np.where(ids == 0, 0, 255).astype(np.uint8),
+        "detection": {"ids": ids, "classes": [7, 7]},
+        "ocr": {"ids": ids, "words": ["stop", "exit"], "features": np.zeros((2, 64), np.float32)},
+    }
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Every text that is drawn."""
+    texts = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, *args, **kwargs):
+        texts.append(text)
+        return draw_text(self, xy, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return texts
+
+
+def colors_of(image):
+    return {color for _, color in image.getcolors(1 << 24)}
+
+
+def tile(panel, number, columns=4, size=400, height=300):
+    """The picture in a tile of the first row, when all pictures are as large as `size` and `height`."""
+    left = visualization.MARGIN + number % columns * (size + visualization.MARGIN)
+    top = visualization.MARGIN + 30
+    return panel.crop((left, top, left + size, top + height))
+
+
+def test_a_panel_shows_the_picture_and_all_experts_with_their_names(picture, labels, written):
+    panel = experts_panel(picture, labels, SIX, {"segmentation": ["sky", "tree"], "detection": {7: "dog"}})
+    assert panel.mode == "RGB"
+    assert panel.width == 4 * 400 + 5 * 16
+    for title in ("Picture", "Depth", "Surface normals", "Segments", "Edges", "Objects", "Text"):
+        assert title in written
+    assert {"far", "near", "sky", "tree", "dog", "dog (2)", "stop", "exit", "2 words", "2 objects"} <= set(written)
+    assert "missing" not in written
+    assert set(PALETTE[:2]) <= colors_of(panel)
+
+
+def test_depth_is_coloured_from_dark_far_away_to_light_nearby(picture, labels, written):
+    drawn = np.asarray(tile(experts_panel(picture, {"depth": labels["depth"]}), 1, columns=2)).astype(int)
+    assert np.abs(drawn[150, 1] - COLOR_MAP[0]).max() < 12
+    assert np.abs(drawn[150, -2] - COLOR_MAP[-1]).max() < 12
+    assert (np.diff(drawn[150].sum(-1)[::20]) > 0).all()
+    assert written.index("far") < written.index("near")  # from the left, as the colours of the scale
+
+
+def test_edges_and_normals_are_shown_as_they_are(picture, labels):
+    panel = experts_panel(picture, {name: labels[name] for name in ("edge", "normal")})
+    edge = np.asarray(tile(panel, 1, columns=3))
+    assert edge[150, 100].tolist() == [0, 0, 0]
+    assert edge[20, 20].tolist() == [255, 255, 255]
+    normal = np.asarray(tile(panel, 2, columns=3)).astype(int)
+    assert normal[150, 300] == pytest.approx([191] * 3, abs=4)
+
+
+def test_segments_lie_over_the_picture_where_their_ids_are(picture, labels, written):
+    ids = labels["segmentation"]
+    ids[75:85, 10:50] = 0  # the largest
+    panel = experts_panel(picture, {"segmentation": {"ids": ids}})
+    drawn = np.asarray(tile(panel, 1, columns=2)).astype(int)
+    assert drawn[10, 200].tolist() == [128, 128, 128]  # background
+    expected = 0.55 * 128 + 0.45 * np.array(PALETTE[0])
+    assert drawn[200, 60] == pytest.approx(expected, abs=2)
+    assert drawn[200, 34].tolist() == list(PALETTE[0])  # the line around it
+    assert "class 0" in written
+    assert "class 1" in written
+
+
+def test_a_missing_expert_is_said_to_be_missing(picture, labels, written):
+    experts_panel(picture, {"depth": labels["depth"], "ocr": None}, SIX[:2])
+    assert written.count("missing") == 2  # normal has no label, ocr has none to show
+    assert "Text" in written
+
+
+def test_nothing_found_is_not_missing(picture, written):
+    nothing = np.full((90, 120), 255, np.uint8)
+    labels = {
+        "ocr": {"ids": nothing, "words": []},
+        "detection": {"ids": nothing, "classes": []},
+        "segmentation": nothing,
+    }
+    experts_panel(picture, labels)
+    assert {"no words", "no objects", "no classes"} <= set(written)
+    assert "missing" not in written
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1, 1), (9, 400), (3000, 20), (1600, 1200)])
+def test_pictures_of_any_size_are_drawn_large_enough_and_not_too_large(size, written):
+    ids = np.zeros((size[1], size[0]), np.uint8)
+    labels = {"depth": ids, "segmentation": ids, "ocr": {"ids": ids, "words": ["a"]}}
+    panel = experts_panel(Image.new("RGB", size), labels)
+    assert 500 <= panel.width <= 2000
+    assert 60 <= panel.height <= 1200
+    assert "Picture" in written
+
+
+def test_small_pictures_keep_their_pixels_visible():
+    image = Image.new("RGB", (64, 64))
+    image.putpixel((32, 32), (255, 255, 255))
+    drawn = tile(experts_panel(image, {"edge": np.asarray(image.convert("L"))}), 0, columns=2, height=400)
+    assert colors_of(drawn) == {(0, 0, 0), (255, 255, 255)}
+    assert sum(count for count, color in drawn.getcolors() if color != (0, 0, 0)) == pytest.approx(6.25**2, abs=7)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_pictures_of_any_mode_are_drawn(mode, labels):
+    assert experts_panel(Image.new(mode, (120, 90)), {"depth": labels["depth"]}).mode == "RGB"
+
+
+def test_an_expert_of_ones_own_is_drawn_by_the_form_of_its_label(picture, labels, written):
+    own = {
+        "thermal": torch.from_numpy(labels["depth"]),
+        "flow": labels["normal"][..., :2],
+        "parts": labels["segmentation"],
+    }
+    kinds = [{"name": "parts", "kind": "label"}]
+    panel = experts_panel(picture, own, kinds, {"parts": ["head", "tail"]})
+    assert {"thermal", "flow", "parts", "low", "high", "head", "tail"} <= set(written)
+    assert panel.width == 2 * 400 + 3 * 16
+
+
+def test_a_page_full_of_words_has_them_all_in_a_legend_or_says_how_many_more(picture, written):
+    ids = np.full((90, 120), 255, np.uint8)
+    ids[: 80 * 90 // 90, :100] = (np.arange(100) // 5 + np.arange(80)[:, None] // 8 * 20).astype(np.uint8)
+    words = [f"word{number}" for number in range(200)]
+    panel = experts_panel(picture, {"ocr": {"ids": ids, "words": words}})
+    rest = [text for text in written if text.startswith("and ")]
+    listed = [text for text in written if text.startswith("word")]
+    assert rest == [f"and {200 - len(listed)} more"]
+    assert listed == words[: len(listed)]
+    assert panel.height < 700
+
+
+def test_names_do_not_cover_each_other(picture):
+    boxes = []
+    draw_rectangle = ImageDraw.ImageDraw.rectangle
+
+    class Watching(ImageDraw.ImageDraw):
+        def rectangle(self, xy, fill=None, **kwargs):
+            boxes.append(xy)
+            draw_rectangle(self, xy, fill=fill, **kwargs)
+
+    tags = [((40, 40), "one", PALETTE[0]), ((45, 42), "two", PALETTE[1]), ((50, 44), "three", PALETTE[2])]
+    original, ImageDraw.ImageDraw = ImageDraw.ImageDraw, Watching
+    try:
+        visualization._draw_tags(picture, tags)
+    finally:
+        ImageDraw.ImageDraw = original
+    assert len(boxes) >= 2
+    for number, one in enumerate(boxes):
+        for other in boxes[:number]:
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_text_is_cut_to_its_room_and_loses_accents():
+    font = ImageFont.load_default(14)
+    assert visualization._shorten("café", font, 100) == "cafe"
+    assert visualization._shorten("a very long name", font, 50).endswith("…")
+    assert font.getlength(visualization._shorten("a very long name", font, 50)) <= 50
+    assert visualization._shorten("name", font, 0) == "…"
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (np.zeros((4, 4), np.float32), "the map of 'depth' is float32"),
+        (np.full((4, 4), 300), "the map of 'depth' is int64"),
+        (np.zeros(4, np.uint8), r"the map of 'depth' has the shape \(4,\)"),
+        ({"words": []}, "the label of 'depth' has words; 'ids' or a map is needed"),
+    ],
+)
+def test_labels_of_another_form_are_refused_by_name(picture, label, message):
+    with pytest.raises(ValueError, match=message):
+        experts_panel(picture, {"depth": label})
+
+
+def test_tiles_below_a_readable_size_are_refused(picture):
+    with pytest.raises(ValueError, match="tile_size is 10; at least 64"):
+        experts_panel(picture, {}, tile_size=10)
