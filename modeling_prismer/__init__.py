@@ -1,0 +1,29 @@
+"""Prismer for transformers: a vision-language model that looks through frozen experts (arXiv 2303.02506)."""
+
+from .auto import PrismerImageProcessor, PrismerProcessor
+from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .modeling_prismer import (
+    PrismerForConditionalGeneration,
+    PrismerModel,
+    PrismerPreTrainedModel,
+    PrismerTextModel,
+    PrismerVisionModel,
+)
+from .pretrained import pretrained_path
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PrismerConfig",
+    "PrismerForConditionalGeneration",
+    "PrismerImageProcessor",
+    "PrismerModel",
+    "PrismerPreTrainedModel",
+    "PrismerProcessor",
+    "PrismerTextConfig",
+    "PrismerTextModel",
+    "PrismerVisionConfig",
+    "PrismerVisionModel",
+    "pretrained_path",
+]

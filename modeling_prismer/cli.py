@@ -1,0 +1,187 @@
+"""The command line: `prismer ask`, `caption`, `classify`, `experts` and `convert`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+app = typer.Typer(
+    help="Prismer: captions, answers and classifies pictures, looking through frozen experts.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="A folder or a Hub id.", show_default="the checkpoint that is shipped with the package"),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
+Image = Annotated[str, typer.Argument(help="A picture: a file or a URL.", metavar="IMAGE")]
+
+
+class _UserError:
+    """Turns the errors that bad input causes into one line and exit code 1."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and issubclass(kind, (ValueError, OSError, ImportError)):
+            err.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+        return False
+
+
+def _load(model: str | None, device: str, with_network: bool = True):
+    """The processor and the network of a checkpoint; `model` left out means the shipped one."""
+    import torch
+    from transformers import logging
+
+    from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+
+    logging.disable_progress_bar()
+    path = pretrained_path() if model is None else model
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {error}") from error
+    processor = PrismerProcessor.from_pretrained(path, expert_device=device)
+    if not with_network:
+        return processor, None
+    # Half precision on a CPU is slower than float32.
+    dtype = torch.float32 if device == "cpu" else "auto"
+    network = PrismerForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
+    return processor, network
+
+
+def _generate(processor, network, image: str, text: str | None, beams: int) -> str:
+    inputs = processor(images=image, text=text, return_tensors="pt").to(network.device)
+    generated = network.generate(**inputs, num_beams=beams, do_sample=False)
+    return processor.post_process_generation(generated, inputs["input_ids"].shape[1])[0]
+
+
+@app.command()
+def ask(
+    image: Image,
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    model: ModelOption = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
+    device: DeviceOption = "auto",
+):
+    """Answers a question about a picture."""
+    with _UserError():
+        processor, network = _load(model, device)
+        if processor.task != "vqa":
+            raise ValueError(f"this checkpoint's task is {processor.task!r}; `prismer ask` needs one for 'vqa'")
+        out.print(_generate(processor, network, image, question, beams), markup=False)
+
+
+@app.command()
+def caption(
+    image: Image,
+    model: ModelOption = None,
+    prompt: Annotated[str | None, typer.Option(help="How the caption begins.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
+    device: DeviceOption = "auto",
+):
+    """Describes a picture in a sentence."""
+    with _UserError():
+        processor, network = _load(model, device)
+        if processor.task != "caption":
+            raise ValueError(
+                f"this checkpoint's task is {processor.task!r}; `prismer caption` needs one for 'caption'"
+            )
+        out.print(_generate(processor, network, image, prompt, beams), markup=False)
+
+
+@app.command()
+def classify(
+    image: Image,
+    labels: Annotated[list[str], typer.Argument(help="The labels to choose from.")],
+    question: Annotated[
+        str | None, typer.Option(help="What is asked; needed by a checkpoint for questions, else a prompt.")
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+):
+    """Ranks labels of your own for a picture, best first."""
+    with _UserError():
+        processor, network = _load(model, device)
+        inputs = processor(images=image, text=question, return_tensors="pt").to(network.device)
+        candidates = processor.prepare_candidates(labels).to(network.device)
+        ranking = network.rank_candidates(**candidates, k=len(labels), **inputs)
+        table = Table("label", "mean log-probability")
+        for score, index in zip(ranking.scores[0].tolist(), ranking.indices[0].tolist()):
+            table.add_row(labels[index], f"{score:.3f}")
+        out.print(table)
+
+
+@app.command()
+def experts(
+    image: Image,
+    output: Annotated[Path, typer.Option("--out", help="The folder for the panel; made if it does not exist.")],
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+):
+    """Draws what each expert saw in a picture."""
+    with _UserError():
+        from modeling_prismer.processing.image_loading import load_image
+        from modeling_prismer.processing.visualization import experts_panel
+
+        processor, _ = _load(model, device, with_network=False)
+        picture = load_image(image)
+        start = time.perf_counter()
+        labels = processor.run_experts([picture])[0]
+        seconds = time.perf_counter() - start
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / f"{Path(image).stem}_experts.png"
+        temporary = path.with_suffix(".tmp")
+        names = [expert["name"] for expert in processor.image_processor.experts]
+        panel = experts_panel(picture, {name: labels.get(name) for name in names}, processor.image_processor.experts)
+        panel.save(temporary, format="PNG")
+        temporary.replace(path)
+        err.print(f"{', '.join(names)} in {seconds:.1f} s", highlight=False)
+        print(path)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="A published pytorch_model.bin, or a Hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    variant: Annotated[str, typer.Option(help="prismer_base, prismerz_base, prismer_large, …")] = "prismer_base",
+    image_size: Annotated[int | None, typer.Option(help="Side of the image: 224, 480 or 384.")] = None,
+    task: Annotated[str | None, typer.Option(help="caption, vqa or classification.")] = None,
+    feature_tables: Annotated[
+        Path | None, typer.Option(help="Folder of the published feature tables (.pt or .safetensors).")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A RoBERTa tokenizer: a folder or a Hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+):
+    """Turns a published checkpoint into a folder for `from_pretrained`."""
+    with _UserError():
+        from modeling_prismer.conversion import convert_original_checkpoint
+
+        convert_original_checkpoint(
+            checkpoint,
+            variant,
+            output_dir=output,
+            image_size=image_size,
+            task=task,
+            feature_tables=feature_tables,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+        )
+        print(output)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

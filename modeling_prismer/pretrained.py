@@ -1,0 +1,23 @@
+"""The checkpoints that are shipped inside the package."""
+
+from pathlib import Path
+
+
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+DEFAULT_CHECKPOINT = "prismer-easy-vqa"
+
+
+def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
+    """
+    The folder of a checkpoint that is shipped with the package, for `from_pretrained`.
+
+    Args:
+        name (`str`, *optional*, defaults to `"prismer-easy-vqa"`): the checkpoint.
+
+    Raises:
+        ValueError: if there is none of that name; the message lists those there are.
+    """
+    shipped = sorted(path.parent.name for path in _CHECKPOINTS.glob("*/config.json"))
+    if name not in shipped:
+        raise ValueError(f"no checkpoint {name!r} is shipped; there are: {', '.join(shipped) or 'none'}")
+    return str(_CHECKPOINTS / name)
