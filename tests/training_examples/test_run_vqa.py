@@ -1,0 +1,107 @@
+"""run_vqa.py trains on easy-VQA, resumes, measures by generation and by ranking, and writes what it promises."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from training_examples import run_vqa
+
+
+pytest.importorskip("easy_vqa")
+IMAGES = 20
+
+
+def run(monkeypatch, output_dir, *arguments):
+    command = ["run_vqa.py", "--output_dir", str(output_dir), "--max_images", str(IMAGES)]
+    command += ["--per_device_train_batch_size", "6", "--dataloader_num_workers", "0", "--logging_steps", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, *map(str, arguments)])
+    run_vqa.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The output folder of two epochs (six steps) with labels made beforehand, evaluated and published."""
+    output_dir = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        arguments = ("--do_train", "--do_eval", "--num_train_epochs", 2, "--publish_to", output_dir / "published")
+        run(monkeypatch, output_dir, *arguments)
+    return output_dir
+
+
+def test_results_hold_both_ways_of_answering_and_every_type_of_question(trained):
+    results = json.loads((trained / "test_results.json").read_text())
+    assert results["images"] == IMAGES and results["questions"] > IMAGES
+    for way in ("generate", "rank"):
+        assert set(results[way]) == {"exact_match", *(f"exact_match {t}" for t in ("color", "shape", "yes/no"))}
+        assert all(0 <= value <= 1 for value in results[way].values())
+
+
+def test_published_folder_loads_and_answers_with_its_live_experts(trained):
+    processor = PrismerProcessor.from_pretrained(trained / "published")
+    model = PrismerForConditionalGeneration.from_pretrained(trained / "published", dtype=torch.float32)
+    assert processor.task == "vqa" and list(processor.experts) == ["edge", "ocr"]
+    inputs = processor(images=Image.new("RGB", (64, 64), "white"), text="Is there a circle?")
+    generated = model.generate(**inputs)
+    assert generated.shape[1] <= inputs["input_ids"].shape[1] + 6
+    assert isinstance(processor.post_process_generation(generated, inputs["input_ids"].shape[1])[0], str)
+
+
+def test_published_weights_are_half_precision(trained):
+    model = PrismerForConditionalGeneration.from_pretrained(trained / "published", dtype="auto")
+    assert model.dtype == torch.float16
+
+
+def test_training_goes_on_from_a_checkpoint_and_labels_are_not_made_again(trained, monkeypatch, capfd):
+    def fail(*args):
+        raise AssertionError("the experts ran again")
+
+    monkeypatch.setattr(run_vqa.ExpertSuite, "__call__", fail)
+    resume = ("--resume_from_checkpoint", trained / "checkpoint-6")
+    run(monkeypatch, trained, "--do_train", "--num_train_epochs", 3, *resume)
+    state = json.loads((trained / "checkpoint-9" / "trainer_state.json").read_text())
+    assert state["global_step"] == 9
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 10))
+
+
+def test_live_experts_give_the_batches_that_stored_labels_give(trained, monkeypatch):
+    processor = PrismerProcessor.from_pretrained(trained / "published")
+    dataset = run_vqa.load_easy_vqa("train", 4)
+    stored = run_vqa.label_images(dataset, processor.experts, "some", trained)
+    monkeypatch.setattr(run_vqa, "flip", lambda inputs, flipped: inputs)  # a mirrored word is another word
+    torch.manual_seed(0)
+    live = run_vqa.collate_for_training(list(dataset), processor, questions_per_image=3)
+    torch.manual_seed(0)
+    from_store = run_vqa.collate_for_training(list(stored), processor, questions_per_image=3)
+    assert live["input_ids"].shape[0] == 3 * live["pixel_values"].shape[0] == 12
+    for name, tensor in live.items():
+        torch.testing.assert_close(tensor, from_store[name], msg=name)
+
+
+def test_flip_mirrors_image_and_maps_alike():
+    column = np.arange(8, dtype=np.uint8)[None].repeat(8, 0)
+    ocr = {"ids": column, "words": [], "features": np.zeros((0, 64), np.float32)}
+    inputs = {
+        "images": [Image.fromarray(column).convert("RGB")] * 2,
+        "expert_labels": [{"edge": column, "ocr": ocr}] * 2,
+    }
+    flipped = run_vqa.flip(inputs, [True, False])
+    for i, expected in enumerate((column[:, ::-1], column)):
+        labels = flipped["expert_labels"][i]
+        for values in (np.asarray(flipped["images"][i])[..., 0], labels["edge"], labels["ocr"]["ids"]):
+            np.testing.assert_array_equal(values, expected)
+
+
+def test_exact_match_counts_questions_not_images():
+    rows = [{"answers": ["yes", "red", "circle"]}, {"answers": ["no"]}]
+    scores = run_vqa.exact_match([["yes", "blue", "circle"], ["yes"]], rows)
+    assert scores == {
+        "exact_match": 0.5,
+        "exact_match color": 0.0,
+        "exact_match shape": 1.0,
+        "exact_match yes/no": 0.5,
+    }
