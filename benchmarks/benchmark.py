@@ -3,8 +3,8 @@ Times Prismer on random weights of the true size, beside the recorded times of t
 
     python benchmarks/benchmark.py --out runs/benchmark          (make benchmark)
 
-Each row is the median of repeated runs. The speed of a 2048³ float32 matrix product is measured in the same run, before
-and after; the reference was recorded with its own, so that a ratio compares the two in units of that product and not
+Each row is the median of repeated runs. The speed of a 2048³ float32 matrix product is measured in the same run,
+before and after; the reference was recorded with its own, so that a ratio compares the two in units of that product and not
 of the machine. `--small` runs a tiny network, to try the program itself.
 """
 
@@ -14,6 +14,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,30 +80,22 @@ def run(small: bool = False, repeats: int = 3, device: str = "cpu") -> dict:
         for images in (1, 4):
             inputs = image_inputs(model.config, images, device, map_size)
             name = f"encode {images} image{'s' * (images > 1)}"
-            rows[name] = seconds(lambda inputs=inputs: model.get_image_features(**inputs), repeats, device)
+            rows[name] = seconds(partial(model.get_image_features, **inputs), repeats, device)
+        generate = partial(model.generate, num_beams=3, min_length=20, max_length=20, do_sample=False)
         prompt = torch.tensor([[0, 250, 2170, 9]], device=device)  # <s>A picture of
         for images in (1, 4):
             encoded = model.get_image_features(**image_inputs(model.config, images, device, map_size))
-            generate = {"num_beams": 3, "min_length": 20, "max_length": 20, "do_sample": False}
             name = f"caption {images} image{'s' * (images > 1)}"
-            rows[name] = seconds(
-                lambda encoded=encoded, images=images: model.generate(
-                    input_ids=prompt.expand(images, -1), encoder_outputs=encoded, **generate
-                ),
-                repeats,
-                device,
-            )
+            work = partial(generate, input_ids=prompt.expand(images, -1), encoder_outputs=encoded)
+            rows[name] = seconds(work, repeats, device)
         encoded = model.get_image_features(**image_inputs(model.config, 1, device, map_size))
         question = torch.cat([prompt[:, :1], torch.randint(4, 50000, (1, 11), device=device)], dim=1)
         lengths = torch.randint(2, 7, (128, 1), device=device)
         candidates = torch.randint(4, 50000, (128, 6), device=device)
         mask = (torch.arange(6, device=device) < lengths).long()
-        rows["rank 128 candidates"] = seconds(
-            lambda: model.rank_candidates(candidates, mask, 128, input_ids=question, encoder_outputs=encoded),
-            repeats,
-            device,
-        )
-    del model, encoded
+        work = partial(model.rank_candidates, candidates, mask, 128, input_ids=question, encoder_outputs=encoded)
+        rows["rank 128 candidates"] = seconds(work, repeats, device)
+    del model, encoded, inputs, generate, work  # the training step has the memory to itself
 
     model = make_model(small, train_size, device).train()
     model.freeze_backbones(vision=True, language=True)

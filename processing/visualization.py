@@ -453,8 +453,8 @@ def _readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """
-    The text, cut to a width in pixels. Pillow's own font has ASCII: accents go, a single sign is named (a triangle that
-    was read as ▲ becomes "black up-pointing triangle"), other scripts become boxes.
+    The text, cut to a width in pixels. Pillow's own font has ASCII: accents go, a single sign is named (▲ becomes
+    "black up-pointing triangle"), other scripts become boxes.
     """
     text = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
     if len(text) == 1 and not text.isascii():
