@@ -1,0 +1,465 @@
+"""A published checkpoint to a model of this package, strictly, and a model back to the published names."""
+
+import copy
+import math
+import os
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from modeling_prismer.configuration_prismer import VARIANTS, PrismerConfig
+from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
+
+from .feature_tables import BACKGROUND_KEY, read_feature_tables
+from .original_names import EXPERT_NAMES, IGNORED_NAMES, POSITION_IDS, TIED_NAMES, original_names
+from .tensor_files import find_checkpoint, load_state_dict
+
+
+logger = logging.get_logger(__name__)
+
+PUBLISHED_IMAGE_SIZES = (224, 384, 480)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# How the published results were generated; candidates of a classification are ranked.
+GENERATION_SETTINGS = {
+    "caption": {"num_beams": 3, "max_length": 20, "min_length": 8},
+    "vqa": {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 2, "length_penalty": -1.0},
+    "classification": {},
+}
+TOKENIZERS = {768: "FacebookAI/roberta-base", 1024: "FacebookAI/roberta-large"}  # by the width of the text decoder
+
+_POSITIONS = "expert_encoder.positional_embedding"
+_EMBEDDINGS = "model.text_model.embeddings.word_embeddings.weight"
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+MAX_DIFFERENT = 12  # a wrong width shows in every tensor
+
+
+@torch.no_grad()
+def convert_original_checkpoint(
+    checkpoint: str | Path,
+    config: PrismerConfig | str,
+    output_dir: str | Path | None = None,
+    feature_tables: Mapping[str, torch.Tensor | str | Path] | str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    task: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    overwrite: bool = False,
+    revision: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> PrismerForConditionalGeneration:
+    """
+    Reads a checkpoint with the published names into a [`PrismerForConditionalGeneration`].
+
+    It is strict: every tensor of the checkpoint is used, or known to be a copy or a constant and checked to be that;
+    every parameter of the model is filled. It takes the memory of one checkpoint and one tensor.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            A file; a folder with a `pytorch_model.bin`; or a place on the Hub: `owner/name`, `owner/name/folder` or
+            `owner/name/folder/file.bin`. Nothing but tensors is unpickled.
+        config ([`PrismerConfig`] or `str`):
+            The network, or the name of a published one: `prismer_base`, `prismerz_base`, `prismer_large`,
+            `prismerz_large`, `prismer_huge`, `prismerz_huge`. It is not changed.
+        output_dir (`str` or `Path`, *optional*):
+            Where to save model, processor and tokenizer. The folder appears when it is complete.
+        feature_tables (`dict`, `str` or `Path`, *optional*):
+            The tables with which label experts' classes are painted, which are no part of a checkpoint: see
+            [`read_feature_tables`] for what they may be, and [`class_features_from_names`] to make them. A label
+            expert without a table loses its `num_classes`: the features of its ids must come with each sample.
+        image_size (`int`, *optional*):
+            Side of the image in pixels. If the checkpoint has another one, its position embeddings are resized, as
+            by `resize_position_embeddings`. Left out: that of a `config` that is given, or that of the checkpoint.
+        task (`str`, *optional*):
+            `"caption"`, `"vqa"` or `"classification"`: puts the published settings of generation into
+            `generation_config`, and the task into the processor.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*):
+            A tokenizer, its folder or its Hub id, to be saved too. Left out: that of the RoBERTa of this size, if it
+            can be had; without it, a warning says so and the image processor is saved alone.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
+            `float32`, `float16` or `bfloat16`, whatever the checkpoint is stored in.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether a Prismer that lies in `output_dir` may be replaced, with everything else in that folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
+            Size of a file of weights, at most.
+
+    Returns:
+        [`PrismerForConditionalGeneration`] in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: if checkpoint and configuration do not fit, listing all that is missing, left over or different; if
+            the file holds more than tensors; if a table or an argument does not fit.
+        FileNotFoundError: if the checkpoint or a table is not there, or cannot be fetched.
+        FileExistsError: if there is something in `output_dir` already.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.conversion import convert_original_checkpoint
+
+    >>> model = convert_original_checkpoint(
+    ...     "vqa/pytorch_model.bin", "prismer_base", "prismer-base-vqa", feature_tables="tables", task="vqa"
+    ... )
+    ```
+    """
+    config, image_size = _read_config(config, image_size)
+    dtype = _read_dtype(dtype)
+    if task is not None and task not in GENERATION_SETTINGS:
+        raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, GENERATION_SETTINGS))}")
+    if output_dir is not None:
+        output_dir = _check_output_dir(output_dir, overwrite)
+        tokenizer = _load_tokenizer(tokenizer, config)
+    tables, without_table = _set_tables(config, feature_tables)
+
+    path = find_checkpoint(checkpoint, revision)
+    # First mapped, so that what does not fit shows before gigabytes are read.
+    model = _empty_model(load_state_dict(path, mmap=True), config, path)
+    _warn_about_tables(model.config, tables, without_table)
+    _fill(model, load_state_dict(path), tables, dtype)
+    if image_size is None:
+        image_size = _published_image_size(model.config)
+    if image_size != model.config.vision_config.image_size:
+        model.resize_position_embeddings(image_size)
+    if task is not None:
+        model.generation_config.update(**GENERATION_SETTINGS[task])
+    model.eval()
+    if output_dir is not None:
+        _save(model, output_dir, tokenizer, task, max_shard_size)
+    return model
+
+
+def to_original_state_dict(model: PrismerForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a model under the published names, those included that the published files hold twice.
+
+    Tables of class features have no place there. `torch.save` of the result is a checkpoint that
+    [`convert_original_checkpoint`] reads.
+
+    Args:
+        model ([`PrismerForConditionalGeneration`]): the model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: in the model's type. Packed projections are new tensors, the others the model's own.
+    """
+    ours = model.state_dict()
+    state: dict[str, torch.Tensor] = {}
+    thirds: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    for name, source in original_names(model.config).items():
+        if source.third is not None:
+            thirds[source.name][source.third] = ours[name]
+        else:
+            state[source.name] = ours[name]
+    for name, parts in thirds.items():
+        state[name] = torch.cat([parts[third] for third in range(3)])
+    for name, kept in TIED_NAMES.items():
+        state[name] = state[kept]
+    state[POSITION_IDS] = torch.arange(model.config.text_config.max_position_embeddings)[None]
+    return state
+
+
+def _read_config(config: PrismerConfig | str, image_size: int | None) -> tuple[PrismerConfig, int | None]:
+    """A configuration of our own to work on, and the image size that is wanted in the end, if any is."""
+    is_variant = isinstance(config, str)
+    config = PrismerConfig.from_variant(config) if is_variant else copy.deepcopy(config)
+    if image_size is not None:
+        config.vision_config.image_size = image_size
+        config.vision_config.validate_architecture()
+    return config, image_size if is_variant else config.vision_config.image_size
+
+
+def _read_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r}; accepted are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _set_tables(
+    config: PrismerConfig, feature_tables: Mapping[str, torch.Tensor | str | Path] | str | Path | None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Reads the tables and brings the number of classes in line; returns also whose table is wanting."""
+    tables = {} if feature_tables is None else read_feature_tables(feature_tables, config.experts)
+    without = []
+    for expert in config.experts:
+        if expert["name"] in tables:
+            expert["num_classes"] = len(tables[expert["name"]])
+        elif expert.pop("num_classes", None) is not None:
+            without.append(expert["name"])
+    return tables, without
+
+
+def _warn_about_tables(config: PrismerConfig, tables: dict[str, torch.Tensor], without: list[str]) -> None:
+    if without:
+        logger.warning(
+            f"No table of class features for {', '.join(without)}: the features of their ids have to come with each "
+            f"sample (`{without[0]}_features`), or their painted maps (`{without[0]}_values`). With tables, "
+            "convert again with `feature_tables`, or call `model.set_class_features(expert, table, background)`."
+        )
+    labels = [expert["name"] for expert in config.experts if expert["kind"] == "label"]
+    if labels and not tables:
+        logger.warning(
+            f"No feature of the background for {', '.join(labels)}: it is zero, which is not what a published "
+            "checkpoint was trained with. `feature_tables` has it as `background`."
+        )
+
+
+def _empty_model(
+    tensors: dict[str, torch.Tensor], config: PrismerConfig, path: Path
+) -> PrismerForConditionalGeneration:
+    """
+    The model on the meta device, with as many position embeddings as the checkpoint has.
+
+    Raises:
+        ValueError: listing everything in which the checkpoint and the configuration differ.
+    """
+    positions = tensors.get(_POSITIONS)
+    if positions is not None and positions.ndim == 2 and math.isqrt(len(positions)) ** 2 == len(positions) > 0:
+        grid_size, patch_size = math.isqrt(len(positions)), config.vision_config.patch_size
+        if config.vision_config.image_size // patch_size != grid_size:
+            config.vision_config.image_size = grid_size * patch_size
+    with torch.device("meta"):
+        model = PrismerForConditionalGeneration(config)
+
+    expected = original_tensors(model)
+    known = {*expected, *tensors} - {*IGNORED_NAMES}
+    lines = []
+    if missing := [name for name in expected if name not in tensors]:
+        lines += [f"missing in the checkpoint ({len(missing)}):", *_summarize(missing, known)]
+    if left_over := [name for name in tensors if name in known and name not in expected]:
+        lines += [f"left over in the checkpoint ({len(left_over)}):", *_summarize(left_over, known)]
+    different = []
+    for name, needed in expected.items():
+        tensor = tensors.get(name, needed)
+        if tensor.shape != needed.shape:
+            different.append(f"  {name}: {tuple(tensor.shape)}, the config needs {tuple(needed.shape)}")
+        elif tensor.is_floating_point() != needed.is_floating_point():
+            different.append(f"  {name}: {tensor.dtype}, needed is the kind of {needed.dtype}")
+    if different:
+        lines += [f"of another shape or type ({len(different)}):", *different[:MAX_DIFFERENT]]
+        if len(different) > MAX_DIFFERENT:
+            lines.append(f"  … and {len(different) - MAX_DIFFERENT} more")
+    if changed := [name for name in IGNORED_NAMES if name in tensors and not _is_copy(name, tensors, config)]:
+        lines.append("not the copy or constant that it should be:")
+        lines += [f"  {name}: {IGNORED_NAMES[name]}" for name in changed]
+    if lines:
+        variant = _similar_variant(tensors)
+        hint = f" (it looks like a {variant})" if variant else ""
+        raise ValueError(f"{path} does not fit the configuration{hint}:\n" + "\n".join(lines))
+    return model
+
+
+def original_tensors(model: PrismerForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """
+    What a published checkpoint must have to fill `model`: {original name: a tensor of the shape and kind}, on the
+    meta device.
+    """
+    ours = model.state_dict()
+    expected = {}
+    for name, source in original_names(model.config).items():
+        tensor = ours[name].to("meta")
+        if source.third is not None:
+            tensor = tensor.new_empty(3 * tensor.shape[0], *tensor.shape[1:])
+        expected[source.name] = tensor
+    return expected
+
+
+def _is_copy(name: str, tensors: dict[str, torch.Tensor], config: PrismerConfig) -> bool:
+    """Whether a tensor that is ignored is what it is ignored for."""
+    tensor = tensors[name]
+    if name == POSITION_IDS:
+        return torch.equal(tensor.flatten().long(), torch.arange(config.text_config.max_position_embeddings))
+    kept = tensors.get(TIED_NAMES[name])
+    if kept is None:  # which is the fault to report
+        return True
+    return tensor.dtype == kept.dtype and torch.equal(tensor, kept)
+
+
+def _summarize(names: list[str], known: set[str]) -> list[str]:
+    """
+    Lines that say which of the `known` names these are: `a.b.*` where all that begin so are among them, and one line
+    for what is alike in several layers.
+    """
+    chosen = set(names)
+    whole: Counter[str] = Counter()
+    listed: Counter[str] = Counter()
+    for name in known:
+        for prefix in _prefixes(name):
+            whole[prefix] += 1
+            listed[prefix] += name in chosen
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        group = next((f"{prefix}.*" for prefix in _prefixes(name) if 1 < whole[prefix] == listed[prefix]), name)
+        number = _LAYER_NUMBER.search(group)
+        numbers = layers.setdefault(_LAYER_NUMBER.sub("#", group, count=1), [])
+        if number and int(number[0]) not in numbers:
+            numbers.append(int(number[0]))
+    experts = {original: name for name, original in EXPERT_NAMES.items()}
+    lines = []
+    for pattern, numbers in layers.items():
+        if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            which = f"{{{numbers[0]}…{numbers[-1]}}}"
+        else:
+            which = ",".join(map(str, numbers)) if len(numbers) < 2 else f"{{{','.join(map(str, numbers))}}}"
+        line = pattern.replace("#", which)
+        if line.startswith("expert_encoder.conv1."):
+            expert = line.split(".")[2]
+            line += f" (expert '{experts.get(expert, expert)}')"
+        lines.append(f"  {line}")
+    return lines
+
+
+def _prefixes(name: str) -> list[str]:
+    """`a.b.c` -> `a`, `a.b`"""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _similar_variant(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The published network whose widths and experts a checkpoint has, if any."""
+    words, positions = tensors.get(TIED_NAMES["text_decoder.lm_head.decoder.weight"]), tensors.get(_POSITIONS)
+    if words is None or positions is None:
+        return None
+    has_experts = any(name.startswith("expert_encoder.resampler.") for name in tensors)
+    for variant in VARIANTS:
+        config = PrismerConfig.from_variant(variant)
+        widths = (config.vision_config.hidden_size, config.text_config.hidden_size)
+        if bool(config.experts) == has_experts and widths == (positions.shape[-1], words.shape[-1]):
+            return variant
+    return None
+
+
+def _fill(
+    model: PrismerForConditionalGeneration,
+    tensors: dict[str, torch.Tensor],
+    tables: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Gives the checkpoint's tensors to the model, which lies on the meta device; they are taken out of `tensors`."""
+    state: dict[str, torch.Tensor] = {}
+
+    def give(name: str, tensor: torch.Tensor, copy: bool = False):
+        state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy).contiguous()
+
+    packed: dict[str, list[str]] = defaultdict(list)  # name there -> the three names here, in their order
+    for name, source in original_names(model.config).items():
+        if source.third is None:
+            give(name, tensors.pop(source.name).detach())
+        else:
+            packed[source.name].append(name)
+    for original_name, names in packed.items():
+        # copies, so that the three do not keep the packed tensor in memory
+        for name, tensor in zip(names, tensors.pop(original_name).detach().chunk(3)):
+            give(name, tensor, copy=True)
+    tensors.clear()
+    for expert in model.config.experts:
+        if expert["kind"] == "label":
+            background = tables.get(BACKGROUND_KEY, torch.zeros(expert["channels"]))
+            table = tables.get(expert["name"], torch.empty(0, expert["channels"]))
+            give(
+                f"model.vision_model.expert_stems.{expert['name']}.class_features",
+                torch.cat([table, background[None]]),
+            )
+    state["lm_head.decoder.weight"] = state[_EMBEDDINGS]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+
+
+def _published_image_size(config: PrismerConfig) -> int:
+    """
+    The resolution of a checkpoint: the published one with as many patches (at 480 pixels and patches of 14, four
+    pixels are left at the edge), else the smallest.
+    """
+    patch_size, image_size = config.vision_config.patch_size, config.vision_config.image_size
+    fitting = (size for size in PUBLISHED_IMAGE_SIZES if size // patch_size == image_size // patch_size)
+    return next(fitting, image_size)
+
+
+def _check_output_dir(output_dir: str | Path, overwrite: bool) -> Path:
+    output_dir = Path(output_dir).expanduser().resolve()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"{output_dir} is a file; a folder is needed")
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return output_dir
+    if not overwrite:
+        raise FileExistsError(
+            f"{output_dir} is not empty; choose another folder, or pass overwrite=True to replace it"
+        )
+    try:
+        is_prismer = PrismerConfig.get_config_dict(output_dir, local_files_only=True)[0]["model_type"] == "prismer"
+    except (OSError, KeyError):
+        is_prismer = False
+    if not is_prismer:  # it would all be deleted
+        raise FileExistsError(f"{output_dir} holds something else than a Prismer model; it is not overwritten")
+    return output_dir
+
+
+def _load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | Path | None, config: PrismerConfig
+) -> PreTrainedTokenizerBase | None:
+    text_config = config.text_config
+    if tokenizer is None:
+        default = TOKENIZERS.get(text_config.hidden_size)
+        if default is None or text_config.vocab_size != 50265:
+            logger.warning("No tokenizer is saved: this is no published size, so pass `tokenizer`.")
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(default)
+        except OSError:
+            logger.warning(
+                f"No tokenizer is saved: {default} is not in the local cache and could not be fetched. Pass "
+                "`tokenizer`, or save it beside the model later."
+            )
+            return None
+    elif not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if len(tokenizer) > text_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens; the model's vocabulary has {text_config.vocab_size}"
+        )
+    for token in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        if getattr(tokenizer, token) != getattr(config, token):
+            raise ValueError(
+                f"the tokenizer's {token} is {getattr(tokenizer, token)}; the config's is {getattr(config, token)}"
+            )
+    return tokenizer
+
+
+def _save(
+    model: PrismerForConditionalGeneration,
+    output_dir: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: str | None,
+    max_shard_size: int | str,
+) -> None:
+    """Saves everything beside `output_dir`, and moves it there when it is complete."""
+    from modeling_prismer.processing import PrismerImageProcessor, PrismerProcessor
+
+    image_size = model.config.vision_config.image_size
+    processor: Any = PrismerImageProcessor(
+        size={"height": image_size, "width": image_size}, experts=copy.deepcopy(model.config.experts)
+    )
+    if tokenizer is not None:
+        processor = PrismerProcessor(processor, tokenizer, **({} if task is None else {"task": task}))
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as scratch:
+        complete, replaced = Path(scratch, "complete"), Path(scratch, "replaced")
+        model.save_pretrained(complete, max_shard_size=max_shard_size)
+        processor.save_pretrained(complete)
+        if output_dir.exists():
+            os.rename(output_dir, replaced)
+        try:
+            os.rename(complete, output_dir)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, output_dir)
+            raise
