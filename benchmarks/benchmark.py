@@ -4,8 +4,8 @@ Times Prismer on random weights of the true size, beside the recorded times of t
     python benchmarks/benchmark.py --out runs/benchmark          (make benchmark)
 
 Each row is the median of repeated runs. The speed of a 2048³ float32 matrix product is measured in the same run,
-before and after; the reference was recorded with its own, so that a ratio compares the two in units of that product and not
-of the machine. `--small` runs a tiny network, to try the program itself.
+before and after; the reference was recorded with its own, so that a ratio compares the two in units of that product
+and not of the machine. `--small` runs a tiny network, to try the program itself.
 """
 
 import argparse

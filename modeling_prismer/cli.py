@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,7 @@ class _UserError:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, (ValueError, OSError, ImportError)):
+        if kind is not None and issubclass(kind, (ValueError, OSError, ImportError, StrictDataclassError)):
             err.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         return False

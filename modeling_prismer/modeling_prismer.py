@@ -311,19 +311,16 @@ class PrismerExpertStem(nn.Module):
     ) -> torch.Tensor:
         """What each id of a map stands for: `(batch_size or 1, number of ids + 1, channels)`, background last."""
         background = self.class_features[-1]
-        if features is not None:
-            features = features.to(background)
-        elif classes is not None:
-            features = self.class_features[classes.long()]
-        elif self.num_instance_embeddings:
-            raise ValueError(f"{self.name}_ids count instances; their classes are needed as {self.name}_classes")
-        elif self.class_features.shape[0] > 1:
-            return self.class_features[None]
-        else:
+        if features is None and self.class_features.shape[0] == 1:
             raise ValueError(
                 f"{self.name}_ids given, but neither a table of class features in the model (`set_class_features`), "
                 f"nor {self.name}_features with the sample; dense {self.name}_values would do as well"
             )
+        if features is None and classes is None:
+            if self.num_instance_embeddings:
+                raise ValueError(f"{self.name}_ids count instances; their classes are needed as {self.name}_classes")
+            return self.class_features[None]
+        features = self.class_features[classes.long()] if features is None else features.to(background)
         return torch.cat([features, background.expand(batch_size, 1, -1)], dim=1)
 
     def paint(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

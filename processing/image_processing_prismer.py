@@ -91,8 +91,9 @@ class _ImageAndExpertMaps:
 
                 - dense: (H, W), (H, W, C) or (C, H, W), values from 0 to 255;
                 - label: (H, W) or `{"ids": (H, W)}`, class ids, 255 = background;
-                - label with instances: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
-                - label without `num_classes`: `{"ids": (H, W), "features": (n, channels) float}`, ids counting words.
+                - label with `instances`: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
+                - label without `num_classes`: `{"ids": (H, W), "features": (n, channels) float}`, ids counting words
+                  (or instances).
 
                 Instances beyond `max_instances` and words beyond `max_words` become background, with a warning.
             return_tensors (`str` or `TensorType`, *optional*, defaults to `"pt"`):
@@ -308,9 +309,9 @@ def match_expert_labels(
 def _tensor_suffixes(expert: dict[str, Any]) -> list[str]:
     if expert["kind"] == "dense":
         return ["values"]
-    if expert.get("instances"):
-        return ["ids", "classes"]
-    return ["ids"] if expert.get("num_classes") else ["ids", "features"]
+    if not expert.get("num_classes"):
+        return ["ids", "features"]
+    return ["ids", "classes"] if expert.get("instances") else ["ids"]
 
 
 def _validate_experts(experts: list[dict[str, Any]]) -> None:
