@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -27,17 +28,16 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.
 Image = Annotated[str, typer.Argument(help="A picture: a file or a URL.", metavar="IMAGE")]
 
 
-class _UserError:
+@contextmanager
+def _clear_errors():
     """Turns the errors that bad input causes into one line and exit code 1."""
+    from modeling_prismer.processing.experts import ExpertError
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, (ValueError, OSError, ImportError, StrictDataclassError)):
-            err.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from error
-        return False
+    try:
+        yield
+    except (ValueError, OSError, ImportError, StrictDataclassError, ExpertError) as error:
+        err.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
 
 
 def _load(model: str | None, device: str, with_network: bool = True):
@@ -79,7 +79,7 @@ def ask(
     device: DeviceOption = "auto",
 ):
     """Answers a question about a picture."""
-    with _UserError():
+    with _clear_errors():
         processor, network = _load(model, device)
         if processor.task != "vqa":
             raise ValueError(f"this checkpoint's task is {processor.task!r}; `prismer ask` needs one for 'vqa'")
@@ -95,7 +95,7 @@ def caption(
     device: DeviceOption = "auto",
 ):
     """Describes a picture in a sentence."""
-    with _UserError():
+    with _clear_errors():
         processor, network = _load(model, device)
         if processor.task != "caption":
             raise ValueError(
@@ -115,7 +115,7 @@ def classify(
     device: DeviceOption = "auto",
 ):
     """Ranks labels of your own for a picture, best first."""
-    with _UserError():
+    with _clear_errors():
         processor, network = _load(model, device)
         inputs = processor(images=image, text=question, return_tensors="pt").to(network.device)
         candidates = processor.prepare_candidates(labels).to(network.device)
@@ -134,7 +134,7 @@ def experts(
     device: DeviceOption = "auto",
 ):
     """Draws what each expert saw in a picture."""
-    with _UserError():
+    with _clear_errors():
         from modeling_prismer.processing.image_loading import load_image
         from modeling_prismer.processing.visualization import experts_panel
 
@@ -168,7 +168,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
 ):
     """Turns a published checkpoint into a folder for `from_pretrained`."""
-    with _UserError():
+    with _clear_errors():
         from modeling_prismer.conversion import convert_original_checkpoint
 
         convert_original_checkpoint(
