@@ -49,7 +49,7 @@ $(VENV)/.demo-ready: setup.cfg pyproject.toml | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test-ready: setup.cfg pyproject.toml | $(VENV)/.created
-	@$(call install,-e '.[experts$(comma)train$(comma)dev]', $(FIRST_TIME))
+	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)dev]', $(FIRST_TIME))
 	@touch $@ $(VENV)/.demo-ready $(VENV)/.ruff-ready
 
 # ruff alone, in the version that setup.cfg names: a matter of seconds

@@ -1,4 +1,4 @@
-"""The command line: `prismer ask`, `caption`, `classify`, `experts` and `convert`."""
+"""The command line: `prismer ask`, `caption`, `classify`, `experts`, `label` and `convert`."""
 
 import sys
 import time
@@ -40,6 +40,18 @@ def _clear_errors():
         raise typer.Exit(1) from error
 
 
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {error}") from error
+    return device
+
+
 def _load(model: str | None, device: str, with_network: bool = True):
     """The processor and the network of a checkpoint; `model` left out means the shipped one."""
     import torch
@@ -49,12 +61,7 @@ def _load(model: str | None, device: str, with_network: bool = True):
 
     logging.disable_progress_bar()
     path = pretrained_path() if model is None else model
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {error}") from error
+    device = _device(device)
     processor = PrismerProcessor.from_pretrained(path, expert_device=device)
     if not with_network:
         return processor, None
@@ -152,6 +159,50 @@ def experts(
         temporary.replace(path)
         err.print(f"{', '.join(names)} in {seconds:.1f} s", highlight=False)
         print(path)
+
+
+@app.command()
+def label(
+    images: Annotated[
+        str, typer.Argument(metavar="IMAGES", help="A folder, file, glob, webdataset tars, or a data set on disk.")
+    ],
+    output: Annotated[Path, typer.Option("--out", help="The label store; gone on with if it exists.")],
+    experts: Annotated[str, typer.Option(help="A suite by name, or the folder of a checkpoint.")] = "offline",
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    shard: Annotated[str | None, typer.Option(help="Do this part of the images: 0/8 is the first of eight.")] = None,
+    map_size: Annotated[
+        int | None, typer.Option(min=1, help="Store maps at this size; 224 is what the network reads.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images handed to the experts together.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads (local) or actors (ray).")] = None,
+    image_column: Annotated[str | None, typer.Option(help="The images' column of a data set.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="The column that names each image of a data set.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each Ray actor, fractions too.")] = 0.0,
+    device: DeviceOption = "auto",
+):
+    """Runs experts over many images once and keeps what they saw; resumes after any interruption."""
+    with _clear_errors():
+        from modeling_prismer.processing.experts import ExpertSuite
+        from modeling_prismer.processing.labels import label_images, parse_shard
+
+        is_folder = Path(experts).is_dir()
+        suite = ExpertSuite.from_pretrained(experts) if is_folder else ExpertSuite.from_name(experts)
+        report = label_images(
+            images,
+            suite.to(_device(device)),
+            output,
+            engine,
+            batch_size=batch_size,
+            num_workers=workers,
+            shard=None if shard is None else parse_shard(shard),
+            image_column=image_column,
+            key_column=key_column,
+            map_size=map_size,
+            gpus_per_worker=gpus_per_worker,
+        )
+        rate = f"{report.images_per_second:.1f} images/s, {report.bytes / max(1, report.images) / 1000:.1f} kB each"
+        err.print(f"{report.images} images labelled, {report.failed} of them damaged; {rate}", highlight=False)
+        print(output)
 
 
 @app.command()

@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from datasets.fingerprint import Hasher
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import (
@@ -39,6 +39,7 @@ from transformers import (
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
 from modeling_prismer.processing.experts import ExpertSuite
+from modeling_prismer.processing.labels import label_images, label_source
 
 
 logger = logging.getLogger("run_vqa")
@@ -53,8 +54,7 @@ class VqaArguments:
         default="precomputed",
         metadata={
             "help": "`precomputed` runs the experts over all images once, before the training, and keeps what they "
-            "saw in the output folder; `live` runs them on every batch.",
-            "choices": ["precomputed", "live"],
+            "saw in a label store in the output folder; `live` runs them on every batch; else the folder of a store."
         },
     )
     questions_per_image: int = field(
@@ -79,67 +79,36 @@ def load_easy_vqa(split: str, max_images: int | None = None) -> datasets.Dataset
     for question, answer, image_id in zip(*questions):
         rows[image_id]["questions"].append(question)
         rows[image_id]["answers"].append(answer)
-    rows = [{"image": paths[image_id], **rows[image_id]} for image_id in sorted(rows)[:max_images]]
+    rows = [
+        {"image_id": f"{split}/{image_id}", "image": paths[image_id], **rows[image_id]}
+        for image_id in sorted(rows)[:max_images]
+    ]
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
-def label_images(dataset: datasets.Dataset, experts: ExpertSuite, split: str, folder: Path) -> datasets.Dataset:
-    """Adds the column `expert_labels`, what the experts saw, with maps as PNG; kept in `folder` for the next run."""
-
-    def label(batch):
-        images = [image.convert("RGB") for image in batch["image"]]
-        return {"expert_labels": [_to_storable(labels) for labels in experts(images)]}
-
-    image, text, number = datasets.Image(), datasets.Value("string"), datasets.Value("float32")
-    words = {"words": datasets.List(text), "features": datasets.List(datasets.List(number))}
-    features = datasets.Features(
-        {**dataset.features, "expert_labels": {"edge": image, "ocr": {"ids": image, **words}}}
-    )
-    settings = Hasher.hash([experts.to_dict(), len(dataset)])
-    return dataset.map(
-        label,
-        batched=True,
-        batch_size=32,
-        features=features,
-        new_fingerprint=settings,
-        cache_file_name=str(folder / f"expert_labels_{split}_{settings}.arrow"),
-        desc=f"experts on the {split} split",
-    )
+def label_datasets(parts: list[datasets.Dataset], processor: PrismerProcessor, labels: str, folder: Path) -> Callable:
+    """
+    The function from images' ids to what the experts saw in them. `labels` is `live`, a label store, or `precomputed`:
+    then the experts run over all images now, unless an earlier run has left its store in the folder.
+    """
+    if labels == "precomputed":
+        labels = str(folder / "expert_labels")
+        for dataset in parts:
+            images = dataset.select_columns(["image_id", "image"]).cast_column("image", datasets.Image(decode=False))
+            label_images(images, processor.experts, labels, key_column="image_id")
+    return label_source(labels, processor.image_processor.experts)
 
 
-def _to_storable(labels: dict) -> dict:
-    edge, ocr = labels["edge"], labels["ocr"]
-    return {
-        "edge": Image.fromarray(edge),
-        "ocr": {
-            "ids": Image.fromarray(ocr["ids"]),
-            "words": ocr["words"],
-            "features": np.asarray(ocr["features"]).tolist(),
-        },
-    }
-
-
-def _from_storable(labels: dict) -> dict:
-    ocr = labels["ocr"]
-    features = np.asarray(ocr["features"], dtype=np.float32).reshape(len(ocr["words"]), 64)
-    return {
-        "edge": np.asarray(labels["edge"]),
-        "ocr": {"ids": np.asarray(ocr["ids"]), "words": ocr["words"], "features": features},
-    }
-
-
-def image_inputs(rows: list[dict]) -> dict:
+def image_inputs(rows: list[dict], labels_for: Callable) -> dict:
     """The arguments of the processor that come from the images: them, and what the experts saw where it is stored."""
-    inputs = {"images": [row["image"].convert("RGB") for row in rows]}
-    if "expert_labels" in rows[0]:
-        inputs["expert_labels"] = [_from_storable(row["expert_labels"]) for row in rows]
-    return inputs
+    labels = labels_for([row["image_id"] for row in rows])
+    return {"images": [row["image"].convert("RGB") for row in rows], "expert_labels": labels}
 
 
 def flip(inputs: dict, flipped: list[bool]) -> dict:
     """Mirrors the images for which `flipped` says so, and what the experts saw in them."""
     images = [ImageOps.mirror(image) if flip else image for image, flip in zip(inputs["images"], flipped)]
-    labels = inputs.get("expert_labels")
+    labels = inputs["expert_labels"]
     if labels is None:  # the experts will run on the mirrored image
         return {"images": images}
     labels = [
@@ -151,7 +120,9 @@ def flip(inputs: dict, flipped: list[bool]) -> dict:
     return {"images": images, "expert_labels": labels}
 
 
-def collate_for_training(rows: list[dict], processor: PrismerProcessor, questions_per_image: int) -> dict:
+def collate_for_training(
+    rows: list[dict], processor: PrismerProcessor, labels_for: Callable, questions_per_image: int
+) -> dict:
     questions, answers = [], []
     for row in rows:
         number = len(row["questions"])
@@ -159,7 +130,7 @@ def collate_for_training(rows: list[dict], processor: PrismerProcessor, question
         drawn += torch.randint(number, (questions_per_image - len(drawn),)).tolist()
         questions.append([row["questions"][i] for i in drawn])
         answers.append([row["answers"][i] for i in drawn])
-    inputs = flip(image_inputs(rows), (torch.rand(len(rows)) < 0.5).tolist())
+    inputs = flip(image_inputs(rows, labels_for), (torch.rand(len(rows)) < 0.5).tolist())
     return dict(processor(**inputs, text=questions, suffix=answers, return_tensors="pt"))
 
 
@@ -238,6 +209,7 @@ def predict(
     model: PrismerForConditionalGeneration,
     processor: PrismerProcessor,
     dataset: datasets.Dataset,
+    labels_for: Callable,
     by_ranking: bool = False,
     candidates: list[str] | None = None,
     batch_size: int = 50,
@@ -250,7 +222,7 @@ def predict(
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         most = max(len(row["questions"]) for row in rows)  # every image takes the same number: repeat, and cut later
         questions = [(row["questions"] * most)[:most] for row in rows]
-        inputs = processor(**image_inputs(rows), text=questions, return_tensors="pt").to(model.device)
+        inputs = processor(**image_inputs(rows, labels_for), text=questions, return_tensors="pt").to(model.device)
         if by_ranking:
             best = model.rank_candidates(**ranking, k=len(candidates), **inputs).indices[:, 0].tolist()
             answers = [candidates[index] for index in best]
@@ -275,9 +247,13 @@ def exact_match(predictions: list[list[str]], dataset: datasets.Dataset) -> dict
 class VqaTrainer(Trainer):
     """Trainer whose evaluation answers the questions."""
 
+    def __init__(self, *args, labels_for: Callable, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.labels_for = labels_for
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        scores = exact_match(predict(self.model, self.processing_class, dataset), dataset)
+        scores = exact_match(predict(self.model, self.processing_class, dataset, self.labels_for), dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -313,10 +289,8 @@ def main():
         processor = new_processor(train, output_dir)
         model = new_model(processor)
     logger.info("%d images to train on, %d to test; %d parameters", len(train), len(test), model.num_parameters())
-    if args.labels == "precomputed":
-        if training_args.do_train:
-            train = label_images(train, processor.experts, "train", output_dir)
-        test = label_images(test, processor.experts, "test", output_dir)
+    parts = [train, test] if training_args.do_train else [test]
+    labels_for = label_datasets(parts, processor, args.labels, output_dir)
 
     held_out = min(args.validation_images, len(train) // 10)
     trainer = VqaTrainer(
@@ -324,8 +298,14 @@ def main():
         args=training_args,
         train_dataset=train.select(range(held_out, len(train))),
         eval_dataset=train.select(range(held_out)),
-        data_collator=partial(collate_for_training, processor=processor, questions_per_image=args.questions_per_image),
+        data_collator=partial(
+            collate_for_training,
+            processor=processor,
+            labels_for=labels_for,
+            questions_per_image=args.questions_per_image,
+        ),
         processing_class=processor,
+        labels_for=labels_for,
     )
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -334,8 +314,10 @@ def main():
     if training_args.do_eval:
         candidates = sorted({answer for answers in test["answers"] for answer in answers})
         metrics = {
-            "generate": exact_match(predict(model, processor, test), test),
-            "rank": exact_match(predict(model, processor, test, by_ranking=True, candidates=candidates), test),
+            "generate": exact_match(predict(model, processor, test, labels_for), test),
+            "rank": exact_match(
+                predict(model, processor, test, labels_for, by_ranking=True, candidates=candidates), test
+            ),
             "images": len(test),
             "questions": sum(map(len, test["questions"])),
         }

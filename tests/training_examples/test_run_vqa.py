@@ -70,13 +70,14 @@ def test_training_goes_on_from_a_checkpoint_and_labels_are_not_made_again(traine
 
 def test_live_experts_give_the_batches_that_stored_labels_give(trained, monkeypatch):
     processor = PrismerProcessor.from_pretrained(trained / "published")
-    dataset = run_vqa.load_easy_vqa("train", 4)
-    stored = run_vqa.label_images(dataset, processor.experts, "some", trained)
+    rows = list(run_vqa.load_easy_vqa("train", 4))
     monkeypatch.setattr(run_vqa, "flip", lambda inputs, flipped: inputs)  # a mirrored word is another word
-    torch.manual_seed(0)
-    live = run_vqa.collate_for_training(list(dataset), processor, questions_per_image=3)
-    torch.manual_seed(0)
-    from_store = run_vqa.collate_for_training(list(stored), processor, questions_per_image=3)
+    batches = []
+    for labels in ("live", str(trained / "expert_labels")):
+        labels_for = run_vqa.label_datasets([], processor, labels, trained)
+        torch.manual_seed(0)
+        batches.append(run_vqa.collate_for_training(rows, processor, labels_for, questions_per_image=3))
+    live, from_store = batches
     assert live["input_ids"].shape[0] == 3 * live["pixel_values"].shape[0] == 12
     for name, tensor in live.items():
         torch.testing.assert_close(tensor, from_store[name], msg=name)

@@ -1,0 +1,223 @@
+"""Runs experts over many images and keeps what they saw."""
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..experts.base import Expert
+from ..experts.suite import ExpertSuite
+from ..image_loading import MAX_IMAGE_PIXELS
+from .engines import label_locally, label_on_ray
+from .labelling import Labeller
+from .manifest import make_manifest
+from .shards import LabelWriter
+from .sources import ImageSource, open_source
+
+
+ENGINES = ("local", "ray")
+
+
+@dataclass
+class LabelReport:
+    """
+    What a run of [`label_images`] did.
+
+    Attributes:
+        images (`int`): images labelled by this process, failed ones included.
+        failed (`int`): images among them that have an `error`.
+        seconds (`float`): how long it took.
+        bytes (`int`): size of the shards written.
+        expert_seconds (`dict[str, float]`):
+            How long each expert ran, without loading; of the engine `"local"` only.
+    """
+
+    images: int
+    failed: int
+    seconds: float
+    bytes: int
+    expert_seconds: dict[str, float]
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+def label_images(
+    source: Any,
+    suite: ExpertSuite | Iterable[Expert] | str,
+    output: str | Path,
+    engine: str = "local",
+    *,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+    shard: tuple[int, int] | None = None,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    root: str | Path | None = None,
+    map_size: int | None = None,
+    on_expert_error: str = "record",
+    max_image_pixels: int | None = MAX_IMAGE_PIXELS,
+    allow_other_versions: bool = False,
+    rows_per_shard: int = 1024,
+    cpus_per_worker: float = 1.0,
+    gpus_per_worker: float = 0.0,
+    progress: bool = True,
+) -> LabelReport:
+    """
+    Runs experts over images and writes their labels into a store: a folder of Parquet files, one row an image, that
+    [`LabelStore`] and `datasets.load_dataset` read.
+
+    Call it again to go on after any interruption, `kill -9` included: images that have a row are left out. Images that
+    cannot be opened get a row with their `error` and no labels.
+
+    Several processes share the images out among them: those that `torchrun` or `accelerate launch` started, found by
+    `accelerate.PartialState`, or those that `shard` names. They write into one store and never wait for each other.
+
+    ```python
+    >>> from modeling_prismer.processing.labels import LabelStore, label_images
+
+    >>> label_images("photos", "offline", "photo_labels")
+    >>> LabelStore("photo_labels")["summer/beach.jpg"]["ocr"]["words"]
+    ['no', 'lifeguard']
+    ```
+
+    Args:
+        source: images: a folder, files, a glob, tars, a data set, …; see [`open_source`].
+        suite ([`ExpertSuite`], `list[Expert]` or `str`): the experts, or the name of a suite.
+        output (`str` or `Path`): the store; made if it does not exist, and gone on with if it does.
+        engine (`str`, *optional*, defaults to `"local"`):
+            `"local"` runs the experts in this process, `"ray"` on a Ray cluster; see [`label_on_ray`].
+        batch_size (`int`, *optional*, defaults to 32):
+            Images that are handed to the experts together; they run them by their own `batch_size`.
+        num_workers (`int`, *optional*):
+            `"local"`: threads that open images and encode labels, by default one a core, at most 8. `"ray"`: number
+            of actors, by default 1.
+        shard (`tuple[int, int]`, *optional*):
+            Which part of the images to do, the first of n being `(0, n)`. By default as launched, else all.
+        image_column, key_column, root (*optional*): see [`open_source`].
+        map_size (`int`, *optional*):
+            Store every map reduced to this many pixels square, by nearest neighbour, as the image processor reduces
+            it for the network: with its `expert_size` here, the network sees the same, and the store is much smaller.
+            By default maps have the size of their image.
+        on_expert_error (`str`, *optional*, defaults to `"record"`):
+            Where an expert fails on an image, `"record"` leaves its label out and writes the `error` down, unless it
+            fails on 100 images in a row; `"raise"` ends the run.
+        max_image_pixels (`int`, *optional*, defaults to 178,956,970): larger images count as damaged.
+        allow_other_versions (`bool`, *optional*, defaults to `False`):
+            Go on with a store that other versions of the libraries have begun.
+        rows_per_shard (`int`, *optional*, defaults to 1024):
+            Images in a file of the store. An interruption costs the file at which a process was.
+        cpus_per_worker, gpus_per_worker (`float`, *optional*, defaults to 1 and 0): of an actor of `"ray"`.
+        progress (`bool`, *optional*, defaults to `True`): show a bar with rate and time left.
+
+    Returns:
+        [`LabelReport`]
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: about the source, see [`open_source`], or the settings.
+        ValueError: if the store was made with other experts, settings or versions; it names each difference.
+        ExpertError: see `on_expert_error`.
+        RuntimeError: if another run writes into the store.
+        ImportError: if `engine` is `"ray"` and Ray is not installed.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; accepted are {', '.join(map(repr, ENGINES))}")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 1),
+        ("map_size", map_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; at least {least} is needed")
+    if isinstance(suite, str):
+        suite = ExpertSuite.from_name(suite)
+    elif not isinstance(suite, ExpertSuite):
+        suite = ExpertSuite(suite)
+    if not suite:
+        raise ValueError("there are no experts to run: the suite is empty")
+    images = open_source(source, image_column, key_column, root)
+    process = _place_among_processes(suite) if shard is None else (int(shard[0]), int(shard[1]))
+    manifest = make_manifest(suite, suite.descriptions, {"map_size": map_size, "max_image_pixels": max_image_pixels})
+    labeller = Labeller(suite, map_size, on_expert_error, max_image_pixels)
+    writer = LabelWriter(
+        output, manifest, process, rows_per_shard=rows_per_shard, allow_other_versions=allow_other_versions
+    )
+
+    start, failed = time.perf_counter(), 0
+    seconds_before = {name: expert.seconds for name, expert in suite.items()}
+    with writer:
+        # shared out first: the shares must not depend on what other processes have finished meanwhile
+        images = images.share(*process).without(writer.done)
+        with _bar(images, process, progress) as bar:
+            if engine == "local":
+                num_workers = num_workers or min(8, os.cpu_count() or 1)
+                for row in label_locally(images, labeller, batch_size, num_workers):
+                    failed += row["error"] is not None
+                    writer.write_row(row)
+                    _advance(bar, images, 1)
+            else:
+                tables = label_on_ray(images, labeller, batch_size, num_workers or 1, cpus_per_worker, gpus_per_worker)
+                for table in tables:
+                    failed += len(table) - table["error"].null_count
+                    writer.write_table(table)
+                    _advance(bar, images, len(table))
+    return LabelReport(
+        images=writer.rows_written,
+        failed=failed,
+        seconds=time.perf_counter() - start,
+        bytes=writer.bytes_written,
+        expert_seconds={name: expert.seconds - seconds_before[name] for name, expert in suite.items()},
+    )
+
+
+def _place_among_processes(suite: ExpertSuite) -> tuple[int, int]:
+    """(number of this process, of all processes), as launched; the experts go to the process's own device."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:
+        return 0, 1
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # left to itself it takes processes without an accelerator for one process
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if state.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but accelerate sees {state.num_processes}; give shard"
+        )
+    if state.device.type != "cpu" and all(expert.device.type == "cpu" for expert in suite.values()):
+        suite.to(state.device)
+    return state.process_index, state.num_processes
+
+
+def _bar(images: ImageSource, process: tuple[int, int], progress: bool) -> tqdm:
+    name = "labels" if process[1] == 1 else f"labels, process {process[0]} of {process[1]}"
+    # of the processes of a machine, one bar is enough
+    is_shown = progress and int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return tqdm(total=images.num_images, desc=name, unit="image", disable=not is_shown)
+
+
+def _advance(bar: tqdm, images: ImageSource, number: int) -> None:
+    reading = images.progress()
+    if reading is not None and reading[0]:  # guessed from the files so far
+        files_read, files = reading
+        bar.total = max(bar.n + number, round((bar.n + number) * files / files_read))
+    bar.update(number)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """
+    `"0/8"`, the first of eight parts, as `(0, 8)`.
+
+    Raises:
+        ValueError: if it is none of that form, or not from `0/n` to `n-1/n`.
+    """
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
+        raise ValueError(f"the shard is {text!r}; needed is i/n with i from 0 to n - 1, such as 0/8")
+    return int(first), int(second)

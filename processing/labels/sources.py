@@ -1,0 +1,418 @@
+"""Where images come from: folders, files, data sets and tars; each image under a key that stays the same."""
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+import numpy as np
+
+from .key_index import KeyIndex, key_digests
+
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
+    ".pcx .ico".split()
+)
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+# columns of a data set that are taken for the images' names, if none is given
+KEY_COLUMNS = ("key", "id", "image_id", "file_name", "__key__")
+
+ACCEPTED_SOURCES = (
+    "accepted are a folder of images, of webdataset tars or of a data set that was saved, a file or a glob of them, a "
+    "list of files, a dict from keys to images, and a data set of `datasets`"
+)
+
+
+class ImageSource:
+    """
+    Images by their keys. Iterating gives `(key, image)`, an image being anything that [`load_image`] takes, not yet
+    opened, or an exception that says why there is none.
+    """
+
+    num_images: int | None = None  # if it is known
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        raise NotImplementedError
+
+    def share(self, process: int, num_processes: int) -> "ImageSource":
+        """What one of several processes has to do: every n-th image, or every n-th file of a stream."""
+        raise NotImplementedError
+
+    def without(self, done: KeyIndex) -> "ImageSource":
+        """What is left when some keys are done."""
+        raise NotImplementedError
+
+    def parts(self, images: int) -> list["ImageSource"]:
+        """The same images in pieces of about so many, each small to send to another process."""
+        raise NotImplementedError
+
+    def progress(self) -> tuple[int, int] | None:
+        """Of a stream, (files read, files); `None` if `num_images` is known."""
+        return None
+
+
+class ListedImages(ImageSource):
+    """
+    Images whose keys are all known: files, or rows of a data set.
+
+    Args:
+        keys (`Sequence[str]`): of an image that comes twice, the first counts.
+        images (`Sequence`): as many; anything that [`load_image`] takes.
+    """
+
+    def __init__(self, keys: Sequence[str], images: Sequence[Any]):
+        if len(keys) != len(images):
+            raise ValueError(f"{len(keys)} keys for {len(images)} images")
+        self.keys, self.images = keys, images
+        self.num_images = len(keys)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from zip(self.keys, self.images)
+
+    def share(self, process: int, num_processes: int) -> "ListedImages":
+        return self._select(KeyIndex(key_digests(self.keys)).rows()[process::num_processes])
+
+    def without(self, done: KeyIndex) -> "ListedImages":
+        return self._select(np.flatnonzero(done.find(self.keys) < 0)) if len(done) else self
+
+    def parts(self, images: int) -> list[ImageSource]:
+        starts = range(0, len(self.keys), images)
+        return [self._select(np.arange(start, min(start + images, len(self.keys)))) for start in starts]
+
+    def _select(self, rows: np.ndarray) -> "ListedImages":
+        return ListedImages([self.keys[row] for row in rows], [self.images[row] for row in rows])
+
+
+class DatasetImages(ListedImages):
+    """
+    The images of a `datasets.Dataset`, one a key.
+
+    Args:
+        dataset (`datasets.Dataset`): with a column of images, or of paths to them.
+        image_column (`str`, *optional*): by default the first column of images.
+        key_column (`str`, *optional*):
+            The column with the images' names, texts or numbers. By default the first of `key`, `id`, `image_id`,
+            `file_name` and `__key__` that there is; if none, the number of the row, of 12 digits.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, image_column: str | None = None, key_column: str | None = None):
+        image_column = _image_column(dataset, image_column)
+        key_column = _key_column(dataset, key_column)
+        if key_column is None:
+            keys = [f"{row:012d}" for row in range(len(dataset))]
+        else:
+            keys = [str(key) for key in dataset.with_format(None).select_columns(key_column)[:][key_column]]
+        super().__init__(keys, _undecoded(dataset, image_column))
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for key, row in zip(self.keys, self.images):
+            (image,) = row.values()
+            yield key, image
+
+    def _select(self, rows: np.ndarray) -> "DatasetImages":
+        selected = object.__new__(DatasetImages)
+        ListedImages.__init__(selected, [self.keys[row] for row in rows], self.images.select(rows))
+        return selected
+
+
+class StreamedImages(ImageSource):
+    """
+    Images that are read from the beginning of a file to its end, such as webdataset tars.
+
+    Where a file cannot be read, or not any further, its name stands among the keys with the error, and the rest of it
+    is left out.
+
+    Args:
+        files (`Sequence[tuple[str, Callable]]`): the name of each file, and what opens it: a function without
+            arguments that gives a `datasets.IterableDataset`.
+        image_column (`str`, *optional*): by default the first column of images.
+        key_column (`str`, *optional*):
+            The column with the images' names. By default the first of `key`, `id`, `image_id`, `file_name` and
+            `__key__` that there is.
+        files_in_keys (`bool`, *optional*, defaults to `False`):
+            Put the file's name, without its suffix, and a `/` before the images' names.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[str, Callable[[], datasets.IterableDataset]]],
+        image_column: str | None = None,
+        key_column: str | None = None,
+        files_in_keys: bool = False,
+    ):
+        self.files = list(files)
+        self.image_column = image_column
+        self.key_column = key_column
+        self.files_in_keys = files_in_keys
+        self._every: tuple[int, int] = (0, 1)
+        self._done: KeyIndex | None = None
+        self._files_read = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        process, num_processes = self._every
+        position = -1
+        for number, (name, open_file) in enumerate(self.files):
+            self._files_read = number
+            for key, image in self._read(name, open_file):
+                position += 1
+                if position % num_processes == process and (self._done is None or self._done.find([key])[0] < 0):
+                    yield key, image
+        self._files_read = len(self.files)
+
+    def _read(self, name: str, open_file: Callable[[], datasets.IterableDataset]) -> Iterator[tuple[str, Any]]:
+        try:
+            dataset = open_file()
+        except Exception as error:  # every reader fails in its own way
+            yield name, OSError(f"{name} cannot be read: {error}")
+            return
+        image_column, key_column = _image_column(dataset, self.image_column), _key_column(dataset, self.key_column)
+        if key_column is None:
+            raise ValueError(f"no column of {name} names the images; give key_column, one of {_columns(dataset)}")
+        prefix = f"{_without_suffix(name)}/" if self.files_in_keys else ""
+        seen: set[str] = set()
+        try:
+            for row in _undecoded(dataset, image_column, key_column):
+                key = f"{prefix}{row[key_column]}"
+                if key not in seen:
+                    seen.add(key)
+                    yield key, row[image_column]
+        except Exception as error:
+            yield name, OSError(f"{name} cannot be read to its end: {error}")
+
+    def share(self, process: int, num_processes: int) -> "StreamedImages":
+        if len(self.files) >= num_processes:
+            return self._with(files=self.files[process::num_processes])
+        return self._with(_every=(process, num_processes))
+
+    def without(self, done: KeyIndex) -> "StreamedImages":
+        return self._with(_done=done) if len(done) else self
+
+    def parts(self, images: int) -> list[ImageSource]:
+        if self._every != (0, 1):  # positions count over all files
+            return [self]
+        return [self._with(files=[file]) for file in self.files]
+
+    def progress(self) -> tuple[int, int]:
+        return self._files_read, len(self.files)
+
+    def _with(self, **changes) -> "StreamedImages":
+        changed = object.__new__(type(self))
+        vars(changed).update({**vars(self), **changes})
+        return changed
+
+
+# ---- what a person gives ----
+
+
+def open_source(
+    source: Any, image_column: str | None = None, key_column: str | None = None, root: str | Path | None = None
+) -> ImageSource:
+    """
+    The images that are meant.
+
+    Args:
+        source:
+            - a folder of images, at any depth: the keys are their paths relative to it, with `/`;
+            - a folder that `datasets` saved (`save_to_disk`), or one of Parquet files;
+            - a file or a glob (`"photos/**/*.jpg"`): images, webdataset tars, or Parquet files; keys are relative to
+              the part before the first wildcard. Tars and Parquet files may be URLs that `datasets` reads;
+            - a list of such files: the keys are the paths as given;
+            - a dict from keys to anything that [`load_image`] takes;
+            - a `datasets.Dataset` or `datasets.IterableDataset`;
+            - an [`ImageSource`].
+        image_column (`str`, *optional*): of a data set; see [`DatasetImages`].
+        key_column (`str`, *optional*): of a data set; see [`DatasetImages`]. An image of a tar has the key
+            `<path of the tar without suffix>/<__key__>`.
+        root (`str` or `Path`, *optional*): keys are paths relative to this folder.
+
+    Returns:
+        [`ImageSource`]
+
+    Raises:
+        FileNotFoundError: if there is no such file, or no image in the folder.
+        ValueError: if the source is empty, a mixture, or lacks a column.
+        TypeError: if it is none of the accepted things.
+    """
+    if isinstance(source, ImageSource):
+        return source
+    if isinstance(source, datasets.Dataset):
+        return DatasetImages(source, image_column, key_column)
+    if isinstance(source, datasets.IterableDataset):
+        return _open_stream(source, image_column, key_column)
+    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ValueError(
+            f"the data set has the splits {', '.join(source)}; give one of them: dataset['{[*source][0]}']"
+        )
+    if isinstance(source, Mapping):
+        return ListedImages([str(key) for key in source], list(source.values()))
+    if isinstance(source, list | tuple) and all(isinstance(path, str | os.PathLike) for path in source):
+        return _open_files([os.fspath(path) for path in source], root, image_column, key_column)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source is a {type(source).__name__}; {ACCEPTED_SOURCES}")
+
+    source = os.fspath(source)
+    if os.path.isdir(source):
+        return _open_folder(Path(source), root, image_column, key_column)
+    if os.path.exists(source) or "://" in source:
+        return _open_files([source], root or os.path.dirname(source), image_column, key_column)
+    if glob.has_magic(source):
+        before = source[: next(place for place, letter in enumerate(source) if letter in "*?[")]
+        files = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        return _open_files(files, root or os.path.dirname(before), image_column, key_column, f"'{source}' matches")
+    raise FileNotFoundError(
+        f"there is no file or folder '{source}'; {ACCEPTED_SOURCES}. A data set of the Hub: "
+        "datasets.load_dataset(…) first"
+    )
+
+
+def _open_folder(
+    folder: Path, root: str | Path | None, image_column: str | None, key_column: str | None
+) -> ImageSource:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return open_source(datasets.load_from_disk(str(folder)), image_column, key_column)
+    images, tables, tars = [], [], []
+    for path in _walk(folder):
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in IMAGE_SUFFIXES:
+            images.append(path)
+        elif suffix == ".parquet":
+            tables.append(path)
+        elif path.lower().endswith(TAR_SUFFIXES):
+            tars.append(path)
+    kinds = {"images": images, "Parquet files": tables, "tars": tars}
+    found = [name for name, files in kinds.items() if files]
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(found)}; say which are meant by a glob: '{folder}/**/*.jpg'")
+    if not found:
+        raise FileNotFoundError(f"there are no images in {folder}; {ACCEPTED_SOURCES}")
+    return _open_files(kinds[found[0]], root or folder, image_column, key_column)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """All files, in the order of their names, hidden ones left out; links to folders are followed, once."""
+    visited = set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(directory, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _open_files(
+    files: list[str],
+    root: str | Path | None,
+    image_column: str | None,
+    key_column: str | None,
+    whose: str = "the source has",
+) -> ImageSource:
+    if not files:
+        raise ValueError(f"{whose} no files; {ACCEPTED_SOURCES}")
+    are_tars = [urlsplit(file).path.lower().endswith(TAR_SUFFIXES) for file in files]
+    are_tables = [urlsplit(file).path.lower().endswith(".parquet") for file in files]
+    names = [_name(file, root) for file in files]
+    if all(are_tars):
+        opened = [(name, _OpenTar(file)) for name, file in zip(names, files)]
+        return StreamedImages(opened, image_column, key_column, files_in_keys=True)
+    if all(are_tables):
+        dataset = datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=True)
+        return _open_stream(dataset, image_column, key_column)
+    if any(are_tars) or any(are_tables):
+        raise ValueError(f"{whose} files of different kinds: {names[0]}, {names[-1]}, …; give those of one kind")
+    return ListedImages(names, files)
+
+
+class _OpenTar:
+    """Opens a webdataset tar when it is called; pickles as the tar's path."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __call__(self) -> datasets.IterableDataset:
+        return datasets.load_dataset("webdataset", data_files={"train": [self.path]}, split="train", streaming=True)
+
+
+class _OpenShard:
+    """Opens one of a data set's files when it is called."""
+
+    def __init__(self, dataset: datasets.IterableDataset, number: int):
+        self.dataset, self.number = dataset, number
+
+    def __call__(self) -> datasets.IterableDataset:
+        return self.dataset.shard(self.dataset.num_shards, self.number)
+
+
+def _open_stream(
+    dataset: datasets.IterableDataset, image_column: str | None, key_column: str | None
+) -> StreamedImages:
+    _image_column(dataset, image_column)
+    if _key_column(dataset, key_column) is None:
+        raise ValueError(f"no column names the images; give key_column, one of {_columns(dataset)}")
+    files = [(f"file {number} of the data set", _OpenShard(dataset, number)) for number in range(dataset.num_shards)]
+    return StreamedImages(files, image_column, key_column)
+
+
+def _name(file: str, root: str | Path | None) -> str:
+    """The file's path relative to `root`, or as given if it does not lie below it; always with /."""
+    if "://" in file:
+        return file.removeprefix(f"{root}/") if root else file
+    if root:
+        relative = os.path.relpath(file, root)
+        file = file if relative.startswith("..") else relative
+    # names on a disk can be bytes that are no text
+    return (
+        PurePosixPath(Path(file).as_posix())
+        .as_posix()
+        .encode(errors="surrogateescape")
+        .decode(errors="backslashreplace")
+    )
+
+
+def _without_suffix(name: str) -> str:
+    for suffix in sorted(TAR_SUFFIXES, key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+# ---- columns ----
+
+
+def _columns(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
+    return ", ".join(dataset.features or dataset.column_names or ["unknown"])
+
+
+def _image_column(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None) -> str:
+    if dataset.features is None:
+        raise ValueError("the data set does not know its columns; cast it: dataset.cast(datasets.Features(…))")
+    if column is None:
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if not images:
+            raise ValueError(f"no column holds images; give image_column, one of {_columns(dataset)}")
+        return images[0]
+    if column not in dataset.features:
+        raise ValueError(f"there is no column '{column}'; there are {_columns(dataset)}")
+    return column
+
+
+def _key_column(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None) -> str | None:
+    if column is None:
+        return next((name for name in KEY_COLUMNS if name in dataset.features), None)
+    if column not in dataset.features:
+        raise ValueError(f"there is no column '{column}'; there are {_columns(dataset)}")
+    return column
+
+
+def _undecoded(dataset: Any, image_column: str, *others: str) -> Any:
+    """The data set with these columns, its images left as bytes or paths: they are opened, and fail, one by one."""
+    dataset = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else dataset
+    dataset = dataset.select_columns([image_column, *others])
+    if isinstance(dataset.features[image_column], datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset

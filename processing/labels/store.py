@@ -1,0 +1,255 @@
+"""Reads labels back: by key, as a data set, or as what a training asks for its images' labels."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .encoding import decode_labels
+from .key_index import KeyIndex, key_digests
+from .manifest import read_manifest
+from .shards import read_key_digests, shard_files
+
+
+class LabelStore(Mapping):
+    """
+    The labels of a folder that [`label_images`] wrote, by the images' keys.
+
+    Files are mapped into memory, not read: opening takes 24 bytes an image and the time to read the keys, and a
+    look-up reads the image's group of 32 rows. What is written after the store was opened is not seen. It can be sent
+    to the workers of a data loader.
+
+    ```python
+    >>> store = LabelStore("photo_labels")
+    >>> store["summer/beach.jpg"]["edge"].shape
+    (480, 640)
+    >>> inputs = processor(images=images, expert_labels=store.labels_for(keys), text="A picture of")
+    ```
+
+    Args:
+        folder (`str` or `Path`): the store.
+
+    Attributes:
+        manifest (`dict`): how the labels were made; see [`make_manifest`].
+        descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
+
+    Raises:
+        FileNotFoundError: if the folder is no store.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        self.descriptions: list[dict[str, Any]] = list(self.manifest["descriptions"].values())
+        self._files = shard_files(folder)
+        digests = read_key_digests(self._files)
+        self._ends = np.cumsum([len(part) for part in digests], dtype=np.int64)
+        self._index = KeyIndex(np.concatenate([key_digests([]), *digests]))
+        self._make_caches()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, in the order in which they were written."""
+        wanted = self._index.rows()
+        for number, end in enumerate(self._ends):
+            start = self._ends[number - 1] if number else 0
+            rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
+            if len(rows):
+                yield from self._open(number)[0].read(columns=["key"])["key"].take(pa.array(rows)).to_pylist()
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._index.find([key])[0] >= 0
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self.labels_for([key])[0]
+
+    def __repr__(self) -> str:
+        names = ", ".join(description["name"] for description in self.descriptions)
+        return f"LabelStore({str(self.folder)!r}): {len(self)} images; {names}"
+
+    def labels_for(self, keys: Iterable[str], experts: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        """
+        The labels of images, for `expert_labels` of the processor.
+
+        Args:
+            keys (`Iterable[str]`): any number, in any order.
+            experts (`Iterable[str]`, *optional*): only these experts' labels; by default all.
+
+        Returns:
+            `list[dict]`: for each key a dict from each expert's name to its label, for an image of H×W pixels, or for
+            maps of H×W if they were stored with `map_size`:
+
+            - dense: uint8 (H, W), or (H, W, C) for more than one channel;
+            - label: `{"ids": uint8 (H, W)}`, 255 = background, with `classes` (`list[int]`) if the ids are instances,
+              with `words` (`list[str]`) and `features` (float32 (words, channels)) if they are words;
+            - `None` where the expert is missing: everywhere for an image that could not be opened.
+
+        Raises:
+            KeyError: if the store lacks keys; it names the first and says how many.
+        """
+        keys = list(keys)
+        names = None if experts is None else set(experts)
+        descriptions = [entry for entry in self.descriptions if names is None or entry["name"] in names]
+        rows = self._index.find(keys)
+        if len(keys) and rows.min() < 0:
+            lacking = [key for key, row in zip(keys, rows) if row < 0]
+            raise KeyError(f"the label store {self.folder} has no '{lacking[0]}' ({len(lacking)} of {len(keys)} keys)")
+        return [decode_labels(self._row(int(row)), descriptions) for row in rows]
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What went wrong, by key: images that could not be opened, and experts that failed."""
+        errors = {}
+        for path in self._files:
+            table = pq.ParquetFile(path).read(columns=["key", "error"])
+            table = table.filter(pc.is_valid(table["error"]))
+            errors.update(zip(table["key"].to_pylist(), table["error"].to_pylist()))
+        return errors
+
+    # ---- as data sets ----
+
+    def as_dataset(self, **kwargs) -> datasets.Dataset:
+        """
+        All rows as a `datasets.Dataset` with the columns `key`, `error`, and one an expert; see [`label_features`].
+        `datasets` makes an Arrow copy in its cache the first time, and maps it into memory.
+
+        Args:
+            kwargs: passed on to `datasets.Dataset.from_parquet`: `cache_dir`, `num_proc`, `streaming`, …
+        """
+        return datasets.Dataset.from_parquet([str(path) for path in self._files], **kwargs)
+
+    def attach(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        key_column: str = "key",
+        column: str = "expert_labels",
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """
+        Adds the labels to a data set of images. Nothing is copied: they are looked up when a row is read.
+
+        Args:
+            dataset (`datasets.Dataset` or `datasets.IterableDataset`): the images, or what belongs to them.
+            key_column (`str`, *optional*, defaults to `"key"`): its column with the keys of this store.
+            column (`str`, *optional*, defaults to `"expert_labels"`): the new column, see [`LabelStore.labels_for`].
+
+        Returns:
+            the same kind of data set, with the column `column`, except where single columns without the keys are read.
+
+        Raises:
+            ValueError: if there is no column `key_column`.
+        """
+        if dataset.column_names is not None and key_column not in dataset.column_names:
+            raise ValueError(f"there is no column '{key_column}'; there are {', '.join(dataset.column_names)}")
+
+        def add(batch: dict[str, list]) -> dict[str, list]:
+            if key_column not in batch:
+                return batch if inner is None else inner(batch)
+            labels = self.labels_for([str(key) for key in batch[key_column]])
+            return {**(batch if inner is None else inner(batch)), column: labels}
+
+        inner = None
+        if isinstance(dataset, datasets.IterableDataset):
+            return dataset.map(add, batched=True, batch_size=8)
+        if dataset.format["type"] == "custom":
+            inner = dataset.format["format_kwargs"]["transform"]
+        return dataset.with_transform(add)
+
+    # ---- rows ----
+
+    def _make_caches(self) -> None:
+        self._lock = threading.Lock()
+        self._open = lru_cache(128)(self._open_file)
+        # rows are often read one after the other
+        self._read_group = lru_cache(4)(self._read_row_group)
+
+    def _open_file(self, number: int) -> tuple[pq.ParquetFile, np.ndarray]:
+        """A shard, and the row at which each of its groups ends."""
+        file = pq.ParquetFile(self._files[number], memory_map=True)
+        groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        return file, np.cumsum(groups)
+
+    def _read_row_group(self, number: int, group: int) -> pa.Table:
+        # one thread: a data loader's worker inherits none of the others
+        return self._open(number)[0].read_row_group(group, use_threads=False)
+
+    def _row(self, row: int) -> dict[str, pa.Scalar]:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        row -= int(self._ends[number - 1]) if number else 0
+        with self._lock:
+            ends = self._open(number)[1]
+            group = int(np.searchsorted(ends, row, side="right"))
+            table = self._read_group(number, group)
+        row -= int(ends[group - 1]) if group else 0
+        return {name: table[name][row] for name in table.column_names}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open", "_read_group")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_caches()
+
+
+def label_source(
+    labels: "str | Path | LabelStore", experts: list[dict[str, Any]] | None = None
+) -> Callable[[Iterable[str]], list[dict[str, Any]] | None]:
+    """
+    Where a training or an evaluation has its labels from, by one argument.
+
+    ```python
+    >>> labels_for = label_source(args.labels, processor.image_processor.experts)   # "live" or a folder
+    >>> inputs = processor(images=images, expert_labels=labels_for(keys), text=questions)
+    ```
+
+    Args:
+        labels (`str`, `Path` or [`LabelStore`]): `"live"`: the processor's experts run; or a store.
+        experts (`list[dict]`, *optional*):
+            The configured experts' entries. Each must be in the store, alike; what else the store has is left out.
+
+    Returns:
+        a function from the images' keys to `expert_labels` of the processor: `None` for live ones.
+
+    Raises:
+        FileNotFoundError: if the folder is no store.
+        ValueError: if an expert is not in the store, or is described otherwise.
+    """
+    if isinstance(labels, str) and labels == "live":
+        return _live
+    store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
+    stored = {description["name"]: description for description in store.descriptions}
+    for expert in experts or ():
+        there = stored.get(expert["name"])
+        if there is None:
+            raise ValueError(
+                f"the label store {store.folder} has no expert '{expert['name']}'; it has {', '.join(stored)}"
+            )
+        for field in ("kind", "channels", "num_classes", "instances"):
+            if (there.get(field) or None) != (expert.get(field) or None):
+                raise ValueError(
+                    f"the expert '{expert['name']}' of the label store {store.folder} has "
+                    f"{field}={there.get(field)!r}; the configured one has {expert.get(field)!r}"
+                )
+    return _Stored(store, None if experts is None else [expert["name"] for expert in experts])
+
+
+def _live(keys: Iterable[str]) -> None:
+    return None
+
+
+class _Stored:
+    """A function that can be sent to the workers of a data loader."""
+
+    def __init__(self, store: LabelStore, experts: list[str] | None):
+        self.store, self.experts = store, experts
+
+    def __call__(self, keys: Iterable[str]) -> list[dict[str, Any]]:
+        return self.store.labels_for(keys, self.experts)

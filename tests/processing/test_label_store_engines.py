@@ -1,0 +1,223 @@
+"""The engines give the same labels, and a run that is killed goes on: every image is labelled exactly once."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from modeling_prismer.processing.experts import CannyEdges, ExpertSuite
+from modeling_prismer.processing.labels import LabelStore, label_images
+
+from . import label_experts
+from .label_experts import EdgeThatKills, Halves, Rows, write_images
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+IMAGES = 200
+
+
+def suite(edges=None):
+    return ExpertSuite([edges or CannyEdges(), Halves(), Rows()])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    keys = write_images(folder, IMAGES - 1)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    return folder, sorted([*keys, "broken.jpg"])
+
+
+@pytest.fixture(scope="module")
+def local(photos, tmp_path_factory):
+    output = tmp_path_factory.mktemp("local")
+    label_images(photos[0], suite(), output, num_workers=2, progress=False)
+    return LabelStore(output)
+
+
+def assert_each_image_once(folder, keys):
+    stored = Counter(key for path in folder.glob("labels-*.parquet") for key in pq.read_table(path)["key"].to_pylist())
+    assert stored == Counter(keys)
+
+
+def assert_same_labels(store, expected):
+    assert sorted(store) == sorted(expected) and store.errors == expected.errors
+    for key in expected:
+        np.testing.assert_equal(store[key], expected[key])
+
+
+# ---- several processes ----
+
+
+def test_shares_of_several_processes_make_one_store(photos, local, tmp_path):
+    for process in range(3):
+        label_images(photos[0], suite(), tmp_path, shard=(process, 3), batch_size=5 + process, progress=False)
+    names = sorted(path.name for path in tmp_path.glob("labels-*"))
+    assert names == [f"labels-0000{process}-of-00003-000000.parquet" for process in range(3)]
+    assert_each_image_once(tmp_path, photos[1])
+    assert_same_labels(LabelStore(tmp_path), local)
+
+
+# Forks of one program, which imports everything once. What it prints last says how they ended.
+PROGRAM = """
+import os, signal, socket, sys
+import pyarrow.parquet as pq
+from modeling_prismer.processing.labels import label_images, manifest, shards
+from tests.processing.label_experts import EdgeThatKills
+from tests.processing.test_label_store_engines import MOMENTS, suite
+
+photos, folder = sys.argv[1:]
+
+def fork(function, *arguments):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            function(*arguments)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+def status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def after(function, calls):
+    left = [calls]
+    def wrapped(*arguments, **settings):
+        result = function(*arguments, **settings)
+        left[0] -= 1
+        return result if left[0] else die()
+    return wrapped
+
+def die_at(moment):
+    if moment == "manifest":
+        manifest.os.link = die
+    elif moment == "group":
+        pq.ParquetWriter.write_table = after(pq.ParquetWriter.write_table, 3)
+    elif moment == "before its name":
+        publish = shards.publish
+        shards.publish = lambda temporary, path: die() if "000002" in path.name else publish(temporary, path)
+    elif moment == "after its name":
+        shards.publish = after(shards.publish, 2)
+    edges = EdgeThatKills(fatal=120 if moment == "expert" else 0)
+    label_images(photos, suite(edges), f"{folder}/{moment}", rows_per_shard=40, progress=False)
+
+def join_in(rank, port):
+    # what torchrun and accelerate launch tell a process
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    report = label_images(photos, suite(), f"{folder}/launched", progress=False)
+    assert report.images == 100, report
+
+for moment in MOMENTS:
+    assert status(fork(die_at, moment)) == -signal.SIGKILL, moment
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+children = [fork(join_in, rank, port) for rank in range(2)]
+assert [status(child) for child in children] == [0, 0]
+print("all as it should be")
+"""
+# what is stored, at least, when a run is killed at a moment
+MOMENTS = {"manifest": 0, "group": 40, "before its name": 80, "after its name": 80, "expert": 40}
+
+
+@pytest.fixture(scope="module")
+def outputs(photos, tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("forks processes")
+    folder = tmp_path_factory.mktemp("outputs")
+    (folder / "program.py").write_text(PROGRAM)
+    finished = subprocess.run(
+        [sys.executable, folder / "program.py", photos[0], folder],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=180,
+    )
+    assert "all as it should be" in finished.stdout, finished.stdout
+    return folder
+
+
+def test_launched_processes_share_the_images_out(photos, local, outputs):
+    names = sorted(path.name for path in (outputs / "launched").glob("labels-*"))
+    assert names == [f"labels-0000{process}-of-00002-000000.parquet" for process in range(2)]
+    assert_each_image_once(outputs / "launched", photos[1])
+    assert_same_labels(LabelStore(outputs / "launched"), local)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(photos, local, outputs, moment):
+    output = outputs / moment
+    rows = sum(pq.read_metadata(path).num_rows for path in output.glob("labels-*.parquet"))
+    assert MOMENTS[moment] <= rows < IMAGES
+    edges = EdgeThatKills(fatal=120 if moment == "expert" else 0)
+    edges.seen = -IMAGES  # the same expert, but this run will live
+    report = label_images(photos[0], suite(edges), output, rows_per_shard=40, progress=False)
+    assert report.images == IMAGES - rows
+    assert_each_image_once(output, photos[1])
+    assert_same_labels(LabelStore(output), local)
+    assert not [path.name for path in output.iterdir() if path.name.endswith(".unfinished")]
+
+
+# ---- Ray ----
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory):
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # Ray writes ~/.ray
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    # the tests' modules cannot be imported by Ray's processes
+    ray.cloudpickle.register_pickle_by_value(label_experts)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        _temp_dir=(folder := tempfile.mkdtemp(prefix="ray-")),  # its sockets need a short path
+    )
+    yield ray
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+    patch.undo()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_ray_completes_a_store_once_though_an_actor_is_killed(ray, photos, local, tmp_path):
+    mark = tmp_path / "an actor was killed"
+    edges = EdgeThatKills(fatal=40, mark=str(mark))
+    edges.seen = -IMAGES  # not this process
+    label_images(photos[0], suite(edges), tmp_path / "labels", shard=(1, 4), progress=False)
+    edges = EdgeThatKills(fatal=40, mark=str(mark))
+    report = label_images(
+        photos[0], suite(edges), tmp_path / "labels", engine="ray", num_workers=1, batch_size=16, progress=False
+    )
+    assert mark.exists()
+    assert report.images == IMAGES * 3 // 4
+    assert_each_image_once(tmp_path / "labels", photos[1])
+    assert_same_labels(LabelStore(tmp_path / "labels"), local)
+
+
+def test_without_ray_the_error_says_what_to_install(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'modeling-prismer\[ray\]'"):
+        label_images(photos[0], suite(), tmp_path, engine="ray", progress=False)

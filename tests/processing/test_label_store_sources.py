@@ -1,0 +1,228 @@
+"""Where the label store has its images from: folders, globs, lists, data sets, tars; each image under its key."""
+
+import io
+import os
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_prismer.processing.labels import LabelStore, ListedImages, label_images, open_source
+from modeling_prismer.processing.labels.key_index import KeyIndex, key_digests
+
+from .label_experts import Rows, write_images
+
+
+def picture(i):
+    return Image.fromarray(np.full((6, 7 + i % 3, 3), 5 * i, np.uint8))
+
+
+def jpeg(i):
+    file = io.BytesIO()
+    picture(i).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture
+def tars(tmp_path):
+    for number in range(3):
+        members = {}
+        for i in range(4):
+            members[f"{i:03d}.jpg"] = jpeg(4 * number + i)
+            members[f"{i:03d}.json"] = b'{"url": null}' if i < 2 else b'{"url": "there"}'
+        write_tar(tmp_path / "tars" / ("a.tar", "b.tar.gz", "more/a.tar")[number], members)
+    return tmp_path / "tars"
+
+
+TAR_KEYS = [f"{name}/{i:03d}" for name in ("a", "b", "more/a") for i in range(4)]
+
+
+def keys_of(source):
+    return [key for key, _ in source]
+
+
+# ---- files ----
+
+
+def test_keys_of_a_folder_are_relative_paths_in_order(tmp_path):
+    keys = write_images(tmp_path, 7)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden/a.png").touch()
+    (tmp_path / "UPPER.JPG").touch()
+    (tmp_path / "link").symlink_to(tmp_path)  # a circle
+    for folder in (tmp_path, f"{tmp_path}/"):
+        source = open_source(folder)
+        assert keys_of(source) == ["UPPER.JPG", *keys] and source.num_images == 8
+    assert keys_of(open_source(tmp_path / "part1", root=tmp_path)) == [key for key in keys if key.startswith("part1")]
+
+
+def test_a_glob_counts_from_its_first_wildcard_and_a_list_as_given(tmp_path, monkeypatch):
+    write_images(tmp_path / "photos", 4)
+    assert keys_of(open_source(f"{tmp_path}/photos/part[01]/*.png")) == [
+        "part0/0000.png",
+        "part0/0003.png",
+        "part1/0001.png",
+    ]
+    assert keys_of(open_source(f"{tmp_path}/photos/part*/0001.*")) == ["part1/0001.png"]
+    assert keys_of(open_source(str(tmp_path / "photos/part1/0001.png"))) == ["0001.png"]
+    monkeypatch.chdir(tmp_path)
+    assert keys_of(open_source(["photos/part1/0001.png"])) == ["photos/part1/0001.png"]
+    assert keys_of(open_source([tmp_path / "photos/part1/0001.png"], root=tmp_path)) == ["photos/part1/0001.png"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_a_name_that_is_no_text_has_a_key(tmp_path):
+    write_images(tmp_path / "photos", 1)
+    try:
+        os.rename(tmp_path / "photos/part0/0000.png", os.fsencode(tmp_path) + b"/photos/part0/\xff.png")
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    label_images(tmp_path / "photos", [Rows()], tmp_path / "labels", progress=False)
+    assert list(LabelStore(tmp_path / "labels")) == ["part0/\\xff.png"] and not LabelStore(tmp_path / "labels").errors
+
+
+def test_what_is_no_source_is_refused_by_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images in"):
+        open_source(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no file or folder 'coco'"):
+        open_source("coco")
+    with pytest.raises(ValueError, match="matches no files"):
+        open_source(f"{tmp_path}/*.jpg")
+    with pytest.raises(TypeError, match="source is a int"):
+        open_source(3)
+    with pytest.raises(TypeError, match="source is a list"):
+        open_source([picture(0)])
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(ValueError, match="holds images and tars"):
+        open_source(tmp_path)
+    with pytest.raises(ValueError, match="files of different kinds"):
+        open_source([str(tmp_path / "a.jpg"), str(tmp_path / "a.tar")])
+
+
+def test_images_in_memory_have_the_keys_of_their_dict(tmp_path):
+    label_images({"a": picture(1), 7: np.zeros((4, 4), np.uint8)}, [Rows()], tmp_path, progress=False)
+    assert list(LabelStore(tmp_path)) == ["a", "7"]
+
+
+# ---- data sets ----
+
+
+def test_a_data_set_is_read_by_its_columns(tmp_path):
+    features = datasets.Features({"image_id": datasets.Value("int64"), "photo": datasets.Image()})
+    rows = [{"image_id": i, "photo": picture(i)} for i in (5, 3, 5, 9)]
+    dataset = datasets.Dataset.from_list(rows, features)
+    source = open_source(dataset)
+    assert keys_of(source.share(0, 1)) == ["5", "3", "9"]
+    assert keys_of(open_source(dataset.remove_columns("image_id"))) == [f"{i:012d}" for i in range(4)]
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "tables/0.parquet")
+    assert keys_of(open_source(tmp_path / "saved", image_column="photo", key_column="image_id")) == list("5359")
+    for source in (tmp_path / "saved", tmp_path / "tables", dataset.to_iterable_dataset(), dataset.with_format("np")):
+        output = tmp_path / f"labels {len(list(tmp_path.iterdir()))}"
+        assert label_images(source, [Rows()], output, progress=False).failed == 0
+        assert list(LabelStore(output)) == ["5", "3", "9"]
+        assert LabelStore(output)["9"]["ocr"]["ids"].shape == (6, 7)
+
+
+def test_a_column_of_paths_is_a_column_of_images(tmp_path):
+    keys = write_images(tmp_path / "photos", 3)
+    dataset = datasets.Dataset.from_dict({"file_name": keys, "path": [str(tmp_path / "photos" / key) for key in keys]})
+    report = label_images(dataset, [Rows()], tmp_path / "labels", image_column="path", progress=False)
+    assert list(LabelStore(tmp_path / "labels")) == keys and report.failed == 0
+
+
+def test_a_damaged_image_of_a_data_set_is_recorded(tmp_path):
+    rows = {
+        "id": ["good", "bad", "none"],
+        "image": [{"bytes": jpeg(1), "path": None}, {"bytes": b"x", "path": None}, None],
+    }
+    dataset = datasets.Dataset.from_dict(
+        rows, datasets.Features({"id": datasets.Value("string"), "image": datasets.Image()})
+    )
+    label_images(dataset, [Rows()], tmp_path, progress=False)
+    assert set(LabelStore(tmp_path).errors) == {"bad", "none"}
+
+
+def test_missing_columns_and_splits_are_named(tmp_path):
+    dataset = datasets.Dataset.from_dict({"text": ["a"]})
+    with pytest.raises(ValueError, match="no column holds images; give image_column, one of text"):
+        open_source(dataset)
+    with pytest.raises(ValueError, match="no column 'image'; there are text"):
+        open_source(dataset, image_column="image")
+    with pytest.raises(ValueError, match="no column 'name'"):
+        open_source(dataset, image_column="text", key_column="name")
+    with pytest.raises(ValueError, match="has the splits train, test"):
+        open_source(datasets.DatasetDict({"train": dataset, "test": dataset}))
+    with pytest.raises(ValueError, match="no column names the images"):
+        open_source(dataset.to_iterable_dataset(), image_column="text")
+
+
+# ---- tars ----
+
+
+def test_webdataset_tars_are_labelled_and_gone_on_with(tars, tmp_path):
+    report = label_images(tars, [Rows()], tmp_path / "labels", rows_per_shard=5, batch_size=2, progress=False)
+    store = LabelStore(tmp_path / "labels")
+    assert list(store) == TAR_KEYS and report.failed == 0
+    np.testing.assert_equal(store["b/002"], {"ocr": Rows()([Image.open(io.BytesIO(jpeg(6)))])[0]})
+    sorted((tmp_path / "labels").glob("labels-*"))[1].unlink()
+    assert label_images(tars, [Rows()], tmp_path / "labels", progress=False).images == 5
+    assert sorted(LabelStore(tmp_path / "labels")) == sorted(TAR_KEYS)
+    assert keys_of(open_source(f"{tars}/*.tar")) == TAR_KEYS[:4]
+
+
+def test_a_broken_tar_is_recorded_and_the_others_are_labelled(tars, tmp_path):
+    content = (tars / "a.tar").read_bytes()
+    (tars / "a.tar").write_bytes(content[:2500])  # the first image and a half
+    (tars / "b.tar.gz").write_bytes(b"no tar")
+    assert label_images(tars, [Rows()], tmp_path / "labels", progress=False).failed == 2
+    store = LabelStore(tmp_path / "labels")
+    assert set(store.errors) == {"a.tar", "b.tar.gz"} and set(store) >= set(TAR_KEYS[8:])
+    assert label_images(tars, [Rows()], tmp_path / "labels", progress=False).images == 0
+
+
+def test_a_damaged_image_in_a_tar_is_recorded(tmp_path):
+    write_tar(tmp_path / "a.tar", {"x.jpg": jpeg(1), "y.jpg": b"broken", "z.jpg": jpeg(2)})
+    label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
+    assert list(LabelStore(tmp_path / "labels").errors) == ["a/y"] and len(LabelStore(tmp_path / "labels")) == 3
+
+
+# ---- shares ----
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 40])
+def test_processes_share_images_out(tars, tmp_path, processes):
+    write_images(tmp_path / "photos", 10)
+    for folder in (tars, tmp_path / "photos"):
+        shares = [keys_of(open_source(folder).share(i, processes)) for i in range(processes)]
+        together = [key for share in shares for key in share]
+        assert sorted(together) == sorted(keys_of(open_source(folder))) and len(set(together)) == len(together)
+
+
+def test_parts_together_are_the_source_and_know_what_is_done(tars, tmp_path):
+    write_images(tmp_path / "photos", 10)
+    for folder, number in ((tars, 3), (tmp_path / "photos", 4)):
+        done = keys_of(open_source(folder))[:2]
+        source = open_source(folder).without(KeyIndex(key_digests(done)))
+        parts = source.parts(images=2)
+        assert len(parts) == number
+        assert [key for part in parts for key in keys_of(part)] == keys_of(open_source(folder))[2:]
+
+
+def test_keys_and_images_must_be_as_many():
+    with pytest.raises(ValueError, match="2 keys for 1 images"):
+        ListedImages(["a", "b"], ["a.jpg"])
