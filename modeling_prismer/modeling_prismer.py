@@ -431,7 +431,8 @@ class PrismerResamplerLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         normed_latents = self.latents_layer_norm(latents)
-        states = torch.cat([normed_latents, self.tokens_layer_norm(tokens)], dim=1)
+        # The latents are the last keys: flash attention takes the end of the keys' mask for that of the queries.
+        states = torch.cat([self.tokens_layer_norm(tokens), normed_latents], dim=1)
         attn_output, _ = self.latent_attn(
             normed_latents,
             attention_mask=attention_mask,
@@ -471,8 +472,8 @@ class PrismerResampler(nn.Module):
             attention_mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=latents,
-                attention_mask=F.pad(token_mask, (latents.shape[1], 0), value=True),
-                encoder_hidden_states=torch.cat([latents, tokens], dim=1),
+                attention_mask=F.pad(token_mask, (0, latents.shape[1]), value=True),
+                encoder_hidden_states=torch.cat([tokens, latents], dim=1),
             )
         for layer in self.layers:
             latents = layer(latents, tokens, attention_mask=attention_mask, **kwargs)
