@@ -1,4 +1,4 @@
 """From the published checkpoint format to this package, and back."""
 
 from .convert_checkpoint import convert_original_checkpoint, to_original_state_dict
-from .feature_tables import class_features_from_names, read_feature_tables
+from .feature_tables import class_features_from_names, read_feature_tables, save_class_features

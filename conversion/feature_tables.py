@@ -1,11 +1,13 @@
 """The features with which label experts' classes are painted: from the published tables, or from class names."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from .tensor_files import load_tensors
 
@@ -113,6 +115,39 @@ def class_features_from_names(
             raise ValueError(f"names has a string for '{name}'; a list of class names is needed")
         tables[name] = torch.as_tensor(np.asarray(text_features(list(classes))), dtype=torch.float32)
     tables[BACKGROUND_KEY] = torch.as_tensor(np.asarray(text_features([background])), dtype=torch.float32)[0]
+    return tables
+
+
+def save_class_features(
+    names: Mapping[str, Sequence[str]],
+    text_features: Callable[[list[str]], np.ndarray],
+    path: str | Path,
+    background: str = "background",
+) -> dict[str, torch.Tensor]:
+    """
+    Builds the tables of [`class_features_from_names`] and writes them to a safetensors file that `feature_tables` of
+    [`convert_original_checkpoint`] and [`read_feature_tables`] take. The names lie in its metadata, as JSON.
+
+    Args:
+        names, text_features, background: see [`class_features_from_names`]; `suite.class_names` are the names of a
+            suite's experts.
+        path (`str` or `Path`): the file to write; its folder is made if it does not exist.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the tables.
+
+    Example:
+
+    ```python
+    >>> suite = ExpertSuite.from_name("fast")
+    >>> save_class_features(suite.class_names, ClipTextFeatures(pca="clip_pca.safetensors"), "tables.safetensors")
+    ```
+    """
+    tables = class_features_from_names(names, text_features, background)
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {name: json.dumps(list(classes)) for name, classes in names.items()}
+    save_file({name: table.contiguous() for name, table in tables.items()}, path, metadata=metadata)
     return tables
 
 

@@ -286,7 +286,10 @@ class PrismerProcessor(ProcessorMixin):
             rows_by_need.setdefault(tuple(name for name in live if name not in given), []).append(row)
         for names, rows in rows_by_need.items():
             if names:
-                outputs = suite.only(*names)([images[row] for row in rows])
+                part = suite.only(*names)
+                needed = {other for name in names for other in _labels_that(part[name], "needs", "uses")}
+                known = {"labels": [labels[row] for row in rows]} if needed.intersection(configured) else {}
+                outputs = part([images[row] for row in rows], **known)
                 for row, output in zip(rows, outputs):
                     labels[row].update({name: output.get(name) for name in names})
 
@@ -471,17 +474,19 @@ class PrismerProcessor(ProcessorMixin):
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
             experts (*optional*, defaults to `"saved"`):
                 `"saved"` restores the experts that were saved with it; `None` leaves them out; else as in the
-                constructor: `"offline"`, a list of experts, a suite.
+                constructor: `"published"`, `"fast"`, `"offline"`, a list of experts, a suite.
             expert_device (`str` or `torch.device`, *optional*): where the experts run.
             expert_dtype (`torch.dtype`, *optional*): in which precision they run.
-            experts_memory (`str`, *optional*): reserved.
+            experts_memory (`str`, *optional*):
+                `"sequential"` loads one expert at a time, runs it over all images of the call and frees it: for small
+                memories and many images a call. `"all"` keeps them loaded. By default as saved, else `"all"`.
             kwargs: passed on to `ProcessorMixin.from_pretrained`.
 
         Raises:
             OSError: if the files are not found.
         """
-        if experts_memory is not None:
-            raise ValueError(f"experts_memory is reserved and must be None, not {experts_memory!r}")
+        if experts_memory not in (None, "all", "sequential"):
+            raise ValueError(f"experts_memory is {experts_memory!r}; accepted are 'sequential', 'all' and None")
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if isinstance(experts, str) and experts == "saved":
             names = ("revision", "token", "cache_dir", "local_files_only")
@@ -492,6 +497,8 @@ class PrismerProcessor(ProcessorMixin):
         if (expert_device is not None or expert_dtype is not None) and processor.experts is not None:
             dtype = getattr(torch, expert_dtype) if isinstance(expert_dtype, str) else expert_dtype
             processor.experts.to(device=expert_device, dtype=dtype)
+        if experts_memory is not None and processor.experts is not None:
+            processor.experts.memory = experts_memory
         return processor
 
 
@@ -521,6 +528,10 @@ def _require_same_description(live: Mapping[str, Any], configured: Mapping[str, 
                 f"the live expert '{configured['name']}' has {field}={live.get(field)!r}; the config's expert "
                 f"'{configured['name']}' has {field}={configured.get(field)!r}"
             )
+
+
+def _labels_that(expert: Any, *fields: str) -> list[str]:
+    return [name for field in fields for name in getattr(expert, field, ())]
 
 
 def _is_description(experts: Any) -> bool:

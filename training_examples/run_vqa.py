@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
-from modeling_prismer.processing.experts import ExpertSuite
+from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, RapidOcrText
 from modeling_prismer.processing.labels import label_images, label_source
 
 
@@ -151,7 +151,8 @@ def new_processor(dataset: datasets.Dataset, output_dir: Path) -> PrismerProcess
     texts = {question.capitalize() for questions in dataset["questions"] for question in questions}
     texts |= {" " + answer.capitalize() for answers in dataset["answers"] for answer in answers}
     tokenizer = train_tokenizer(sorted(texts), output_dir / "tokenizer")
-    experts = ExpertSuite.from_name("offline")
+    # Lower thresholds than Canny's usual ones: a yellow shape on a pale ground has little contrast.
+    experts = ExpertSuite([CannyEdges(low_threshold=0.03, high_threshold=0.08), RapidOcrText()])
     image_processor = PrismerImageProcessor(
         size={"height": 64, "width": 64}, expert_size=64, experts=experts.descriptions, max_words=16
     )
@@ -270,7 +271,7 @@ def write_json(path: Path, content: dict) -> None:
 def main():
     parser = HfArgumentParser((VqaArguments, TrainingArguments))
     defaults = {"learning_rate": 4e-4, "weight_decay": 0.05, "warmup_steps": 100, "lr_scheduler_type": "cosine"}
-    defaults |= {"per_device_train_batch_size": 32, "num_train_epochs": 24, "logging_steps": 20, "report_to": "none"}
+    defaults |= {"per_device_train_batch_size": 32, "num_train_epochs": 15, "logging_steps": 20, "report_to": "none"}
     defaults |= {"save_strategy": "epoch", "save_total_limit": 2, "dataloader_num_workers": 1, "max_grad_norm": 1.0}
     parser.set_defaults(**defaults)
     args, training_args = parser.parse_args_into_dataclasses()

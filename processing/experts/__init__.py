@@ -1,7 +1,12 @@
 """The frozen experts that run live, one file each on a common base."""
 
 from .base import Expert, ExpertError, expert_from_dict
+from .depth import DepthEstimator
+from .detection import ObjectDetector, paint_boxes
 from .edge import CannyEdges, DexiNedEdges
+from .normal import NormalEstimator, NormalsFromDepth
+from .pretrained import PretrainedExpert
+from .segmentation import SemanticSegmentation, UniversalSegmentation
 from .suite import ExpertSuite
-from .text import RapidOcrText
+from .text import PpOcrText, RapidOcrText
 from .word_features import ClipTextFeatures, HashedNgrams, WordFeatures

@@ -2,6 +2,7 @@
 
 import inspect
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ class FrozenModel:
     # settings that may be the path of a file or folder, and settings that are themselves frozen models
     file_settings: ClassVar[tuple[str, ...]] = ()
     part_settings: ClassVar[dict[str, type["FrozenModel"]]] = {}
+    # whether the model runs in half precision on CUDA, and in single precision elsewhere, unless a dtype is set
+    half_on_cuda: ClassVar[bool] = False
 
     model_id: str | None = None
     license: str = "not stated"
@@ -68,9 +71,20 @@ class FrozenModel:
             raise ValueError(f"the type '{cls.type}' of {cls.__qualname__} is already that of {known.__qualname__}")
         cls.registry[cls.type] = cls
 
+    @property
+    def running_dtype(self) -> torch.dtype | None:
+        """The precision of the model's weights: as set by `to`; `None` leaves them as they are."""
+        if self.dtype is None and self.half_on_cuda:
+            return torch.float16 if self.device.type == "cuda" else torch.float32
+        return self.dtype
+
     def load_model(self) -> Any:
         """Loads and returns the model, `None` if there is none. A `torch.nn.Module` is then frozen and moved."""
         return None
+
+    def place_model(self) -> None:
+        """Moves the loaded model to `device` and `running_dtype`."""
+        self.model.to(device=self.device, dtype=self.running_dtype)
 
     def load(self) -> None:
         """Loads the model if it is not there yet."""
@@ -80,7 +94,7 @@ class FrozenModel:
         self.model = self.load_model()
         if isinstance(self.model, torch.nn.Module):
             self.model.eval().requires_grad_(False)
-            self.model.to(device=self.device, dtype=self.dtype)
+            self.place_model()
         self.is_loaded = True
         self.loading_seconds += time.perf_counter() - start
 
@@ -98,7 +112,7 @@ class FrozenModel:
         if dtype is not None:
             self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if isinstance(self.model, torch.nn.Module):
-            self.model.to(device=self.device, dtype=self.dtype)
+            self.place_model()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,7 +216,12 @@ class Expert(FrozenModel):
         num_classes (`int`, *optional*): of a label map, if its ids are classes or have classes.
         instances (`bool`): whether the ids of a label map are instances, which have classes.
         batch_size (`int`): images that `run` gets at a time.
+        needs (`tuple[str, ...]`):
+            Names of other experts whose labels `run` gets as well, as keyword arguments: `needs = ("depth",)` makes it
+            `run(images, depth)`, `depth` a list with one label, or `None`, for each image. A suite runs those first.
+        uses (`tuple[str, ...]`): as `needs`, but without such an expert the argument is left out.
         seconds, num_images (`float`, `int`): what the expert has run so far, without loading.
+        peak_memory (`int`, *optional*): bytes that it took at most so far; see [`ExpertSuite.report`].
     """
 
     registry: ClassVar[dict[str, type["Expert"]]] = {}
@@ -213,9 +232,12 @@ class Expert(FrozenModel):
     num_classes: int | None = None
     instances: bool = False
     batch_size: int = 8
+    needs: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
 
     seconds: float = 0.0
     num_images: int = 0
+    peak_memory: int | None = None
 
     @property
     def description(self) -> dict[str, Any]:
@@ -227,12 +249,14 @@ class Expert(FrozenModel):
             description["instances"] = True
         return description
 
-    def run(self, images: list[Image.Image]) -> list[Any]:
+    def run(self, images: list[Image.Image], **others: list[Any]) -> list[Any]:
         """
-        Runs one batch; called with the model loaded and in inference mode.
+        Runs one batch; called with the model loaded and in inference mode. An expert that needs no other takes
+        `images` alone.
 
         Args:
             images (`list[PIL.Image.Image]`): RGB, of any sizes, at most `batch_size`.
+            others (`list`): for each name in `needs` and `uses` that expert's label, or `None`, for each image.
 
         Returns:
             A list with one label for each image, at the image's own size (width W, height H), or `None` where the
@@ -247,12 +271,13 @@ class Expert(FrozenModel):
         """
         raise NotImplementedError(f"{type(self).__name__} has no method `run`")
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Any]:
+    def __call__(self, images: Sequence[Image.Image], **others: Sequence[Any]) -> list[Any]:
         """
         Loads the expert if needed and runs it over all images, batch by batch.
 
         Args:
             images (`Sequence[PIL.Image.Image]`): any number, of any sizes and modes; they are converted to RGB.
+            others (`Sequence`): the labels of the experts that this one `needs` or `uses`, by their names.
 
         Returns:
             `list`: one label for each image, as [`Expert.run`] gives them.
@@ -262,18 +287,38 @@ class Expert(FrozenModel):
         """
         if isinstance(images, Image.Image) or not all(isinstance(image, Image.Image) for image in images):
             raise TypeError(f"the expert '{self.name}' takes a list of PIL images")
-        self.load()
-        labels = []
-        start = time.perf_counter()
-        for first in range(0, len(images), self.batch_size):
-            labels += self._run_batch([*images[first : first + self.batch_size]], first)
-        self.seconds += time.perf_counter() - start
+        self._check_others(others, len(images))
+        with _MemoryMeter(self):
+            self.load()
+            labels = []
+            start = time.perf_counter()
+            for first in range(0, len(images), self.batch_size):
+                batch = slice(first, first + self.batch_size)
+                own = {name: [*values[batch]] for name, values in others.items()}
+                labels += self._run_batch([*images[batch]], first, own)
+            self.seconds += time.perf_counter() - start
         self.num_images += len(images)
         return labels
 
-    def _run_batch(self, images: list[Image.Image], first: int) -> list[Any]:
+    def _check_others(self, others: Mapping[str, Sequence[Any]], num_images: int) -> None:
+        lacking = [name for name in self.needs if name not in others]
+        if lacking:
+            names = ", ".join(lacking)
+            raise ExpertError(
+                f"the expert '{self.name}' needs the labels of {names}: run it in a suite with such an expert, or "
+                f"give them, {self.name}(images, {lacking[0]}=[…])",
+                self.name,
+            )
+        for name, values in others.items():
+            if name not in (*self.needs, *self.uses):
+                accepted = ", ".join((*self.needs, *self.uses)) or "none"
+                raise TypeError(f"the expert '{self.name}' takes no labels of '{name}'; it takes those of {accepted}")
+            if len(values) != num_images:
+                raise ValueError(f"{len(values)} labels of '{name}' for {num_images} images")
+
+    def _run_batch(self, images: list[Image.Image], first: int, others: Mapping[str, list[Any]]) -> list[Any]:
         try:
-            return self._run_and_check(images)
+            return self._run_and_check(images, others)
         except Exception as error:
             if len(images) == 1:
                 where = f"image {first} ({images[0].width}×{images[0].height}, {images[0].mode})"
@@ -281,16 +326,16 @@ class Expert(FrozenModel):
                     f"expert '{self.name}' failed on {where}: {_brief(error)}", self.name, first
                 ) from error
             for index, image in enumerate(images):  # raises at the image that is to blame
-                self._run_batch([image], first + index)
+                self._run_batch([image], first + index, {name: [own[index]] for name, own in others.items()})
             where = f"images {first} to {first + len(images) - 1} together, though on none of them alone"
             raise ExpertError(f"expert '{self.name}' failed on {where}: {_brief(error)}", self.name) from error
 
     @torch.inference_mode()
-    def _run_and_check(self, images: list[Image.Image]) -> list[Any]:
+    def _run_and_check(self, images: list[Image.Image], others: Mapping[str, list[Any]]) -> list[Any]:
         images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
         if any(0 in image.size for image in images):
             raise ValueError("the image has no pixels")
-        labels = self.run(images)
+        labels = self.run(images, **others)
         if len(labels) != len(images):
             raise ValueError(f"run returned {len(labels)} labels for {len(images)} images")
         return [self._check(label, image) for label, image in zip(labels, images)]
@@ -332,6 +377,42 @@ class Expert(FrozenModel):
         for name, value in own.items():
             setattr(expert, name, value)
         return expert
+
+
+class _MemoryMeter:
+    """
+    Sets an expert's `peak_memory` to what it took at most while it was loaded and run: on CUDA the memory that torch
+    allocated, with the expert's own weights; else how much the process's peak of resident memory grew, which is 0
+    where something before had needed more.
+    """
+
+    def __init__(self, expert: Expert):
+        self.expert = expert
+        self.cuda = expert.device.type == "cuda" and torch.cuda.is_available()
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.expert.device)
+            self.before = torch.cuda.memory_allocated(self.expert.device)
+            if isinstance(self.expert.model, torch.nn.Module):
+                self.before -= sum(p.nbytes for p in self.expert.model.parameters() if p.is_cuda)
+        else:
+            self.before = _peak_of_process()
+
+    def __exit__(self, *exception):
+        peak = torch.cuda.max_memory_allocated(self.expert.device) if self.cuda else _peak_of_process()
+        if peak is not None:
+            self.expert.peak_memory = max(self.expert.peak_memory or 0, peak - self.before)
+
+
+def _peak_of_process() -> int | None:
+    """Bytes that the process held at most so far; `None` where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def expert_from_dict(description: Mapping[str, Any], folder: str | Path | None = None) -> Expert:

@@ -1,23 +1,48 @@
 """Several experts behind one call."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from .base import Expert, expert_from_dict
-from .edge import CannyEdges
+from .depth import DepthEstimator
+from .detection import ObjectDetector
+from .edge import CannyEdges, DexiNedEdges
+from .normal import NormalEstimator, NormalsFromDepth
+from .segmentation import UniversalSegmentation
 from .text import RapidOcrText
 
 
+logger = logging.get_logger(__name__)
+
 SUITES: dict[str, Callable[[], list[Expert]]] = {
+    "published": lambda: [
+        DepthEstimator("Intel/dpt-hybrid-midas"),
+        NormalEstimator("google/tipsv2-b14-dpt"),
+        UniversalSegmentation("facebook/mask2former-swin-large-coco-panoptic"),
+        DexiNedEdges(),
+        ObjectDetector("ustc-community/dfine-xlarge-obj365"),
+        RapidOcrText(),
+    ],
+    "fast": lambda: [
+        DepthEstimator("depth-anything/Depth-Anything-V2-Small-hf"),
+        NormalsFromDepth(),
+        UniversalSegmentation("facebook/mask2former-swin-tiny-coco-panoptic"),
+        CannyEdges(),
+        ObjectDetector("PekingU/rtdetr_v2_r18vd"),
+        RapidOcrText(),
+    ],
     "offline": lambda: [CannyEdges(), RapidOcrText()],
 }
 
 SUITE_FILE = "suite.json"
+ON_ERROR = ("raise", "missing")
+MEMORY = ("all", "sequential")
 
 
 class ExpertSuite(MutableMapping):
@@ -37,14 +62,42 @@ class ExpertSuite(MutableMapping):
 
     Args:
         experts (`Iterable[Expert]`): experts of different names.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            What to do where an expert fails, on an image or while it is loaded: `"raise"`, or `"missing"`: the image's
+            label of that expert is `None`, and a warning says so, once for each expert.
+        memory (`str`, *optional*, defaults to `"all"`):
+            `"all"` keeps every expert loaded after its first run. `"sequential"` loads one, runs it over all images of
+            the call, frees it and goes on with the next: give it many images at a time.
     """
 
-    def __init__(self, experts: Iterable[Expert] = ()):
+    def __init__(self, experts: Iterable[Expert] = (), on_error: str = "raise", memory: str = "all"):
         self._experts: dict[str, Expert] = {}
+        self._left_out: dict[str, Expert] = {}  # they still run if another expert needs their labels
+        self._warned: set[str] = set()
+        self.on_error = on_error
+        self.memory = memory
         for expert in experts:
             if isinstance(expert, Expert) and expert.name in self:
                 raise ValueError(f"two experts have the name '{expert.name}': {self[expert.name]} and {expert}")
             self[getattr(expert, "name", "")] = expert
+
+    @property
+    def on_error(self) -> str:
+        """`"raise"` or `"missing"`; can be set."""
+        return self._on_error
+
+    @on_error.setter
+    def on_error(self, value: str) -> None:
+        self._on_error = _checked("on_error", value, ON_ERROR)
+
+    @property
+    def memory(self) -> str:
+        """`"all"` or `"sequential"`; can be set."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, value: str) -> None:
+        self._memory = _checked("memory", value, MEMORY)
 
     def __getitem__(self, name: str) -> Expert:
         return self._experts[name]
@@ -68,39 +121,115 @@ class ExpertSuite(MutableMapping):
     def __repr__(self) -> str:
         return f"ExpertSuite([{', '.join(map(repr, self.values()))}])"
 
-    def __call__(self, images: list[Image.Image]) -> list[dict[str, Any]]:
+    def __call__(
+        self, images: list[Image.Image], labels: list[Mapping[str, Any] | None] | None = None
+    ) -> list[dict[str, Any]]:
         """
-        Runs every expert over all images.
+        Runs every expert over all images. Experts whose labels others need run first.
 
         Args:
             images (`list[PIL.Image.Image]`): any number, of any sizes.
+            labels (`list[dict]`, *optional*):
+                Labels of other experts that are known already, a dict for each image: where one of these experts needs
+                them for all images, they are not computed again.
 
         Returns:
-            `list[dict]`: for each image a dict from an expert's name to its label; see [`Expert.run`].
+            `list[dict]`: for each image a dict from an expert's name to its label; see [`Expert.run`]. `None` where
+            the expert failed, if `on_error` is `"missing"`.
 
         Raises:
             ExpertError: naming the expert and the number of the image it failed on.
         """
-        labels: list[dict[str, Any]] = [{} for _ in images]
-        for name, expert in self.items():
-            for own, label in zip(labels, expert(images)):
-                own[name] = label
+        found: dict[str, list[Any]] = {}
+        known = [own or {} for own in labels] if labels is not None else [{}] * len(images)
+        if len(known) != len(images):
+            raise ValueError(f"{len(known)} labels for {len(images)} images")
+        for name in self:
+            self._run(name, images, known, found, ())
+        return [{name: found[name][index] for name in self} for index in range(len(images))]
+
+    def _run(
+        self,
+        name: str,
+        images: list[Image.Image],
+        known: list[Mapping[str, Any]],
+        found: dict[str, list[Any]],
+        waiting: tuple[str, ...],
+    ) -> None:
+        """Puts the labels of an expert into `found`, after those of the experts that it needs."""
+        if name in found:
+            return
+        if name in waiting:
+            raise ValueError(f"experts need each other's labels in a circle: {' → '.join((*waiting, name))}")
+        expert = self._experts[name] if name in self._experts else self._left_out[name]
+        others = {}
+        for other in (*expert.needs, *expert.uses):
+            if other not in found and other not in self and images and all(other in own for own in known):
+                found[other] = [own[other] for own in known]
+            elif other in self or other in self._left_out:
+                self._run(other, images, known, found, (*waiting, name))
+            if other in found:
+                others[other] = found[other]
+        try:
+            found[name] = expert(images, **others)
+        except Exception:
+            if self.on_error == "raise":
+                raise
+            found[name] = self._run_one_by_one(expert, images, others)
+        finally:
+            if self.memory == "sequential":
+                expert.unload()
+
+    def _run_one_by_one(self, expert: Expert, images: list[Image.Image], others: dict[str, list[Any]]) -> list[Any]:
+        labels: list[Any] = [None] * len(images)
+        try:
+            expert.load()
+        except Exception as error:  # it would fail as well for every image
+            self._warn(expert, f"cannot be loaded: its labels are missing ({error})")
+            return labels
+        for index, image in enumerate(images):
+            try:
+                (labels[index],) = expert([image], **{name: [own[index]] for name, own in others.items()})
+            except Exception as error:
+                self._warn(expert, f"failed, its label of that image is missing: {error}")
         return labels
+
+    def _warn(self, expert: Expert, message: str) -> None:
+        if expert.name not in self._warned:
+            self._warned.add(expert.name)
+            logger.warning(f"The expert '{expert.name}' {message}. Later failures of it are not reported.")
 
     @property
     def descriptions(self) -> list[dict[str, Any]]:
         """The experts' entries for `experts` of `PrismerConfig` and `PrismerImageProcessor`."""
         return [expert.description for expert in self.values()]
 
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        """The names of the classes of those experts that have some, for panels and for tables of class features."""
+        names = {name: getattr(expert, "class_names", None) for name, expert in self.items()}
+        return {name: own for name, own in names.items() if own is not None}
+
     def without(self, *names: str) -> "ExpertSuite":
-        """A suite of the same experts, loaded or not, but for those named."""
+        """
+        A suite of the same experts, loaded or not, but for those named. Where another expert needs the labels of one
+        that is left out it still runs, and its label is not returned; `del suite[name]` is for good.
+        """
         self._require(names)
-        return ExpertSuite(expert for name, expert in self.items() if name not in names)
+        return self._part([name for name in self if name not in names])
 
     def only(self, *names: str) -> "ExpertSuite":
-        """A suite of those of the same experts that are named."""
+        """A suite of those of the same experts that are named; of the others as [`ExpertSuite.without`] says."""
         self._require(names)
-        return ExpertSuite(expert for name, expert in self.items() if name in names)
+        return self._part([name for name in self if name in names])
+
+    def _part(self, names: list[str]) -> "ExpertSuite":
+        part = ExpertSuite((self[name] for name in names), self.on_error, self.memory)
+        part._left_out = {
+            name: expert for name, expert in (self._left_out | self._experts).items() if name not in names
+        }
+        part._warned = self._warned
+        return part
 
     def _require(self, names: Iterable[str]) -> None:
         for name in names:
@@ -111,19 +240,24 @@ class ExpertSuite(MutableMapping):
         self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None
     ) -> "ExpertSuite":
         """Moves every expert, now or when it is loaded. Returns itself."""
-        for expert in self.values():
+        for expert in (*self.values(), *self._left_out.values()):
             expert.to(device, dtype)
         return self
 
     def unload(self) -> None:
         """Frees every expert's model. The next use loads it again."""
-        for expert in self.values():
+        for expert in (*self.values(), *self._left_out.values()):
             expert.unload()
 
-    def report(self) -> dict[str, dict[str, float]]:
+    def report(self) -> dict[str, dict[str, float | None]]:
         """
         What each expert has cost so far: `{name: {"images": …, "seconds": …, "seconds_per_image": …,
-        "loading_seconds": …}}`.
+        "loading_seconds": …, "peak_memory_bytes": …}}`.
+
+        The peak of memory is, on CUDA, what torch had allocated at most while the expert was loaded and ran, with its
+        own weights and without those of others. Elsewhere it is how much the process's peak of resident memory grew in
+        that time: 0 where something before had needed more, so that of several experts only those that set a new peak
+        show. `None` where the system does not say, and before the first run.
         """
         return {
             name: {
@@ -131,6 +265,7 @@ class ExpertSuite(MutableMapping):
                 "seconds": expert.seconds,
                 "seconds_per_image": expert.seconds / max(1, expert.num_images),
                 "loading_seconds": expert.loading_seconds,
+                "peak_memory_bytes": expert.peak_memory,
             }
             for name, expert in self.items()
         }
@@ -144,15 +279,29 @@ class ExpertSuite(MutableMapping):
 
         Args:
             name (`str`):
-                `"offline"`: [`CannyEdges`] and [`RapidOcrText`] with [`HashedNgrams`]; nothing is downloaded.
+                - `"published"`: the six experts closest to those of the published checkpoints: [`DepthEstimator`]
+                  (DPT-Hybrid), [`NormalEstimator`] (TIPSv2), [`UniversalSegmentation`] (Mask2Former Swin-L, COCO
+                  panoptic), [`DexiNedEdges`], [`ObjectDetector`] (D-FINE-X, Objects365) and [`RapidOcrText`]. The
+                  first, third and fourth are the same models; the others stand in for models that transformers lacks.
+                - `"fast"`: six small ones: Depth-Anything-V2-Small, [`NormalsFromDepth`], Mask2Former Swin-T,
+                  [`CannyEdges`], RT-DETRv2-R18 and [`RapidOcrText`].
+                - `"offline"`: [`CannyEdges`] and [`RapidOcrText`]; nothing is downloaded.
+
+                The words' features are [`HashedNgrams`] in each. A converted checkpoint needs [`ClipTextFeatures`]
+                with the published analysis: `suite["ocr"] = RapidOcrText(ClipTextFeatures(pca=…))`.
         """
         if name not in SUITES:
             raise ValueError(f"there is no suite of experts '{name}'; accepted are {', '.join(map(repr, SUITES))}")
         return cls(SUITES[name]())
 
     def to_dict(self) -> dict[str, Any]:
-        """What [`ExpertSuite.from_dict`] restores: `{"experts": [expert.to_dict(), …]}`, plain JSON."""
-        return {"experts": [expert.to_dict() for expert in self.values()]}
+        """What [`ExpertSuite.from_dict`] restores: `{"experts": [expert.to_dict(), …], …}`, plain JSON."""
+        return {"experts": [expert.to_dict() for expert in self.values()], **self._settings()}
+
+    def _settings(self) -> dict[str, str]:
+        """Settings of the suite itself that are not the default."""
+        settings = {} if self.on_error == "raise" else {"on_error": self.on_error}
+        return settings if self.memory == "all" else {**settings, "memory": self.memory}
 
     @classmethod
     def from_dict(cls, description: dict[str, Any], folder: str | Path | None = None) -> "ExpertSuite":
@@ -161,10 +310,11 @@ class ExpertSuite(MutableMapping):
             description (`dict`): from [`ExpertSuite.to_dict`].
             folder (`str` or `Path`, *optional*): a folder that [`ExpertSuite.save_pretrained`] wrote, for own weights.
         """
-        return cls(
+        experts = [
             expert_from_dict(entry, None if folder is None else _folder_of(folder, entry["name"]))
             for entry in description["experts"]
-        )
+        ]
+        return cls(experts, description.get("on_error", "raise"), description.get("memory", "all"))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
@@ -173,9 +323,8 @@ class ExpertSuite(MutableMapping):
         """
         folder = Path(save_directory) / "experts"
         folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "experts": [expert.to_dict(_folder_of(save_directory, expert.name)) for expert in self.values()]
-        }
+        experts = [expert.to_dict(_folder_of(save_directory, expert.name)) for expert in self.values()]
+        description = {"experts": experts, **self._settings()}
         (folder / SUITE_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -196,6 +345,12 @@ class ExpertSuite(MutableMapping):
         if not file.is_file():
             raise OSError(f"{pretrained_model_name_or_path} holds no experts: there is no experts/{SUITE_FILE}")
         return cls.from_dict(json.loads(file.read_text(encoding="utf-8")), folder)
+
+
+def _checked(name: str, value: str, accepted: tuple[str, ...]) -> str:
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+    return value
 
 
 def _folder_of(folder: str | Path, name: str) -> Path:

@@ -1,6 +1,7 @@
-"""Expert for text: RapidOCR, whose wheel brings its weights."""
+"""Experts for text: RapidOCR, whose wheel brings its weights, and the PP-OCR models of transformers."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .base import BACKGROUND, MAX_REGIONS, Expert, size_within
+from .pretrained import autocast, place, within_aspect
 from .word_features import HashedNgrams, WordFeatures
 
 
@@ -20,7 +22,50 @@ class Word:
     corners: np.ndarray  # (4, 2) float: x, y in pixels; first letter's top, last letter's top, then the bottoms
 
 
-class RapidOcrText(Expert):
+class TextExpert(Expert):
+    """
+    What experts for text share: the words of an image, painted with their numbers and given features. A subclass
+    implements `read`.
+    """
+
+    name, kind = "ocr", "label"
+    part_settings = {"word_features": WordFeatures}
+
+    word_features: WordFeatures
+    least_side = 8  # pixels, of an image that is read
+
+    @property
+    def channels(self) -> int:
+        return self.word_features.channels
+
+    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None):
+        self.word_features.to(device, dtype)
+        return super().to(device, dtype)
+
+    def unload(self) -> None:
+        self.word_features.unload()
+        super().unload()
+
+    def run(self, images: list[Image.Image]) -> list[dict[str, Any]]:
+        found = [self.read(image) for image in images]
+        # one run of the encoder for all images
+        features = self.word_features([word.text for words in found for word in words])
+        ends = np.cumsum([len(words) for words in found])[:-1]
+        return [
+            {
+                "ids": paint([word.corners for word in words], image.size),
+                "words": [word.text for word in words],
+                "features": part,
+            }
+            for image, words, part in zip(images, found, np.split(features, ends))
+        ]
+
+    def read(self, image: Image.Image) -> list[Word]:
+        """The words of one RGB image, line by line from the top; at most 254. The model must be loaded."""
+        raise NotImplementedError(f"{type(self).__name__} has no method `read`")
+
+
+class RapidOcrText(TextExpert):
     """
     Words by RapidOCR: detection of lines, orientation and recognition (PP-OCRv6 small), run by onnxruntime.
 
@@ -52,15 +97,12 @@ class RapidOcrText(Expert):
     """
 
     type = "rapidocr"
-    name, kind = "ocr", "label"
     model_id = "rapidocr"
     license = "apache-2.0"
     size_in_bytes = 31_749_509
     source = "rapidocr: PP-OCRv6 small detection and recognition, PP-OCR mobile v2.0 orientation"
-    part_settings = {"word_features": WordFeatures}
 
     max_enlargement = 3
-    least_side = 8  # pixels, of an image that is run; twice that when it runs
 
     def __init__(
         self,
@@ -83,10 +125,6 @@ class RapidOcrText(Expert):
         self.max_pixels = max_pixels
         self.num_threads = num_threads
         self.params = params
-
-    @property
-    def channels(self) -> int:
-        return self.word_features.channels
 
     def load_model(self):
         try:
@@ -111,28 +149,6 @@ class RapidOcrText(Expert):
                 **(self.params or {}),
             }
         )
-
-    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None):
-        self.word_features.to(device, dtype)
-        return super().to(device, dtype)
-
-    def unload(self) -> None:
-        self.word_features.unload()
-        super().unload()
-
-    def run(self, images: list[Image.Image]) -> list[dict[str, Any]]:
-        found = [self.read(image) for image in images]
-        # one run of the encoder for all images
-        features = self.word_features([word.text for words in found for word in words])
-        ends = np.cumsum([len(words) for words in found])[:-1]
-        return [
-            {
-                "ids": paint([word.corners for word in words], image.size),
-                "words": [word.text for word in words],
-                "features": part,
-            }
-            for image, words, part in zip(images, found, np.split(features, ends))
-        ]
 
     def read(self, image: Image.Image) -> list[Word]:
         """
@@ -161,6 +177,165 @@ class RapidOcrText(Expert):
         scales = np.array([image.width / width, image.height / height])
         words = [Word(word.text.lower(), word.score, word.corners * scales) for word in words]
         return [word for word in words if word.score >= self.min_score][:MAX_REGIONS]
+
+
+class PpOcrText(TextExpert):
+    """
+    Words by the PP-OCR models of transformers: detection of lines, then recognition. Unlike [`RapidOcrText`] it runs
+    on the expert's device, and its weights come from the Hub; it has no model for orientation, so that text upside
+    down is not read.
+
+    Labels are as those of [`RapidOcrText`]. Weights of the default: PP-OCRv6 small, 8 million parameters, 32 MB,
+    Apache-2.0 (not checked here). The detector's image processor needs OpenCV, which rapidocr brings.
+
+    Args:
+        word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]): The encoder of the words.
+        detector (`str`, *optional*, defaults to `"PaddlePaddle/PP-OCRv6_small_det_safetensors"`):
+            Hub id or folder of a model of AutoModelForObjectDetection, of PP-OCR.
+        recognizer (`str`, *optional*, defaults to `"PaddlePaddle/PP-OCRv6_small_rec_safetensors"`):
+            Hub id or folder of a model of AutoModelForTextRecognition.
+        min_score (`float`, *optional*, defaults to 0.5):
+            Words with a lower mean confidence of their letters are left out.
+        min_line_score (`float`, *optional*, defaults to 0.6):
+            Lines that the detector is less sure of are not read.
+    """
+
+    type = "pp_ocr"
+    model_id = "PaddlePaddle/PP-OCRv6_small_rec_safetensors"
+    license = "apache-2.0"
+    size_in_bytes = 32_000_000
+    source = "transformers.AutoModelForObjectDetection and AutoModelForTextRecognition"
+    file_settings = ("detector", "recognizer")
+    half_on_cuda = True
+    lines_at_once = 16
+
+    def __init__(
+        self,
+        word_features: WordFeatures | None = None,
+        detector: str = "PaddlePaddle/PP-OCRv6_small_det_safetensors",
+        recognizer: str = "PaddlePaddle/PP-OCRv6_small_rec_safetensors",
+        min_score: float = 0.5,
+        min_line_score: float = 0.6,
+    ):
+        if not (0 <= min_score <= 1 and 0 <= min_line_score <= 1):
+            raise ValueError(f"min_score is {min_score}, min_line_score {min_line_score}; numbers from 0 to 1 needed")
+        self.word_features = HashedNgrams() if word_features is None else word_features
+        self.detector = str(detector)
+        self.recognizer = self.model_id = str(recognizer)
+        self.min_score = min_score
+        self.min_line_score = min_line_score
+
+    def load_model(self) -> torch.nn.Module:
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoModelForTextRecognition
+
+        self.word_features.load()
+        self._detector_processor = AutoImageProcessor.from_pretrained(self.detector)
+        self._recognizer_processor = AutoImageProcessor.from_pretrained(self.recognizer)
+        return torch.nn.ModuleDict(
+            {
+                "detector": AutoModelForObjectDetection.from_pretrained(self.detector, dtype=torch.float32),
+                "recognizer": AutoModelForTextRecognition.from_pretrained(self.recognizer, dtype=torch.float32),
+            }
+        )
+
+    def place_model(self) -> None:
+        place(self.model, self.device, self.running_dtype)
+
+    def read(self, image: Image.Image) -> list[Word]:
+        if min(image.size) < self.least_side:
+            return []
+        quads = [reading_quad(box, upside_down=False) for box in self._lines(image)]
+        words: list[Word] = []
+        for (text, line), quad in zip(self._recognize([_cut_out(image, quad) for quad in quads]), quads):
+            words += words_of_line(text, line, quad)
+        words = [Word(word.text.lower(), word.score, word.corners) for word in words]
+        return [word for word in words if word.score >= self.min_score][:MAX_REGIONS]
+
+    def _lines(self, image: Image.Image) -> np.ndarray:
+        """Corners of the lines, from the top: (lines, 4, 2), each top left, top right, bottom right, bottom left."""
+        squashed = within_aspect(image, most=64)
+        inputs = self._detector_processor(images=squashed, return_tensors="pt")
+        with autocast(self.device, self.running_dtype):
+            outputs = self.model["detector"](pixel_values=inputs["pixel_values"].to(self.device))
+        (result,) = self._detector_processor.post_process_object_detection(
+            SimpleNamespace(last_hidden_state=outputs.last_hidden_state.float()),
+            target_sizes=torch.tensor([[image.height, image.width]]),
+            box_threshold=self.min_line_score,
+        )
+        boxes = result["boxes"].cpu().numpy().astype(np.float64).reshape(-1, 4, 2)
+        sides = np.linalg.norm(boxes - np.roll(boxes, -1, axis=1), axis=2)  # (lines, 4)
+        boxes = boxes[(sides >= 1).all(1)]
+        if not len(boxes):
+            return boxes
+        tops = boxes[:, :, 1].min(1)
+        step = max(1.0, 0.5 * float(np.median(np.ptp(boxes[:, :, 1], axis=1))))
+        return boxes[np.lexsort((boxes[:, :, 0].min(1), tops // step))]
+
+    def _recognize(self, lines: list[Image.Image]) -> list[tuple[str, SimpleNamespace]]:
+        """The text of each line, and where its words are as [`words_of_line`] takes it."""
+        processor = self._recognizer_processor
+        by_width: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        for number, line in enumerate(lines):
+            pixels = processor(images=line, return_tensors="pt")["pixel_values"]
+            by_width.setdefault(pixels.shape[-1], []).append((number, pixels))
+        found: list[Any] = [None] * len(lines)
+        for padded_width, members in by_width.items():
+            for first in range(0, len(members), self.lines_at_once):
+                numbers, pixels = zip(*members[first : first + self.lines_at_once])
+                with autocast(self.device, self.running_dtype):
+                    outputs = self.model["recognizer"](pixel_values=torch.cat(pixels).to(self.device))
+                scores, indices = outputs.last_hidden_state.float().max(-1)  # (lines, steps)
+                for number, own_scores, own_indices in zip(numbers, scores.tolist(), indices.tolist()):
+                    # the line's own part of the steps; what is right of it is padding
+                    width = processor.get_target_size([(lines[number].height, lines[number].width)]).width
+                    steps = len(own_indices) * min(1.0, width / padded_width)
+                    found[number] = _line(own_indices, own_scores, processor.character_list, steps)
+        return found
+
+
+def _line(
+    indices: list[int], scores: list[float], character_list: list[str], steps: float
+) -> tuple[str, SimpleNamespace]:
+    """
+    A line's text, and its letters in words as RapidOCR gives them.
+
+    Args:
+        indices (`list[int]`): the letter seen at each step; 0 is none, and one that lasts several steps counts once.
+        scores (`list[float]`): how sure each is.
+        character_list (`list[str]`): the letters.
+        steps (`float`): how many steps the line spans.
+    """
+    columns = [
+        column
+        for column, index in enumerate(indices)
+        if index and column < steps and (column == 0 or indices[column - 1] != index)
+    ]
+    letters = [character_list[indices[column]] for column in columns]
+    words: list[list[str]] = [[]]
+    word_columns: list[list[int]] = [[]]
+    for column, letter in zip(columns, letters):
+        if letter.isspace():
+            words.append([])
+            word_columns.append([])
+        else:
+            words[-1].append(letter)
+            word_columns[-1].append(column)
+    line = SimpleNamespace(
+        words=[word for word in words if word],
+        word_cols=[own for own in word_columns if own],
+        line_txt_len=steps,
+        confs=[scores[column] for column in columns],
+    )
+    return "".join(letters), line
+
+
+def _cut_out(image: Image.Image, quad: np.ndarray) -> Image.Image:
+    """The quadrilateral of a line, laid flat."""
+    width = max(np.linalg.norm(quad[1] - quad[0]), np.linalg.norm(quad[2] - quad[3]))
+    height = max(np.linalg.norm(quad[3] - quad[0]), np.linalg.norm(quad[2] - quad[1]))
+    size = (max(1, round(width)), max(1, round(height)))
+    corners = np.concatenate([quad[0], quad[3], quad[2], quad[1]])  # PIL's order
+    return image.transform(size, Image.Transform.QUAD, [float(value) for value in corners], Image.Resampling.BICUBIC)
 
 
 def reading_quad(box: np.ndarray, upside_down: bool) -> np.ndarray:

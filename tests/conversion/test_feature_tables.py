@@ -1,16 +1,19 @@
 """Tables of class features come from the published files in all their forms, or from names."""
 
+import json
 import logging
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modeling_prismer.conversion import (
     class_features_from_names,
     convert_original_checkpoint,
     read_feature_tables,
+    save_class_features,
 )
 
 
@@ -239,3 +242,12 @@ def test_tables_are_made_from_names():
 def test_names_that_are_one_string_are_refused():
     with pytest.raises(ValueError, match="names has a string for 'segmentation'; a list of class names is needed"):
         class_features_from_names({"segmentation": "cat"}, np.zeros)
+
+
+def test_tables_from_names_are_saved_and_read_again(tmp_path):
+    names = {"segmentation": ["wall", "cat", "sky"]}
+    path = tmp_path / "new" / "tables.safetensors"
+    tables = save_class_features(names, lambda texts: np.array([[len(text), 0, 0, 1] for text in texts]), path)
+    assert same(read_feature_tables(path, EXPERTS), **tables)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["segmentation"]) == ["wall", "cat", "sky"]

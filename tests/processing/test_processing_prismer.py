@@ -470,8 +470,8 @@ def test_experts_can_be_replaced_and_moved_on_loading(make_processor, pretend_su
     assert loaded.experts is suite and suite.moved_to == ("cpu", torch.bfloat16)
     assert not any(name.startswith("expert") for name in loaded.tokenizer.init_kwargs)
     loaded.save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match="experts_memory is reserved"):
-        load(tmp_path, experts_memory="sequential")
+    with pytest.raises(ValueError, match="experts_memory is 'little'; accepted are 'sequential', 'all'"):
+        load(tmp_path, experts_memory="little")
 
 
 def test_a_folder_keeps_its_experts_where_they_cannot_run(

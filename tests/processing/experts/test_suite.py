@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_prismer.processing.experts import CannyEdges, DexiNedEdges, Expert, ExpertSuite, HashedNgrams
+from modeling_prismer.processing.experts import (
+    CannyEdges,
+    DexiNedEdges,
+    Expert,
+    ExpertError,
+    ExpertSuite,
+    HashedNgrams,
+)
 
 
 class Brightness(Expert):
-    type = "test_brightness"
+    type = "test_suite_brightness"
     name, kind, channels = "brightness", "dense", 1
 
     def run(self, images):
@@ -77,7 +84,7 @@ def test_the_offline_suite_needs_no_download(page):
 
 
 def test_an_unknown_suite_is_refused_by_name():
-    with pytest.raises(ValueError, match="no suite of experts 'fastest'; accepted are 'offline'"):
+    with pytest.raises(ValueError, match="no suite of experts 'fastest'; accepted are 'published', 'fast', 'offline'"):
         ExpertSuite.from_name("fastest")
 
 
@@ -129,3 +136,224 @@ def test_the_report_counts_images_and_seconds(suite):
     assert report["edge"]["seconds"] > 0
     assert report["edge"]["seconds_per_image"] == pytest.approx(report["edge"]["seconds"] / 3)
     assert report["edge"]["loading_seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["published", "fast"])
+def test_suites_of_six_have_the_order_of_the_configuration(name):
+    suite = ExpertSuite.from_name(name)
+    assert list(suite) == ["depth", "normal", "segmentation", "edge", "detection", "ocr"]
+    assert not any(expert.is_loaded for expert in suite.values())
+    assert [expert.license != "not stated" for expert in suite.values()] == [True] * 6
+    restored = ExpertSuite.from_dict(json.loads(json.dumps(suite.to_dict())))
+    assert restored.to_dict() == suite.to_dict()
+
+
+def test_the_published_suite_holds_the_published_models_that_there_are():
+    suite = ExpertSuite.from_name("published")
+    assert suite["depth"].model_id == "Intel/dpt-hybrid-midas"
+    assert suite["segmentation"].model_id == "facebook/mask2former-swin-large-coco-panoptic"
+    assert isinstance(suite["edge"], DexiNedEdges)
+    assert sum(expert.size_in_bytes for expert in suite.values()) < 3e9
+
+
+# ---- experts that need others ----
+
+
+class Darkness(Expert):
+    """Needs the brightness; uses the edges, if there are any."""
+
+    type = "test_darkness"
+    name, kind, channels = "darkness", "dense", 1
+    needs, uses = ("brightness",), ("edge",)
+
+    def run(self, images, brightness, edge=None):
+        self.saw_edges = edge is not None
+        return [None if own is None else 255 - own for own in brightness]
+
+
+def test_an_expert_gets_the_labels_that_it_needs_whatever_the_order(square):
+    for suite in (ExpertSuite([Brightness(), Darkness()]), ExpertSuite([Darkness(), Brightness()])):
+        suite["darkness"].batch_size = 2
+        images = [square, square.rotate(90, expand=True), square.resize((10, 8))]
+        labels = suite(images)
+        assert [list(own) for own in labels] == [list(suite)] * 3
+        for own in labels:
+            assert np.array_equal(own["darkness"], 255 - own["brightness"])
+        assert suite["brightness"].num_images == 3
+        assert not suite["darkness"].saw_edges
+
+
+def test_what_an_expert_uses_is_given_if_it_is_there(square):
+    suite = ExpertSuite([Darkness(), CannyEdges(), Brightness()])
+    suite([square])
+    assert suite["darkness"].saw_edges
+
+
+def test_an_expert_that_is_left_out_runs_for_those_that_need_it(square):
+    suite = ExpertSuite([Brightness(), Darkness()])
+    for part in (suite.without("brightness"), suite.only("darkness")):
+        (label,) = part([square])
+        assert list(label) == ["darkness"]
+        assert np.array_equal(label["darkness"], 255 - np.array(square.convert("L")))
+    del suite["brightness"]
+    with pytest.raises(ExpertError, match="'darkness' needs the labels of brightness"):
+        suite([square])
+
+
+def test_labels_that_are_known_are_not_computed_again(square):
+    suite = ExpertSuite([Brightness(), Darkness()])
+    known = np.full((48, 64), 7, np.uint8)
+    (label,) = suite.only("darkness")([square], labels=[{"brightness": known}])
+    assert (label["darkness"] == 248).all()
+    assert suite["brightness"].num_images == 0
+    with pytest.raises(ValueError, match="2 labels for 1 images"):
+        suite([square], labels=[None, None])
+
+
+def test_experts_that_need_each_other_are_refused(square):
+    class Shadow(Expert):
+        name, kind, channels = "brightness", "dense", 1
+        needs = ("darkness",)
+
+    with pytest.raises(ValueError, match="in a circle: brightness → darkness → brightness"):
+        ExpertSuite([Shadow(), Darkness()])([square])
+
+
+def test_labels_that_an_expert_does_not_take_are_refused(square):
+    with pytest.raises(TypeError, match="'brightness' takes no labels of 'edge'; it takes those of none"):
+        Brightness()([square], edge=[None])
+    with pytest.raises(ValueError, match="0 labels of 'brightness' for 1 images"):
+        Darkness()([square], brightness=[])
+
+
+# ---- failures, memory, cost ----
+
+
+class Fragile(Expert):
+    """Fails on upright pictures, or while it is loaded."""
+
+    type = "test_fragile"
+    name, kind, channels = "fragile", "dense", 1
+
+    def __init__(self, loads=True):
+        self.loads = loads
+        self.events = []
+
+    def load_model(self):
+        if not self.loads:
+            raise OSError("no weights")
+        self.events.append("load")
+
+    def unload(self):
+        super().unload()
+        self.events.append("unload")
+
+    def run(self, images):
+        if any(image.height > image.width for image in images):
+            raise ValueError("upright")
+        return [np.zeros((image.height, image.width), np.uint8) for image in images]
+
+
+def test_a_failing_expert_raises_unless_told_otherwise(square):
+    suite = ExpertSuite([Fragile()])
+    assert suite.on_error == "raise"
+    with pytest.raises(ExpertError, match="'fragile' failed on image 1"):
+        suite([square, square.rotate(90, expand=True)])
+    with pytest.raises(ValueError, match="on_error is 'ignore'; accepted are 'raise', 'missing'"):
+        suite.on_error = "ignore"
+
+
+def test_a_failing_expert_is_missing_on_the_images_it_fails_on(square, monkeypatch):
+    monkeypatch.setattr("modeling_prismer.processing.experts.suite.logger.warning", lambda text: heard.append(text))
+    heard = []
+    suite = ExpertSuite([Fragile(), Brightness()], on_error="missing")
+    upright = square.rotate(90, expand=True)
+    labels = suite([square, upright, square, upright])
+    assert [own["fragile"] is None for own in labels] == [False, True, False, True]
+    assert all(own["brightness"] is not None for own in labels)
+    suite([upright])
+    suite.only("fragile")([upright])
+    assert len(heard) == 1
+    assert "'fragile' failed, its label of that image is missing" in heard[0]
+
+
+def test_an_expert_that_cannot_be_loaded_is_missing(square, monkeypatch):
+    monkeypatch.setattr("modeling_prismer.processing.experts.suite.logger.warning", lambda text: heard.append(text))
+    heard = []
+    suite = ExpertSuite([Fragile(loads=False), Brightness()], on_error="missing")
+    assert [own["fragile"] for own in suite([square, square])] == [None, None]
+    assert "'fragile' cannot be loaded: its labels are missing (no weights)" in heard[0]
+    suite.on_error = "raise"
+    with pytest.raises(OSError, match="no weights"):
+        suite([square])
+
+
+def test_what_needs_a_failing_expert_is_missing_where_it_failed(square, monkeypatch):
+    monkeypatch.setattr("modeling_prismer.processing.experts.suite.logger.warning", lambda text: None)
+    fragile = Fragile()
+    fragile.name = "brightness"
+    suite = ExpertSuite([fragile, Darkness()], on_error="missing")
+    labels = suite([square, square.rotate(90, expand=True)])
+    assert [own["darkness"] is None for own in labels] == [False, True]
+
+
+def test_sequential_memory_holds_one_expert_at_a_time(square):
+    events = []
+
+    def watched(expert_name, needed=()):
+        class Watched(Expert):
+            name, kind, channels, batch_size, needs = expert_name, "dense", 1, 2, needed
+
+            def load_model(self):
+                events.append(f"load {self.name}")
+
+            def unload(self):
+                super().unload()
+                events.append(f"unload {self.name}")
+
+            def run(self, images, **others):
+                events.append(f"{self.name} {len(images)}")
+                return [None] * len(images)
+
+        return Watched()
+
+    suite = ExpertSuite([watched("first", ("second",)), watched("second")], memory="sequential")
+    suite([square] * 3)
+    second = ["load second", "second 2", "second 1", "unload second"]
+    assert events == [*second, *(event.replace("second", "first") for event in second)]
+    assert not any(expert.is_loaded for expert in suite.values())
+    suite.memory = "all"
+    suite([square])
+    assert all(expert.is_loaded for expert in suite.values())
+    with pytest.raises(ValueError, match="memory is 'little'; accepted are 'all', 'sequential'"):
+        ExpertSuite(memory="little")
+
+
+def test_a_failing_expert_is_freed_as_well(square):
+    suite = ExpertSuite([Fragile()], memory="sequential")
+    with pytest.raises(ExpertError):
+        suite([square.rotate(90, expand=True)])
+    assert suite["fragile"].events == ["load", "unload"]
+
+
+def test_policies_are_saved_with_the_suite_and_shared_by_its_parts(suite, tmp_path):
+    assert set(suite.to_dict()) == {"experts"}
+    suite.on_error, suite.memory = "missing", "sequential"
+    assert (suite.without("edge").on_error, suite.only("edge").memory) == ("missing", "sequential")
+    suite.save_pretrained(tmp_path)
+    restored = ExpertSuite.from_pretrained(tmp_path)
+    assert (restored.on_error, restored.memory) == ("missing", "sequential")
+    assert restored.to_dict() == suite.to_dict()
+
+
+def test_the_report_has_the_peak_of_memory(suite, square, monkeypatch):
+    assert suite.report()["edge"]["peak_memory_bytes"] is None
+    suite([square])
+    assert suite.report()["edge"]["peak_memory_bytes"] >= 0
+    # how far the process's own peak grew while the expert was loaded and ran, at most so far
+    peaks = iter([100, 350, 350, 400])
+    monkeypatch.setattr("modeling_prismer.processing.experts.base._peak_of_process", lambda: next(peaks))
+    suite = ExpertSuite([Brightness()])
+    suite([square])
+    suite([square])
+    assert suite.report()["brightness"]["peak_memory_bytes"] == 250

@@ -1,0 +1,188 @@
+"""Experts for surface normals: any model of AutoModelForNormalEstimation, and normals computed from a depth map."""
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .base import Expert, size_within
+from .pretrained import KnownModel, PretrainedExpert, resize_bilinear, within_aspect
+
+
+class NormalEstimator(PretrainedExpert):
+    """
+    Surface normals of a network: (n + 1) / 2 in 8 bit, the three components as red, green and blue.
+
+    The published checkpoints were trained with normals of NLL-AngMF (ScanNet), which transformers does not have. The
+    default is the one family of transformers for scenes of any kind, TIPSv2 with its head for normals; it squashes
+    the image to 448×448. The other family, Sapiens2 (`"facebook/sapiens2-normal-0.4b"`), knows people. Which way each
+    axis points is the model's own affair: `signs` turns axes round where a checkpoint was trained with another way.
+
+    Label: uint8 (height, width, 3). Weights of the default: 110 million parameters, 441 MB, of a file that holds two
+    more heads; for their licence see the model card.
+
+    Args:
+        model_id (`str`, *optional*, defaults to `"google/tipsv2-b14-dpt"`): Hub id or folder.
+        image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
+        signs (`tuple[int, int, int]`, *optional*, defaults to `(1, 1, 1)`):
+            1 or -1 for x, y and z: the factor of each component.
+    """
+
+    type = "normal_estimator"
+    name, kind, channels = "normal", "dense", 3
+    model_id = "google/tipsv2-b14-dpt"
+    license = "see the model card"
+    size_in_bytes = 441_000_000
+    source = "transformers.AutoModelForNormalEstimation"
+    auto_model = "AutoModelForNormalEstimation"
+    known_models = {
+        "google/tipsv2-b14-dpt": KnownModel("see the model card", 441_000_000),
+        "facebook/sapiens2-normal-0.4b": KnownModel("sapiens2-license", 1_700_000_000),
+    }
+
+    def __init__(
+        self,
+        model_id: str | None = None,
+        image_processor: dict[str, Any] | None = None,
+        signs: tuple[int, int, int] = (1, 1, 1),
+    ):
+        super().__init__(model_id, image_processor)
+        self.signs = _checked_signs(signs)
+
+    def run(self, images: list[Image.Image]) -> list[np.ndarray]:
+        labels: list[Any] = [None] * len(images)
+        post_process = self._image_processor.post_process_normal_estimation
+        pads = "source_sizes" in inspect.signature(post_process).parameters
+        signs = torch.tensor(self.signs, device=self.device)[:, None, None]
+        for indices, outputs in self.outputs(images):
+            outputs.normals = outputs.normals.float()
+            sizes: dict[str, Any] = {
+                "target_sizes": [(images[index].height, images[index].width) for index in indices]
+            }
+            if pads:
+                seen = [within_aspect(images[index]) for index in indices]
+                sizes["source_sizes"] = [(image.height, image.width) for image in seen]
+                sizes["do_remove_padding"] = bool(self._image_processor.do_pad)
+            for index, result in zip(indices, post_process(outputs, **sizes)):
+                labels[index] = _to_rgb(result["normals"] * signs)
+        return labels
+
+
+class NormalsFromDepth(Expert):
+    """
+    Surface normals computed from the depth expert's map. It has no weights and needs no download.
+
+    Every pixel of the inverse-depth map is put into space, seen by a pinhole camera, and the normal is that of the
+    surface through its neighbours: x points right, y up and z towards the camera; (n + 1) / 2 in 8 bit. The map knows
+    distances only up to a scale and a shift, so both the camera's angle of view and how much farther the farthest
+    point is than the nearest are assumed.
+
+    It needs the labels of `"depth"`: in a suite it gets them from the depth expert, which runs first. Without one it
+    raises; an image whose depth is missing has no normals.
+
+    Label: uint8 (height, width, 3). Weights: none.
+
+    Args:
+        field_of_view (`float`, *optional*, defaults to 60.0):
+            Angle in degrees that the long side of the image spans.
+        far_to_near (`float`, *optional*, defaults to 8.0):
+            Distance of the farthest point divided by that of the nearest.
+        sigma (`float`, *optional*, defaults to 2.5):
+            Standard deviation in pixels of the Gaussian blur that smooths the steps of the 8-bit map.
+        max_pixels (`int`, *optional*, defaults to 65536):
+            Number of pixels (256×256) that larger maps are reduced to.
+        signs (`tuple[int, int, int]`, *optional*, defaults to `(1, 1, 1)`):
+            1 or -1 for x, y and z: the factor of each component.
+    """
+
+    type = "normals_from_depth"
+    name, kind, channels = "normal", "dense", 3
+    license = "none needed: no weights"
+    source = "computed here"
+    needs = ("depth",)
+    batch_size = 32
+
+    def __init__(
+        self,
+        field_of_view: float = 60.0,
+        far_to_near: float = 8.0,
+        sigma: float = 2.5,
+        max_pixels: int = 256 * 256,
+        signs: tuple[int, int, int] = (1, 1, 1),
+    ):
+        if not 0 < field_of_view < 180:
+            raise ValueError(f"field_of_view is {field_of_view}; an angle between 0 and 180 degrees is needed")
+        if far_to_near <= 1:
+            raise ValueError(f"far_to_near is {far_to_near}; a number above 1 is needed")
+        if sigma < 0 or max_pixels < 1:
+            raise ValueError(f"sigma is {sigma} and max_pixels {max_pixels}; at least 0 and 1 are needed")
+        self.field_of_view = field_of_view
+        self.far_to_near = far_to_near
+        self.sigma = sigma
+        self.max_pixels = max_pixels
+        self.signs = _checked_signs(signs)
+
+    def run(self, images: list[Image.Image], depth: list[Any]) -> list[np.ndarray | None]:
+        return [None if own is None else self._normals(own, image) for own, image in zip(depth, images)]
+
+    def _normals(self, depth: Any, image: Image.Image) -> np.ndarray:
+        depth = depth["values"] if isinstance(depth, dict) else depth
+        depth = torch.from_numpy(np.array(depth)).to(self.device).float()  # (height, width), or (height, width, 1)
+        depth = depth.reshape(1, *depth.shape[:2]) / 255
+        width, height = size_within((depth.shape[2], depth.shape[1]), self.max_pixels)
+        inverse = resize_bilinear(depth, (width, height))
+        inverse = _continued(_blurred(inverse, self.sigma), 1)[0].clamp(min=-0.5 / self.far_to_near)
+        # the inverse of a distance between 1 and far_to_near; (height + 2, width + 2)
+        z = 1 / (inverse * (1 - 1 / self.far_to_near) + 1 / self.far_to_near)
+
+        # pixels of a map that was squashed or reduced are as far apart as the image says
+        long_side = max(image.size)
+        focal = 0.5 / math.tan(math.radians(self.field_of_view) / 2)
+        columns = torch.arange(-1, width + 1, device=self.device) - (width - 1) / 2
+        rows = torch.arange(-1, height + 1, device=self.device) - (height - 1) / 2
+        x = z * (columns * (image.width / width / long_side / focal))
+        y = -z * (rows * (image.height / height / long_side / focal))[:, None]
+        points = torch.stack([x, y, -z])  # (3, height + 2, width + 2); the camera looks along -z
+
+        along = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
+        up = points[:, :-2, 1:-1] - points[:, 2:, 1:-1]
+        normals = torch.nn.functional.normalize(torch.linalg.cross(along, up, dim=0), dim=0)
+        signs = torch.tensor(self.signs, device=self.device)[:, None, None]
+        return _to_rgb(resize_bilinear(normals * signs, image.size))
+
+
+def _blurred(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """(1, height, width), blurred by a Gaussian."""
+    if sigma == 0:
+        return maps
+    reach = math.ceil(2 * sigma)
+    steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    blurred = torch.nn.functional.conv2d(_continued(maps, reach)[None], kernel[None, None, None])
+    return torch.nn.functional.conv2d(blurred, kernel[None, None, :, None])[0]
+
+
+def _continued(maps: torch.Tensor, reach: int) -> torch.Tensor:
+    """(1, height, width), continued beyond each border with the slope that it has there."""
+    for axis in (1, 2):
+        places = torch.arange(-reach, maps.shape[axis] + reach, device=maps.device)
+        nearest = places.clamp(0, maps.shape[axis] - 1)
+        mirrored = (2 * nearest - places).clamp(0, maps.shape[axis] - 1)
+        maps = 2 * maps.index_select(axis, nearest) - maps.index_select(axis, mirrored)
+    return maps
+
+
+def _to_rgb(normals: torch.Tensor) -> np.ndarray:
+    """(3, height, width) in [-1, 1] to uint8 (height, width, 3)."""
+    return ((normals + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def _checked_signs(signs) -> tuple[int, int, int]:
+    signs = tuple(signs)
+    if len(signs) != 3 or any(sign not in (1, -1) for sign in signs):
+        raise ValueError(f"signs is {signs}; three numbers, each 1 or -1, are needed")
+    return signs

@@ -1,0 +1,163 @@
+"""What the experts share that are models of transformers behind its Auto classes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from .base import Expert
+
+
+MAX_ASPECT = 8  # long side to short side that a network is given; a longer image is squashed to it
+HALF = (torch.float16, torch.bfloat16)
+LAYERS_IN_HALF = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """
+    What is known of a model's weights (from its card or its parameters, not checked here), and the settings of the image processor that this package uses with it.
+
+    Attributes:
+        license (`str`): as the card names it.
+        size_in_bytes (`int`): of the file of weights.
+        image_processor (`dict`): settings that differ from those that come with the model.
+    """
+
+    license: str
+    size_in_bytes: int
+    image_processor: dict[str, Any] = field(default_factory=dict)
+
+
+class PretrainedExpert(Expert):
+    """
+    An expert that is a model of transformers with its image processor, from the Hub or a folder.
+
+    Every image is prepared on its own and images whose tensors are of one shape are run together, so that an image's
+    label does not depend on what else is in its batch. On CUDA it runs in half precision unless a `dtype` is set:
+    linear and convolutional layers in that, by autocast, and the rest in single precision.
+
+    Args:
+        model_id (`str`, *optional*):
+            Hub id, or a folder with the model and its image processor, which is saved with the suite.
+        image_processor (`dict`, *optional*):
+            Settings of the image processor that differ from the model's own. By default, for a model named in
+            `known_models` the ones given there, else none.
+    """
+
+    auto_model: ClassVar[str]
+    known_models: ClassVar[dict[str, KnownModel]] = {}
+
+    file_settings = ("model_id",)
+    half_on_cuda = True
+    source = "transformers"
+
+    def __init__(self, model_id: str | None = None, image_processor: dict[str, Any] | None = None):
+        self.model_id = str(type(self).model_id if model_id is None else model_id)
+        known = self.known_models.get(self.model_id)
+        if image_processor is None:
+            image_processor = known.image_processor if known else {}
+        self.image_processor = dict(image_processor)
+        self.license = known.license if known else "not stated"
+        self.size_in_bytes = known.size_in_bytes if known else _size_of(self.model_id)
+        self._config: Any = None
+
+    def load_model(self) -> torch.nn.Module:
+        import transformers
+
+        auto_model = getattr(transformers, self.auto_model)
+        model = auto_model.from_pretrained(self.model_id, dtype=torch.float32)
+        self._config = model.config
+        self._image_processor = transformers.AutoImageProcessor.from_pretrained(self.model_id, **self.image_processor)
+        return model
+
+    def place_model(self) -> None:
+        place(self.model, self.device, self.running_dtype)
+
+    @property
+    def model_config(self):
+        """The model's configuration; read from the Hub or its cache if the model is not loaded."""
+        if self._config is None:
+            from transformers import AutoConfig
+
+            self._config = AutoConfig.from_pretrained(self.model_id)
+        return self._config
+
+    def outputs(self, images: list[Image.Image]) -> Iterator[tuple[list[int], Any]]:
+        """
+        Runs the model.
+
+        Args:
+            images (`list[PIL.Image.Image]`): RGB, of any sizes.
+
+        Yields:
+            `tuple`: numbers of the images that were run together, and the model's output for them.
+        """
+        groups: dict[Any, list[tuple[int, dict[str, torch.Tensor]]]] = {}
+        for index, image in enumerate(images):
+            prepared = self._image_processor(images=within_aspect(image), return_tensors="pt")
+            inputs = {name: prepared[name] for name in ("pixel_values", "pixel_mask") if name in prepared}
+            shapes = tuple(tensor.shape for tensor in inputs.values())
+            groups.setdefault(shapes, []).append((index, inputs))
+        for members in groups.values():
+            inputs = {name: torch.cat([own[name] for _, own in members]).to(self.device) for name in members[0][1]}
+            with autocast(self.device, self.running_dtype):
+                outputs = self.model(**inputs)
+            yield [index for index, _ in members], outputs
+
+
+def place(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves a model; for a half precision only the layers that hold nearly all of the weights take that dtype."""
+    model.to(device=device, dtype=torch.float32 if dtype in HALF else dtype)
+    if dtype in HALF:
+        # what is left, norms and embeddings, some models mix with numbers that they make in float32
+        for module in model.modules():
+            if isinstance(module, LAYERS_IN_HALF):
+                module.to(dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """The context in which a model that was placed by [`place`] runs."""
+    return torch.autocast(device.type, dtype=dtype if dtype in HALF else None, enabled=dtype in HALF)
+
+
+class ClassNames:
+    """For experts whose model has names of classes: `num_classes` and `class_names` from its `id2label`."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes in their order; `"N/A"` for numbers that the model does not use."""
+        names = {int(index): str(name) for index, name in self.model_config.id2label.items()}
+        return [names.get(index, "N/A") for index in range(max(names) + 1)]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def within_aspect(image: Image.Image, most: int = MAX_ASPECT) -> Image.Image:
+    """The image, its long side reduced to at most `most` times the short one: of a strip a network sees nothing."""
+    width, height = image.size
+    size = (min(width, most * height), min(height, most * width))
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def resize_bilinear(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(channels, height, width) float to (channels, size[1], size[0]); antialiased where it gets smaller."""
+    if maps.shape[-2:] == (size[1], size[0]):
+        return maps
+    return torch.nn.functional.interpolate(
+        maps[None], size=(size[1], size[0]), mode="bilinear", align_corners=False, antialias=True
+    )[0]
+
+
+def _size_of(model_id: str) -> int:
+    """Bytes of the weights in a folder; 0 for what is not one."""
+    folder = Path(model_id).expanduser()
+    if not folder.is_dir():
+        return 0
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(file.stat().st_size for file in files)

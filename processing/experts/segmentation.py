@@ -1,0 +1,138 @@
+"""Experts for segmentation: any model of AutoModelForUniversalSegmentation or AutoModelForSemanticSegmentation."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .base import BACKGROUND, size_within
+from .pretrained import ClassNames, KnownModel, PretrainedExpert, resize_bilinear
+
+
+PUBLISHED_SIZE = {"size": {"shortest_edge": 479, "longest_edge": 480}}
+
+
+class Segmentation(ClassNames, PretrainedExpert):
+    """
+    The class of every pixel: the largest of its scores. See [`UniversalSegmentation`] and [`SemanticSegmentation`].
+
+    Scores are resized bilinearly to the image's size, of a larger image to `max_pixels`, and the map of classes is
+    then enlarged by nearest neighbour: scores of all classes at the size of a photograph would take gigabytes.
+
+    Args:
+        model_id (`str`, *optional*): Hub id or folder.
+        image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
+        max_pixels (`int`, *optional*, defaults to 262144): number of pixels (512×512) that scores are resized to.
+    """
+
+    name, kind, channels = "segmentation", "label", 64
+    batch_size = 4
+
+    def __init__(
+        self,
+        model_id: str | None = None,
+        image_processor: dict[str, Any] | None = None,
+        max_pixels: int = 512 * 512,
+    ):
+        if max_pixels < 1:
+            raise ValueError(f"max_pixels is {max_pixels}; at least 1 is needed")
+        super().__init__(model_id, image_processor)
+        self.max_pixels = max_pixels
+
+    def load_model(self) -> torch.nn.Module:
+        if self.num_classes > BACKGROUND:
+            raise ValueError(f"{self.model_id} has {self.num_classes} classes; maps of ids hold at most {BACKGROUND}")
+        return super().load_model()
+
+    def run(self, images: list[Image.Image]) -> list[np.ndarray]:
+        labels: list[Any] = [None] * len(images)
+        for indices, outputs in self.outputs(images):
+            for place, index in enumerate(indices):
+                size = size_within(images[index].size, self.max_pixels)
+                classes = self.scores(outputs, place, size).argmax(0).byte().cpu().numpy()  # (height, width)
+                if size != images[index].size:
+                    enlarged = Image.fromarray(classes).resize(images[index].size, Image.Resampling.NEAREST)
+                    classes = np.array(enlarged)
+                labels[index] = classes
+        return labels
+
+    def scores(self, outputs: Any, place: int, size: tuple[int, int]) -> torch.Tensor:
+        """
+        Args:
+            outputs: the model's output for a batch.
+            place (`int`): which image of the batch.
+            size (`tuple[int, int]`): width and height of the scores.
+
+        Returns:
+            `torch.Tensor` of shape `(classes, height, width)`.
+        """
+        raise NotImplementedError
+
+
+class UniversalSegmentation(Segmentation):
+    """
+    Segmentation by a model that gives masks with their classes: Mask2Former, MaskFormer.
+
+    The default is the expert of the published checkpoints, Mask2Former Swin-L trained on COCO panoptic, with its
+    settings: the short side 479 pixels, the long one at most 480. A class's score at a pixel is the sum over the masks
+    of the class's probability times the mask's there.
+
+    Label: uint8 (height, width), 133 classes of COCO panoptic. Weights, as the model card states: 866 MB, licence
+    "other". `"facebook/mask2former-swin-large-ade-panoptic"` has the 150 classes of ADE20K,
+    `"facebook/mask2former-swin-tiny-coco-panoptic"` is small.
+
+    Args:
+        model_id (`str`, *optional*, defaults to `"facebook/mask2former-swin-large-coco-panoptic"`): Hub id or folder.
+        image_processor (`dict`, *optional*):
+            Settings of the image processor that differ from the model's own; by default, for the three models above
+            the published size, else none.
+        max_pixels (`int`, *optional*, defaults to 262144): see [`Segmentation`].
+    """
+
+    type = "universal_segmentation"
+    model_id = "facebook/mask2former-swin-large-coco-panoptic"
+    license = "other (see the model card)"
+    size_in_bytes = 866_000_000
+    source = "transformers.AutoModelForUniversalSegmentation"
+    auto_model = "AutoModelForUniversalSegmentation"
+    known_models = {
+        "facebook/mask2former-swin-large-coco-panoptic": KnownModel(license, size_in_bytes, PUBLISHED_SIZE),
+        "facebook/mask2former-swin-large-ade-panoptic": KnownModel(license, size_in_bytes, PUBLISHED_SIZE),
+        "facebook/mask2former-swin-tiny-coco-panoptic": KnownModel(license, 190_000_000, PUBLISHED_SIZE),
+    }
+
+    def load_model(self) -> torch.nn.Module:
+        if self.model_config.model_type == "oneformer":
+            raise ValueError(f"{self.model_id} is a OneFormer, which needs a text beside the image: not supported")
+        return super().load_model()
+
+    def scores(self, outputs: Any, place: int, size: tuple[int, int]) -> torch.Tensor:
+        probabilities = outputs.class_queries_logits[place].float().softmax(-1)[:, :-1]  # (queries, classes)
+        masks = resize_bilinear(outputs.masks_queries_logits[place].float(), size).sigmoid()
+        return torch.einsum("qc,qhw->chw", probabilities, masks)
+
+
+class SemanticSegmentation(Segmentation):
+    """
+    Segmentation by a model that gives scores of classes for every pixel: SegFormer, UperNet, DPT, …
+
+    Label: uint8 (height, width), for the default 150 classes of ADE20K. Weights of the default, not checked
+    here: 3.8 million parameters, 15 MB, NVIDIA's licence for research ("other").
+
+    Args:
+        model_id (`str`, *optional*, defaults to `"nvidia/segformer-b0-finetuned-ade-512-512"`): Hub id or folder.
+        image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
+        max_pixels (`int`, *optional*, defaults to 262144): see [`Segmentation`].
+    """
+
+    type = "semantic_segmentation"
+    model_id = "nvidia/segformer-b0-finetuned-ade-512-512"
+    license = "other (see the model card)"
+    size_in_bytes = 15_000_000
+    source = "transformers.AutoModelForSemanticSegmentation"
+    auto_model = "AutoModelForSemanticSegmentation"
+    known_models = {"nvidia/segformer-b0-finetuned-ade-512-512": KnownModel(license, size_in_bytes)}
+
+    def scores(self, outputs: Any, place: int, size: tuple[int, int]) -> torch.Tensor:
+        return resize_bilinear(outputs.logits[place].float(), size)

@@ -1,0 +1,240 @@
+"""Small random models of the classes that the experts load, saved with their image processors."""
+
+import torch
+from PIL import Image
+from transformers import (
+    BitConfig,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    DFineConfig,
+    DFineForObjectDetection,
+    Dinov2Config,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+    HGNetV2Config,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    ResNetConfig,
+    RTDetrImageProcessor,
+    Sapiens2Config,
+    Sapiens2ForNormalEstimation,
+    Sapiens2ImageProcessor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+    SwinConfig,
+    Tipsv2DptConfig,
+    Tipsv2DptForNormalEstimation,
+    Tipsv2DptImageProcessor,
+    Tipsv2VisionConfig,
+)
+
+
+def photograph(size=(96, 64), seed=0):
+    """Smooth random colours: different in every place and for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (6, 8, 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(noise.numpy()).resize(size, Image.Resampling.BICUBIC)
+
+
+def names(number):
+    return {"id2label": {index: f"thing {index}" for index in range(number)}, "num_labels": number}
+
+
+def dpt_hybrid():
+    backbone = BitConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 24],
+        depths=[1, 1, 1],
+        layer_type="bottleneck",
+        global_padding="same",
+        embedding_dynamic_padding=True,
+        num_groups=1,
+        out_features=["stage1", "stage2", "stage3"],
+    )
+    config = DPTConfig(
+        is_hybrid=True,
+        backbone_config=backbone,
+        backbone_featmap_shape=[1, 24, 24, 24],
+        neck_ignore_stages=[0, 1],
+        readout_type="project",
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 16, 8, 8],
+        fusion_hidden_size=8,
+        image_size=384,
+        patch_size=16,
+    )
+    return DPTForDepthEstimation(config), DPTImageProcessor()
+
+
+def depth_anything(**settings):
+    backbone = Dinov2Config(
+        image_size=28,
+        patch_size=14,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        mlp_ratio=1,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=16,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+        **settings,
+    )
+    processor = DPTImageProcessor(size={"height": 112, "width": 112}, keep_aspect_ratio=True, ensure_multiple_of=14)
+    return DepthAnythingForDepthEstimation(config), processor
+
+
+def tipsv2():
+    backbone = Tipsv2VisionConfig(
+        image_size=28,
+        patch_size=14,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+    )
+    config = Tipsv2DptConfig(backbone_config=backbone, neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8)
+    return Tipsv2DptForNormalEstimation(config), Tipsv2DptImageProcessor(size={"height": 56, "width": 56})
+
+
+def sapiens2():
+    config = Sapiens2Config(
+        image_size=[32, 24],
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+        head_config={"upsample_out_channels": [8, 8], "conv_out_channels": [8]},
+    )
+    return Sapiens2ForNormalEstimation(config), Sapiens2ImageProcessor(size={"height": 32, "width": 24}, do_pad=True)
+
+
+def mask2former(classes=5):
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(
+            image_size=32,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=16,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=6,
+        **names(classes),
+    )
+    processor = Mask2FormerImageProcessor(size={"shortest_edge": 63, "longest_edge": 64}, num_labels=classes)
+    return Mask2FormerForUniversalSegmentation(config), processor
+
+
+def segformer(classes=4):
+    config = SegformerConfig(
+        hidden_sizes=[8, 8, 8, 8],
+        num_attention_heads=[1, 1, 1, 1],
+        depths=[1, 1, 1, 1],
+        decoder_hidden_size=8,
+        **names(classes),
+    )
+    return SegformerForSemanticSegmentation(config), SegformerImageProcessor(size={"height": 64, "width": 64})
+
+
+def dfine(classes=7):
+    config = DFineConfig(
+        backbone_config=HGNetV2Config(
+            stem_channels=[3, 8, 8],
+            stage_in_channels=[8, 16, 16, 16],
+            stage_mid_channels=[8, 8, 8, 8],
+            stage_out_channels=[16, 16, 16, 16],
+            stage_num_blocks=[1, 1, 1, 1],
+            stage_numb_of_layers=[1, 1, 1, 1],
+            hidden_sizes=[16, 16, 16, 16],
+            embedding_size=16,
+            depths=[1, 1, 1, 1],
+            out_features=["stage2", "stage3", "stage4"],
+            out_indices=[2, 3, 4],
+        ),
+        encoder_hidden_dim=16,
+        encoder_in_channels=[16, 16, 16],
+        encoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        feat_strides=[8, 16, 32],
+        decoder_in_channels=[16, 16, 16],
+        d_model=16,
+        hidden_expansion=0.5,
+        decoder_layers=2,
+        decoder_ffn_dim=16,
+        decoder_attention_heads=2,
+        num_queries=20,
+        num_denoising=0,
+        eval_size=None,
+        anchor_image_size=None,
+        depth_mult=0.34,
+        decoder_n_points=[2, 2, 2],
+        layer_scale=1.0,
+        lqe_hidden_dim=8,
+        **names(classes),
+    )
+    return DFineForObjectDetection(config), RTDetrImageProcessor(size={"height": 64, "width": 64})
+
+
+def detr(classes=6):
+    config = DetrConfig(
+        backbone_config=ResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 8, 16, 16],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_features=["stage4"],
+        ),
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_queries=12,
+        **names(classes),
+    )
+    return DetrForObjectDetection(config), DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+
+
+def save(make, folder, **settings):
+    """Makes the model, each time with the same weights, and saves it; returns the folder."""
+    torch.manual_seed(0)
+    model, processor = make(**settings)
+    with torch.no_grad():
+        for module in model.modules():  # at their initial values random heads give nearly the same everywhere
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
