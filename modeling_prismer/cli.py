@@ -154,7 +154,12 @@ def experts(
         path = output / f"{Path(image).stem}_experts.png"
         temporary = path.with_suffix(".tmp")
         names = [expert["name"] for expert in processor.image_processor.experts]
-        panel = experts_panel(picture, {name: labels.get(name) for name in names}, processor.image_processor.experts)
+        panel = experts_panel(
+            picture,
+            {name: labels.get(name) for name in names},
+            descriptions=processor.image_processor.experts,
+            class_names=processor.experts.class_names if processor.experts is not None else None,
+        )
         panel.save(temporary, format="PNG")
         temporary.replace(path)
         err.print(f"{', '.join(names)} in {seconds:.1f} s", highlight=False)

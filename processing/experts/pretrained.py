@@ -19,7 +19,8 @@ LAYERS_IN_HALF = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 @dataclass(frozen=True)
 class KnownModel:
     """
-    What is known of a model's weights (from its card or its parameters, not checked here), and the settings of the image processor that this package uses with it.
+    What is known of a model's weights (from its card or its parameters, not checked here), and the settings of the
+    image processor that this package uses with it.
 
     Attributes:
         license (`str`): as the card names it.
