@@ -1,4 +1,4 @@
-"""The command line: `prismer ask`, `caption`, `classify`, `experts`, `label` and `convert`."""
+"""The command line: `prismer ask`, `caption`, `classify`, `experts`, `label`, `features` and `convert`."""
 
 import sys
 import time
@@ -207,6 +207,34 @@ def label(
         )
         rate = f"{report.images_per_second:.1f} images/s, {report.bytes / max(1, report.images) / 1000:.1f} kB each"
         err.print(f"{report.images} images labelled, {report.failed} of them damaged; {rate}", highlight=False)
+        print(output)
+
+
+@app.command()
+def features(
+    names: Annotated[Path, typer.Argument(metavar="NAMES", help="A text file with one class name on each line.")],
+    output: Annotated[Path, typer.Option("--out", help="The table to write, a safetensors file.")],
+    expert: Annotated[str, typer.Option(help="The label expert whose classes these are.")] = "segmentation",
+    pca: Annotated[
+        Path | None, typer.Option(help="Analysis to reduce with (safetensors: mean, components); else fitted anew.")
+    ] = None,
+    text_encoder: Annotated[str, typer.Option(help="CLIP: a folder or a Hub id.")] = "openai/clip-vit-large-patch14",
+    background: Annotated[str, typer.Option(help="The text that stands for no class.")] = "background",
+):
+    """Makes the features with which an expert's classes are painted, from the classes' names."""
+    with _clear_errors():
+        from modeling_prismer.conversion import save_class_features
+        from modeling_prismer.processing.experts import ClipTextFeatures
+
+        classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not classes:
+            raise ValueError(f"{names} names no class; one name on each line is needed")
+        if pca is None:
+            pca = output.with_name(f"{output.stem}_pca.safetensors")
+            ClipTextFeatures.fit_pca(classes, pca, model_name=text_encoder)
+            err.print(f"the analysis, for other tables and for words: {pca}", highlight=False, soft_wrap=True)
+        text_features = ClipTextFeatures(pca=str(pca), model_name=text_encoder)
+        save_class_features({expert: classes}, text_features, output, background)
         print(output)
 
 

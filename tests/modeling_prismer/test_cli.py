@@ -1,11 +1,19 @@
 """The command line: the bundled checkpoint answers, experts are drawn, bad input gets one clear line."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from modeling_prismer import pretrained_path
 from modeling_prismer.cli import app
+from modeling_prismer.conversion import read_feature_tables
+from modeling_prismer.processing.labels import LabelStore
+
+
+LABEL = {"kind": "label", "channels": 64, "num_classes": 80}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +54,36 @@ def test_experts_writes_a_panel_and_prints_where_it_is(picture, tmp_path):
     assert result.stdout.replace("\n", "") == str(path)
     assert Image.open(path).width > 500
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_label_keeps_what_the_experts_saw_and_goes_on_where_it_was(picture, tmp_path):
+    arguments = ("label", Path(picture).parent, "--out", tmp_path / "store")
+    assert run(*arguments).exit_code == 0
+    again = run(*arguments)
+    assert again.exit_code == 0 and again.stderr.strip().splitlines()[-1].startswith("0 images labelled")
+    assert set(LabelStore(tmp_path / "store")["circle.png"]) == {"edge", "ocr"}
+
+
+def test_features_makes_a_table_that_conversion_reads(clip_folder, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"{letter}{number}" for letter in "abcdefgh" for number in range(10)))
+    result = run("features", names, "--out", tmp_path / "tables.safetensors", "--text-encoder", clip_folder)
+    assert result.exit_code == 0, result.output
+    tables = read_feature_tables(tmp_path / "tables.safetensors", [{"name": "segmentation", **LABEL}])
+    assert tables["segmentation"].shape == (80, 64) and tables["background"].shape == (64,)
+    # the analysis that was fitted gives the same table again
+    again = ("--out", tmp_path / "again.safetensors", "--pca", tmp_path / "tables_pca.safetensors")
+    assert run("features", names, *again, "--text-encoder", clip_folder).exit_code == 0
+    same = read_feature_tables(tmp_path / "again.safetensors", [{"name": "segmentation", **LABEL}])
+    torch.testing.assert_close(same["segmentation"], tables["segmentation"])
+
+
+def test_features_of_too_few_names_ask_for_an_analysis(clip_folder, tmp_path):
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    output = tmp_path / "t.safetensors"
+    result = run("features", tmp_path / "names.txt", "--out", output, "--text-encoder", clip_folder)
+    assert result.exit_code == 1 and "at least 64" in result.stderr
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from modeling_prismer.processing.experts import ClipTextFeatures, ExpertSuite, HashedNgrams, RapidOcrText, WordFeatures
 
@@ -42,37 +42,6 @@ def test_settings_of_hashed_ngrams_are_restored():
     restored = WordFeatures.from_dict(json.loads(json.dumps(encoder.to_dict())))
     assert restored.to_dict() == encoder.to_dict() == {"type": "hashed_ngrams", "channels": 32, "ngram_range": (1, 3)}
     assert np.array_equal(restored(WORDS), encoder(WORDS))
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A small random CLIP and a tokenizer that knows the letters."""
-    folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
-    text = {
-        "vocab_size": len(tokens),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 16,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 16,
-    }
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
