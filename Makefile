@@ -78,7 +78,7 @@ quality: $(VENV)/.ruff-ready  ## check lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about 40 minutes on 2 cores)
+train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about 25 minutes on 2 cores)
 	$(BIN)/python training_examples/run_vqa.py --do_train --do_eval --output_dir $(EASY_VQA_OUTPUT) \
 		--publish_to $(EASY_VQA_OUTPUT)/published $(ARGS)
 
