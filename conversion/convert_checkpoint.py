@@ -118,10 +118,11 @@ def convert_original_checkpoint(
         raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, GENERATION_SETTINGS))}")
     if output_dir is not None:
         output_dir = _check_output_dir(output_dir, overwrite)
-        tokenizer = _load_tokenizer(tokenizer, config)
     tables, without_table = _set_tables(config, feature_tables)
-
     path = find_checkpoint(checkpoint, revision)
+    if output_dir is not None:  # after the rest has been looked at: without a connection it takes a while to give up
+        tokenizer = _load_tokenizer(tokenizer, config)
+
     # First mapped, so that what does not fit shows before gigabytes are read.
     model = _empty_model(load_state_dict(path, mmap=True), config, path)
     _warn_about_tables(model.config, tables, without_table)

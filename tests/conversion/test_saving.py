@@ -219,3 +219,10 @@ def test_a_file_in_place_of_the_folder_is_refused(convert, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file; a folder is needed"):
         convert(tmp_path / "out", overwrite=True)
+
+
+def test_a_missing_checkpoint_is_refused_before_a_tokenizer_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_prismer.conversion.convert_checkpoint._load_tokenizer", pytest.fail)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.bin"):
+        convert_original_checkpoint(tmp_path / "none.bin", "prismer_base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
