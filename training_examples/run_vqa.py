@@ -60,6 +60,12 @@ class VqaArguments:
     questions_per_image: int = field(
         default=8, metadata={"help": "Questions drawn for an image each time it is seen; it is encoded once for all."}
     )
+    experts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate with these experts only, such as `edge` or `edge,ocr`; `none` masks out all of them."
+        },
+    )
     max_images: int | None = field(default=None, metadata={"help": "Use this many images of each split only."})
     validation_images: int = field(default=200, metadata={"help": "Training images held out to watch the training."})
     publish_to: str | None = field(
@@ -213,9 +219,10 @@ def predict(
     labels_for: Callable,
     by_ranking: bool = False,
     candidates: list[str] | None = None,
+    experts: list[str] | None = None,
     batch_size: int = 50,
 ) -> list[list[str]]:
-    """Answers to all questions of a data set: by open generation, or the best of the candidates."""
+    """Answers to all questions of a data set, by open generation or as the best of the candidates."""
     model.eval()
     predictions = []
     ranking = dict(processor.prepare_candidates(candidates).to(model.device)) if by_ranking else {}
@@ -223,7 +230,8 @@ def predict(
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         most = max(len(row["questions"]) for row in rows)  # every image takes the same number: repeat, and cut later
         questions = [(row["questions"] * most)[:most] for row in rows]
-        inputs = processor(**image_inputs(rows, labels_for), text=questions, return_tensors="pt").to(model.device)
+        inputs = processor(**image_inputs(rows, labels_for), text=questions, experts=experts, return_tensors="pt")
+        inputs = inputs.to(model.device)
         if by_ranking:
             best = model.rank_candidates(**ranking, k=len(candidates), **inputs).indices[:, 0].tolist()
             answers = [candidates[index] for index in best]
@@ -314,11 +322,11 @@ def main():
         trainer.save_metrics("train", result.metrics)
     if training_args.do_eval:
         candidates = sorted({answer for answers in test["answers"] for answer in answers})
+        experts = args.experts and [name for name in args.experts.split(",") if name != "none"]
+        answer = partial(predict, model, processor, test, labels_for, experts=experts)
         metrics = {
-            "generate": exact_match(predict(model, processor, test, labels_for), test),
-            "rank": exact_match(
-                predict(model, processor, test, labels_for, by_ranking=True, candidates=candidates), test
-            ),
+            "generate": exact_match(answer(), test),
+            "rank": exact_match(answer(by_ranking=True, candidates=candidates), test),
             "images": len(test),
             "questions": sum(map(len, test["questions"])),
         }

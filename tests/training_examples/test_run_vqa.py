@@ -106,3 +106,18 @@ def test_exact_match_counts_questions_not_images():
         "exact_match shape": 1.0,
         "exact_match yes/no": 0.5,
     }
+
+
+def test_evaluation_with_some_experts_masks_out_the_others(trained, monkeypatch):
+    masks = []
+    generate = PrismerForConditionalGeneration.generate
+
+    def record(self, **inputs):
+        masks.append(inputs["expert_mask"].any(0).tolist())
+        return generate(self, **inputs)
+
+    monkeypatch.setattr(PrismerForConditionalGeneration, "generate", record)
+    for experts, mask in (("edge", [True, False]), ("none", [False, False])):
+        masks.clear()
+        run(monkeypatch, trained, "--model", trained / "published", "--do_eval", "--experts", experts)
+        assert masks == [mask]
