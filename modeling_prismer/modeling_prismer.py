@@ -67,6 +67,17 @@ CLIP_LAYER_NAMES = (  # the same in both
     "mlp.fc2",
 )
 
+# The fields of a CLIP vision tower's and a RoBERTa's configuration that `from_backbones` takes over.
+_CLIP_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size"),
+    *("patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range"),
+)
+_ROBERTA_FIELDS = (
+    *("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob"),
+    *("attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"),
+)
+
 
 def is_expert_input(key: str) -> bool:
     """Whether `key` names a tensor of an expert, `<expert>_<suffix>`."""
@@ -568,7 +579,6 @@ def _init_vision_weights(module: nn.Module) -> None:
 
 class PrismerPreTrainedModel(PreTrainedModel):
     config: PrismerConfig
-    config_class = PrismerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
@@ -662,7 +672,6 @@ class PrismerVisionModel(PrismerPreTrainedModel):
     """
 
     config: PrismerVisionConfig
-    config_class = PrismerVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -848,7 +857,6 @@ class PrismerTextModel(PrismerPreTrainedModel):
     """The text decoder: a causal RoBERTa that cross-attends to the vision encoder's output."""
 
     config: PrismerTextConfig
-    config_class = PrismerTextConfig
     base_model_prefix = "text_model"
     input_modalities = ("text",)
     _can_record_outputs = {
@@ -1568,22 +1576,9 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             raise ValueError(f"text is a {type(text).__name__}; a RoBERTa is needed (RobertaForMaskedLM)")
 
         clip, roberta = vision.config, text.config
-        vision_fields = (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_channels",
-        )
-        vision_fields += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout")
-        vision_fields += ("initializer_range",)
-        text_fields = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act")
-        text_fields += ("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings")
-        text_fields += ("type_vocab_size", "layer_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id")
-        text_fields += ("initializer_range",)
         config = PrismerConfig(
-            vision_config={field: getattr(clip, field) for field in vision_fields},
-            text_config={field: getattr(roberta, field) for field in text_fields}
+            vision_config={field: getattr(clip, field) for field in _CLIP_FIELDS},
+            text_config={field: getattr(roberta, field) for field in _ROBERTA_FIELDS}
             | {"num_hidden_layers": roberta.num_hidden_layers + 1},
             experts=experts,
             **kwargs,
@@ -1591,14 +1586,12 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         model = cls(config)
         names = backbone_names(config.vision_config.num_hidden_layers, roberta.num_hidden_layers)
         source = {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()}
-        has_head = hasattr(text, "lm_head")
         text_body = text.roberta if hasattr(text, "roberta") else text
         source |= {f"text.{name}": tensor for name, tensor in text_body.state_dict().items()}
-        if has_head:
+        if hasattr(text, "lm_head"):
             source |= {f"lm_head.{name}": tensor for name, tensor in text.lm_head.state_dict().items()}
-        source["vision.embeddings.position_embedding.weight"] = source["vision.embeddings.position_embedding.weight"][
-            1:
-        ]
+        positions = "vision.embeddings.position_embedding.weight"
+        source[positions] = source[positions][1:]  # the first is the class token's
 
         target = model.state_dict()
         with torch.no_grad():
@@ -1627,11 +1620,11 @@ def backbone_names(vision_layers: int, text_layers: int) -> dict[str, str]:
     for i in range(text_layers):
         for source, name in ROBERTA_LAYER_NAMES.items():
             modules[f"{text}layers.{i}.{name}"] = f"text.encoder.layer.{i}.{source}"
-    modules |= {f"{text}embeddings.layer_norm": "text.embeddings.LayerNorm"}
+    modules[f"{text}embeddings.layer_norm"] = "text.embeddings.LayerNorm"
     modules |= {f"lm_head.{name}": f"lm_head.{name}" for name in ("dense", "layer_norm")}
     names = {f"{name}.{kind}": f"{source}.{kind}" for name, source in modules.items() for kind in ("weight", "bias")}
-    for table in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-        names[f"{text}embeddings.{table}.weight"] = f"text.embeddings.{table}.weight"
+    for source, name in ROBERTA_EMBEDDING_NAMES.items():
+        names[f"{text}embeddings.{name}.weight"] = f"text.embeddings.{source}.weight"
     names[f"{vision}embeddings.patch_embedding.weight"] = "vision.embeddings.patch_embedding.weight"
     names[f"{vision}embeddings.position_embedding"] = "vision.embeddings.position_embedding.weight"
     names["lm_head.decoder.bias"] = "lm_head.bias"

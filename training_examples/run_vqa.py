@@ -243,11 +243,11 @@ def predict(
     return predictions
 
 
-def exact_match(predictions: list[list[str]], dataset: datasets.Dataset) -> dict[str, float]:
+def exact_match(predictions: list[list[str]], answers: list[list[str]]) -> dict[str, float]:
     """Share of the questions that are answered exactly, in all and by type."""
     hits = defaultdict(list)
-    for row, predicted in zip(dataset, predictions):
-        for answer, prediction in zip(row["answers"], predicted):
+    for expected, predicted in zip(answers, predictions):
+        for answer, prediction in zip(expected, predicted):
             hits["exact_match"].append(prediction == answer)
             hits[f"exact_match {question_type(answer)}"].append(prediction == answer)
     return {name: float(np.mean(values)) for name, values in sorted(hits.items())}
@@ -262,7 +262,7 @@ class VqaTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        scores = exact_match(predict(self.model, self.processing_class, dataset, self.labels_for), dataset)
+        scores = exact_match(predict(self.model, self.processing_class, dataset, self.labels_for), dataset["answers"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -325,8 +325,8 @@ def main():
         experts = args.experts and [name for name in args.experts.split(",") if name != "none"]
         answer = partial(predict, model, processor, test, labels_for, experts=experts)
         metrics = {
-            "generate": exact_match(answer(), test),
-            "rank": exact_match(answer(by_ranking=True, candidates=candidates), test),
+            "generate": exact_match(answer(), test["answers"]),
+            "rank": exact_match(answer(by_ranking=True, candidates=candidates), test["answers"]),
             "images": len(test),
             "questions": sum(map(len, test["questions"])),
         }

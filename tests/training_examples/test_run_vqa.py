@@ -98,8 +98,8 @@ def test_flip_mirrors_image_and_maps_alike():
 
 
 def test_exact_match_counts_questions_not_images():
-    rows = [{"answers": ["yes", "red", "circle"]}, {"answers": ["no"]}]
-    scores = run_vqa.exact_match([["yes", "blue", "circle"], ["yes"]], rows)
+    answers = [["yes", "red", "circle"], ["no"]]
+    scores = run_vqa.exact_match([["yes", "blue", "circle"], ["yes"]], answers)
     assert scores == {
         "exact_match": 0.5,
         "exact_match color": 0.0,
