@@ -10,11 +10,13 @@ from .modeling_prismer import (
     PrismerVisionModel,
 )
 from .pretrained import pretrained_path
+from .processing.data_collator import DataCollatorForPrismer
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DataCollatorForPrismer",
     "PrismerConfig",
     "PrismerForConditionalGeneration",
     "PrismerImageProcessor",

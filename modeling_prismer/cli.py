@@ -71,10 +71,16 @@ def _load(model: str | None, device: str, with_network: bool = True):
     return processor, network
 
 
-def _generate(processor, network, image: str, text: str | None, beams: int) -> str:
-    inputs = processor(images=image, text=text, return_tensors="pt").to(network.device)
+def _generate(processor, network, image: str, text: str | None, task: str, beams: int) -> str:
+    tasks = processor.tasks or [processor.task]
+    if task not in tasks:
+        command = "ask" if task == "vqa" else task
+        raise ValueError(
+            f"this checkpoint was made for {', '.join(tasks)}; `prismer {command}` needs one for {task!r}"
+        )
+    inputs = processor(images=image, text=text, task=task, return_tensors="pt").to(network.device)
     generated = network.generate(**inputs, num_beams=beams, do_sample=False)
-    return processor.post_process_generation(generated, inputs["input_ids"].shape[1])[0]
+    return processor.post_process_generation(generated, inputs["input_ids"].shape[1], task=task)[0]
 
 
 @app.command()
@@ -88,9 +94,7 @@ def ask(
     """Answers a question about a picture."""
     with _clear_errors():
         processor, network = _load(model, device)
-        if processor.task != "vqa":
-            raise ValueError(f"this checkpoint's task is {processor.task!r}; `prismer ask` needs one for 'vqa'")
-        out.print(_generate(processor, network, image, question, beams), markup=False)
+        out.print(_generate(processor, network, image, question, "vqa", beams), markup=False)
 
 
 @app.command()
@@ -104,11 +108,7 @@ def caption(
     """Describes a picture in a sentence."""
     with _clear_errors():
         processor, network = _load(model, device)
-        if processor.task != "caption":
-            raise ValueError(
-                f"this checkpoint's task is {processor.task!r}; `prismer caption` needs one for 'caption'"
-            )
-        out.print(_generate(processor, network, image, prompt, beams), markup=False)
+        out.print(_generate(processor, network, image, prompt, "caption", beams), markup=False)
 
 
 @app.command()

@@ -94,6 +94,9 @@ class PrismerProcessor(ProcessorMixin):
             - `"caption"`: the prompt is `A picture of` unless given, captions and candidates are lower case;
             - `"vqa"`: the prompt is a question, cleaned by [`clean_question`]; answers are capitalised;
             - `"classification"`: the prompt is `A photo of a` unless given, classes are lower case.
+        tasks (`list[str]`, *optional*):
+            All that the checkpoint was trained for, where that is more than `task`. A call then takes `task=…`;
+            without it, and without a text, the image is captioned.
 
     Example:
 
@@ -111,16 +114,20 @@ class PrismerProcessor(ProcessorMixin):
 
     valid_processor_kwargs = PrismerProcessorKwargs
 
-    def __init__(self, image_processor, tokenizer, experts=None, chat_template=None, task="caption"):
+    def __init__(self, image_processor, tokenizer, experts=None, chat_template=None, task="caption", tasks=None):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         for token in ("bos_token", "eos_token", "pad_token"):
             if getattr(tokenizer, f"{token}_id", None) is None:
                 raise ValueError(
                     f"the tokenizer has no {token}; one of RoBERTa's kind, with <s>, </s> and <pad>, is needed"
                 )
-        if task not in TASKS:
-            raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, TASKS))}")
+        for name in [task, *(tasks or ())]:
+            if name not in TASKS:
+                raise ValueError(f"task is {name!r}; accepted are {', '.join(map(repr, TASKS))}")
+        if tasks and task not in tasks:
+            raise ValueError(f"task is {task!r}, which is not among the tasks {', '.join(map(repr, tasks))}")
         self.task = task
+        self.tasks = tasks
         self.experts = experts
 
     @property
@@ -166,6 +173,7 @@ class PrismerProcessor(ProcessorMixin):
         expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
         suffix: str | list[str] | list[list[str]] | None = None,
         experts: list[str] | None = None,
+        task: str | list[str] | list[list[str]] | None = None,
         **kwargs: Unpack[PrismerProcessorKwargs],
     ) -> BatchFeature:
         """
@@ -183,10 +191,14 @@ class PrismerProcessor(ProcessorMixin):
                 them. Live experts only run where a name is absent; a label of `None` says that the expert is missing.
             suffix (`str`, `list[str]` or `list[list[str]]`, *optional*):
                 For training: the caption, answer or class that follows each prompt, in the layout of `text`. It is
-                brought to the form of the task, and `labels` come with it.
+                brought to the form of the task, and `labels` come with it. With one prompt for all, or none given, an
+                image can have several.
             experts (`list[str]`, *optional*):
                 Names of the experts to use in this call, live or from `expert_labels`; the others are masked out.
                 `[]` means none.
+            task (`str`, or in the layout of `text`, *optional*):
+                What the texts are for, if not for the processor's own `task`: `"caption"`, `"vqa"` or
+                `"classification"`.
             kwargs:
                 `return_tensors` (defaults to `"pt"`), `padding` (`True`), `truncation` (`True`), `max_length` (tokens;
                 left out, 35 for a question without its answer and 30 for a caption with its prompt), `padding_side`
@@ -216,10 +228,9 @@ class PrismerProcessor(ProcessorMixin):
             max_pixels=kwargs["images_kwargs"].get("max_image_pixels", self.image_processor.max_image_pixels),
             input_data_format=kwargs["images_kwargs"].pop("input_data_format", None),
         )
-        prompts = self._prompts(text, len(images))
-        suffixes = None if suffix is None else self._suffixes(suffix, len(images), len(prompts))
+        prompts, suffixes, tasks = self._texts(text, suffix, task, len(images))
         # the texts first: a mistake there is found before the experts run
-        data = self._tokenize(prompts, suffixes, **kwargs["text_kwargs"])
+        data = self._tokenize(prompts, suffixes, tasks, **kwargs["text_kwargs"])
         data.update(self.process_images(images, expert_labels, experts, **kwargs["images_kwargs"]))
         return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
 
@@ -303,32 +314,59 @@ class PrismerProcessor(ProcessorMixin):
 
     # ---- text ----
 
-    def _prompts(self, text: str | list[str] | list[list[str]] | None, num_images: int) -> list[str]:
-        if text is None:
-            if self.task not in DEFAULT_PROMPTS:
+    def _texts(
+        self,
+        text: str | list[str] | list[list[str]] | None,
+        suffix: str | list[str] | list[list[str]] | None,
+        task: str | list[str] | list[list[str]] | None,
+        num_images: int,
+    ) -> tuple[list[str], list[str] | None, list[str]]:
+        """Prompt, suffix and task of each row."""
+        if task is None:
+            task = "caption" if text is None and "caption" in (self.tasks or ()) else self.task
+        if suffix is not None:
+            suffix = [suffix] if isinstance(suffix, str) else _flatten_texts(suffix, num_images, "suffix")
+        if text is not None and not isinstance(text, str):
+            text = _flatten_texts(text, num_images, "text")
+            num_rows = len(text)
+        else:  # one prompt for all, or the task's own: an image has as many rows as suffixes
+            num_rows = num_images if suffix is None else len(suffix)
+        if not num_rows or num_rows % num_images:
+            raise ValueError(
+                f"{num_rows} texts for {num_images} images; as many texts as images, or a multiple, is needed"
+            )
+        if suffix is not None and len(suffix) != num_rows:
+            raise ValueError(f"{len(suffix)} suffixes for {num_rows} prompts; one for each prompt is needed")
+        tasks = [task] * num_rows if isinstance(task, str) else _flatten_texts(task, num_images, "task")
+        if len(tasks) != num_rows:
+            raise ValueError(f"{len(tasks)} tasks for {num_rows} prompts; one for each prompt is needed")
+        for task in set(tasks):
+            if task not in TASKS:
+                raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, TASKS))}")
+            if text is None and task not in DEFAULT_PROMPTS:
                 raise ValueError(
-                    f"text is missing: the task {self.task!r} needs a question for each image. For the image inputs "
+                    f"text is missing: the task {task!r} needs a question for each image. For the image inputs "
                     "alone, call processor.process_images(images)"
                 )
-            text = DEFAULT_PROMPTS[self.task]
-        prompts = [text] * num_images if isinstance(text, str) else _flatten_texts(text, num_images, "text")
-        if not prompts or len(prompts) % num_images:
-            raise ValueError(
-                f"{len(prompts)} texts for {num_images} images; as many texts as images, or a multiple, is needed"
-            )
-        return [clean_question(prompt) if self.task == "vqa" else prompt.rstrip() for prompt in prompts]
+        if text is None:
+            prompts = [DEFAULT_PROMPTS[task] for task in tasks]
+        else:
+            prompts = [text] * num_rows if isinstance(text, str) else text
+        prompts = [
+            clean_question(prompt) if task == "vqa" else prompt.rstrip() for prompt, task in zip(prompts, tasks)
+        ]
+        if suffix is not None:
+            suffix = [self._continuation(answer, task) for answer, task in zip(suffix, tasks)]
+        return prompts, suffix, tasks
 
-    def _suffixes(self, suffix: str | list[str] | list[list[str]], num_images: int, num_rows: int) -> list[str]:
-        suffixes = [suffix] if isinstance(suffix, str) else _flatten_texts(suffix, num_images, "suffix")
-        if len(suffixes) != num_rows:
-            raise ValueError(f"{len(suffixes)} suffixes for {num_rows} prompts; one for each prompt is needed")
-        if self.task == "caption":
-            suffixes = [clean_caption(suffix) for suffix in suffixes]
-        return [self._continuation(suffix) for suffix in suffixes]
-
-    def _continuation(self, answer: str) -> str:
+    @staticmethod
+    def _candidate(answer: str, task: str) -> str:
         answer = answer.strip()
-        return " " + (answer.capitalize() if self.task == "vqa" else answer.lower())
+        return " " + (answer.capitalize() if task == "vqa" else answer.lower())
+
+    @classmethod
+    def _continuation(cls, answer: str, task: str) -> str:
+        return cls._candidate(clean_caption(answer) if task == "caption" else answer, task)
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         # "</s>" in somebody's question is text, not the end of it
@@ -338,6 +376,7 @@ class PrismerProcessor(ProcessorMixin):
         self,
         prompts: list[str],
         suffixes: list[str] | None,
+        tasks: list[str],
         max_length: int | None = None,
         truncation: bool | str | None = True,
         padding: bool | str | None = True,
@@ -345,21 +384,23 @@ class PrismerProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         **kwargs,
     ) -> dict[str, list[list[int]]]:
-        # (tokens of the prompt, tokens of prompt and suffix); an answer is never cut
-        limit, total = (MAX_QUESTION_TOKENS, None) if self.task == "vqa" else (MAX_CAPTION_TOKENS, MAX_CAPTION_TOKENS)
-        if max_length is not None:
-            limit = total = max_length
         rows = [[self.tokenizer.bos_token_id, *ids] for ids in self._token_ids(prompts)]
-        if suffixes is None:
-            total, learned = limit, [[] for _ in rows]
-        else:
+        learned = [[] for _ in rows]
+        if suffixes is not None:
             learned = [[*ids, self.tokenizer.eos_token_id] for ids in self._token_ids(suffixes)]
-            limit = limit if total is None else max(1, total - 2)
+        # of a question's answer nothing is ever cut, unless by max_length
+        questions_with_answers = suffixes is not None and max_length is None
+        limits = [max_length or (MAX_QUESTION_TOKENS if task == "vqa" else MAX_CAPTION_TOKENS) for task in tasks]
         if truncation:
-            rows = [row[:limit] for row in rows]
-            if suffixes is not None and total is not None:  # cut before </s>, which stays
-                rooms = [max(1, total - len(row)) for row in rows]
-                learned = [ids[: room - 1] + ids[-1:] if len(ids) > room else ids for ids, room in zip(learned, rooms)]
+            for i, (task, limit) in enumerate(zip(tasks, limits)):
+                if suffixes is None or (task == "vqa" and questions_with_answers):
+                    rows[i] = rows[i][:limit]
+                    continue
+                rows[i] = rows[i][: max(1, limit - 2)]
+                room = max(1, limit - len(rows[i]))
+                if len(learned[i]) > room:  # cut before </s>, which stays
+                    learned[i] = learned[i][: room - 1] + learned[i][-1:]
+        length = None if questions_with_answers and "vqa" in tasks else max(limits)
         labels = [[-100] * len(row) + ids for row, ids in zip(rows, learned)]
         rows = [row + ids for row, ids in zip(rows, learned)]
 
@@ -367,7 +408,7 @@ class PrismerProcessor(ProcessorMixin):
             self.tokenizer.pad(
                 {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
                 padding=padding,
-                max_length=total if padding == "max_length" else None,
+                max_length=length if padding == "max_length" else None,
                 pad_to_multiple_of=pad_to_multiple_of,
                 padding_side=padding_side,
             )
@@ -378,7 +419,11 @@ class PrismerProcessor(ProcessorMixin):
         return data
 
     def prepare_candidates(
-        self, answers: list[str], return_tensors: str | TensorType | None = "pt", padding: bool | str = True
+        self,
+        answers: list[str],
+        return_tensors: str | TensorType | None = "pt",
+        padding: bool | str = True,
+        task: str | None = None,
     ) -> BatchFeature:
         """
         Tokenises the candidates among which `model.rank_candidates` chooses, in the form of the task.
@@ -387,6 +432,7 @@ class PrismerProcessor(ProcessorMixin):
             answers (`list[str]`): the candidates: captions, answers or class names.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for lists.
             padding (`bool` or `str`, *optional*, defaults to `True`): as for a tokenizer.
+            task (`str`, *optional*): as in [`PrismerProcessor.__call__`].
 
         Returns:
             [`BatchFeature`] with `candidate_ids` and `candidate_mask`, (number of answers, T) int64: `" "` + answer +
@@ -398,9 +444,8 @@ class PrismerProcessor(ProcessorMixin):
         answers = [answers] if isinstance(answers, str) else list(answers)
         if not answers or not all(answer.strip() for answer in answers):
             raise ValueError("answers is empty or holds an empty text; at least one, and text in each, is needed")
-        rows = [
-            [*ids, self.tokenizer.eos_token_id] for ids in self._token_ids([self._continuation(a) for a in answers])
-        ]
+        answers = [self._candidate(answer, task or self.task) for answer in answers]
+        rows = [[*ids, self.tokenizer.eos_token_id] for ids in self._token_ids(answers)]
         padded = self.tokenizer.pad(
             {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
             padding=padding,
@@ -410,7 +455,10 @@ class PrismerProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def post_process_generation(
-        self, generated_ids: torch.Tensor | np.ndarray | list[list[int]], prompt_length: int = 0
+        self,
+        generated_ids: torch.Tensor | np.ndarray | list[list[int]],
+        prompt_length: int = 0,
+        task: str | None = None,
     ) -> list[str]:
         """
         The captions, answers or classes that `model.generate` gave.
@@ -418,12 +466,13 @@ class PrismerProcessor(ProcessorMixin):
         Args:
             generated_ids (`torch.Tensor` of shape `(rows, T)`): prompt and continuation, as `generate` returns them.
             prompt_length (`int`, *optional*, defaults to 0): columns to cut off, `inputs["input_ids"].shape[1]`.
+            task (`str`, *optional*): as in [`PrismerProcessor.__call__`].
 
         Returns:
             `list[str]`: stripped; answers to questions in lower case.
         """
         texts = self.tokenizer.batch_decode([row[prompt_length:] for row in generated_ids], skip_special_tokens=True)
-        return [text.strip().lower() if self.task == "vqa" else text.strip() for text in texts]
+        return [text.strip().lower() if (task or self.task) == "vqa" else text.strip() for text in texts]
 
     # ---- saving and loading ----
 

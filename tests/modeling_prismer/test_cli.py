@@ -92,7 +92,7 @@ def test_features_of_too_few_names_ask_for_an_analysis(clip_folder, tmp_path):
         (("ask", "missing.png", "what color?"), "missing.png"),
         (("ask", "{picture}", "what color?", "--model", "no/such/folder"), "no/such/folder"),
         (("ask", "{picture}", "what color?", "--device", "cuda:99"), "cuda:99"),
-        (("caption", "{picture}"), "task is 'vqa'"),
+        (("caption", "{picture}"), "made for vqa"),
         (("classify", "{picture}", "circle"), "needs a question"),
         (("convert", "missing.bin", "out", "--variant", "prismer_tiny"), "prismer_tiny"),
     ],

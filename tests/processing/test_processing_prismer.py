@@ -537,3 +537,30 @@ print("same", len(inputs))
 
 def test_the_auto_class_knows_the_processor():
     assert processing_auto.processor_class_from_name("PrismerProcessor") is PrismerProcessor
+
+
+def test_each_text_of_a_batch_can_have_its_own_task(make_processor, image):
+    processor = make_processor("vqa")
+    texts = [["A picture of", "is it a dog"], ["A picture of", "what color"]]
+    tasks = [["caption", "vqa"], ["caption", "vqa"]]
+    inputs = processor([image] * 2, text=texts, suffix=[["A dog.", "yes"], ["Two DOGS!", "RED"]], task=tasks)
+    rows = processor.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    assert rows == ["A picture of a dog", "Is it a dog? Yes", "A picture of two dogs", "What color? Red"]
+
+
+def test_checkpoint_for_several_tasks_captions_where_no_text_is_given(image_processor, tokenizer, image, tmp_path):
+    processor = PrismerProcessor(image_processor, tokenizer, task="vqa", tasks=["caption", "vqa"])
+    processor.save_pretrained(tmp_path)
+    for each in (processor, PrismerProcessor.from_pretrained(tmp_path)):
+        asked, captioned = each(image, text="is it a dog"), each(image)
+        assert processor.batch_decode(asked["input_ids"], skip_special_tokens=True) == ["Is it a dog?"]
+        assert processor.batch_decode(captioned["input_ids"], skip_special_tokens=True) == ["A picture of"]
+
+
+def test_task_that_is_none_is_refused(make_processor, image_processor, tokenizer, image):
+    with pytest.raises(ValueError, match="task is 'poem'; accepted are 'caption', 'vqa', 'classification'"):
+        make_processor()(image, task="poem")
+    with pytest.raises(ValueError, match="3 tasks for 1 prompts"):
+        make_processor()(image, text=["a"], task=["vqa"] * 3)
+    with pytest.raises(ValueError, match="not among the tasks"):
+        PrismerProcessor(image_processor, tokenizer, task="vqa", tasks=["caption"])

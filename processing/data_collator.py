@@ -1,0 +1,187 @@
+"""From rows of a data set to a batch of what Prismer reads."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .image_loading import load_image
+from .processing_prismer import PrismerProcessor
+
+
+TEXT_COLUMNS = ("text", "suffix", "weight", "task")
+
+
+class DataCollatorForPrismer:
+    """
+    Makes a batch of rows: opens the pictures, takes what the experts saw in them from a label store or runs the
+    experts, augments picture and maps together, and calls the processor.
+
+    What is random here (augmentation, expert dropout, which texts of a picture are drawn) depends on `seed`, `epoch`
+    and the row alone: it is the same with any number of data loader workers and processes, and after a resume.
+
+    A row has
+
+    - `image`: whatever [`load_image`] opens, such as a path, a PIL image, or `{"bytes": …, "path": …}`;
+    - `image_id` (`str`): its key in the label store; not needed where the experts run live;
+    - `text` (`str`, *optional*): question or prompt; without it, the prompt of the processor's task;
+    - `suffix` (`str`): the caption, answer or class to learn; absent where the model is to find it;
+    - `weight` (`float`, *optional*): weight of the loss, handed on as `sample_weight`;
+    - `task` (`str`, *optional*): what the text is for, if not for the processor's own task.
+
+    `text`, `suffix`, `weight` and `task` may be lists, several texts about one picture, which is then encoded once for
+    all; with `texts_per_image` that many of them are drawn.
+
+    ```python
+    >>> from modeling_prismer import DataCollatorForPrismer
+    >>> from modeling_prismer.processing import JointAugmentation
+    >>> from modeling_prismer.processing.labels import label_source
+
+    >>> experts = processor.image_processor.experts
+    >>> collator = DataCollatorForPrismer(
+    ...     processor,
+    ...     labels_for=label_source("photo_labels", experts),
+    ...     augmentation=JointAugmentation(experts, size=(224, 224)),
+    ... )
+    >>> trainer = Trainer(model, training_args, data_collator=collator, train_dataset=rows)
+    ```
+
+    With [`Trainer`](https://huggingface.co/docs/transformers/main_classes/trainer) set `remove_unused_columns=False`:
+    the columns are the collator's, not the model's. Live experts on a GPU need `dataloader_num_workers=0`.
+
+    Args:
+        processor ([`PrismerProcessor`]): its task decides about the form of the texts.
+        labels_for (`Callable`, *optional*):
+            From a list of image ids to `expert_labels` of the processor; [`label_source`] makes it. Without it, or
+            where it gives `None`, the processor's experts run, on the picture before its augmentation.
+        augmentation (`Callable`, *optional*):
+            From a picture and its labels to the same, changed, such as [`JointAugmentation`].
+        expert_dropout (`float`, *optional*, defaults to 0.0):
+            Probability with which each expert is masked out of each sample: a model trained so gets along without any
+            of them.
+        texts_per_image (`int`, *optional*):
+            How many texts to draw of a row whose `text` or `suffix` is a list: all different ones while there are
+            enough, then some again.
+        with_suffix (`bool`, *optional*, defaults to `True`):
+            Whether to hand on `suffix`, and so `labels`. `False` is for generation.
+        experts (`list[str]`, *optional*): use these experts only; `[]` means none.
+        seed (`int`, *optional*, defaults to 0): of all that is random.
+
+    Attributes:
+        epoch (`int`): what is random changes with it; seen by the workers of a data loader at once.
+    """
+
+    def __init__(
+        self,
+        processor: PrismerProcessor,
+        labels_for: Callable[[list[str]], list[dict[str, Any]] | None] | None = None,
+        augmentation: Callable[..., tuple[Any, dict[str, Any]]] | None = None,
+        expert_dropout: float = 0.0,
+        texts_per_image: int | None = None,
+        with_suffix: bool = True,
+        experts: list[str] | None = None,
+        seed: int = 0,
+    ):
+        if not 0 <= expert_dropout < 1:
+            raise ValueError(f"expert_dropout is {expert_dropout}; it must be at least 0 and below 1")
+        if texts_per_image is not None and texts_per_image < 1:
+            raise ValueError(f"texts_per_image is {texts_per_image}; it must be at least 1, or None for all")
+        self.processor = processor
+        self.labels_for = labels_for
+        self.augmentation = augmentation
+        self.expert_dropout = expert_dropout
+        self.texts_per_image = texts_per_image
+        self.with_suffix = with_suffix
+        self.experts = experts
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int):
+        self._epoch.fill_(epoch)
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            rows (`list[dict]`): as described above, all with the same columns.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the inputs of [`PrismerForConditionalGeneration.forward`]; see
+            [`PrismerProcessor.__call__`] for their shapes.
+
+        Raises:
+            ValueError: if a picture cannot be read, naming its `image_id`; if only some rows have a column.
+        """
+        rows = [dict(row) for row in rows]
+        for column in ("image_id", *TEXT_COLUMNS):
+            number = sum(row.get(column) is not None for row in rows)
+            if number not in (0, len(rows)):
+                raise ValueError(f"{number} of {len(rows)} rows have '{column}'; all or none of a batch must")
+        images = [load_image(row["image"], name=row.get("image_id")) for row in rows]
+        labels = self._labels(rows, images)
+        keep = torch.ones(len(rows), len(self.processor.image_processor.experts), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            with self._randomness_of(row):
+                if self.texts_per_image is not None:
+                    self._draw_texts(row)
+                if self.augmentation is not None:
+                    images[i], labels[i] = self.augmentation(images[i], labels[i])
+                if self.expert_dropout:
+                    keep[i] = torch.rand(keep.shape[1]) >= self.expert_dropout
+        texts = {"text": _column(rows, "text"), "task": _column(rows, "task")}
+        if self.with_suffix:
+            texts["suffix"] = _column(rows, "suffix")
+        inputs = dict(self.processor(images, expert_labels=labels, experts=self.experts, return_tensors="pt", **texts))
+        if "expert_mask" in inputs:
+            inputs["expert_mask"] &= keep
+        if self.with_suffix and rows[0].get("weight") is not None:
+            weights = [weight for row in rows for weight in _listed(row["weight"])]
+            inputs["sample_weight"] = torch.tensor(weights, dtype=torch.float32)
+        return inputs
+
+    def _labels(self, rows: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
+        labels = None
+        if self.labels_for is not None:
+            labels = self.labels_for([row.get("image_id") for row in rows])
+        if labels is None:  # on the pictures as they are: an expert is not to see what augmentation left of them
+            labels = self.processor.run_experts(images, experts=self.experts)
+        return list(labels)
+
+    def _draw_texts(self, row: dict[str, Any]) -> None:
+        lists = {column: row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), list)}
+        if not lists:
+            return
+        number = len(next(iter(lists.values())))
+        rounds = -(-self.texts_per_image // number)
+        drawn = torch.cat([torch.randperm(number) for _ in range(rounds)])[: self.texts_per_image].tolist()
+        row.update({column: [values[i] for i in drawn] for column, values in lists.items()})
+
+    @contextmanager
+    def _randomness_of(self, row: Mapping[str, Any]) -> Iterator[None]:
+        """torch's random numbers on the CPU become those of the row, and go on afterwards as if nothing had been."""
+        # Rows that nothing tells apart go on with the random numbers of the process.
+        identity = [row.get(column) for column in ("image_id", "text", "suffix")]
+        if identity[0] is None:
+            identity.append(torch.randint(2**62, ()).item())
+        digest = hashlib.blake2b(repr((self.seed, self.epoch, *identity)).encode(), digest_size=7).digest()
+        state = torch.default_generator.get_state()
+        # not torch.manual_seed, which would seed the GPUs as well
+        torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(state)
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> list[Any] | None:
+    return None if rows[0].get(name) is None else [row[name] for row in rows]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
