@@ -79,11 +79,11 @@ quality: $(VENV)/.ruff-ready  ## check lint and format
 	$(BIN)/ruff format --check .
 
 train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about 25 minutes on 2 cores)
-	$(BIN)/python training_examples/run_vqa.py --do_train --do_eval --output_dir $(EASY_VQA_OUTPUT) \
+	$(BIN)/python training_examples/run_easy_vqa.py --do_train --do_eval --output_dir $(EASY_VQA_OUTPUT) \
 		--publish_to $(EASY_VQA_OUTPUT)/published $(ARGS)
 
 evaluate-easy-vqa: $(VENV)/.test-ready  ## measure the bundled checkpoint on easy-VQA's test split
-	$(BIN)/python training_examples/run_vqa.py --do_eval --model $(EASY_VQA_CHECKPOINT) \
+	$(BIN)/python training_examples/run_easy_vqa.py --do_eval --model $(EASY_VQA_CHECKPOINT) \
 		--output_dir $(EASY_VQA_OUTPUT)-evaluation $(ARGS)
 
 benchmark: $(VENV)/.test-ready  ## time the true-size network beside the recorded reference (about 10 minutes)

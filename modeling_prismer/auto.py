@@ -9,6 +9,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS
 
+from .adapter_targets import register_adapter_targets
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .modeling_prismer import (
     PrismerForConditionalGeneration,
@@ -33,3 +34,4 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": PrismerImageProcessor, "torchvision": PrismerImageProcessorTorchvision},
 )
 AutoProcessor.register(PrismerConfig, PrismerProcessor)
+register_adapter_targets()

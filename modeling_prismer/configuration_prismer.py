@@ -41,7 +41,7 @@ VARIANTS = tuple(f"{family}_{size}" for family in ("prismer", "prismerz") for si
 
 _EXPERT_FIELDS = {"name", "kind", "channels", "num_classes", "instances"}
 # `<name>_ids` or `<name>_values` is an input of the network itself.
-_RESERVED_NAMES = ("input", "position", "token_type", "pixel", "past_key")
+_RESERVED_NAMES = ("input", "position", "token_type", "task", "pixel", "past_key")
 
 
 def validate_experts(experts: list[dict]) -> None:

@@ -37,7 +37,7 @@ BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
 
 # What an expert may hand over: its tensors are named `<expert>_<suffix>`.
 EXPERT_INPUT_SUFFIXES = ("values", "ids", "classes", "features", "rows")
-_OTHER_INPUTS = ("input_ids", "position_ids", "token_type_ids", "past_key_values", "pixel_values")
+_OTHER_INPUTS = ("input_ids", "position_ids", "token_type_ids", "task_ids", "past_key_values", "pixel_values")
 
 # Names in a RoBERTa of transformers -> names in this decoder. The conversion of published checkpoints reads it too.
 ROBERTA_EMBEDDING_NAMES = {
@@ -407,6 +407,8 @@ class PrismerExpertStem(nn.Module):
                 raise ValueError(f"{self.name}_ids has the shape {tuple(ids.shape)}; (batch, height, width) is needed")
             hidden_states = self.paint(ids, self.feature_table(classes, features, ids.shape[0])).to(dtype)
         for conv, norm in zip(self.convs, self.norms):
+            if not norm.weight.requires_grad:
+                norm.eval()  # a frozen stem keeps its statistics: an adapter, such as LoRA, is saved without them
             hidden_states = F.relu(norm(conv(hidden_states)))
         hidden_states = self.projection(hidden_states)
         if self.num_instance_embeddings and (rows is not None or ids is not None):
@@ -665,6 +667,10 @@ class PrismerPreTrainedModel(PreTrainedModel):
         return loaded
 
 
+def _in_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class PrismerVisionModel(PrismerPreTrainedModel):
     """
     The vision encoder: a CLIP vision transformer with adaptors over the image's patches and the latents to which the
@@ -728,8 +734,10 @@ class PrismerVisionModel(PrismerPreTrainedModel):
             if present is not None and self.training:
                 # Samples without this expert must take no part in the statistics of BatchNorm.
                 rows = present.nonzero()[:, 0]
-                if len(rows) == 0:
+                if len(rows) == 0 and not _in_process_group():
                     continue
+                # Of several processes each runs the stem, be it over no sample: DistributedDataParallel waits for the
+                # gradient of every parameter from every process, and SyncBatchNorm for its statistics.
                 if len(rows) < batch_size:
                     inputs = {key: tensor[rows] for key, tensor in inputs.items()}
             tokens = stem(**inputs)
@@ -1296,6 +1304,12 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
 
         loss = loss_per_sample = None
         if labels is not None or shift_labels is not None:
+            given = labels if shift_labels is None else shift_labels
+            if given.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels of the shape {tuple(given.shape)} for logits of {tuple(logits.shape[:2])}; they must be "
+                    'aligned with input_ids (with peft\'s prompt learning: it needs `task_type="CAUSAL_LM"`)'
+                )
             if shift_labels is None:
                 loss_per_sample = sample_losses(logits[:, :-1], labels[:, 1:], self.config.label_smoothing)
             else:

@@ -127,7 +127,7 @@ class DataCollatorForPrismer:
         labels = self._labels(rows, images)
         keep = torch.ones(len(rows), len(self.processor.image_processor.experts), dtype=torch.bool)
         for i, row in enumerate(rows):
-            with self._randomness_of(row):
+            with self._randomness_of(row, images[i], i):
                 if self.texts_per_image is not None:
                     self._draw_texts(row)
                 if self.augmentation is not None:
@@ -163,12 +163,11 @@ class DataCollatorForPrismer:
         row.update({column: [values[i] for i in drawn] for column, values in lists.items()})
 
     @contextmanager
-    def _randomness_of(self, row: Mapping[str, Any]) -> Iterator[None]:
+    def _randomness_of(self, row: Mapping[str, Any], image: Any, place: int) -> Iterator[None]:
         """torch's random numbers on the CPU become those of the row, and go on afterwards as if nothing had been."""
-        # Rows that nothing tells apart go on with the random numbers of the process.
         identity = [row.get(column) for column in ("image_id", "text", "suffix")]
-        if identity[0] is None:
-            identity.append(torch.randint(2**62, ()).item())
+        if identity[0] is None:  # the picture itself, and its place in the batch where it comes several times
+            identity += [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest(), place]
         digest = hashlib.blake2b(repr((self.seed, self.epoch, *identity)).encode(), digest_size=7).digest()
         state = torch.default_generator.get_state()
         # not torch.manual_seed, which would seed the GPUs as well

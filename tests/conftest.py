@@ -1,10 +1,15 @@
-"""What holds for every test: no network, one thread, fixed seeds."""
+"""What holds for every test: no network, nothing written into the user's caches, one thread, fixed seeds."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="prismer-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch

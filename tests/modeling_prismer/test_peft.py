@@ -1,8 +1,11 @@
-"""Low-rank adapters by peft: trained, merged, saved, loaded."""
+"""peft: its methods, its task types, its ways to save, load and merge, and what it adapts when it is not told."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import AutoModelForImageTextToText, Trainer
 
 from modeling_prismer import PrismerForConditionalGeneration
 
@@ -12,25 +15,206 @@ from .tiny import TOLERANCE, image_inputs, prompts, tiny_model, training_inputs
 
 peft = pytest.importorskip("peft")
 
+from modeling_prismer.adapter_targets import register_adapter_targets  # noqa: E402
+
+from . import peft_methods  # noqa: E402
+
+
 GENERATION = {"do_sample": False, "num_beams": 2, "max_new_tokens": 5}
+GUIDE = peft_methods.rows_of_the_guide()
 
 
 def with_lora(model, init_lora_weights=False, **kwargs):
     """By default with adapters that change what the model says, as after training."""
-    targets = ["q_proj", "v_proj", "fc1"]
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=init_lora_weights, **kwargs)
-    return peft.get_peft_model(model, config)
+    kwargs.setdefault("target_modules", ["q_proj", "v_proj", "fc1"])
+    config = peft.LoraConfig(r=4, init_lora_weights=init_lora_weights, **kwargs)
+    return peft.get_peft_model(model, config).eval()
 
 
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-def test_only_the_adapters_are_trained(tmp_path, task_type):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    """The adapter of a saved model, and what the model says with it."""
+    model = with_lora(PrismerForConditionalGeneration.from_pretrained(folder), task_type="CAUSAL_LM")
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter", model(**training_inputs()).logits.detach()
+
+
+# ---- what every method can do ----
+
+
+@pytest.mark.parametrize("method", sorted(method.value for method in peft_methods.PEFT_TYPE_TO_CONFIG_MAPPING))
+@pytest.mark.filterwarnings("ignore")
+def test_each_method_does_what_the_guide_says(method, tmp_path):
+    result, errors = peft_methods.examine(method, str(tmp_path))
+    written = "run `python -m tests.modeling_prismer.peft_methods`"
+    assert GUIDE.get(method) == peft_methods.row(method, result), f"{written}: {errors}"
+
+
+def test_what_cannot_be_done_has_its_reason_in_the_guide():
+    assert all(row.rstrip(" |").endswith(".") for row in GUIDE.values() if "| no |" in row)
+
+
+def test_shadow_runs_on_the_decoder():
+    model = tiny_model().requires_grad_(False)
+    inputs, plain = training_inputs(), tiny_model()(**training_inputs()).logits
+    model.model.text_model = peft.get_peft_model(model.model.text_model, peft.ShadowConfig(init_weights=False))
+    model(**inputs).loss.backward()
+    assert all("shadow" in name for name, parameter in model.named_parameters() if parameter.grad is not None)
+    assert not torch.allclose(model.eval()(**inputs).logits, plain)
+    assert model.generate(input_ids=prompts(), **image_inputs(), **GENERATION).shape[0] == 3
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"])
+def test_virtual_tokens_are_seen_in_generation_as_in_training(method, tmp_path):
+    model, _ = peft_methods.adapted(method, str(tmp_path))
+    for parameter in model.eval().parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    images = image_inputs(2, experts=peft_methods.EXPERTS_HERE)
+    input_ids, attention_mask = prompts(2), torch.ones(2, 5, dtype=torch.long)
+    input_ids[1, :2], input_ids[1, 2], attention_mask[1, :2] = 1, 0, 0  # a shorter prompt, padded
+    generated = model.generate(
+        **{"input_ids": input_ids, "attention_mask": attention_mask, **images},
+        **{"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4},
+        **{"return_dict_in_generate": True, "output_logits": True},
+    )
+    attention_mask = torch.cat([attention_mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
+    logits = model(input_ids=generated.sequences, attention_mask=attention_mask, **images).logits
+    torch.testing.assert_close(torch.stack(generated.logits, dim=1), logits[:, -5:-1], **TOLERANCE)
+
+
+# ---- what is adapted when no modules are named ----
+
+
+@pytest.mark.parametrize("part", [None, "vision_model", "text_model"])
+def test_lora_needs_no_names_of_modules(part):
+    model = tiny_model()
+    module = model if part is None else model.model.get_submodule(part)
+    adapted = peft.get_peft_model(module, peft.LoraConfig()).targeted_module_names
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
+    if part is None:
+        places = (
+            "vision_model.layers",
+            "resampler",
+            "text_model.layers.0.self_attn",
+            "text_model.layers.0.cross_attn",
+        )
+        assert all(any(place in name for name in adapted) for place in places)
+
+
+def test_the_names_are_there_when_peft_is_imported_later_which_this_package_does_not():
+    code = """
+import sys, modeling_prismer
+assert "peft" not in sys.modules
+import peft
+assert peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["prismer"] == ["q_proj", "v_proj"]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_names_are_added_to_a_peft_that_is_imported_already_and_replace_none(monkeypatch):
+    tables = peft.utils.constants
+    monkeypatch.delitem(tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "prismer")
+    monkeypatch.setitem(tables.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, "prismer", ["fc1"])
+    register_adapter_targets()
+    assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["prismer"] == ["q_proj", "v_proj"]
+    assert tables.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["prismer"] == ["fc1"]
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("task_type", [None, *(task.value for task in peft.TaskType)])
+def test_every_task_type_trains_generates_saves_and_loads(tmp_path, folder, task_type):
     model = with_lora(tiny_model(), task_type=task_type)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    Trainer(model=model, args=arguments(tmp_path, label_names=["labels"]), train_dataset=Samples()).train()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
-    places = ("vision_model.layers", "resampler", "text_model.layers.0.self_attn", "text_model.layers.0.cross_attn")
-    assert all(any(place in name for name in before if "lora_" in name) for place in places)
+    output = model(**training_inputs())
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    said = model.generate(input_ids=prompts(), **image_inputs(), **GENERATION)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(PrismerForConditionalGeneration.from_pretrained(folder), tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(**training_inputs()).logits, output.logits)
+    assert torch.equal(loaded.generate(input_ids=prompts(), **image_inputs(), **GENERATION), said)
+
+
+@pytest.mark.parametrize("task_type", [task.value for task in peft.TaskType if task.value != "CAUSAL_LM"])
+def test_prompt_learning_of_another_task_type_is_an_error_that_says_which_it_needs(task_type):
+    config = peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=3)
+    with pytest.raises(ValueError, match='it needs `task_type="CAUSAL_LM"`'):
+        peft.get_peft_model(tiny_model(), config)(**training_inputs())
+
+
+def test_trainer_trains_only_the_adapters(tmp_path):
+    model = with_lora(tiny_model())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Trainer(model=model, args=arguments(tmp_path), train_dataset=Samples()).train()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
+
+
+def test_trainer_resumes_from_a_saved_adapter(tmp_path):
+    def train(folder, **kwargs):
+        trainer = Trainer(
+            model=with_lora(tiny_model()),
+            args=arguments(folder, max_steps=4, save_strategy="steps", save_steps=2),
+            train_dataset=Samples(),
+        )
+        trainer.train(**kwargs)
+        return peft.get_peft_model_state_dict(trainer.model)
+
+    torch.manual_seed(0)
+    straight = train(tmp_path / "straight")
+    torch.manual_seed(1)  # other adapters to start with
+    resumed = train(tmp_path / "resumed", resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_gradient_checkpointing_changes_no_gradient(when):
+    def gradients(checkpointing):
+        torch.manual_seed(0)
+        model = tiny_model()
+        if checkpointing and when == "before":
+            model.activation_checkpointing_enable()
+        model = with_lora(model)
+        if checkpointing and when == "after":
+            model.activation_checkpointing_enable()
+            model.enable_input_require_grads()
+        torch.manual_seed(0)
+        model.train()(**training_inputs()).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    expected = gradients(checkpointing=False)
+    for name, gradient in gradients(checkpointing=True).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("module", ["depth", "detection", "resampler", "adaptor"])
+def test_modules_can_be_trained_whole_beside_the_adapters(tmp_path, module):
+    model = with_lora(tiny_model(), init_lora_weights=True, modules_to_save=[module])
+    torch.testing.assert_close(
+        model(**training_inputs()).logits, tiny_model()(**training_inputs()).logits, **TOLERANCE
+    )
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model(**training_inputs()).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    expected = model.eval()(**training_inputs()).logits
+    assert torch.equal(peft.PeftModel.from_pretrained(tiny_model(), tmp_path)(**training_inputs()).logits, expected)
+    torch.testing.assert_close(model.merge_and_unload()(**training_inputs()).logits, expected, **TOLERANCE)
+
+
+# ---- merging ----
 
 
 def test_adapters_can_be_merged():
@@ -44,28 +228,58 @@ def test_adapters_can_be_merged():
     assert torch.equal(merged.generate(input_ids=prompts(), **image_inputs(), **GENERATION), said)
 
 
-def test_adapters_are_saved_and_loaded_without_the_model(tmp_path):
-    model = with_lora(tiny_model())
+@pytest.mark.filterwarnings("ignore:Model with")
+def test_embeddings_that_were_trained_apart_from_the_head_stay_apart_when_merged(tmp_path):
+    model = with_lora(tiny_model(), modules_to_save=["word_embeddings"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.1)
     expected = model(**training_inputs()).logits
+    with pytest.warns(UserWarning, match="no longer tied"):
+        model.merge_and_unload().save_pretrained(tmp_path)
+    loaded = PrismerForConditionalGeneration.from_pretrained(tmp_path)
+    assert not loaded.config.tie_word_embeddings
+    torch.testing.assert_close(loaded(**training_inputs()).logits, expected, **TOLERANCE)
+
+
+# ---- saving and loading ----
+
+
+def test_an_adapter_is_saved_without_the_model(adapter):
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {file.name for file in adapter[0].iterdir()} == files
+
+
+@pytest.mark.parametrize("auto_class", [PrismerForConditionalGeneration, AutoModelForImageTextToText])
+def test_the_folder_of_an_adapter_loads_as_a_model(adapter, auto_class):
+    model = auto_class.from_pretrained(adapter[0])
+    assert torch.equal(model(**training_inputs()).logits, adapter[1])
+
+
+def test_auto_peft_model_loads_an_adapter_once_it_may_import_this_package(tmp_path, folder):
+    model = with_lora(PrismerForConditionalGeneration.from_pretrained(folder))
     model.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
-    loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path)
-    assert torch.equal(loaded(**training_inputs()).logits, expected)
-    into_the_model = tiny_model()
-    into_the_model.load_adapter(str(tmp_path))
-    assert torch.equal(into_the_model(**training_inputs()).logits, expected)
+    with pytest.raises(ValueError, match=r"import_allowlist=\['modeling_prismer"):
+        peft.AutoPeftModel.from_pretrained(tmp_path)
+    loaded = peft.AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["modeling_prismer"])
+    assert torch.equal(loaded(**training_inputs()).logits, model(**training_inputs()).logits)
 
 
-def test_stems_can_be_trained_whole_beside_the_adapters():
-    model = with_lora(tiny_model(), init_lora_weights=True, modules_to_save=["depth", "resampler"])
+def test_adapters_can_be_put_into_a_model_without_a_wrapper(tmp_path):
+    model = tiny_model()
+    plain = model(**training_inputs()).logits
+    model.add_adapter(peft.LoraConfig(init_lora_weights=False), "captions")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for part in ("expert_stems.depth.modules_to_save", "resampler.modules_to_save"):
-        assert any(part in name for name in trained)
-    model(**training_inputs()).loss.backward()
-    torch.testing.assert_close(
-        model(**training_inputs()).logits, tiny_model()(**training_inputs()).logits, **TOLERANCE
-    )
+    assert trained and all("lora_" in name for name in trained)
+    expected = model(**training_inputs()).logits
+    assert not torch.allclose(expected, plain)
+    model.save_pretrained(tmp_path)
+    model.disable_adapters()
+    assert torch.equal(model(**training_inputs()).logits, plain)
+
+    loaded = tiny_model()
+    loaded.load_adapter(str(tmp_path), "captions")
+    loaded.add_adapter(peft.LoraConfig(init_lora_weights=False), "answers")
+    loaded.set_adapter("captions")
+    assert torch.equal(loaded(**training_inputs()).logits, expected)
+    loaded.delete_adapter(["captions", "answers"])
+    assert torch.equal(loaded(**training_inputs()).logits, plain)

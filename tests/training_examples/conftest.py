@@ -1,0 +1,72 @@
+"""A small checkpoint and pictures with texts for the recipes, which import each other as a user's copies would."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import ByteLevelBPETokenizer
+from transformers import RobertaTokenizer
+
+from modeling_prismer import PrismerImageProcessor, PrismerProcessor
+from modeling_prismer.processing.experts import CannyEdges, ExpertSuite
+from tests.modeling_prismer.tiny import tiny_config, tiny_model
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "training_examples"))
+
+COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210), "white": (240, 240, 240)}
+NUM_PICTURES = 12
+
+
+def color_of(number):
+    return list(COLORS)[number % len(COLORS)]
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory):
+    """Pictures of one coloured square, `captions.csv` and `questions.jsonl` beside them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    captions, questions = ["file_name,caption"], []
+    for number in range(NUM_PICTURES):
+        pixels = generator.integers(90, 110, (48, 64, 3), dtype=np.uint8)
+        left, top = generator.integers(4, 30, 2)
+        pixels[top : top + 14, left : left + 14] = COLORS[color_of(number)]
+        name = f"{number:02}.png"
+        Image.fromarray(pixels).save(folder / name)
+        captions.append(f"{name},a {color_of(number)} square")
+        questions.append({"file_name": name, "question": "what color is it", "answer": color_of(number)})
+        questions.append({"file_name": name, "question": "is it red", "answer": "yes" if number % 4 == 0 else "no"})
+    (folder / "captions.csv").write_text("\n".join(captions) + "\n")
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    texts = ["A picture of", "A photo of a", "What color is it?", "Is it red?", " square", " a", " yes", " no"]
+    texts += [f" {word}" for color in COLORS for word in (color, color.capitalize())] + [" Yes", " No"]
+    trainer = ByteLevelBPETokenizer()
+    special_tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer.train_from_iterator(texts, vocab_size=320, min_frequency=1, special_tokens=special_tokens)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trainer.save_model(str(folder))
+    return RobertaTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer):
+    """The folder of a small random model with one live expert, edges, and its processor."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    experts = ExpertSuite([CannyEdges()])
+    config = tiny_config(experts=experts.descriptions)
+    config.text_config.vocab_size = len(tokenizer)
+    tiny_model(config).save_pretrained(folder)
+    image_processor = PrismerImageProcessor(
+        experts=experts.descriptions, size={"height": 32, "width": 32}, expert_size=32
+    )
+    PrismerProcessor(image_processor, tokenizer, experts=experts).save_pretrained(folder)
+    return folder

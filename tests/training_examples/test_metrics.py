@@ -1,0 +1,382 @@
+"""The metrics load from their folders without the network, and give hand-computed and the original tools' figures."""
+
+import logging
+import math
+import shutil
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+evaluate = pytest.importorskip("evaluate")
+pytest.importorskip("pycocoevalcap")
+from pycocoevalcap.spice import spice  # noqa: E402
+from pycocoevalcap.tokenizer import ptbtokenizer  # noqa: E402
+
+from training_examples.metrics.caption_metrics.caption_metrics import tokenize_regex  # noqa: E402
+from training_examples.metrics.vqa_accuracy.vqa_accuracy import normalize_answer, soft_accuracy  # noqa: E402
+
+
+METRICS = Path(__file__).parents[2] / "training_examples" / "metrics"
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+
+# The first is the image shown in coco-caption's cocoEvalCapDemo.ipynb; the others have what a tokeniser stumbles on.
+PREDICTIONS = [
+    "train traveling down a track in front of a road",
+    "a white cake isn't on the table.",
+    "Two dogs play with a red ball",
+]
+REFERENCES = [
+    [
+        "A train traveling down tracks next to lights.",
+        "A blue and silver train next to train station and trees.",
+        "A blue train is next to a sidewalk on the rails.",
+        "A passenger train pulls into a train station.",
+        "A train coming down the tracks arriving at a station.",
+    ],
+    ["A baker's cake, half-eaten, isn't on the table.", 'The "wedding" cake sits on a plate (white).'],
+    ["Two dogs run; one doesn't.\n", "A dog's ball -- it's red!", "The dogs play near a 2.5 m fence at 10:30 a.m."],
+]
+# What pycocoevalcap 1.2's own COCOEvalCap, without SPICE, gives for them.
+COCO_SCORES = {
+    "cider": 1.5052149592778292,
+    "bleu_1": 0.7015684231977176,
+    "bleu_2": 0.4852850257162532,
+    "bleu_3": 0.3576999430621078,
+    "bleu_4": 0.26957571568138344,
+    "meteor": 0.25743197118426114,
+    "rouge_l": 0.4897940552728753,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_caches(tmp_path_factory):
+    """evaluate's caches in a folder of the tests; what it imported from elsewhere is put back afterwards."""
+    folder = tmp_path_factory.mktemp("huggingface")
+    imported = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "evaluate_modules"}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", folder / "modules")
+        monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", folder / "metrics")
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        yield folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
+        del sys.modules[name]
+    sys.modules.update(imported)
+
+
+def load(name, keep_in_memory=True):
+    """In memory, as after a refusal evaluate keeps its file locked and waits for it a second."""
+    return evaluate.load(str(METRICS / name), keep_in_memory=keep_in_memory)
+
+
+@pytest.fixture(scope="module")
+def caption_metrics():
+    return load("caption_metrics")
+
+
+@pytest.fixture(scope="module")
+def vqa_accuracy():
+    return load("vqa_accuracy")
+
+
+@pytest.fixture(scope="module")
+def top_accuracy():
+    return load("top_accuracy")
+
+
+@pytest.fixture
+def program_instead_of_java(tmp_path, monkeypatch):
+    """Puts a Python program on the PATH, alone, under the name `java`."""
+
+    def put(source):
+        path = tmp_path / "bin" / "java"
+        path.parent.mkdir()
+        path.write_text(f"#!{sys.executable}\n{source}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(path.parent))
+
+    return put
+
+
+@pytest.fixture
+def no_java(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+# ---- what a user of evaluate expects ----
+
+
+@pytest.mark.parametrize("name", ["caption_metrics", "vqa_accuracy", "top_accuracy"])
+def test_metric_describes_itself(name, request):
+    metric = request.getfixturevalue(name)
+    assert isinstance(metric, evaluate.Metric) and metric.name == name
+    assert (
+        metric.citation.startswith("@") and metric.description and metric.inputs_description in metric.compute.__doc__
+    )
+    features = metric.features if isinstance(metric.features, list) else [metric.features]
+    assert all(set(feature) == {"predictions", "references"} for feature in features)
+
+
+def test_module_runs_from_evaluates_cache_without_the_files_beside_it(caption_metrics, own_caches):
+    assert Path(sys.modules[type(caption_metrics).__module__].__file__).is_relative_to(own_caches)
+
+
+def test_batches_give_what_one_call_gives(vqa_accuracy):
+    answers = [["red", "red", "red", "blue"], ["no"] * 4, ["two", "2", "3", "4"]]
+    predictions = ["blue", "no", "2"]
+    vqa_accuracy.add_batch(predictions=predictions[:2], references=answers[:2])
+    vqa_accuracy.add(prediction=predictions[2], reference=answers[2])
+    assert vqa_accuracy.compute() == vqa_accuracy.compute(predictions=predictions, references=answers)
+
+
+def test_evaluations_at_the_same_time_do_not_meet(caption_metrics):
+    def score(number):
+        metric = load("caption_metrics", keep_in_memory=False)
+        for prediction, texts in zip(PREDICTIONS, REFERENCES):
+            metric.add(prediction=prediction if number else texts[0], reference=texts)
+        return metric.compute(metrics=["rouge_l"], tokenizer="regex")["rouge_l"]
+
+    with ThreadPoolExecutor(2) as pool:
+        same, other = pool.map(score, [0, 1])
+    assert same == 1.0 and 0 < other < 0.7
+
+
+# ---- captions ----
+
+
+def test_caption_scores_agree_with_hand_computed_ones(caption_metrics):
+    # No word is shared between the images: each n-gram has the same idf, so that the cosine of the 1-, 2-, 3- and
+    # 4-grams is 3/4, 2/3, 1/2 and 0 for the first, 1 for the second.
+    scores = caption_metrics.compute(
+        predictions=["a red bus waits", "one dog runs fast"],
+        references=[["a red bus stops"], ["one dog runs fast"]],
+        metrics=["cider", "bleu", "rouge_l"],
+        tokenizer="regex",
+        per_caption=True,
+    )
+    assert scores["cider_per_caption"] == pytest.approx([10 * (3 / 4 + 2 / 3 + 1 / 2) / 4, 10])
+    assert scores["cider"] == pytest.approx(np.mean(scores["cider_per_caption"]))
+    precisions = [7 / 8, 5 / 6, 3 / 4, 1 / 2]  # over both together
+    for n in range(1, 5):
+        assert scores[f"bleu_{n}"] == pytest.approx(math.prod(precisions[:n]) ** (1 / n))
+    assert scores["bleu_1_per_caption"] == pytest.approx([3 / 4, 1])
+    assert scores["rouge_l_per_caption"] == pytest.approx([3 / 4, 1])
+
+
+def test_bleu_shortens_and_cider_dampens_captions_of_another_length(caption_metrics):
+    scores = caption_metrics.compute(
+        predictions=["a red bus", "one dog runs fast"],
+        references=[["a red bus waits here"], ["one dog runs fast"]],
+        metrics=["bleu", "cider"],
+        tokenizer="regex",
+        per_caption=True,
+    )
+    assert scores["bleu_1_per_caption"][0] == pytest.approx(math.exp(1 - 5 / 3))
+    cosines = [math.sqrt(3 / 5), math.sqrt(2 / 4), math.sqrt(1 / 3), 0]
+    # the length is counted in 2-grams, the Gaussian's sigma is 6
+    assert scores["cider_per_caption"][0] == pytest.approx(10 * sum(cosines) / 4 * math.exp(-((2 - 4) ** 2) / 72))
+
+
+@needs_java
+def test_scores_are_those_of_the_coco_evaluation(caption_metrics):
+    before = set(Path(ptbtokenizer.__file__).parent.iterdir())
+    scores = caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert scores == pytest.approx(COCO_SCORES, rel=1e-9)
+    assert set(Path(ptbtokenizer.__file__).parent.iterdir()) == before
+
+
+@needs_java
+def test_texts_stay_apart_whatever_they_hold(caption_metrics):
+    predictions = ["", "a\u2028red\x0cbus\n", ".", "a red bus", ""]
+    scores = caption_metrics.compute(
+        predictions=predictions, references=[["a red bus"]] * 5, metrics="rouge_l", per_caption=True
+    )
+    assert scores["rouge_l_per_caption"] == [0, 1, 0, 1, 0]
+
+
+def test_regex_tokens_are_ptbs_for_plain_captions():
+    texts = ["A baker's cake, half-eaten, isn't on the table.", 'The "old" cake -- it\'s 2.5 m; a/b & $ 3!', "I can't"]
+    assert tokenize_regex(texts) == [
+        "a baker 's cake half-eaten is n't on the table",
+        "the old cake it 's 2.5 m a/b & $ 3",
+        "i ca n't",
+    ]
+
+
+def test_missing_java_is_said_when_the_metric_loads(no_java, caplog):
+    with caplog.at_level(logging.WARNING):
+        load("caption_metrics")
+    assert "no `java` on the PATH" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"metrics": ["cider"]}, "The PTB tokeniser"),
+        ({"metrics": ["cider", "meteor"], "tokenizer": "regex"}, "METEOR"),
+        ({"metrics": ["spice"], "tokenizer": "regex"}, "SPICE"),
+    ],
+)
+def test_missing_java_is_an_error_that_says_what_needs_it(caption_metrics, no_java, options, what):
+    with pytest.raises(RuntimeError, match=f'{what} cannot run: .*default-jre-headless.*tokenizer="regex"'):
+        caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES, **options)
+
+
+def test_no_java_is_needed_without_the_java_programs(caption_metrics, no_java):
+    metrics = ["rouge_l", "bleu", "cider"]
+    scores = caption_metrics.compute(
+        predictions=PREDICTIONS, references=REFERENCES, metrics=metrics, tokenizer="regex"
+    )
+    assert scores["cider"] == pytest.approx(COCO_SCORES["cider"], abs=0.1)
+    assert list(scores) == ["rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider"]
+
+
+@pytest.mark.parametrize("options", [{"metrics": ["bleu"]}, {"metrics": ["meteor"], "tokenizer": "regex"}])
+def test_failure_of_a_java_program_is_told_in_its_own_words(caption_metrics, program_instead_of_java, options):
+    program_instead_of_java('import sys; sys.exit("no memory left")')
+    with pytest.raises(RuntimeError, match="no memory left"):
+        caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES, **options)
+
+
+def test_missing_files_of_spice_are_named(caption_metrics, program_instead_of_java, tmp_path, monkeypatch):
+    program_instead_of_java("")
+    monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "stanford-corenlp-3.6.0.jar").touch()
+    with pytest.raises(FileNotFoundError, match="SPICE needs stanford-corenlp-3.6.0-models.jar .*get_stanford_models"):
+        caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES, metrics=["spice"])
+
+
+def test_spice_runs_where_its_files_are_and_writes_nothing_beside_them(
+    caption_metrics, program_instead_of_java, tmp_path, monkeypatch
+):
+    # in Java's place a program that reads and writes as SPICE does, and scores 1 if the caption is a reference
+    program_instead_of_java(
+        "import json, sys\n"
+        "rows = json.load(open(sys.argv[4]))\n"
+        "of = lambda row: [{'f': float(row['test'] in row['refs'])}] * 3\n"
+        "scores = [{'image_id': r['image_id'], 'scores': dict(zip(['All', 'Color', 'Size'], of(r)))} for r in rows]\n"
+        "json.dump(scores, open(sys.argv[sys.argv.index('-out') + 1], 'w'))\n"
+    )
+    package = tmp_path / "spice"
+    (package / "lib").mkdir(parents=True)
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
+        (package / "lib" / name).touch()
+    monkeypatch.setattr(spice, "__file__", str(package / "spice.py"))
+    monkeypatch.setattr(spice, "get_stanford_models", lambda: None)
+    scores = caption_metrics.compute(
+        predictions=["a dog", "a cat"],
+        references=[["A dog."], ["a bird"]],
+        metrics=["spice"],
+        tokenizer="regex",
+        per_caption=True,
+    )
+    assert scores == {"spice": 0.5, "spice_per_caption": [1, 0]}
+    assert [path.name for path in package.iterdir()] == ["lib"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": ["cider", "bleau"]}, r"metrics is \['cider', 'bleau'\]; accepted are some of"),
+        ({"metrics": []}, "metrics is "),
+        ({"tokenizer": "wordpiece"}, r"tokenizer is 'wordpiece'; accepted are \['ptb', 'regex'\]"),
+        ({"references": [["a"], [], ["c"]]}, r"references\[1\] is \[\]"),
+        ({"predictions": ["a", "b", None]}, r"predictions\[2\] is None"),
+    ],
+)
+def test_captions_that_cannot_be_scored_are_refused(caption_metrics, arguments, message):
+    texts = {"predictions": PREDICTIONS, "references": REFERENCES, "metrics": ["bleu"], "tokenizer": "regex"}
+    with pytest.raises(ValueError, match=message):
+        caption_metrics.compute(**(texts | arguments))
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize(("people", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_soft_accuracy_of_ten_answers(people, accuracy):
+    # 1: 9 of the 10 sets of nine still hold the answer, once, so 9/10 * 1/3; 3: 3/10 * 2/3 + 7/10 * 1
+    assert soft_accuracy("red", ["red"] * people + ["blue"] * (10 - people)) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("answers", "accuracy"),
+    [(["red"], 1), (["blue"], 0), (["red", "red"], 1), (["red", "blue"], 0.5), (["red"] * 3, 1), (["red"] * 4, 1)],
+)
+def test_soft_accuracy_of_fewer_answers_is_1_where_all_agree(answers, accuracy):
+    assert soft_accuracy("red", answers) == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("answer", "normalized"),
+    [
+        # the examples on https://visualqa.org/evaluation.html
+        ("dont", "don't"),
+        ("girl's", "girl's"),
+        ("2:50 pm", "2:50 pm"),
+        ("100,978", "100978"),
+        # one for each of its rules
+        ("Yes.", "yes"),
+        ("3.5 miles.", "3.5 miles"),
+        ("Two dogs", "2 dogs"),
+        ("none", "0"),
+        ("the man on a horse", "man on horse"),
+        ("couldntve", "couldn't've"),
+        ("well", "well"),
+        ("red,white/blue (mostly)!", "red white blue mostly"),
+        ("\tblack \n and white", "black and white"),
+    ],
+)
+def test_answer_normalization(answer, normalized):
+    assert normalize_answer(answer) == normalized
+
+
+def test_vqa_accuracy_averages_over_questions_and_types(vqa_accuracy):
+    scores = vqa_accuracy.compute(
+        predictions=["Yes.", "a dog", "3"],
+        references=[["yes"] * 10, ["dog"] * 2 + ["cat"] * 8, ["three"] + ["4"] * 9],
+        answer_types=["yes/no", "other", "other"],
+    )
+    assert scores["vqa_accuracy"] == pytest.approx((1 + 0.6 + 0.3) / 3)
+    assert scores["vqa_accuracy_per_answer_type"] == pytest.approx({"other": 0.45, "yes/no": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"references": [["a"], []]}, r"references\[1\] is \[\]"),
+        ({"predictions": ["a", None]}, r"predictions\[1\] is None"),
+        ({"answer_types": ["other"]}, "answer_types has 1 entries; there are 2 predictions"),
+    ],
+)
+def test_answers_that_cannot_be_scored_are_refused(vqa_accuracy, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vqa_accuracy.compute(**({"predictions": ["a", "b"], "references": [["a"], ["b"]]} | arguments))
+
+
+# ---- rankings ----
+
+
+def test_top_accuracy_counts_classes_among_the_first_k(top_accuracy):
+    rankings = np.array([[3, 1, 7], [5, 4, 1], [0, 2, 9], [8, 6, 4]])
+    scores = top_accuracy.compute(predictions=rankings, references=[3, 4, 9, 1], k=(1, 2, 3))
+    assert scores == {"top_1": 0.25, "top_2": 0.5, "top_3": 0.75}
+
+
+def test_top_accuracy_takes_names_of_classes(top_accuracy):
+    assert top_accuracy.compute(predictions=[["tench", "eel"], ["eel", "tench"]], references=["eel", "eel"]) == {
+        "top_1": 0.5
+    }
+
+
+@pytest.mark.parametrize(
+    ("k", "message"), [(0, "k is 0; accepted"), (3, r"predictions\[0\] ranks 2 classes; k = 3 needs")]
+)
+def test_k_must_fit_the_rankings(top_accuracy, k, message):
+    with pytest.raises(ValueError, match=message):
+        top_accuracy.compute(predictions=[[3, 1], [5, 4]], references=[1, 5], k=k)

@@ -1,0 +1,213 @@
+"""The recipes as a user runs them, on a small checkpoint and a dozen pictures."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import run_captioning
+import run_classification
+import run_pretraining
+import run_vqa
+import torch
+import training
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, RobertaConfig, RobertaForMaskedLM
+
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from tests.training_examples.conftest import NUM_PICTURES, color_of
+
+
+def run(script, output_dir, *arguments):
+    command = [script.__name__, "--output_dir", output_dir, "--per_device_train_batch_size", 4, "--logging_steps", 1]
+    command += ["--save_strategy", "no", "--learning_rate", 2e-3]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", list(map(str, [*command, *arguments])))
+        script.main()
+    return output_dir
+
+
+def small(checkpoint, batch=4):
+    return "--model", checkpoint, "--image_size", 32, "--total_batch_size", batch
+
+
+@pytest.fixture(scope="module")
+def captions(checkpoint, picture_folder, tmp_path_factory):
+    """The output folder of a captioning run that trained, evaluated and published."""
+    folder = tmp_path_factory.mktemp("captions")
+    data = ("--train_data", picture_folder, "--eval_data", picture_folder)
+    arguments = ("--do_train", "--do_eval", "--num_train_epochs", 2, "--publish_to", folder / "published")
+    return run(run_captioning, folder, *small(checkpoint), *data, *arguments)
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java")
+def test_captioning_is_measured_by_all_metrics(captions):
+    results = json.loads((captions / "eval_results.json").read_text())
+    assert {f"eval_{name}" for name in ("cider", "bleu_1", "bleu_4", "meteor", "rouge_l")} <= results.keys()
+
+
+def test_trained_folder_holds_model_processor_and_card(captions):
+    processor = PrismerProcessor.from_pretrained(captions)
+    PrismerForConditionalGeneration.from_pretrained(captions)
+    assert processor.task == "caption" and list(processor.experts) == ["edge"]
+    assert "library_name: transformers" in (captions / "README.md").read_text()
+
+
+def test_published_model_is_the_trained_one_in_half_precision(captions):
+    trained = PrismerForConditionalGeneration.from_pretrained(captions).state_dict()
+    published = PrismerForConditionalGeneration.from_pretrained(captions / "published", dtype="auto").state_dict()
+    assert all(torch.equal(published[name], tensor.to(published[name].dtype)) for name, tensor in trained.items())
+    assert published["model.vision_model.embeddings.patch_embedding.weight"].dtype == torch.float16
+
+
+def test_vision_backbone_stays_as_it_was_and_the_rest_is_trained(captions, checkpoint):
+    before = PrismerForConditionalGeneration.from_pretrained(checkpoint)
+    after = PrismerForConditionalGeneration.from_pretrained(captions).state_dict()
+    frozen = {id(parameter) for parameter in before._backbone_parameters(before.model, vision=True)}
+    # nothing comes from the keys' biases of text that attends causally: softmax does not see them
+    for name, parameter in before.named_parameters():
+        same = torch.equal(parameter, after[name])
+        assert same if id(parameter) in frozen else (not same or name.endswith("k_proj.bias")), name
+
+
+def test_experts_run_once_over_each_picture_and_not_again(captions, checkpoint, picture_folder, monkeypatch):
+    def fail(*args):
+        raise AssertionError("the experts ran again")
+
+    from modeling_prismer.processing.experts import CannyEdges
+
+    monkeypatch.setattr(CannyEdges, "run", fail)
+    data = ("--eval_data", picture_folder)
+    run(run_captioning, captions, *small(checkpoint), *data, "--predict_only")
+    with pytest.raises(Exception, match="ran again"):
+        run(run_captioning, captions, *small(checkpoint), *data, "--predict_only", "--labels", "live")
+
+
+def test_predictions_are_written_without_references(checkpoint, picture_folder, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("b.png", "a.png"):
+        shutil.copy(picture_folder / "00.png", pictures / name)
+    (pictures / "list.csv").write_text("file_name\nb.png\na.png\n")
+    run(run_captioning, tmp_path / "out", *small(checkpoint), "--eval_data", pictures, "--predict_only")
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [result["image_id"] for result in results] == ["b.png", "a.png"]
+    assert results[0]["caption"] == results[1]["caption"]
+
+
+def test_answers_are_learned_measured_and_ranked(checkpoint, picture_folder, tmp_path):
+    candidates = tmp_path / "answers.txt"
+    candidates.write_text("red\ngreen\nblue\nwhite\nyes\nno\n")
+    data = ("--train_data", picture_folder, "--eval_data", picture_folder, "--candidates", candidates)
+    arguments = ("--do_train", "--do_eval", "--num_train_epochs", 40, "--no_augment", "--freeze", "none")
+    run(run_vqa, tmp_path, *small(checkpoint, batch=8), *data, *arguments, "--per_device_train_batch_size", 8)
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_vqa_accuracy"] > 0.75
+
+
+def test_questions_of_a_picture_can_share_it(checkpoint, picture_folder, tmp_path, monkeypatch):
+    shapes = []
+    forward = PrismerForConditionalGeneration.forward
+
+    def record(self, **inputs):
+        shapes.append((len(inputs["pixel_values"]), len(inputs["input_ids"])))
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(PrismerForConditionalGeneration, "forward", record)
+    arguments = ("--train_data", picture_folder, "--do_train", "--max_steps", 2, "--questions_per_image", 2)
+    run(run_vqa, tmp_path, *small(checkpoint), *arguments)
+    assert shapes == [(4, 8)] * 2
+
+
+def test_classes_are_ranked_after_a_few_shots(checkpoint, picture_folder, tmp_path):
+    for number in range(NUM_PICTURES):
+        folder = tmp_path / "data" / color_of(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture_folder / f"{number:02}.png", folder)
+    arguments = ("--train_data", tmp_path / "data", "--eval_data", tmp_path / "data", "--shots", 2)
+    arguments += ("--do_train", "--do_eval", "--num_train_epochs", 40, "--no_augment", "--freeze", "none")
+    run(run_classification, tmp_path / "out", *small(checkpoint, batch=8), *arguments)
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_top_1"] > 0.6
+
+
+@pytest.fixture
+def backbones(tokenizer, tmp_path):
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    CLIPVisionModel(CLIPVisionConfig(**shared, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vision")
+    config = RobertaConfig(**shared, vocab_size=len(tokenizer), max_position_embeddings=64, type_vocab_size=1)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    return ("--vision", tmp_path / "vision", "--text", tmp_path / "text", "--num_latents", 4, "--resampler_layers", 1)
+
+
+def test_pretraining_starts_on_two_backbones_and_leaves_them(backbones, picture_folder, tmp_path):
+    arguments = ("--train_data", picture_folder, "--do_train", "--max_steps", 2, "--image_size", 32)
+    arguments += ("--expert_suite", "offline", "--total_batch_size", 4, "--warmup_steps", 1)
+    run(run_pretraining, tmp_path / "out", *backbones, *arguments, "--expert_dropout", 0.2)
+    model = PrismerForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert [expert["name"] for expert in model.config.experts] == ["edge", "ocr"]
+    frozen = [*model._backbone_parameters(model.model, vision=True), *model._backbone_parameters(model.model, False)]
+    clip = CLIPVisionModel.from_pretrained(tmp_path / "vision")
+    roberta = RobertaForMaskedLM.from_pretrained(tmp_path / "text")
+    weights = [*clip.parameters(), *roberta.parameters()]
+    for parameter in frozen:
+        assert any(parameter.shape == weight.shape and torch.equal(parameter, weight) for weight in weights)
+
+
+def test_pretraining_without_experts_makes_a_prismerz_from_a_stream(backbones, picture_folder, tmp_path):
+    arguments = ("--train_data", picture_folder / "captions.csv", "--streaming", "--do_train", "--max_steps", 2)
+    arguments += ("--expert_suite", "none", "--image_size", 32, "--total_batch_size", 4, "--labels", "live")
+    run(run_pretraining, tmp_path / "out", *backbones, *arguments)
+    assert PrismerForConditionalGeneration.from_pretrained(tmp_path / "out").config.experts == []
+
+
+def test_paper_defaults_of_the_schedules(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run", "--output_dir", "x", "--do_train", "--train_data", "y"])
+    args, training_args = training.parse_arguments(**run_pretraining.PAPER, per_device_train_batch_size=32)
+    assert training_args.gradient_accumulation_steps == 32
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=training_args.learning_rate)
+    scheduler = training.Trainer(torch.nn.Linear(1, 1), training_args, optimizers=(optimizer, None)).create_scheduler(
+        10_000, optimizer
+    )
+    rates = []
+    for _ in range(10_000):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(1e-6, rel=1e-3) and max(rates) == pytest.approx(3e-4, rel=1e-3)
+    assert rates[-1] == pytest.approx(1e-6, rel=0.01) and 1900 < rates.index(max(rates)) < 2100
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--do_train"], "--do_train needs --train_data"),
+        ([], "nothing to do"),
+        (["--do_eval"], "need --eval_data"),
+        (["--do_train", "--train_data", "x", "--freeze", "all"], "accepted are none, vision, language and both"),
+        (["--do_train", "--train_data", "x", "--label_smoothing_factor", "0.1"], "use --label_smoothing"),
+        (["--do_train", "--train_data", "x", "--total_batch_size", "9"], "is no multiple of the 8 samples"),
+        (["--do_train", "--train_data", "x", "--predict_only"], "neither trains nor evaluates"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_at_once(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["run_vqa.py", "--output_dir", "x", *arguments])
+    with pytest.raises(SystemExit):
+        training.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_checkpoint_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run_vqa.py", "--output_dir", "x", "--do_eval", "--eval_data", "y"])
+    args, _ = training.parse_arguments()
+    with pytest.raises(SystemExit, match="--model is missing"):
+        training.load_checkpoint(args, "vqa")
+
+
+def test_picture_of_another_size_is_what_image_size_asks_for(checkpoint, monkeypatch):
+    command = ["run_vqa.py", "--output_dir", "x", "--do_eval", "--eval_data", "y", "--model", str(checkpoint)]
+    monkeypatch.setattr(sys, "argv", [*command, "--image_size", "48"])
+    args, _ = training.parse_arguments()
+    model, processor = training.load_checkpoint(args, "vqa")
+    inputs = processor(Image.new("RGB", (60, 50)), text="is it red")
+    assert inputs["pixel_values"].shape[2:] == (48, 48)
+    model.generate(**inputs, max_new_tokens=2)

@@ -1,0 +1,174 @@
+"""
+Rows of a picture and a text to train on, from a user's own files, the published annotation lists, and any data set
+that `datasets` reads.
+
+    rows = load_rows("photos", "caption")  # a folder with pictures and captions.csv
+    rows = load_rows("photos/questions.jsonl", "vqa", "train[90%:]", train=False)
+    rows = load_rows("cc3m/*.tar", "caption", streaming=True)
+
+[`load_rows`] says what it reads and what a row holds. sources.py opens folders, tars and data sets, lists.py a user's
+lists, published_lists.py those of COCO and the like; rows.py makes rows of what they give.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, IterableDataset
+
+from .grouping import group_by_image
+from .pictures import pictures_of
+from .rows import COLUMN_NAMES, TASKS, RowMaker, find_columns, make_rows, stream_rows
+from .sources import choose_split, open_tables
+
+
+def load_rows(
+    source: Any,
+    task: str = "caption",
+    split: str | None = None,
+    *,
+    train: bool = True,
+    image_folder: str | Path | list | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    class_column: str | None = None,
+    key_column: str | None = None,
+    class_names: dict[str, str] | str | Path | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    streaming: bool = False,
+    max_rows: int | None = None,
+    bad_rows: str | None = None,
+    check_pictures: bool = True,
+) -> Dataset | IterableDataset:
+    """
+    Rows to train on or to evaluate with.
+
+    | column | type | which rows have it |
+    | --- | --- | --- |
+    | `image` | `datasets.Image` | all |
+    | `image_id` | str | all but those of a stream that does not name its pictures; the key in a label store |
+    | `text` | str | for `"vqa"`: the question, as it was written |
+    | `suffix` | str | to train: the caption, the answer or the class, as it was written |
+    | `weight` | float | to train: the weight of the sample's loss, 1 if nothing says otherwise |
+    | `references` | list of str | to evaluate, if known: all captions, all annotators' answers, or the class |
+    | `question_id` | int or str | to evaluate `"vqa"`: what result files name; else the number of the row |
+    | `image_number` | int | to evaluate, if known: the same for captions |
+
+    To train there is one row for each caption of a picture, or for each distinct answer to a question, weighted by
+    its share among the answers. To evaluate there is one row for each picture, or for each question.
+
+    Args:
+        source:
+            - A folder of pictures with a list of captions or of questions and answers, or the list itself: `.csv`;
+              `.tsv` (nothing is quoted there; it needs no header where one of two columns has the pictures' names);
+              `.jsonl`; or a `.json` that is a list of objects. Columns are known by their usual names,
+              `COLUMN_NAMES`. Several captions or answers may be a list, or lines of their own. Of several lists in a
+              folder those count whose columns fit the task; a word such as `train` or `val` in a file's name, or else
+              a column `split`, tells the splits apart.
+            - A published list, known by what is in it; published_lists.py says which.
+            - Webdataset tars: a file, a glob (in quotes), or a folder of them. A picture's text may be its `.txt`, or
+              in its `.json`.
+            - For `"classification"` a folder that has a folder of pictures for each class, as ImageNet's.
+            - Any other data set: its name on the Hub (`name:configuration`), a folder that `save_to_disk` wrote, a
+              folder or files of Parquet, an `imagefolder`, a `Dataset`, `DatasetDict` or `IterableDataset`.
+            - A Python list of all these: their rows one after another.
+        task (`str`): `"caption"`, `"vqa"` or `"classification"`.
+        split (`str`, *optional*):
+            As `datasets` writes it: `"train"`, `"train+restval"`, `"train[:90%]"`; a file whose name says no split is
+            `train`. By default `train` to train, `validation` or else `test` to evaluate, or the only one there is.
+        train (`bool`): Whether the rows are to train on.
+        image_folder (`str`, *optional*):
+            What the pictures' paths start from, and `image_id` too: then it is the key that
+            `prismer label IMAGE_FOLDER` gives. By default the list's folder. One for each source, if it is a list.
+        image_column, caption_column, question_column, answer_column, class_column (`str`, *optional*):
+            Columns that are called otherwise. `image_column` may also make a path of several: `"{folder}/{name}.png"`.
+        key_column (`str`, *optional*): Of a data set that brings its pictures: their names. By default what
+            `prismer label` takes: `key`, `id`, `image_id`, `file_name` or `__key__`, else the number of the row.
+        class_names (`dict`, *optional*): What to call each class in words; [`read_class_names`] reads such.
+        shots (`int`, *optional*): To train: so many rows of each class, drawn by `seed`.
+        streaming (`bool`):
+            Read while training; nothing is stored, and an `IterableDataset` comes back. To evaluate, a picture that
+            comes several times then has several rows.
+        max_rows (`int`, *optional*): No more rows than these.
+        bad_rows (`str`, *optional*):
+            `"error"` ends at once where a picture or a text is missing or empty, and names the row; `"skip"` leaves
+            such rows out with a warning. By default `"error"`, and `"skip"` if `streaming`, as a stream shows its rows
+            too late. Pictures are not decoded for it (of a stream their headers are): `prismer label` does that, and
+            lists the damaged ones.
+        check_pictures (`bool`): Whether to look for each picture of a list beforehand, about 2 µs each on a local
+            disk. Switch it off where that takes too long.
+
+    Returns:
+        `Dataset`, or `IterableDataset` if `streaming`. Paths and texts lie in `datasets`' cache on the disk, not in
+        memory. Pictures that a data set brings are not copied: if some have several texts, rows look them up when
+        they are read (`image` is then no column; [`pictures_of`] gives all pictures).
+
+    Raises:
+        FileNotFoundError: if there is no such file, or a picture that a list names is missing.
+        ValueError: if a list cannot be read, or a column, a split or a text is missing.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; accepted are {', '.join(TASKS)}")
+    sources = source if isinstance(source, list) else [source]
+    streaming = streaming or any(isinstance(one, IterableDataset) for one in sources)
+    bad_rows = bad_rows or ("skip" if streaming else "error")
+    if bad_rows not in ("error", "skip"):
+        raise ValueError(f"bad_rows is {bad_rows!r}; accepted are 'error' and 'skip'")
+    if isinstance(class_names, str | os.PathLike):
+        class_names = read_class_names(class_names)
+    columns = {"image": image_column, "caption": caption_column, "question": question_column}
+    columns |= {"answer": answer_column, "class": class_column, "key": key_column}
+    columns = {role: column for role, column in columns.items() if column}
+    folders = image_folder if isinstance(image_folder, list) else [image_folder] * len(sources)
+    if len(folders) != len(sources):
+        raise ValueError(f"{len(folders)} image folders for {len(sources)} sources; give one, or one for each")
+
+    parts = []
+    for one, folder in zip(sources, folders):
+        name = os.fspath(one) if isinstance(one, str | os.PathLike) else "the data set"
+        tables, root = open_tables(one, task, folder, columns, streaming)
+        records, known = choose_split(tables, split, train, name)
+        maker = RowMaker(
+            source=name,
+            task=task,
+            train=train,
+            root=root,
+            skip=bad_rows == "skip",
+            check_pictures=check_pictures,
+            columns=find_columns(records, task, train, {**known, **columns}, name),
+            features=records.features,
+            class_names=class_names,
+        )
+        if isinstance(records, IterableDataset):
+            parts.append(stream_rows(records, maker))
+        else:  # where each record gives a row at least, not all have to be looked at
+            enough = max_rows if train and not shots and bad_rows == "error" else None
+            parts.append(make_rows(records, maker, shots if train else None, seed, enough))
+    if len(parts) > 1 and any(isinstance(part, Dataset) and part.format["type"] == "custom" for part in parts):
+        raise ValueError("data sets whose pictures have several texts each can only be joined with streaming=True")
+    rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    if max_rows is None:
+        return rows
+    return rows.take(max_rows) if isinstance(rows, IterableDataset) else rows.select(range(min(max_rows, len(rows))))
+
+
+def read_class_names(path: str | Path) -> dict[str, str]:
+    """
+    What classes are called in words, by their names in the data: of a `.json` object, `{"n01440764": "tench"}` or
+    `{"0": ["n01440764", "tench"]}`, or a text file of lines `n01440764 tench, Tinca tinca`, where the first name
+    counts. `_` becomes a space.
+    """
+    text = Path(path).read_text(encoding="utf-8-sig")
+    if str(path).lower().endswith(".json"):
+        pairs = [(key, value) if isinstance(value, str) else value for key, value in json.loads(text).items()]
+    else:
+        pairs = [line.strip().split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2:
+            raise ValueError(f"{path}, entry {number}: '{pair[0]}' stands alone; a class and its name are needed")
+    return {key: names.split(",")[0].strip().replace("_", " ") for key, names in pairs}

@@ -1,0 +1,71 @@
+"""
+Top-k accuracy: the share of samples whose class is among the first k that a model ranked.
+
+    top_accuracy = evaluate.load("training_examples/metrics/top_accuracy")
+    top_accuracy.compute(predictions=[[3, 1, 7, 0, 2], [5, 4, 1, 0, 2]], references=[1, 5], k=(1, 5))
+"""
+
+import datasets
+import evaluate
+
+
+_CITATION = """\
+@article{russakovsky2015imagenet,
+  title   = {{ImageNet} Large Scale Visual Recognition Challenge},
+  author  = {Russakovsky, Olga and Deng, Jia and Su, Hao and Krause, Jonathan and Satheesh, Sanjeev and Ma, Sean and
+             Huang, Zhiheng and Karpathy, Andrej and Khosla, Aditya and Bernstein, Michael and Berg, Alexander C. and
+             Fei-Fei, Li},
+  journal = {International Journal of Computer Vision},
+  year    = {2015}
+}
+"""
+
+_DESCRIPTION = """\
+Top-k accuracy, the measure of ImageNet classification: the share of samples whose class is among the first k that the
+model ranked. k = 1 is plain accuracy.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (`list[list[int]]` or `list[list[str]]`): for each sample the classes that the model ranks, best first,
+        at least the largest k of them: names, or the indices of shape (samples, k) that `model.rank_candidates` gives.
+    references (`list[int]` or `list[str]`): the class of each sample.
+    k (`int` or `tuple[int, ...]`, defaults to 1): how far down the ranking to look.
+Returns:
+    `dict` with a `float` from 0 to 1 named top_1, top_5, ... for each k.
+Raises:
+    `ValueError` if a k is below 1 or a ranking is shorter than the largest k.
+Examples:
+    >>> top_accuracy = evaluate.load("training_examples/metrics/top_accuracy")
+    >>> top_accuracy.compute(predictions=[[3, 1, 7], [5, 4, 1]], references=[1, 5], k=(1, 3))
+    {'top_1': 0.5, 'top_3': 1.0}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class TopAccuracy(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=[
+                datasets.Features(
+                    {"predictions": datasets.Sequence(datasets.Value(kind)), "references": datasets.Value(kind)}
+                )
+                for kind in ("int64", "string")
+            ],
+            reference_urls=["https://arxiv.org/abs/1409.0575"],
+        )
+
+    def _compute(self, predictions, references, k=1):
+        ks = [k] if isinstance(k, int) else list(k)
+        if not ks or min(ks) < 1:
+            raise ValueError(f"k is {k}; accepted are one integer or more, from 1 on")
+        for i, ranking in enumerate(predictions):
+            if len(ranking) < max(ks):
+                raise ValueError(f"predictions[{i}] ranks {len(ranking)} classes; k = {max(ks)} needs as many or more")
+        return {
+            f"top_{k}": sum(r in ranking[:k] for ranking, r in zip(predictions, references)) / len(references)
+            for k in ks
+        }

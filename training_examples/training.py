@@ -1,0 +1,447 @@
+"""What the recipes share: their arguments, the trainer, and how a run goes."""
+
+import copy
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from data import load_rows, pictures_of
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints, speed_metrics
+
+from modeling_prismer import (
+    DataCollatorForPrismer,
+    PrismerForConditionalGeneration,
+    PrismerProcessor,
+    pretrained_path,
+)
+from modeling_prismer.processing import JointAugmentation
+from modeling_prismer.processing.labels import label_images, label_source
+
+
+logger = logging.getLogger("prismer")
+
+Rows = datasets.Dataset | datasets.IterableDataset
+
+
+@dataclass
+class RecipeArguments:
+    """Arguments of every recipe, beside those of `transformers.TrainingArguments`."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Checkpoint: a folder, a Hub id, or the name of a shipped one."}
+    )
+    train_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder of pictures with a CSV or JSONL file, an annotation list, a data set of the Hub or on "
+            "disk, webdataset tars; see docs/own_data.md."
+        },
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "As --train_data, to evaluate or predict."})
+    train_split: str | None = field(default=None, metadata={"help": "Split of --train_data."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of --eval_data."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where the annotation lists' pictures are."})
+    streaming: bool = field(default=False, metadata={"help": "Read the training data as they come (--max_steps)."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate this many rows only."})
+    labels: str = field(
+        default="precomputed",
+        metadata={
+            "help": "What the experts see: `precomputed` runs them over all pictures once, before the training, and "
+            "keeps it in a label store in the output folder; `live` runs them on every batch; else a label store."
+        },
+    )
+    experts: str | None = field(
+        default=None, metadata={"help": "Use these experts only, such as `depth,ocr`; `none` masks out all of them."}
+    )
+    expert_dropout: float = field(
+        default=0.0, metadata={"help": "Probability with which a training sample lacks an expert, for each expert."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the pictures that the network sees; by default the checkpoint's."}
+    )
+    freeze: str = field(
+        default="vision", metadata={"help": "Backbones to leave as they are: none, vision, language or both."}
+    )
+    label_smoothing: float = field(default=0.1, metadata={"help": "Of the loss; in evaluation of candidates too."})
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples an optimizer step: gradients are accumulated until all devices have seen as many. "
+            "Left out, as --per_device_train_batch_size and --gradient_accumulation_steps say."
+        },
+    )
+    crop_scale: tuple[float, float] = field(
+        default=(0.5, 1.0), metadata={"help": "Share of the picture's area that a random crop takes, from and to."}
+    )
+    randaugment: int = field(default=2, metadata={"help": "Operations of RandAugment a sample, magnitude 5 of 10."})
+    flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    augment: bool = field(default=True, metadata={"help": "Whether to augment at all (--no_augment)."})
+    predict_only: bool = field(
+        default=False, metadata={"help": "Write the predictions for --eval_data; no references are needed."}
+    )
+    publish_to: str | None = field(
+        default=None, metadata={"help": "Write the model here in half precision, with its processor."}
+    )
+
+
+def parse_arguments(
+    arguments_class: type[RecipeArguments] = RecipeArguments, **defaults
+) -> tuple[RecipeArguments, TrainingArguments]:
+    """The command line's arguments; `defaults` are the recipe's, of both classes."""
+    parser = HfArgumentParser((arguments_class, TrainingArguments))
+    shared = {"weight_decay": 0.05, "logging_steps": 10, "save_total_limit": 2, "ddp_find_unused_parameters": False}
+    shared |= {"dataloader_pin_memory": torch.cuda.is_available(), "report_to": "none"}
+    parser.set_defaults(**{**shared, **defaults})
+    args, training_args = parser.parse_args_into_dataclasses()
+    training_args.remove_unused_columns = False  # the columns are the collator's
+    if args.freeze not in ("none", "vision", "language", "both"):
+        parser.error(f"--freeze {args.freeze}: accepted are none, vision, language and both")
+    if training_args.label_smoothing_factor:
+        parser.error("--label_smoothing_factor is another loss than the paper's; use --label_smoothing")
+    if args.predict_only and (training_args.do_train or training_args.do_eval):
+        parser.error("--predict_only neither trains nor evaluates: leave out --do_train and --do_eval")
+    if not (training_args.do_train or training_args.do_eval or args.predict_only):
+        parser.error("nothing to do: give --do_train, --do_eval or --predict_only")
+    if training_args.do_train and not args.train_data:
+        parser.error("--do_train needs --train_data")
+    if (training_args.do_eval or args.predict_only) and not args.eval_data:
+        parser.error("--do_eval and --predict_only need --eval_data")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not training_args.do_train:
+        parser.error("FSDP shares out a model that is trained; evaluate and predict with accelerate_configs/ddp.yaml")
+    if training_args.n_gpu > 1:  # DataParallel, whose shares of a batch are unlike
+        logger.warning("of %d GPUs one is used; `accelerate launch` uses all", training_args.n_gpu)
+        training_args._n_gpu = 1
+    if args.total_batch_size and training_args.do_train:
+        at_once = training_args.train_batch_size * training_args.world_size
+        if args.total_batch_size % at_once:
+            parser.error(
+                f"--total_batch_size {args.total_batch_size} is no multiple of the {at_once} samples that the devices "
+                "take at once (--per_device_train_batch_size)"
+            )
+        training_args.gradient_accumulation_steps = args.total_batch_size // at_once
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    set_seed(training_args.seed)
+    return args, training_args
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that is complete: one that was being written when the training was killed is not."""
+    for folder in reversed(sort_checkpoints(output_dir)):
+        try:
+            TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))  # written last
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def load_checkpoint(args: RecipeArguments, task: str) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
+    """The checkpoint of `--model` for a task, at the resolution of `--image_size`."""
+    if args.model is None:
+        raise SystemExit("--model is missing: a folder, a Hub id or the name of a shipped checkpoint")
+    try:
+        path = pretrained_path(args.model)
+    except (FileNotFoundError, ValueError):
+        path = args.model
+    processor = PrismerProcessor.from_pretrained(path)
+    model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32, image_size=args.image_size)
+    processor.task = task
+    size = model.config.vision_config.image_size
+    processor.image_processor.size = {"height": size, "width": size}
+    return model, processor
+
+
+def load_data(
+    args: RecipeArguments, training_args: TrainingArguments, task: str, **options
+) -> tuple[Rows | None, Rows | None]:
+    """The rows to train on and those to evaluate or predict, where the arguments ask for them."""
+    options = {"image_folder": args.image_folder, **options}
+    train_rows = eval_rows = None
+    if training_args.do_train:
+        train_rows = load_rows(
+            args.train_data,
+            task,
+            split=args.train_split,
+            streaming=args.streaming,
+            max_rows=args.max_train_rows,
+            **options,
+        )
+    if args.eval_data:
+        eval_rows = load_rows(
+            args.eval_data, task, split=args.eval_split, max_rows=args.max_eval_rows, train=False, **options
+        )
+    return train_rows, eval_rows
+
+
+class PrismerTrainer(Trainer):
+    """
+    Trainer that keeps the paper's loss, a mean over samples, whatever the sizes of the micro-batches, and that
+    evaluates by what the model says.
+
+    Args:
+        eval_collator ([`DataCollatorForPrismer`]): makes the batches of prompts to evaluate.
+        score (`Callable`): from the texts that the model gave and the rows of the data set to a dict of metrics.
+        candidates (`list[str]`, *optional*): the answers to choose from; without them the model generates.
+        num_ranked (`int`): how many candidates, those with the most probable first tokens, are scored in full.
+        generation (`dict`): arguments of `generate`.
+        args, kwargs: as those of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *args,
+        eval_collator: DataCollatorForPrismer | None = None,
+        score: Callable[[list[str], Rows], dict[str, float]] | None = None,
+        candidates: list[str] | None = None,
+        num_ranked: int = 16,
+        generation: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.eval_collator = eval_collator
+        self.score = score
+        self.candidates = candidates
+        self.num_ranked = num_ranked
+        self.generation = generation or {}
+        self.loss_is_scaled_for_ga = True  # by compute_loss
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            # else one process would read for all, and batches of unlike lengths cannot be handed out
+            self.accelerator.dataloader_config.dispatch_batches = False
+        if self.is_fsdp_enabled:
+            # By autocast instead: BatchNorm takes no bf16 weights beside float32 statistics, and losses stay exact.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        if isinstance(self.data_collator, DataCollatorForPrismer):
+            self.add_callback(_CountEpochs(self.data_collator))
+        if self.args.world_size > 1 and self.args.device.type == "cuda":
+            self.model = self.model_wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+
+    # ---- the loss: a mean over the samples of an optimizer step ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        sizes = torch.zeros(1, max(len(batch_samples), self.args.gradient_accumulation_steps), device=device)
+        for i, batch in enumerate(batch_samples):
+            sizes[0, i] = len(batch["input_ids"])
+        sizes = self.accelerator.gather(sizes)  # (processes, micro-batches)
+        # Streams may end at unlike times: a micro-batch that not all processes have would leave some waiting for ever.
+        common = int((sizes > 0).all(dim=0).sum())
+        del batch_samples[common:]
+        return sizes[:, :common].sum()
+
+    def compute_loss_context_manager(self):
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().compute_loss_context_manager()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if model.training and num_items_in_batch is not None:
+            # processes' gradients are averaged
+            loss = loss * len(inputs["input_ids"]) * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- evaluation: what the model says ----
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        collator, self.data_collator = self.data_collator, self.eval_collator or self.data_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if "labels" in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if isinstance(model, FSDPModule) and "rank_candidates" not in vars(model):
+            register_fsdp_forward_method(model, "rank_candidates")  # as Trainer does with `generate`
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.candidates is not None:
+                candidates = self.processing_class.prepare_candidates(self.candidates).to(self.args.device)
+                return None, model.rank_candidates(**candidates, k=self.num_ranked, **inputs).indices[:, :1], None
+            synced_gpus = is_deepspeed_zero3_enabled() or isinstance(model, FSDPModule)
+            generated = model.generate(**inputs, **self.generation, synced_gpus=synced_gpus)
+        return None, generated[:, inputs["input_ids"].shape[1] :].contiguous(), None
+
+    def predict_texts(self, dataset: Rows) -> list[str]:
+        """What the model says to each row, in their order."""
+        output: EvalLoopOutput = self.evaluation_loop(
+            self.get_eval_dataloader(dataset), "Prediction", prediction_loss_only=False
+        )
+        if self.candidates is not None:
+            return [self.candidates[index] for index in output.predictions[:, 0]]
+        padded = np.where(output.predictions < 0, self.processing_class.tokenizer.pad_token_id, output.predictions)
+        return self.processing_class.post_process_generation(padded)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.score is None or isinstance(dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start = time.time()
+        predictions = self.predict_texts(dataset)
+        scores = [self.score(predictions, dataset) if self.is_world_process_zero() else None]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in broadcast_object_list(scores)[0].items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(predictions))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _CountEpochs(TrainerCallback):
+    """Tells the collator which epoch it is, on which its random numbers depend."""
+
+    def __init__(self, collator: DataCollatorForPrismer):
+        self.collator = collator
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = int(state.epoch or 0)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = self.epoch  # a stream's epochs end before state.epoch is a whole number
+        self.epoch += 1
+
+
+def label_rows(parts: list[Rows], processor: PrismerProcessor, labels: str, folder: Path) -> Callable:
+    """
+    The function from images' ids to what the experts saw in them. `labels` is `live`, a label store, or `precomputed`:
+    then the experts run now over all pictures that an earlier run has not labelled.
+    """
+    if labels == "precomputed" and not processor.image_processor.experts:
+        labels = "live"  # there is nothing to see for
+    if labels == "precomputed":
+        labels = str(folder / "expert_labels")
+        for rows in parts:
+            if not isinstance(rows, datasets.Dataset):
+                raise SystemExit("streamed rows cannot be labelled beforehand: --labels live, or a label store")
+            images = pictures_of(rows)
+            first = np.unique(np.asarray(images["image_id"]), return_index=True)[1]  # some are there several times
+            images = images.select(np.sort(first))
+            label_images(images, processor.experts, labels, key_column="image_id")
+            PartialState().wait_for_everyone()  # each process has labelled its share
+    return label_source(labels, processor.image_processor.experts)
+
+
+def make_trainer(
+    model: PrismerForConditionalGeneration,
+    processor: PrismerProcessor,
+    args: RecipeArguments,
+    training_args: TrainingArguments,
+    train_rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    other_rows: Sequence[Rows] = (),
+    labels_for: Callable | None = None,
+    texts_per_image: int | None = None,
+    **kwargs,
+) -> PrismerTrainer:
+    """
+    The trainer of a recipe: backbones frozen, pictures labelled, augmentation and collators as the arguments say.
+
+    Args:
+        train_rows, eval_rows: the data; either may be missing.
+        other_rows: further rows that `trainer.predict_texts` will be given.
+        labels_for (`Callable`, *optional*): from images' ids to what experts saw, instead of what `--labels` says.
+        texts_per_image (`int`, *optional*): how many texts to draw of a training row that has several.
+        kwargs: passed on to [`PrismerTrainer`].
+    """
+    output_dir = Path(training_args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    model.config.label_smoothing = args.label_smoothing
+    if not getattr(model, "peft_config", None):  # adapters have frozen everything but themselves
+        model.freeze_backbones(vision=args.freeze in ("vision", "both"), language=args.freeze in ("language", "both"))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.info("%.1f of %.1f million parameters are trained", trained / 1e6, model.num_parameters() / 1e6)
+
+    parts = [rows for rows in (train_rows, eval_rows, *other_rows) if rows is not None]
+    if labels_for is None:
+        labels_for = label_rows(parts, processor, args.labels, output_dir)
+    experts = args.experts and [name for name in args.experts.split(",") if name != "none"]
+    augmentation = None
+    if args.augment:
+        image_processor = processor.image_processor
+        augmentation = JointAugmentation(
+            image_processor.experts,
+            size=(image_processor.size["height"], image_processor.size["width"]),
+            expert_size=image_processor.expert_size,
+            scale=tuple(args.crop_scale),
+            flip_probability=args.flip,
+            num_ops=args.randaugment,
+        )
+    return PrismerTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        data_collator=DataCollatorForPrismer(
+            processor,
+            labels_for,
+            augmentation,
+            expert_dropout=args.expert_dropout,
+            texts_per_image=texts_per_image,
+            experts=experts,
+            seed=training_args.seed,
+        ),
+        eval_collator=DataCollatorForPrismer(processor, labels_for, with_suffix=False, experts=experts),
+        **kwargs,
+    )
+
+
+def run(
+    trainer: PrismerTrainer,
+    args: RecipeArguments,
+    write_results: Callable[[Path, list[str], Rows], None] | None = None,
+) -> None:
+    """
+    Trains, evaluates, predicts and publishes, as the arguments say. In the output folder are then the model with its
+    processor and model card, `train_results.json`, `eval_results.json` and `predictions.json`.
+    """
+    training_args = trainer.args
+    if training_args.do_train:
+        checkpoint = training_args.resume_from_checkpoint
+        if checkpoint == "last":  # from the beginning, if there is none
+            checkpoint = last_checkpoint(training_args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.is_fsdp_enabled:  # checkpoints are in pieces, the model that others load is whole
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            trainer.create_model_card(tasks="image-text-to-text", finetuned_from=args.model)
+    if training_args.do_eval and trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.predict_only:
+        predictions = trainer.predict_texts(trainer.eval_dataset)
+        if trainer.is_world_process_zero():
+            path = Path(training_args.output_dir, "predictions.json")
+            write_results(path, predictions, trainer.eval_dataset)
+            logger.info("%d predictions in %s", len(predictions), path)
+    if args.publish_to and trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(model, FSDPModule):
+            model = PrismerForConditionalGeneration.from_pretrained(training_args.output_dir)
+        copy.deepcopy(model).half().save_pretrained(args.publish_to)
+        trainer.processing_class.save_pretrained(args.publish_to)
+
+
+def write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
