@@ -138,6 +138,9 @@ def experts(
     image: Image,
     output: Annotated[Path, typer.Option("--out", help="The folder for the panel; made if it does not exist.")],
     model: ModelOption = None,
+    suite: Annotated[
+        str | None, typer.Option("--experts", help="A suite by name instead of the checkpoint's experts.")
+    ] = None,
     device: DeviceOption = "auto",
 ):
     """Draws what each expert saw in a picture."""
@@ -145,20 +148,27 @@ def experts(
         from modeling_prismer.processing.image_loading import load_image
         from modeling_prismer.processing.visualization import experts_panel
 
-        processor, _ = _load(model, device, with_network=False)
         picture = load_image(image)
+        if suite is None:
+            processor, _ = _load(model, device, with_network=False)
+            live, descriptions, run = processor.experts, processor.image_processor.experts, processor.run_experts
+        else:
+            from modeling_prismer.processing.experts import ExpertSuite
+
+            run = live = ExpertSuite.from_name(suite).to(_device(device))
+            descriptions = live.descriptions
         start = time.perf_counter()
-        labels = processor.run_experts([picture])[0]
+        labels = run([picture])[0]
         seconds = time.perf_counter() - start
         output.mkdir(parents=True, exist_ok=True)
         path = output / f"{Path(image).stem}_experts.png"
         temporary = path.with_suffix(".tmp")
-        names = [expert["name"] for expert in processor.image_processor.experts]
+        names = [expert["name"] for expert in descriptions]
         panel = experts_panel(
             picture,
             {name: labels.get(name) for name in names},
-            descriptions=processor.image_processor.experts,
-            class_names=processor.experts.class_names if processor.experts is not None else None,
+            descriptions=descriptions,
+            class_names=live.class_names if live is not None else None,
         )
         panel.save(temporary, format="PNG")
         temporary.replace(path)

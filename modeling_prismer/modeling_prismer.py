@@ -678,7 +678,7 @@ class PrismerVisionModel(PrismerPreTrainedModel):
     """
 
     config: PrismerVisionConfig
-    base_model_prefix = "vision_model"
+    base_model_prefix = "model.vision_model"  # where a whole Prismer has it, of whose folder it can be loaded
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _can_record_outputs = {
@@ -865,7 +865,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
     """The text decoder: a causal RoBERTa that cross-attends to the vision encoder's output."""
 
     config: PrismerTextConfig
-    base_model_prefix = "text_model"
+    base_model_prefix = "model.text_model"
     input_modalities = ("text",)
     _can_record_outputs = {
         "hidden_states": PrismerTextLayer,

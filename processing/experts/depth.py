@@ -22,8 +22,7 @@ class DepthEstimator(PretrainedExpert):
     the image, resized bilinearly to the image's size and kept in 8 bit. A model that gives distances has its map
     turned over, so that near is bright with every model.
 
-    Label: uint8 (height, width). Weights of the default, not checked here: 123 million parameters, 490 MB,
-    Apache-2.0.
+    Label: uint8 (height, width). Weights of the default: 122 million parameters, 490 MB, Apache-2.0.
 
     Args:
         model_id (`str`, *optional*, defaults to `"Intel/dpt-hybrid-midas"`):

@@ -22,7 +22,7 @@ class ObjectDetector(ClassNames, PretrainedExpert):
     one is.
 
     Label: `{"ids": uint8 (height, width), "classes": [class of instance 0, …]}`, the instances by falling score, at
-    most 254. Weights of the default, not checked here: 63.5 million parameters, 254 MB, Apache-2.0.
+    most 254. Weights of the default: 63 million parameters, 254 MB, Apache-2.0.
 
     Args:
         model_id (`str`, *optional*, defaults to `"ustc-community/dfine-xlarge-obj365"`):

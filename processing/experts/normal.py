@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ class NormalEstimator(PretrainedExpert):
     Surface normals of a network: (n + 1) / 2 in 8 bit, the three components as red, green and blue.
 
     The published checkpoints were trained with normals of NLL-AngMF (ScanNet), which transformers does not have. The
-    default is the one family of transformers for scenes of any kind, TIPSv2 with its head for normals; it squashes
-    the image to 448×448. The other family, Sapiens2 (`"facebook/sapiens2-normal-0.4b"`), knows people. Which way each
-    axis points is the model's own affair: `signs` turns axes round where a checkpoint was trained with another way.
+    default is the one family of transformers for scenes, TIPSv2 with its head for normals, which was trained indoors
+    (NYU Depth V2); it squashes the image to 448×448. The other family, Sapiens2 (`"facebook/sapiens2-normal-0.4b"`),
+    knows people. Which way each axis points is the model's own affair: `signs` turns axes round where a checkpoint was
+    trained with another way.
 
-    Label: uint8 (height, width, 3). Weights of the default: 110 million parameters, 441 MB, of a file that holds two
-    more heads; for their licence see the model card.
+    Label: uint8 (height, width, 3). Weights of the default: 110 million parameters, 441 MB, of a file of 632 MB that
+    holds two more heads; Apache-2.0.
 
     Args:
         model_id (`str`, *optional*, defaults to `"google/tipsv2-b14-dpt"`): Hub id or folder.
@@ -34,12 +36,12 @@ class NormalEstimator(PretrainedExpert):
     type = "normal_estimator"
     name, kind, channels = "normal", "dense", 3
     model_id = "google/tipsv2-b14-dpt"
-    license = "see the model card"
+    license = "apache-2.0"
     size_in_bytes = 441_000_000
     source = "transformers.AutoModelForNormalEstimation"
     auto_model = "AutoModelForNormalEstimation"
     known_models = {
-        "google/tipsv2-b14-dpt": KnownModel("see the model card", 441_000_000),
+        "google/tipsv2-b14-dpt": KnownModel("apache-2.0", 441_000_000),
         "facebook/sapiens2-normal-0.4b": KnownModel("sapiens2-license", 1_700_000_000),
     }
 
@@ -58,15 +60,14 @@ class NormalEstimator(PretrainedExpert):
         pads = "source_sizes" in inspect.signature(post_process).parameters
         signs = torch.tensor(self.signs, device=self.device)[:, None, None]
         for indices, outputs in self.outputs(images):
-            outputs.normals = outputs.normals.float()
-            sizes: dict[str, Any] = {
-                "target_sizes": [(images[index].height, images[index].width) for index in indices]
-            }
-            if pads:
-                seen = [within_aspect(images[index]) for index in indices]
-                sizes["source_sizes"] = [(image.height, image.width) for image in seen]
-                sizes["do_remove_padding"] = bool(self._image_processor.do_pad)
-            for index, result in zip(indices, post_process(outputs, **sizes)):
+            # one at a time: at the size of a large photograph, normals take hundreds of megabytes
+            for index, normals in zip(indices, outputs.normals.float()):  # (3, height, width)
+                sizes: dict[str, Any] = {"target_sizes": [(images[index].height, images[index].width)]}
+                if pads:
+                    seen = within_aspect(images[index])
+                    sizes["source_sizes"] = [(seen.height, seen.width)]
+                    sizes["do_remove_padding"] = bool(self._image_processor.do_pad)
+                (result,) = post_process(SimpleNamespace(normals=normals[None]), **sizes)
                 labels[index] = _to_rgb(result["normals"] * signs)
         return labels
 

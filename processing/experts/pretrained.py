@@ -19,12 +19,11 @@ LAYERS_IN_HALF = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 @dataclass(frozen=True)
 class KnownModel:
     """
-    What is known of a model's weights (from its card or its parameters, not checked here), and the settings of the
-    image processor that this package uses with it.
+    What is known of a model's weights, and the settings of the image processor that this package uses with it.
 
     Attributes:
-        license (`str`): as the card names it.
-        size_in_bytes (`int`): of the file of weights.
+        license (`str`): as the model's page on the Hub names it.
+        size_in_bytes (`int`): of the weights that are loaded, in single precision.
         image_processor (`dict`): settings that differ from those that come with the model.
     """
 

@@ -78,9 +78,10 @@ class UniversalSegmentation(Segmentation):
     settings: the short side 479 pixels, the long one at most 480. A class's score at a pixel is the sum over the masks
     of the class's probability times the mask's there.
 
-    Label: uint8 (height, width), 133 classes of COCO panoptic. Weights, as the model card states: 866 MB, licence
-    "other". `"facebook/mask2former-swin-large-ade-panoptic"` has the 150 classes of ADE20K,
-    `"facebook/mask2former-swin-tiny-coco-panoptic"` is small.
+    Label: uint8 (height, width), 133 classes of COCO panoptic. Weights of the default: 216 million parameters, 866 MB.
+    Their licence is "other" on the Hub; the authors' list of models says CC BY-NC 4.0, not for commercial use, though
+    their code has become MIT since. `"facebook/mask2former-swin-large-ade-panoptic"` has the 150 classes of ADE20K,
+    `"facebook/mask2former-swin-tiny-coco-panoptic"` is small; the same holds for both.
 
     Args:
         model_id (`str`, *optional*, defaults to `"facebook/mask2former-swin-large-coco-panoptic"`): Hub id or folder.
@@ -92,7 +93,7 @@ class UniversalSegmentation(Segmentation):
 
     type = "universal_segmentation"
     model_id = "facebook/mask2former-swin-large-coco-panoptic"
-    license = "other (see the model card)"
+    license = "other (cc-by-nc-4.0 by the authors' list of models)"
     size_in_bytes = 866_000_000
     source = "transformers.AutoModelForUniversalSegmentation"
     auto_model = "AutoModelForUniversalSegmentation"
@@ -117,8 +118,8 @@ class SemanticSegmentation(Segmentation):
     """
     Segmentation by a model that gives scores of classes for every pixel: SegFormer, UperNet, DPT, …
 
-    Label: uint8 (height, width), for the default 150 classes of ADE20K. Weights of the default, not checked
-    here: 3.8 million parameters, 15 MB, NVIDIA's licence for research ("other").
+    Label: uint8 (height, width), for the default 150 classes of ADE20K. Weights of the default: 3.8 million
+    parameters, 15 MB, NVIDIA's licence for research ("other" on the Hub).
 
     Args:
         model_id (`str`, *optional*, defaults to `"nvidia/segformer-b0-finetuned-ade-512-512"`): Hub id or folder.

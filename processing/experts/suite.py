@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from .base import Expert, expert_from_dict
+from .base import Expert, ExpertError, expert_from_dict
 from .depth import DepthEstimator
 from .detection import ObjectDetector
 from .edge import CannyEdges, DexiNedEdges
@@ -191,7 +191,8 @@ class ExpertSuite(MutableMapping):
             try:
                 (labels[index],) = expert([image], **{name: [own[index]] for name, own in others.items()})
             except Exception as error:
-                self._warn(expert, f"failed, its label of that image is missing: {error}")
+                reason = error.__cause__ if isinstance(error, ExpertError) and error.__cause__ else error
+                self._warn(expert, f"failed on image {index}, where its label is missing: {reason}")
         return labels
 
     def _warn(self, expert: Expert, message: str) -> None:

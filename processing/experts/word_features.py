@@ -184,7 +184,10 @@ class ClipTextFeatures(WordFeatures):
         from sklearn.decomposition import PCA
 
         if len(set(texts)) < cls.channels:
-            raise ValueError(f"{len(set(texts))} different texts; at least {cls.channels} are needed")
+            raise ValueError(
+                f"{len(set(texts))} different texts; an analysis needs at least {cls.channels}. For fewer, use one "
+                "that has been made from others (pca)"
+            )
         model, tokenizer = cls._load_clip(model_name)
         embeddings = cls._embed(list(texts), model.eval(), tokenizer)
         analysis = PCA(n_components=cls.channels, svd_solver="full").fit(embeddings.numpy())

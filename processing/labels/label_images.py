@@ -1,5 +1,6 @@
 """Runs experts over many images and keeps what they saw."""
 
+import copy
 import os
 import time
 from collections.abc import Iterable
@@ -113,7 +114,8 @@ def label_images(
             Go on with a store that other versions of the libraries have begun.
         rows_per_shard (`int`, *optional*, defaults to 1024):
             Images in a file of the store. An interruption costs the file at which a process was.
-        cpus_per_worker, gpus_per_worker (`float`, *optional*, defaults to 1 and 0): of an actor of `"ray"`.
+        cpus_per_worker, gpus_per_worker (`float`, *optional*, defaults to 1 and 0):
+            Of an actor of `"ray"`. With a share of a GPU its experts run there.
         progress (`bool`, *optional*, defaults to `True`): show a bar with rate and time left.
 
     Returns:
@@ -143,6 +145,9 @@ def label_images(
         raise ValueError("there are no experts to run: the suite is empty")
     images = open_source(source, image_column, key_column, root)
     process = _place_among_processes(suite) if shard is None else (int(shard[0]), int(shard[1]))
+    if engine == "ray" and gpus_per_worker and _is_on_cpu(suite):
+        # the actors' GPUs; this process may have none, and a copy has nothing loaded that would have to move
+        suite = copy.deepcopy(suite).to("cuda")
     manifest = make_manifest(suite, suite.descriptions, {"map_size": map_size, "max_image_pixels": max_image_pixels})
     labeller = Labeller(suite, map_size, on_expert_error, max_image_pixels)
     writer = LabelWriter(
@@ -190,9 +195,13 @@ def _place_among_processes(suite: ExpertSuite) -> tuple[int, int]:
         raise RuntimeError(
             f"{launched} processes were launched, but accelerate sees {state.num_processes}; give shard"
         )
-    if state.device.type != "cpu" and all(expert.device.type == "cpu" for expert in suite.values()):
+    if state.device.type != "cpu" and _is_on_cpu(suite):
         suite.to(state.device)
     return state.process_index, state.num_processes
+
+
+def _is_on_cpu(suite: ExpertSuite) -> bool:
+    return all(expert.device.type == "cpu" for expert in suite.values())
 
 
 def _bar(images: ImageSource, process: tuple[int, int], progress: bool) -> tqdm:

@@ -115,3 +115,11 @@ def test_pretrained_path_names_the_shipped_checkpoints():
     assert pretrained_path("prismer-easy-vqa").endswith("prismer-easy-vqa")
     with pytest.raises(ValueError, match="no checkpoint 'prismer'.*prismer-easy-vqa"):
         pretrained_path("prismer")
+
+
+def test_experts_of_a_suite_by_name(picture, tmp_path):
+    result = run("experts", str(picture), "--out", str(tmp_path), "--experts", "offline")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "circle_experts.png").is_file()
+    result = run("experts", str(picture), "--out", str(tmp_path), "--experts", "best")
+    assert result.exit_code == 1 and "no suite of experts 'best'" in result.stderr

@@ -285,3 +285,15 @@ def test_weights_on_two_devices(model, folder, where):
 def test_how_the_model_may_be_split(model):
     classes = {type(module).__name__ for module in model.modules()}
     assert model._no_split_modules <= classes
+
+
+@pytest.mark.parametrize("part_class, name", [(PrismerVisionModel, "vision_model"), (PrismerTextModel, "text_model")])
+def test_parts_load_from_the_folder_of_a_whole_model_and_from_their_own(model, folder, tmp_path, part_class, name):
+    part, report = part_class.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    part.save_pretrained(tmp_path / name)
+    expected = getattr(model.model, name).state_dict()
+    for each in (part, part_class.from_pretrained(tmp_path / name)):
+        state = each.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())

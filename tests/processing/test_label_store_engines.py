@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from modeling_prismer.processing.experts import CannyEdges, ExpertSuite
+from modeling_prismer.processing.experts import CannyEdges, DexiNedEdges, ExpertSuite
 from modeling_prismer.processing.labels import LabelStore, label_images
 
 from . import label_experts
@@ -160,6 +160,30 @@ def test_launched_processes_share_the_images_out(photos, local, outputs):
     assert_same_labels(LabelStore(outputs / "launched"), local)
 
 
+def test_accelerate_launch_shares_prismer_label_out(photos, tmp_path):
+    ExpertSuite([CannyEdges()]).save_pretrained(tmp_path / "suite")
+    launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    label = ["label", str(photos[0]), "--experts", str(tmp_path / "suite"), "--out", str(tmp_path / "launched")]
+    finished = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), "--main_process_port", "0"]
+        + ["-m", "modeling_prismer.cli", *label],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stdout
+    # each process had its own half, under its own number
+    rows = {path.name: pq.read_metadata(path).num_rows for path in (tmp_path / "launched").glob("labels-*")}
+    assert rows == {f"labels-0000{process}-of-00002-000000.parquet": IMAGES // 2 for process in range(2)}
+    assert finished.stdout.count(f"{IMAGES // 2} images labelled") == 2
+    assert_each_image_once(tmp_path / "launched", photos[1])
+    label_images(photos[0], [CannyEdges()], tmp_path / "local", progress=False)
+    assert_same_labels(LabelStore(tmp_path / "launched"), LabelStore(tmp_path / "local"))
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(photos, local, outputs, moment):
     output = outputs / moment
@@ -215,6 +239,23 @@ def test_ray_completes_a_store_once_though_an_actor_is_killed(ray, photos, local
     assert report.images == IMAGES * 3 // 4
     assert_each_image_once(tmp_path / "labels", photos[1])
     assert_same_labels(LabelStore(tmp_path / "labels"), local)
+
+
+def test_experts_of_ray_actors_with_a_gpu_run_there(photos, tmp_path, monkeypatch):
+    seen = []
+
+    def label_on_ray(images, labeller, *settings):
+        seen.append(labeller.suite)
+        return []
+
+    monkeypatch.setitem(label_images.__globals__, "label_on_ray", label_on_ray)
+    own = ExpertSuite([DexiNedEdges(pretrained=False)])
+    for gpus in (0.25, 0):
+        label_images(photos[0], own, tmp_path / str(gpus), engine="ray", gpus_per_worker=gpus, progress=False)
+    assert [str(suite["edge"].device) for suite in seen] == ["cuda", "cpu"]
+    stored = [LabelStore(tmp_path / str(gpus)).manifest["experts"]["edge"]["dtype"] for gpus in (0.25, 0)]
+    assert stored == ["float16", "float32"]
+    assert own["edge"].device.type == "cpu"
 
 
 def test_without_ray_the_error_says_what_to_install(photos, tmp_path, monkeypatch):

@@ -7,7 +7,13 @@ from kornia.models.dexined import DexiNed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from modeling_prismer.processing.experts import CannyEdges, DexiNedEdges, ExpertSuite, expert_from_dict
+from modeling_prismer.processing.experts import (
+    CannyEdges,
+    DexiNedEdges,
+    ExpertError,
+    ExpertSuite,
+    expert_from_dict,
+)
 
 
 def test_canny_draws_the_outline_of_a_square_dark_on_white(square):
@@ -114,6 +120,21 @@ def test_dexined_follows_the_published_settings(dexined, dexined_weights, square
     assert edges.shape == (48, 64)
     assert np.abs(edges.astype(int) - expected).max() <= 1
     assert edges.std() > 1
+
+
+def test_dexined_runs_in_half_precision_on_cuda_and_it_changes_little(dexined, square):
+    half = DexiNedEdges(checkpoint=dexined.checkpoint).to("cuda")
+    assert half.running_dtype == torch.float16
+    half.to("cpu", "float16")
+    difference = np.abs(half([square])[0].astype(int) - dexined([square])[0])
+    assert 0 < difference.max() <= 4
+    assert half.model.block_1.conv1.weight.dtype == torch.float16
+
+
+def test_dexined_says_so_where_numbers_overflow(dexined, square, monkeypatch):
+    monkeypatch.setattr(dexined, "mean", (1e39, 0, 0))
+    with pytest.raises(ExpertError, match=r"edges are not numbers in torch.float32; use to\(dtype='float32'\)"):
+        dexined([square])
 
 
 def test_dexined_is_frozen_and_states_its_size(dexined, dexined_weights):

@@ -274,7 +274,7 @@ def test_a_failing_expert_is_missing_on_the_images_it_fails_on(square, monkeypat
     suite([upright])
     suite.only("fragile")([upright])
     assert len(heard) == 1
-    assert "'fragile' failed, its label of that image is missing" in heard[0]
+    assert "'fragile' failed on image 1, where its label is missing: " in heard[0]
 
 
 def test_an_expert_that_cannot_be_loaded_is_missing(square, monkeypatch):

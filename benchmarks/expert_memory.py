@@ -1,0 +1,310 @@
+"""
+Memory that each expert of a suite takes: random weights of the true size, one batch through the expert's own code.
+
+    python benchmarks/expert_memory.py --suite published                    (about 6 minutes on one core)
+    python benchmarks/expert_memory.py --suite published --device cuda
+
+On CUDA the peak is `torch.cuda.max_memory_allocated`. On the CPU it is accounted: the weights and every tensor that an
+operation has returned and that is still held, at their largest sum. The workspaces of kernels are not in it, nor what
+the driver takes, nor the gaps between the blocks of CUDA's allocator. In half precision the CPU runs bfloat16: the
+same layers are in 16 bits as float16 on CUDA, though autocast's lists of what stays in float32 differ a little.
+
+The models have the sizes of the published weights, see `MODELS`. The pictures are square, for which the networks'
+inputs are the largest. One expert is in memory at a time; text is read on the CPU by onnxruntime, whose memory is not
+counted.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from modeling_prismer.processing.experts import DexiNedEdges, Expert, ExpertSuite, PretrainedExpert
+
+
+# What a card of 4 GB has left for tensors: about half a gigabyte goes to the CUDA context and its libraries.
+BUDGET = 4 * 2**30 - 500 * 2**20
+
+
+def classes(number: int) -> dict[str, Any]:
+    return {"id2label": {index: f"class {index}" for index in range(number)}, "num_labels": number}
+
+
+def dpt_hybrid():
+    """As transformers' script converts dpt_hybrid-midas-501f0c75.pt; 490 MB on the Hub."""
+    config = transformers.DPTConfig(
+        is_hybrid=True,
+        hidden_size=768,
+        neck_hidden_sizes=[256, 512, 768, 768],
+        reassemble_factors=[1, 1, 1, 0.5],
+        backbone_out_indices=[2, 5, 8, 11],
+        readout_type="project",
+    )
+    return transformers.DPTForDepthEstimation(config), transformers.DPTImageProcessor()
+
+
+def depth_anything_small():
+    """DINOv2-S with a DPT head of 48 to 384 channels; 99.2 MB on the Hub."""
+    config = transformers.DepthAnythingConfig(
+        backbone_config=transformers.Dinov2Config(
+            image_size=518,
+            patch_size=14,
+            hidden_size=384,
+            num_attention_heads=6,
+            out_indices=[3, 6, 9, 12],
+            reshape_hidden_states=False,
+        ),
+        reassemble_hidden_size=384,
+        neck_hidden_sizes=[48, 96, 192, 384],
+        fusion_hidden_size=64,
+    )
+    processor = transformers.DPTImageProcessor(
+        size={"height": 518, "width": 518}, keep_aspect_ratio=True, ensure_multiple_of=14
+    )
+    return transformers.DepthAnythingForDepthEstimation(config), processor
+
+
+def tipsv2_normals():
+    """The configuration's defaults are google/tipsv2-b14-dpt; of its three heads only that for normals is loaded."""
+    config = transformers.Tipsv2DptConfig()
+    return transformers.Tipsv2DptForNormalEstimation(config), transformers.Tipsv2DptImageProcessor()
+
+
+def mask2former(embed_dim, depths, num_heads, window_size, image_size, num_queries):
+    """As Mask2Former's configuration files say: Swin-L is `maskformer2_swin_large_IN21k_384_bs16_100ep`; 866 MB."""
+    config = transformers.Mask2FormerConfig(
+        backbone_config=transformers.SwinConfig(
+            image_size=image_size,
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            window_size=window_size,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        num_queries=num_queries,
+        **classes(133),
+    )
+    return transformers.Mask2FormerForUniversalSegmentation(config), transformers.Mask2FormerImageProcessor()
+
+
+def dfine_xlarge():
+    """As transformers' script converts dfine_x_obj365, with 366 classes; 252 MB with the 80 classes of COCO."""
+    config = transformers.DFineConfig(
+        backbone_config=transformers.HGNetV2Config(
+            stem_channels=[3, 32, 64],
+            stage_in_channels=[64, 128, 512, 1024],
+            stage_mid_channels=[64, 128, 256, 512],
+            stage_out_channels=[128, 512, 1024, 2048],
+            stage_num_blocks=[1, 2, 5, 2],
+            out_indices=[2, 3, 4],
+        ),
+        encoder_in_channels=[512, 1024, 2048],
+        encoder_hidden_dim=384,
+        encoder_ffn_dim=2048,
+        decoder_in_channels=[384, 384, 384],
+        decoder_n_points=[3, 6, 3],
+        **classes(366),
+    )
+    return transformers.DFineForObjectDetection(config), transformers.RTDetrImageProcessor()
+
+
+def rtdetr_v2_r18():
+    """ResNet-18 with three decoder layers, COCO; 20.2 million parameters."""
+    config = transformers.RTDetrV2Config(
+        backbone_config=transformers.RTDetrResNetConfig(
+            depths=[2, 2, 2, 2],
+            hidden_sizes=[64, 128, 256, 512],
+            layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        encoder_in_channels=[128, 256, 512],
+        decoder_layers=3,
+        hidden_expansion=0.5,
+        **classes(80),
+    )
+    return transformers.RTDetrV2ForObjectDetection(config), transformers.RTDetrImageProcessor()
+
+
+def segformer_b0():
+    """The configuration's defaults, with the 150 classes of ADE20K; 15 MB on the Hub."""
+    config = transformers.SegformerConfig(**classes(150))
+    return transformers.SegformerForSemanticSegmentation(config), transformers.SegformerImageProcessor()
+
+
+SWIN_LARGE = (192, [2, 2, 18, 2], [6, 12, 24, 48], 12, 384, 200)
+SWIN_TINY = (96, [2, 2, 6, 2], [3, 6, 12, 24], 7, 224, 100)
+MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "Intel/dpt-hybrid-midas": dpt_hybrid,
+    "depth-anything/Depth-Anything-V2-Small-hf": depth_anything_small,
+    "google/tipsv2-b14-dpt": tipsv2_normals,
+    "facebook/mask2former-swin-large-coco-panoptic": partial(mask2former, *SWIN_LARGE),
+    "facebook/mask2former-swin-tiny-coco-panoptic": partial(mask2former, *SWIN_TINY),
+    "nvidia/segformer-b0-finetuned-ade-512-512": segformer_b0,
+    "ustc-community/dfine-xlarge-obj365": dfine_xlarge,
+    "PekingU/rtdetr_v2_r18vd": rtdetr_v2_r18,
+}
+
+
+class HeldBytes(TorchDispatchMode):
+    """
+    Counts the bytes of all tensors that operations return, from then until nothing holds them any more.
+
+    Attributes:
+        now (`int`): what is held; starts with `held_before`.
+        peak (`int`): the most that was held.
+    """
+
+    def __init__(self, held_before: int = 0):
+        super().__init__()
+        self.now = self.peak = held_before
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for storage in storages((args, kwargs)):  # weights; and what a view looks at
+            self._known[storage] = None
+        for storage in storages(outputs):
+            if storage not in self._known:
+                self._known[storage] = None
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._let_go, storage.nbytes())
+        return outputs
+
+    def _let_go(self, size: int) -> None:
+        self.now -= size
+
+
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def with_random_weights(expert: Expert, folder: Path) -> Expert:
+    """The same expert on random weights of the same size, saved in a folder; itself if it has none from the Hub."""
+    if isinstance(expert, PretrainedExpert):
+        torch.manual_seed(0)
+        model, processor = MODELS[expert.model_id]()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return type(expert)(str(folder), image_processor=expert.image_processor)
+    if isinstance(expert, DexiNedEdges):
+        return DexiNedEdges(pretrained=False)
+    return expert
+
+
+def weights_of(expert: Expert) -> list[torch.Tensor]:
+    """Parameters and buffers."""
+    if not isinstance(expert.model, torch.nn.Module):
+        return []
+    return [*expert.model.parameters(), *expert.model.buffers()]
+
+
+def peak_bytes(expert: Expert, images: list[Image.Image], device: torch.device) -> int:
+    """The most that the loaded expert takes while it runs one batch, its weights included."""
+    expert.batch_size = len(images)
+    depth = [np.array(Image.linear_gradient("L").resize(image.size)) for image in images]
+    others = {name: depth for name in (*expert.needs, *expert.uses)}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        expert(images, **others)
+        return torch.cuda.max_memory_allocated(device)
+    with HeldBytes(sum(tensor.nbytes for tensor in weights_of(expert))) as held:
+        expert(images, **others)
+    return held.peak
+
+
+def measure(expert: Expert, image_size: int, device: torch.device, batch_sizes: list[int]) -> dict[str, Any]:
+    """What one expert takes: `{"weights": {precision: bytes}, "peaks": {precision: {images: bytes}}, …}`."""
+    picture = Image.effect_noise((image_size, image_size), 64).convert("RGB")
+    result: dict[str, Any] = {
+        "expert": f"{expert.name}: {type(expert).__name__}",
+        "stated_bytes": expert.size_in_bytes,
+        "batch": expert.batch_size,
+        "half_on_cuda": expert.half_on_cuda,
+        "weights": {},
+        "peaks": {},
+    }
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    batch_sizes = sorted({*batch_sizes, expert.batch_size})
+    with tempfile.TemporaryDirectory() as folder:
+        expert = with_random_weights(expert, Path(folder)).to(device)
+        for precision, dtype in {"single": torch.float32, "half": half}.items():
+            if precision == "half" and not expert.half_on_cuda:
+                continue
+            expert.to(dtype=dtype).load()
+            result["parameters"] = sum(tensor.numel() for tensor in weights_of(expert) if not is_buffer(tensor))
+            result["weights"][precision] = sum(tensor.nbytes for tensor in weights_of(expert))
+            result["peaks"][precision] = {
+                number: peak_bytes(expert, [picture] * number, device) for number in batch_sizes
+            }
+            expert.unload()
+            gc.collect()
+    return result
+
+
+def is_buffer(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, torch.nn.Parameter)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as Markdown; sizes in MB, 10⁶ bytes."""
+    lines = [
+        "| expert | parameters | weights, single and half | images at a time | peak, single | peak, half |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    most = 0
+    for result in results:
+        weights = " / ".join(f"{size / 1e6:,.0f} MB" for size in result["weights"].values())
+        on_cuda = result["peaks"]["half" if result["half_on_cuda"] else "single"]
+        most = max(most, on_cuda[result["batch"]])
+        for number in result["peaks"]["single"]:
+            peaks = [result["peaks"].get(precision, {}).get(number) for precision in ("single", "half")]
+            cells = " | ".join("–" if peak is None else f"{peak / 1e6:,.0f} MB" for peak in peaks)
+            default = ", the default" if number == result["batch"] else ""
+            size = f"{result['parameters'] / 1e6:.1f} M"
+            lines.append(f"| {result['expert']} | {size} | {weights} | {number}{default} | {cells} |")
+    verdict = "fits" if most <= BUDGET else "does not fit"
+    lines.append(
+        f"\nThe most with the default settings, one expert at a time: {most / 1e6:,.0f} MB, which {verdict} into the "
+        f"{BUDGET / 1e6:,.0f} MB that a card of 4 GB has for tensors."
+    )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="published", help="a suite of experts by its name")
+    parser.add_argument("--only", nargs="*", help="only the experts of these names")
+    parser.add_argument("--image_size", type=int, default=640, help="width and height of the pictures")
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1], help="besides each expert's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/expert_memory"), help="folder for result.json, table.md"
+    )
+    args = parser.parse_args()
+    results = []
+    for name, expert in ExpertSuite.from_name(args.suite).items():
+        if args.only is None or name in args.only:
+            results.append(measure(expert, args.image_size, torch.device(args.device), args.batch_sizes))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "result.json").write_text(json.dumps(results, indent=2) + "\n")
+    (args.out / "table.md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The accounting of memory counts what is held, on models of the sizes that the experts state."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import expert_memory
+from benchmarks.expert_memory import MODELS, HeldBytes
+from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, NormalsFromDepth, PretrainedExpert
+from modeling_prismer.processing.experts.depth import DepthEstimator
+from modeling_prismer.processing.experts.detection import ObjectDetector
+from modeling_prismer.processing.experts.normal import NormalEstimator
+from modeling_prismer.processing.experts.segmentation import SemanticSegmentation, UniversalSegmentation
+
+
+KNOWN = {
+    name: known.size_in_bytes
+    for expert in (DepthEstimator, NormalEstimator, UniversalSegmentation, SemanticSegmentation, ObjectDetector)
+    for name, known in expert.known_models.items()
+}
+
+
+def test_what_is_held_counts_once_and_until_it_is_let_go():
+    weight = torch.rand(100, 100)  # 40 kB
+    with HeldBytes(weight.nbytes) as held:
+        product = torch.rand(100, 100) @ weight
+        assert (held.now, held.peak) == (80_000, 120_000)
+        row = product.relu()[:1]
+        assert (held.now, held.peak) == (120_000, 120_000)
+        del product
+        assert held.now == 80_000  # the row holds all that it is a view of
+        del row
+        assert (held.now, held.peak) == (40_000, 120_000)
+
+
+@pytest.mark.parametrize("model_id", MODELS)
+def test_models_have_the_size_that_their_expert_states(model_id):
+    with torch.device("meta"):
+        model, _ = MODELS[model_id]()
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert size == pytest.approx(KNOWN[model_id], rel=0.02)
+
+
+@pytest.mark.parametrize("suite", ["published", "fast"])
+def test_every_model_of_a_suite_can_be_measured(suite):
+    experts = ExpertSuite.from_name(suite).values()
+    assert {expert.model_id for expert in experts if isinstance(expert, PretrainedExpert)} <= MODELS.keys()
+
+
+def test_an_expert_is_measured_on_batches_of_its_own_size_and_others(monkeypatch, tmp_path, capsys):
+    suite = ExpertSuite([CannyEdges(), NormalsFromDepth()])
+    monkeypatch.setattr(ExpertSuite, "from_name", lambda name: suite)
+    monkeypatch.setattr("sys.argv", ["expert_memory.py", "--image_size", "64", "--out", str(tmp_path)])
+    expert_memory.main()
+    edge, normal = json.loads((tmp_path / "result.json").read_text())
+    assert edge["peaks"]["single"]["1"] > 64 * 64 * 4 and normal["peaks"]["single"]["32"] > 64 * 64 * 3 * 4
+    assert "| edge: CannyEdges | 0.0 M | 0 MB | 32, the default |" in capsys.readouterr().out
