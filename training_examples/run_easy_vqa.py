@@ -24,8 +24,8 @@ from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, RapidOc
 
 
 DEFAULTS = {
-    "train_data": "easy-vqa",
-    "eval_data": "easy-vqa",
+    "train_data": ["easy-vqa"],
+    "eval_data": ["easy-vqa"],
     "num_train_epochs": 15,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 200,

@@ -5,11 +5,14 @@ accuracy, and writes result files for its server.
     python training_examples/run_vqa.py --model CHECKPOINT --train_data my_pictures --eval_data my_pictures \\
         --do_train --do_eval --output_dir runs/answers --total_batch_size 32
 
-takes a folder of pictures with a file of questions and answers (docs/own_data.md). The paper's fine-tuning on VQAv2,
-each answer weighted by its share among the annotators:
+takes a folder of pictures with a file of questions and answers (docs/own_data.md). The paper's fine-tuning on VQAv2
+(annotations beside the questions) and Visual Genome, an answer weighted by its share among the annotators:
 
-    accelerate launch training_examples/run_vqa.py --model CHECKPOINT --image_folder coco --train_data vqa_v2 \\
-        --do_train --predict_only --output_dir runs/vqa --bf16
+    accelerate launch training_examples/run_vqa.py --model CHECKPOINT --do_train --bf16 --output_dir runs/vqa \\
+        --train_data v2_OpenEnded_mscoco_{train,val}2014_questions.json visual_genome/question_answers.json \\
+        --image_folder coco coco visual_genome
+    python training_examples/run_vqa.py --model runs/vqa --predict_only --output_dir runs/vqa --image_folder coco \\
+        --eval_data v2_OpenEnded_mscoco_test-dev2015_questions.json
 
 The defaults are the paper's: 10 epochs, batches of 512, learning rate 5e-5 with a cosine to 0, weight decay 0.05,
 480×480 pixels, the vision backbone frozen. Answers are generated; `--candidates answers.txt` ranks the answers of a

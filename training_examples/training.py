@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -45,17 +45,26 @@ class RecipeArguments:
     model: str | None = field(
         default=None, metadata={"help": "Checkpoint: a folder, a Hub id, or the name of a shipped one."}
     )
-    train_data: str | None = field(
-        default=None,
+    train_data: list[str] = field(
+        default_factory=list,
         metadata={
             "help": "A folder of pictures with a CSV or JSONL file, an annotation list, a data set of the Hub or on "
-            "disk, webdataset tars; see docs/own_data.md."
+            "disk, webdataset tars; or several, one after another. See docs/own_data.md."
         },
     )
-    eval_data: str | None = field(default=None, metadata={"help": "As --train_data, to evaluate or predict."})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "As --train_data, to evaluate or predict."})
     train_split: str | None = field(default=None, metadata={"help": "Split of --train_data."})
     eval_split: str | None = field(default=None, metadata={"help": "Split of --eval_data."})
-    image_folder: str | None = field(default=None, metadata={"help": "Where the annotation lists' pictures are."})
+    image_folder: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Where the pictures of annotation lists are: one for all, or one for each list."},
+    )
+    bad_rows: Literal["error", "skip"] | None = field(
+        default=None,
+        metadata={
+            "help": "What to do about a row without picture or text; by default an error, and skip if streamed."
+        },
+    )
     streaming: bool = field(default=False, metadata={"help": "Read the training data as they come (--max_steps)."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate this many rows only."})
@@ -73,7 +82,11 @@ class RecipeArguments:
         default=0.0, metadata={"help": "Probability with which a training sample lacks an expert, for each expert."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the pictures that the network sees; by default the checkpoint's."}
+        default=None,
+        metadata={
+            "help": "Side of the pictures that the network sees; by default the paper's to train, the checkpoint's to "
+            "evaluate."
+        },
     )
     freeze: str = field(
         default="vision", metadata={"help": "Backbones to leave as they are: none, vision, language or both."}
@@ -101,15 +114,17 @@ class RecipeArguments:
 
 
 def parse_arguments(
-    arguments_class: type[RecipeArguments] = RecipeArguments, **defaults
+    arguments_class: type[RecipeArguments] = RecipeArguments, image_size: int | None = None, **defaults
 ) -> tuple[RecipeArguments, TrainingArguments]:
-    """The command line's arguments; `defaults` are the recipe's, of both classes."""
+    """The command line's arguments; `defaults` are the recipe's, of both classes, and `image_size` is to train."""
     parser = HfArgumentParser((arguments_class, TrainingArguments))
     shared = {"weight_decay": 0.05, "logging_steps": 10, "save_total_limit": 2, "ddp_find_unused_parameters": False}
     shared |= {"dataloader_pin_memory": torch.cuda.is_available(), "report_to": "none"}
     parser.set_defaults(**{**shared, **defaults})
     args, training_args = parser.parse_args_into_dataclasses()
     training_args.remove_unused_columns = False  # the columns are the collator's
+    if args.image_size is None and training_args.do_train:
+        args.image_size = image_size
     if args.freeze not in ("none", "vision", "language", "both"):
         parser.error(f"--freeze {args.freeze}: accepted are none, vision, language and both")
     if training_args.label_smoothing_factor:
@@ -171,7 +186,8 @@ def load_data(
     args: RecipeArguments, training_args: TrainingArguments, task: str, **options
 ) -> tuple[Rows | None, Rows | None]:
     """The rows to train on and those to evaluate or predict, where the arguments ask for them."""
-    options = {"image_folder": args.image_folder, **options}
+    folders = args.image_folder[0] if len(args.image_folder) == 1 else args.image_folder or None
+    options = {"image_folder": folders, "bad_rows": args.bad_rows, **options}
     train_rows = eval_rows = None
     if training_args.do_train:
         train_rows = load_rows(
@@ -315,24 +331,27 @@ class _CountEpochs(TrainerCallback):
         self.epoch += 1
 
 
-def label_rows(parts: list[Rows], processor: PrismerProcessor, labels: str, folder: Path) -> Callable:
+def label_rows(
+    parts: Sequence[Rows | None], processor: PrismerProcessor, labels: str, store: Path
+) -> Callable[[list[str]], list[dict] | None]:
     """
     The function from images' ids to what the experts saw in them. `labels` is `live`, a label store, or `precomputed`:
-    then the experts run now over all pictures that an earlier run has not labelled.
+    then the experts run now over all pictures that are not in `store` from an earlier run.
     """
-    if labels == "precomputed" and not processor.image_processor.experts:
-        labels = "live"  # there is nothing to see for
-    if labels == "precomputed":
-        labels = str(folder / "expert_labels")
-        for rows in parts:
-            if not isinstance(rows, datasets.Dataset):
-                raise SystemExit("streamed rows cannot be labelled beforehand: --labels live, or a label store")
-            images = pictures_of(rows)
-            first = np.unique(np.asarray(images["image_id"]), return_index=True)[1]  # some are there several times
-            images = images.select(np.sort(first))
-            label_images(images, processor.experts, labels, key_column="image_id")
-            PartialState().wait_for_everyone()  # each process has labelled its share
-    return label_source(labels, processor.image_processor.experts)
+    experts = processor.image_processor.experts
+    parts = [rows for rows in parts if rows is not None]
+    if labels != "precomputed":
+        return label_source(labels, experts)
+    if not experts or not parts:
+        return label_source("live", experts)  # there is nothing to see
+    for rows in parts:
+        if not isinstance(rows, datasets.Dataset):
+            raise SystemExit("streamed rows cannot be labelled beforehand: --labels live, or a label store")
+        images = pictures_of(rows)
+        first = np.unique(np.asarray(images["image_id"]), return_index=True)[1]  # some are there several times
+        label_images(images.select(np.sort(first)), processor.experts, store, key_column="image_id")
+        PartialState().wait_for_everyone()  # each process has labelled its share
+    return label_source(store, experts)
 
 
 def make_trainer(
@@ -365,9 +384,11 @@ def make_trainer(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%.1f of %.1f million parameters are trained", trained / 1e6, model.num_parameters() / 1e6)
 
-    parts = [rows for rows in (train_rows, eval_rows, *other_rows) if rows is not None]
-    if labels_for is None:
-        labels_for = label_rows(parts, processor, args.labels, output_dir)
+    train_labels = eval_labels = labels_for
+    if labels_for is None:  # stores of their own: different pictures may have one name in two folders
+        store = output_dir / "expert_labels"
+        train_labels = label_rows([train_rows], processor, args.labels, store / "train")
+        eval_labels = label_rows([eval_rows, *other_rows], processor, args.labels, store / "eval")
     experts = args.experts and [name for name in args.experts.split(",") if name != "none"]
     augmentation = None
     if args.augment:
@@ -388,14 +409,14 @@ def make_trainer(
         processing_class=processor,
         data_collator=DataCollatorForPrismer(
             processor,
-            labels_for,
+            train_labels,
             augmentation,
             expert_dropout=args.expert_dropout,
             texts_per_image=texts_per_image,
             experts=experts,
             seed=training_args.seed,
         ),
-        eval_collator=DataCollatorForPrismer(processor, labels_for, with_suffix=False, experts=experts),
+        eval_collator=DataCollatorForPrismer(processor, eval_labels, with_suffix=False, experts=experts),
         **kwargs,
     )
 

@@ -9,5 +9,14 @@ from .label_images import LabelReport, label_images, parse_shard
 from .manifest import make_manifest, read_manifest
 from .published_layout import read_published_layout, write_published_layout
 from .shards import LabelWriter, forget_failed
-from .sources import DatasetImages, ImageSource, ListedImages, StreamedImages, open_source
+from .sources import (
+    IMAGE_SUFFIXES,
+    KEY_COLUMNS,
+    TAR_SUFFIXES,
+    DatasetImages,
+    ImageSource,
+    ListedImages,
+    StreamedImages,
+    open_source,
+)
 from .store import LabelStore, label_source

@@ -211,3 +211,40 @@ def test_picture_of_another_size_is_what_image_size_asks_for(checkpoint, monkeyp
     inputs = processor(Image.new("RGB", (60, 50)), text="is it red")
     assert inputs["pixel_values"].shape[2:] == (48, 48)
     model.generate(**inputs, max_new_tokens=2)
+
+
+def test_vqav2_and_visual_genome_are_trained_on_together_with_their_weights(tmp_path, monkeypatch):
+    coco, genome = tmp_path / "coco", tmp_path / "vg"
+    lists = []
+    for split in ("train2014", "val2014"):
+        (coco / split).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(coco / split / f"COCO_{split}_000000000007.jpg")
+        question = {"question_id": 70, "image_id": 7, "question": "what is it"}
+        answers = [{"answer": "cat" if i < 7 else "dog", "answer_id": i} for i in range(10)]
+        lists.append(tmp_path / f"v2_OpenEnded_mscoco_{split}_questions.json")
+        lists[-1].write_text(json.dumps({"questions": [question]}))
+        annotations = {"annotations": [{"question_id": 70, "image_id": 7, "answers": answers}]}
+        (tmp_path / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps(annotations))
+    genome.mkdir()
+    Image.new("RGB", (8, 8)).save(genome / "1.jpg")
+    lists.append(tmp_path / "question_answers.json")
+    qa = {"qa_id": 3, "image_id": 1, "question": "what color?", "answer": "Red."}
+    lists[-1].write_text(json.dumps([{"id": 1, "qas": [qa]}]))
+
+    command = ["run_vqa.py", "--output_dir", "x", "--do_train", "--train_data", *lists]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--image_folder", str(coco), str(coco), str(genome)])
+    args, training_args = training.parse_arguments(run_vqa.VqaArguments, **run_vqa.PAPER)
+    rows, _ = training.load_data(args, training_args, "vqa")
+    found = [(row["image_id"], row["suffix"], round(row["weight"], 3)) for row in rows]
+    train, val = (f"{split}/COCO_{split}_000000000007.jpg" for split in ("train2014", "val2014"))
+    expected = [(train, "cat", 0.7), (train, "dog", 0.3), (val, "cat", 0.7), (val, "dog", 0.3), ("1.jpg", "Red", 0.2)]
+    assert found == expected
+
+
+def test_size_of_the_pictures_is_the_papers_to_train_and_the_checkpoints_to_evaluate(monkeypatch):
+    sizes = []
+    for arguments in (["--do_train", "--train_data", "x"], ["--do_eval"], ["--do_eval", "--image_size", "64"]):
+        command = ["run_vqa.py", "--output_dir", "x", "--eval_data", "y", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        sizes.append(training.parse_arguments(run_vqa.VqaArguments, **run_vqa.PAPER)[0].image_size)
+    assert sizes == [480, None, 64]

@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 
-from modeling_prismer.processing.labels.sources import IMAGE_SUFFIXES
+from modeling_prismer.processing.labels import IMAGE_SUFFIXES
 
 from .published_lists import published_reader
 from .rows import COLUMN_NAMES, TASKS

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from modeling_prismer.processing.labels.sources import KEY_COLUMNS
+from modeling_prismer.processing.labels import KEY_COLUMNS
 
 from .grouping import draw_shots, join_references
 from .pictures import describe_missing, has_header, is_there, pictures_there, place_of, with_pictures

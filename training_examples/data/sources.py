@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from modeling_prismer.processing.labels.sources import KEY_COLUMNS, TAR_SUFFIXES
+from modeling_prismer.processing.labels import KEY_COLUMNS, TAR_SUFFIXES
 
 from .lists import LIST_SUFFIXES, columns_in, fits, load, read_list
 from .rows import ROW_NUMBER, TASKS
