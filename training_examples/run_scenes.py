@@ -1,0 +1,249 @@
+"""
+Trains a Prismer on Scenes, and measures what it takes from its experts.
+
+    python training_examples/run_scenes.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
+        --labels runs/scenes/labels --data_dir runs/scenes-data --freeze both --num_train_epochs 8 \\
+        --do_train --output_dir runs/scenes/stage-1
+    python training_examples/run_scenes.py --model runs/scenes/stage-1 --labels runs/scenes/labels \\
+        --data_dir runs/scenes-data --freeze vision --num_train_epochs 4 --do_train --do_eval \\
+        --output_dir runs/scenes/stage-2
+
+puts the experts of train_scenes_experts.py between the backbones of train_scenes_backbones.py, both frozen, and trains
+what is new to caption scenes and to answer questions about them; then the language backbone as well. `--labels true`
+gives it true labels instead of what the experts saw, `--suite none` makes a PrismerZ, and `--blind` shows it a grey
+picture and no expert: how far the questions alone lead.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from scenes.language import true_share
+from scenes.render import CLASSES
+from scenes.scenes import DETECTION_CLASSES, Scenes, expert_labels
+from tqdm import tqdm
+from training import RecipeArguments, load_checkpoint, make_trainer, parse_arguments, run, write_json
+from transformers import AutoTokenizer, CLIPModel, RobertaForMaskedLM
+
+from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
+from modeling_prismer.conversion import class_features_from_names
+from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
+
+
+IMAGE_SIZE = 128
+DESCRIPTIONS = [
+    {"name": "depth", "kind": "dense", "channels": 1},
+    {"name": "normal", "kind": "dense", "channels": 3},
+    {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": len(CLASSES)},
+    {"name": "edge", "kind": "dense", "channels": 1},
+    {
+        "name": "detection",
+        "kind": "label",
+        "channels": 64,
+        "num_classes": len(DETECTION_CLASSES),
+        "instances": True,
+    },
+    {"name": "ocr", "kind": "label", "channels": 64},
+]
+DEFAULTS = {
+    "train_data": ["scenes"],
+    "eval_data": ["scenes"],
+    "num_train_epochs": 8,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 8e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 50,
+    "save_steps": 200,
+    "dataloader_num_workers": 1,
+    "freeze": "both",
+    # Left and right, and how many there are, would not be what the texts say.
+    "augment": False,
+}
+TEXTS_PER_IMAGE = 8  # drawn of the captions and questions of a picture each time it is seen
+CAPTION_PROMPT = "A picture of"
+
+
+@dataclass
+class ScenesArguments(RecipeArguments):
+    data_dir: str | None = field(default=None, metadata={"help": "Where the data set is or is made."})
+    data_config: str = field(default="scenes", metadata={"help": "scenes, or shifted for other looks."})
+    backbones: str | None = field(default=None, metadata={"help": "Folder that train_scenes_backbones.py wrote."})
+    suite: str = field(
+        default="none",
+        metadata={"help": "Folder of train_scenes_experts.py; `true` without live experts; `none`."},
+    )
+    blind: bool = field(default=False, metadata={"help": "Show a grey picture and no expert."})
+
+
+# ---- data ----
+
+
+def training_rows(scenes: Dataset) -> Dataset:
+    """A row is a picture with all its questions and captions."""
+
+    def texts(row):
+        questions, answers = zip(*((each["question"], each["answer"]) for each in row["questions"]))
+        captions = row["captions"]
+        return {
+            "text": [*questions, *[CAPTION_PROMPT] * len(captions)],
+            "suffix": [*answers, *captions],
+            "task": [*["vqa"] * len(questions), *["caption"] * len(captions)],
+        }
+
+    rows = scenes.select_columns(["image_id", "image", "questions", "captions"])
+    return rows.map(texts, remove_columns=["questions", "captions"], desc="texts")
+
+
+class TrueLabels:
+    """From images' ids to true labels."""
+
+    def __init__(self, *parts: Dataset):
+        self.parts = parts
+        self.places = {name: (part, i) for part, rows in enumerate(parts) for i, name in enumerate(rows["image_id"])}
+
+    def __call__(self, image_ids: list[str]) -> list[dict]:
+        places = [self.places[image_id] for image_id in image_ids]
+        return [expert_labels(self.parts[part][row]) for part, row in places]
+
+
+def no_labels(image_ids: list[str]) -> list[dict]:
+    return [{} for _ in image_ids]
+
+
+# ---- a new model ----
+
+
+def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
+    folder = Path(args.backbones)
+    suite = None
+    if args.suite not in ("none", "true"):
+        suite = ExpertSuite.from_pretrained(args.suite)
+    descriptions = [] if args.suite == "none" else DESCRIPTIONS
+    model = PrismerForConditionalGeneration.from_backbones(
+        vision=CLIPModel.from_pretrained(folder / "clip"),
+        text=RobertaForMaskedLM.from_pretrained(folder / "roberta"),
+        experts=descriptions,
+        num_latents=32,
+        resampler_layers=2,
+    )
+    if descriptions:
+        names = {"segmentation": list(CLASSES), "detection": list(DETECTION_CLASSES)}
+        tables = class_features_from_names(names, HashedNgrams())
+        for expert in names:
+            model.set_class_features(expert, tables[expert], tables["background"])
+    image_processor = PrismerImageProcessor(
+        experts=descriptions,
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        expert_size=IMAGE_SIZE,
+        max_instances=32,
+        max_words=16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model.generation_config.max_new_tokens = 30
+    return model, PrismerProcessor(image_processor, tokenizer, suite, task="vqa", tasks=["caption", "vqa"])
+
+
+# ---- evaluation ----
+
+
+@torch.no_grad()
+def say(model, processor, scenes, collator, texts, task, batch_size=64, **generation) -> list[list[str]]:
+    """What the model says to each of the texts, a list for each scene; the scene is encoded once for all."""
+    model.eval()
+    said = []
+    for start in tqdm(range(0, len(scenes), batch_size), desc=task, leave=False):
+        batch = texts[start : start + batch_size]
+        rows = [scenes[i] for i in range(start, start + len(batch))]
+        most = max(map(len, batch))  # every picture takes the same number of texts: repeat, and cut later
+        for row, asked in zip(rows, batch):
+            row.update(text=(asked * most)[:most], task=[task] * most)
+        inputs = {name: tensor.to(model.device) for name, tensor in collator(rows).items()}
+        generated = model.generate(**inputs, **generation)
+        answers = processor.post_process_generation(generated, inputs["input_ids"].shape[1], task=task)
+        said += [answers[i * most : i * most + len(asked)] for i, asked in enumerate(batch)]
+    return said
+
+
+def score_answers(said: list[list[str]], scenes: Dataset) -> dict[str, float]:
+    """Share of the questions that are answered exactly, in all and by type."""
+    hits = defaultdict(list)
+    for answers, questions in zip(said, scenes["questions"], strict=True):
+        for answer, question in zip(answers, questions, strict=True):
+            for name in ("all", question["type"]):
+                hits[name].append(answer == question["answer"])
+    return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
+def score_captions(captions: list[str], scenes: Dataset) -> dict[str, float]:
+    """CIDEr, and the share of what is said of an object that is true of one in the picture, all attributes at once."""
+    metrics = evaluate.load(str(Path(__file__).with_name("metrics") / "caption_metrics"))
+    scores = metrics.compute(predictions=captions, references=scenes["captions"], metrics=["cider"], tokenizer="regex")
+    right, said = np.sum([true_share(caption, facts) for caption, facts in zip(captions, scenes["facts"])], axis=0)
+    return {
+        "cider": scores["cider"],
+        "exact_attributes": float(right / max(said, 1)),
+        "objects": float(said / len(captions)),
+    }
+
+
+def measure(model, processor, scenes, collator) -> dict[str, dict[str, float]]:
+    collator.with_suffix = False
+    questions = [[each["question"] for each in row] for row in scenes["questions"]]
+    answers = say(model, processor, scenes, collator, questions, "vqa", max_new_tokens=8)
+    captions = say(model, processor, scenes, collator, [[CAPTION_PROMPT]] * len(scenes), "caption", num_beams=3)
+    return {
+        "answers": score_answers(answers, scenes),
+        "captions": score_captions([said for (said,) in captions], scenes),
+    }
+
+
+def main() -> None:
+    args, training_args = parse_arguments(ScenesArguments, **DEFAULTS)
+    output_dir = Path(training_args.output_dir)
+    builder = Scenes(cache_dir=args.data_dir, config_name=args.data_config)
+    builder.download_and_prepare()
+    splits = builder.as_dataset()
+    model, processor = load_checkpoint(args, "vqa") if args.model else new_model(args)
+
+    train_rows = None
+    if training_args.do_train:
+        scenes = splits["train"].select(range(min(args.max_train_rows or len(splits["train"]), len(splits["train"]))))
+        train_rows = training_rows(scenes)
+    labels_for = no_labels if args.blind else None
+    if args.labels == "true":
+        labels_for = TrueLabels(*splits.values())
+    trainer = make_trainer(
+        model,
+        processor,
+        args,
+        training_args,
+        train_rows,
+        labels_for=labels_for,
+        texts_per_image=TEXTS_PER_IMAGE,
+    )
+    if args.blind:
+        trainer.data_collator.augmentation = trainer.eval_collator.augmentation = hide
+    run(trainer, args)
+    if training_args.do_eval:
+        results = {}
+        for split in ("validation", "test"):
+            if split in splits:
+                scenes = splits[split].select(range(min(args.max_eval_rows or 10**9, len(splits[split]))))
+                results[split] = measure(model, processor, scenes, trainer.eval_collator)
+        write_json(output_dir / "scenes_results.json", results)
+        print(json.dumps(results, indent=2))
+
+
+def hide(image: Image.Image, labels: dict) -> tuple[Image.Image, dict]:
+    return Image.new("RGB", image.size, (128, 128, 128)), {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""
+Scenes: rendered rooms and tables with objects and signs, what perfect experts would see in them, captions, and
+questions with answers.
+
+    python training_examples/scenes/scenes.py --preview 50 preview.png
+    python training_examples/scenes/scenes.py --scene 7 scene.png
+    python training_examples/scenes/scenes.py --generate --cache_dir runs/scenes-data --num_proc 2
+
+draws a sheet of fifty scenes; one scene, enlarged, with its six labels, captions and questions; and makes the whole
+data set. In a program:
+
+    from training_examples.scenes.scenes import Scenes, expert_labels
+
+    builder = Scenes(cache_dir="runs/scenes-data")
+    builder.download_and_prepare(num_proc=2)
+    row = builder.as_dataset(split="test")[0]
+    processor(images=row["image"], expert_labels=expert_labels(row), text=row["questions"][0]["question"])
+"""
+
+import argparse
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+
+if __name__ == "__main__" and not __package__:  # run as a file: the files beside it are found as in a package
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    __package__ = "scenes"
+
+from .facts import describe, is_clear
+from .labels import DETECTION_CLASSES, EXPERTS, true_labels
+from .language import ask, captions_of
+from .render import CLASSES, look, render
+from .scene import DOMAINS, Scene, plan_scene, propose_scene
+
+
+SPLITS = ("train", "validation", "test")
+SAMPLES = 2  # rays a pixel, along each side
+PROPOSALS = 25  # of one plan, before another is drawn
+
+
+def make_scene(random: np.random.Generator, domain: str = "scenes", held_out: bool = False) -> Scene:
+    """A scene in which everything can be seen and told, by the margins of facts.py, whatever the picture's size."""
+    while True:
+        plan = plan_scene(random, domain, held_out)
+        for _ in range(PROPOSALS):
+            scene = propose_scene(random, plan)
+            if scene is not None and is_clear(scene, look(scene, 128)):
+                return scene
+
+
+def make_example(
+    split: str, index: int, seed: int = 0, image_size: int = 128, domain: str = "scenes"
+) -> dict[str, Any]:
+    """
+    One example; it depends on its arguments alone.
+
+    Every second scene of the split `test`, the odd ones, has colors on shapes that training and validation never show
+    (`HELD_OUT`); the even ones are like those of training.
+
+    Returns:
+        `dict` with `image`, uint8 (size, size, 3); `labels`, as [`true_labels`] gives them; `captions`; `questions`;
+        `facts`, as [`describe`] gives them; `held_out`.
+    """
+    random = np.random.default_rng([seed, list(DOMAINS).index(domain), SPLITS.index(split), index])
+    held_out = split == "test" and index % 2 == 1
+    scene = make_scene(random, domain, held_out)
+    view = look(scene, image_size)
+    picture = render(scene, image_size, SAMPLES)
+    facts = describe(scene, view)
+    return {
+        "image": picture,
+        "labels": true_labels(view, picture, facts),
+        "captions": captions_of(facts),
+        "questions": ask(facts, random, held_out),
+        "facts": facts,
+        "held_out": held_out,
+    }
+
+
+# ---- the data set ----
+
+
+@dataclass
+class ScenesConfig(datasets.BuilderConfig):
+    """
+    Args:
+        domain (`str`): the looks: `"scenes"` or `"shifted"`.
+        image_size (`int`): width and height of pictures and maps, in pixels.
+        train, validation, test (`int`): numbers of scenes; a split of 0 is left out.
+        seed (`int`): another one makes other scenes.
+    """
+
+    domain: str = "scenes"
+    image_size: int = 128
+    train: int = 12_000
+    validation: int = 500
+    test: int = 1_000
+    seed: int = 0
+
+
+class Scenes(datasets.GeneratorBasedBuilder):
+    """
+    The data set. `Scenes(cache_dir=…, config_name="scenes")` is what models are trained on; `"shifted"` has other
+    shades of the same colors, other textures, light, camera and resolution, for studies of transfer. Any field of
+    [`ScenesConfig`] may be given too.
+
+    Columns: `image_id`; `image`; a map for each of `depth`, `normal`, `segmentation`, `edge`, `detection`, `ocr`, as
+    pictures; `detection_classes` and `detection_boxes`; `ocr_words`; `captions`, five; `questions`, a list of
+    {question, answer, type}; `held_out`; `facts`, see [`describe`]. [`expert_labels`] makes labels from a row.
+    """
+
+    VERSION = datasets.Version("1.0.0")
+    BUILDER_CONFIG_CLASS = ScenesConfig
+    BUILDER_CONFIGS = [
+        ScenesConfig(name="scenes", version=VERSION, description="Rooms and tables at 128x128"),
+        ScenesConfig(
+            name="shifted",
+            version=VERSION,
+            description="The same objects in other shades, textures, light and resolution",
+            domain="shifted",
+            image_size=192,
+            train=0,
+            validation=0,
+            test=500,
+        ),
+    ]
+    DEFAULT_CONFIG_NAME = "scenes"
+    SHARD = 50  # scenes that one process makes at a time
+
+    def _info(self) -> datasets.DatasetInfo:
+        text, number = datasets.Value("string"), datasets.Value("float32")
+        integers = datasets.List(datasets.Value("int32"))
+        place = {
+            "position": datasets.List(number),
+            "center": datasets.List(number),
+            "depth": number,
+            "distance": number,
+            "box": integers,
+        }
+        thing = {"shape": text, "color": text, "material": text, "size": text, "on_stand": datasets.Value("bool")}
+        thing |= {"visible_pixels": datasets.Value("int32"), "visible_share": number, **place}
+        sign = {"word": text, "on_wall": datasets.Value("bool"), "corners": datasets.List(datasets.List(number))}
+        return datasets.DatasetInfo(
+            description=type(self).__doc__,
+            features=datasets.Features(
+                {
+                    "image_id": text,
+                    "image": datasets.Image(),
+                    **{name: datasets.Image() for name in EXPERTS},
+                    "detection_classes": integers,
+                    "detection_boxes": datasets.List(integers),
+                    "ocr_words": datasets.List(text),
+                    "captions": datasets.List(text),
+                    "questions": datasets.List({"question": text, "answer": text, "type": text}),
+                    "held_out": datasets.Value("bool"),
+                    "facts": {
+                        "place": text,
+                        "objects": datasets.List(thing),
+                        "signs": datasets.List({**sign, **place}),
+                    },
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        generators = []
+        for split in SPLITS:
+            number = getattr(self.config, split)
+            starts = range(0, number, self.SHARD)
+            shards = [(split, start, min(start + self.SHARD, number)) for start in starts]
+            if shards:
+                generators.append(datasets.SplitGenerator(name=split, gen_kwargs={"shards": shards}))
+        if not generators:
+            raise ValueError("train, validation and test are all 0; at least one split needs scenes")
+        return generators
+
+    def _generate_examples(self, shards: list[tuple[str, int, int]]):
+        config = self.config
+        for split, start, end in shards:
+            for index in range(start, end):
+                example = make_example(split, index, config.seed, config.image_size, config.domain)
+                yield f"{split}-{index}", as_row(example, f"{config.name}/{split}/{index:06d}")
+
+
+def as_row(example: dict[str, Any], image_id: str) -> dict[str, Any]:
+    """An example as it is stored: pictures and maps as PNG."""
+    labels = example["labels"]
+    maps = {name: labels[name]["ids"] if isinstance(labels[name], dict) else labels[name] for name in EXPERTS}
+    return {
+        "image_id": image_id,
+        **{name: {"path": None, "bytes": _png(array)} for name, array in {"image": example["image"], **maps}.items()},
+        "detection_classes": labels["detection"]["classes"],
+        "detection_boxes": labels["detection"]["boxes"],
+        "ocr_words": labels["ocr"]["words"],
+        "captions": example["captions"],
+        "questions": example["questions"],
+        "held_out": example["held_out"],
+        "facts": example["facts"],
+    }
+
+
+def _png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def expert_labels(row: dict[str, Any], word_features=None, names: tuple[str, ...] = EXPERTS) -> dict[str, Any]:
+    """
+    The true labels of a row, in the form that the processor takes as `expert_labels`.
+
+    Args:
+        row (`dict`): a row of the data set, with its images decoded.
+        word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]): what words are painted with.
+        names (`tuple[str]`, *optional*): the experts.
+    """
+    labels: dict[str, Any] = {name: np.asarray(row[name]) for name in names if name not in ("detection", "ocr")}
+    if "detection" in names:
+        labels["detection"] = {"ids": np.asarray(row["detection"]), "classes": list(row["detection_classes"])}
+    if "ocr" in names:
+        if word_features is None:
+            from modeling_prismer.processing.experts.word_features import HashedNgrams
+
+            word_features = HashedNgrams()
+        words = list(row["ocr_words"])
+        labels["ocr"] = {"ids": np.asarray(row["ocr"]), "words": words, "features": word_features(words)}
+    return {name: labels[name] for name in names}
+
+
+# ---- looking at it ----
+
+
+def preview(number: int, config: ScenesConfig, split: str, columns: int = 10) -> Image.Image:
+    """A sheet of the first scenes of a split."""
+    size, gap = config.image_size, 4
+    rows = -(-number // columns)
+    sheet = Image.new("RGB", (columns * (size + gap) + gap, rows * (size + gap) + gap), "white")
+    for index in range(number):
+        example = make_example(split, index, config.seed, size, config.domain)
+        row, column = divmod(index, columns)
+        place = (gap + column * (size + gap), gap + row * (size + gap))
+        sheet.paste(Image.fromarray(example["image"]), place)
+    return sheet
+
+
+def panel(example: dict[str, Any]) -> Image.Image:
+    """The picture of one example and its six labels."""
+    from modeling_prismer.processing.visualization import experts_panel
+
+    names = {"segmentation": CLASSES, "detection": DETECTION_CLASSES}
+    return experts_panel(Image.fromarray(example["image"]), example["labels"], class_names=names, tile_size=512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--preview", nargs=2, metavar=("NUMBER", "PNG"), help="a sheet of that many scenes")
+    what.add_argument("--scene", nargs=2, metavar=("INDEX", "PNG"), help="one scene, its labels, captions, questions")
+    what.add_argument("--generate", action="store_true", help="make the data set")
+    parser.add_argument("--config", default="scenes", choices=list(Scenes.builder_configs))
+    parser.add_argument("--split", default="test", choices=SPLITS, help="of --preview and --scene")
+    parser.add_argument("--cache_dir", help="where --generate writes; by default the cache of datasets")
+    parser.add_argument("--num_proc", type=int, default=1)
+    for name in ("train", "validation", "test", "image_size", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    arguments = parser.parse_args()
+    names = ("train", "validation", "test", "image_size", "seed")
+    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    config = ScenesConfig(**{**vars(Scenes.builder_configs[arguments.config]), **chosen})
+
+    if arguments.preview:
+        preview(int(arguments.preview[0]), config, arguments.split).save(arguments.preview[1])
+    elif arguments.scene:
+        index = int(arguments.scene[0])
+        example = make_example(arguments.split, index, config.seed, config.image_size, config.domain)
+        panel(example).save(arguments.scene[1])
+        print(*example["captions"], "", sep="\n")
+        for each in example["questions"]:
+            print(f"{each['type']:10}{each['question']}  {each['answer']}")
+    else:
+        from .scenes import Scenes as Builder  # by the name that other processes find it under
+
+        builder = Builder(cache_dir=arguments.cache_dir, config_name=arguments.config, **chosen)
+        builder.download_and_prepare(num_proc=arguments.num_proc if arguments.num_proc > 1 else None)
+        print(builder.as_dataset())
+        print(os.path.abspath(builder.cache_dir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""
+Trains small backbones on Scenes, so that there is something to freeze: a CLIP on pictures and their captions, and a
+RoBERTa that fills masked words of captions and questions.
+
+    python training_examples/train_scenes_backbones.py --data_dir runs/scenes-data --output_dir runs/scenes/backbones
+
+writes `clip/`, `roberta/` and the tokenizer of both, `tokenizer/`. Each part that is there already is left as it is;
+a training that was stopped goes on from its last checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from scenes.scenes import Scenes
+from tokenizers import ByteLevelBPETokenizer
+from torchvision.transforms import v2
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    DataCollatorForLanguageModeling,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaTokenizer,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_prismer.processing import PrismerImageProcessor, clean_caption, clean_question
+
+
+IMAGE_SIZE, PATCH_SIZE = 128, 16
+WIDTH, HEADS, INITIALIZER_RANGE = 192, 6, 0.04  # 0.02 is made for a width of 768
+VISION_LAYERS, TEXT_LAYERS = 6, 4
+
+
+def texts_of(rows: Dataset) -> list[str]:
+    """All captions and questions, as the processor hands them to the tokenizer."""
+    texts = {f"A picture of {clean_caption(text).lower()}" for texts in rows["captions"] for text in texts}
+    for questions in rows["questions"]:
+        texts |= {f"{clean_question(each['question'])} {each['answer'].capitalize()}" for each in questions}
+    return sorted(texts)
+
+
+def train_tokenizer(texts: list[str], folder: Path) -> None:
+    tokenizer = ByteLevelBPETokenizer()
+    special_tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(texts, vocab_size=1000, min_frequency=2, special_tokens=special_tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_model(str(folder))
+    RobertaTokenizer.from_pretrained(folder, model_max_length=64).save_pretrained(folder)
+
+
+class CaptionedPictures:
+    """Batches for CLIP. Its text tower knows the end of a text by a token of its own, the last of the vocabulary."""
+
+    def __init__(self, tokenizer: RobertaTokenizer):
+        self.tokenizer = tokenizer
+        self.image_processor = PrismerImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+        # no flips, no crops: captions say what is on the left, and how many there are
+        self.jitter = v2.ColorJitter(brightness=0.1, contrast=0.1)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        captions = [row["captions"][torch.randint(len(row["captions"]), ())] for row in rows]
+        texts = self.tokenizer([clean_caption(caption).lower() for caption in captions], padding=True)
+        input_ids = torch.tensor(texts["input_ids"])
+        input_ids[input_ids == self.tokenizer.eos_token_id] = len(self.tokenizer)
+        pixel_values = self.image_processor([self.jitter(row["image"]) for row in rows])["pixel_values"]
+        attention_mask = torch.tensor(texts["attention_mask"])
+        return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def new_clip(tokenizer: RobertaTokenizer) -> CLIPModel:
+    shared = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": HEADS,
+        "initializer_range": INITIALIZER_RANGE,
+    }
+    config = CLIPConfig(
+        vision_config={
+            **shared,
+            "num_hidden_layers": VISION_LAYERS,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+        },
+        text_config={
+            **shared,
+            "num_hidden_layers": 3,
+            "vocab_size": len(tokenizer) + 1,
+            "max_position_embeddings": 64,
+            "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": len(tokenizer),
+        },
+        projection_dim=WIDTH,
+    )
+    return CLIPModel(config)
+
+
+def new_roberta(tokenizer: RobertaTokenizer) -> RobertaForMaskedLM:
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        initializer_range=INITIALIZER_RANGE,
+    )
+    return RobertaForMaskedLM(config)
+
+
+class ClipTrainer(Trainer):
+    """Trainer for a model whose loss is that of the whole batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, return_loss=True)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def train(trainer: Trainer, folder: Path) -> None:
+    checkpoint = get_last_checkpoint(trainer.args.output_dir) if Path(trainer.args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.model.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data_dir", help="where the data set is or is made")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--clip_epochs", type=float, default=12)
+    parser.add_argument("--roberta_epochs", type=float, default=1)
+    parser.add_argument("--max_rows", type=int, help="use this many scenes only")
+    args = parser.parse_args()
+    set_seed(0)
+    builder = Scenes(cache_dir=args.data_dir)
+    builder.download_and_prepare()
+    rows = builder.as_dataset(split="train").select_columns(["image", "captions", "questions"])
+    if args.max_rows:
+        rows = rows.select(range(args.max_rows))
+    texts = texts_of(rows.select_columns(["captions", "questions"]))
+    if not (args.output_dir / "tokenizer").is_dir():
+        train_tokenizer(texts, args.output_dir / "tokenizer")
+    tokenizer = RobertaTokenizer.from_pretrained(args.output_dir / "tokenizer")
+    shared = {
+        "weight_decay": 0.05,
+        "warmup_steps": 0.05,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 20,
+        "save_steps": 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+
+    if not (args.output_dir / "roberta").is_dir():
+        arguments = TrainingArguments(
+            args.output_dir / "roberta-training",
+            per_device_train_batch_size=128,
+            num_train_epochs=args.roberta_epochs,
+            learning_rate=1e-3,
+            **shared,
+        )
+        encoded = [{"input_ids": ids[:64]} for ids in tokenizer(texts)["input_ids"]]
+        collator = DataCollatorForLanguageModeling(tokenizer)
+        trainer = Trainer(new_roberta(tokenizer), arguments, collator, train_dataset=encoded)
+        train(trainer, args.output_dir / "roberta")
+
+    if not (args.output_dir / "clip").is_dir():
+        arguments = TrainingArguments(
+            args.output_dir / "clip-training",
+            per_device_train_batch_size=128,
+            num_train_epochs=args.clip_epochs,
+            learning_rate=1e-3,
+            dataloader_num_workers=1,
+            **shared,
+        )
+        pictures = rows.select_columns(["image", "captions"])
+        trainer = ClipTrainer(new_clip(tokenizer), arguments, CaptionedPictures(tokenizer), train_dataset=pictures)
+        train(trainer, args.output_dir / "clip")
+
+
+if __name__ == "__main__":
+    main()
