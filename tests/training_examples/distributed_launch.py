@@ -1,0 +1,81 @@
+"""Starts functions in processes of their own, as `torchrun` would; what they all import is imported once."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["accelerate", "datasets", "evaluate", "kornia", "modeling_prismer", "torch.distributed.fsdp", "transformers"]
+)
+
+
+def launch(function, folder: Path, *args, number: int = 1, timeout: int = 240) -> list[int]:
+    """
+    Runs `function(folder, *args)` in `number` processes that find each other by gloo, if there are several.
+
+    Returns:
+        Their exit codes: 0, or -9 of one that was killed. The test fails with the output of a process that raised an
+        error, or that was not ready in `timeout` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [folder / f"process_{rank}.log" for rank in range(number)]
+    workers = [
+        processes.Process(target=_run, args=(function, folder, args, rank, number, port, log, timeout))
+        for rank, log in enumerate(logs)
+    ]
+    for worker in workers:
+        worker.start()
+    end = time.monotonic() + timeout
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+        if any(worker.exitcode for worker in workers):  # the others wait for it in vain
+            end = min(end, time.monotonic() + 3)
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.join()
+    codes = [worker.exitcode for worker in workers]
+    if any(code not in (0, -9) for code in codes) or time.monotonic() >= end:
+        pytest.fail(
+            "\n\n".join(
+                f"process {rank} ended with {code}\n{log.read_text()[-3000:]}"
+                for rank, (code, log) in enumerate(zip(codes, logs))
+            ),
+            pytrace=False,
+        )
+    return codes
+
+
+def _run(function, folder, args, rank, number, port, log, timeout):
+    os.setsid()  # so that its data loader's workers can be ended with it
+    signal.alarm(timeout + 10)  # should nobody be there any more to do that
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if number > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        function(folder, *args)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # not waiting for processes that wait for this one

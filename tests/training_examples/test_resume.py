@@ -1,0 +1,112 @@
+"""A training that was killed goes on as if nothing had been, bit for bit."""
+
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from modeling_prismer import DataCollatorForPrismer, PrismerProcessor
+from tests.modeling_prismer.tiny import tiny_model
+from tests.training_examples import distributed_resume, distributed_training
+from tests.training_examples.distributed_launch import launch
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer, picture_folder):
+    """
+    `straight`: 20 steps; `killed`: after 13, `resumed` from its checkpoint at 10; `from_8` and `stream_from_1` go on
+    from checkpoints of `straight` and `stream`.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    distributed_resume.save_checkpoint_with_dropout(folder / "checkpoint", tokenizer)
+    launch(distributed_resume.straight, folder, picture_folder)
+    assert launch(distributed_resume.killed, folder, picture_folder) == [-9]
+    launch(distributed_resume.resumed, folder, picture_folder)
+    return folder
+
+
+def assert_same_state(checkpoint, expected):
+    weights, expected_weights = (load_file(path / "model.safetensors") for path in (checkpoint, expected))
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+    for file in ("optimizer.pt", "scheduler.pt"):
+        found, wanted = (torch.load(path / file, weights_only=True) for path in (checkpoint, expected))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_killed_training_had_only_its_first_checkpoint(runs):
+    assert [path.name for path in (runs / "killed").iterdir()] == ["checkpoint-10"]
+
+
+def test_ten_steps_a_kill_and_ten_steps_are_twenty_steps(runs):
+    """Step 10 is in the middle of the third epoch, and of a shuffled order."""
+    assert_same_state(runs / "resumed" / "checkpoint-20", runs / "straight" / "checkpoint-20")
+
+
+def test_training_goes_on_from_the_end_of_an_epoch(runs):
+    assert_same_state(runs / "from_8" / "checkpoint-20", runs / "straight" / "checkpoint-20")
+
+
+def test_stream_goes_on_in_its_first_pass(runs):
+    assert_same_state(runs / "stream_from_1" / "checkpoint-3", runs / "stream" / "checkpoint-3")
+
+
+# ---- what is gone on from ----
+
+
+@pytest.fixture
+def output_dir(tmp_path, runs):
+    shutil.copytree(runs / "killed", tmp_path / "output")
+    return tmp_path / "output"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"global_step": 1'], ids=["no state", "empty state", "half a state"])
+def test_checkpoint_that_was_being_written_is_left_out(output_dir, content):
+    from training import last_checkpoint
+
+    broken = output_dir / "checkpoint-20"
+    broken.mkdir()
+    if content is not None:
+        (broken / "trainer_state.json").write_text(content)
+    assert last_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
+
+
+def test_newest_checkpoint_is_the_last_by_its_number(output_dir):
+    from training import last_checkpoint
+
+    shutil.copytree(output_dir / "checkpoint-10", output_dir / "checkpoint-9")
+    assert last_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path):
+    from training import last_checkpoint
+
+    assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path / "not there") is None
+
+
+# ---- epochs ----
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_random_numbers_are_new_in_each_epoch(tmp_path, checkpoint, streamed):
+    from training import PrismerTrainer
+
+    class Collator(DataCollatorForPrismer):
+        epochs = []
+
+        def __call__(self, rows):
+            self.epochs.append(self.epoch)
+            return distributed_training.stacked(distributed_training.samples()[: len(rows)])
+
+    collator = Collator(PrismerProcessor.from_pretrained(checkpoint))
+    rows = Dataset.from_dict({"number": list(range(4))})
+    PrismerTrainer(
+        tiny_model(),
+        distributed_training.arguments(tmp_path, per_device_train_batch_size=2, max_steps=6),
+        train_dataset=rows.to_iterable_dataset() if streamed else rows,
+        data_collator=collator,
+    ).train()
+    assert collator.epochs == [0, 0, 1, 1, 2, 2]
