@@ -31,7 +31,7 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style quality train-easy-vqa evaluate-easy-vqa benchmark dist clean
+.PHONY: help demo test conformance style quality train-easy-vqa evaluate-easy-vqa benchmark dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,9 @@ demo: $(VENV)/.demo-ready  ## ask the bundled checkpoint about a bundled picture
 test: $(VENV)/.test-ready  ## run the tests and print the coverage of the three packages
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+conformance: $(VENV)/.test-ready  ## run the library's own common tests on Prismer (ARGS=--compare: and on two of its models)
+	$(BIN)/python tests/conformance/conformance.py $(ARGS)
 
 style: $(VENV)/.ruff-ready  ## mend imports, lint and format
 	$(BIN)/ruff check --fix .

@@ -313,9 +313,18 @@ class PrismerExpertStem(nn.Module):
         self.projection = nn.Conv2d(width, width, kernel_size=1, bias=False)
         if is_label:
             # One row a class, and the background's as the last.
-            self.class_features = nn.Buffer(torch.empty((expert.get("num_classes") or 0) + 1, self.channels))
+            features = self.initial_class_features((expert.get("num_classes") or 0) + 1)
+            self.class_features = nn.Buffer(torch.empty(features.shape).copy_(features))
         if self.num_instance_embeddings:
             self.instance_embedding = nn.Parameter(torch.empty(self.num_instance_embeddings, width))
+
+    def initial_class_features(self, num_rows: int) -> torch.Tensor:
+        """
+        What ids are painted with until `set_class_features` brings features that mean something: random, but always
+        the same, as for every buffer, which can then be made anew after the model was on the meta device.
+        """
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(num_rows, self.channels, generator=generator, device="cpu") * self.channels**-0.5
 
     def feature_table(
         self, classes: torch.Tensor | None, features: torch.Tensor | None, batch_size: int
@@ -562,7 +571,7 @@ def _init_vision_weights(module: nn.Module) -> None:
             init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         init.normal_(module.projection.weight, std=module.projection.in_channels**-0.5)
         if hasattr(module, "class_features"):
-            init.normal_(module.class_features, std=module.channels**-0.5)
+            init.copy_(module.class_features, module.initial_class_features(len(module.class_features)))
         if module.num_instance_embeddings:
             init.normal_(module.instance_embedding, std=0.02)
     elif isinstance(module, PrismerResampler):
@@ -853,6 +862,8 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         if self.cross_attn is not None:
             if cross_keys_values is None and encoder_hidden_states is not None:
                 cross_keys_values = self.cross_attn.project_keys_values(encoder_hidden_states)
+                if past_key_values is not None:
+                    past_key_values.cross_keys_values[self.cross_attn.layer_idx] = cross_keys_values
             if cross_keys_values is not None:
                 attn_output, _ = self.cross_attn(hidden_states, keys_values=cross_keys_values, **kwargs)
                 hidden_states = self.cross_attn_layer_norm(self.dropout(attn_output) + hidden_states)
@@ -923,11 +934,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
         if getattr(past_key_values, "encoded", None) is encoder_hidden_states:
             return known
         past_key_values.encoded = encoder_hidden_states
-        past_key_values.cross_keys_values = {
-            index: layer.cross_attn.project_keys_values(encoder_hidden_states)
-            for index, layer in enumerate(self.layers)
-            if layer.cross_attn is not None
-        }
+        past_key_values.cross_keys_values = {}  # each layer adds its own: its weights may be elsewhere until it runs
         return past_key_values.cross_keys_values
 
     @merge_with_config_defaults

@@ -373,9 +373,11 @@ def test_a_fresh_model_follows_the_seed():
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
     random = [name for name, tensor in states[0].items() if not torch.equal(tensor, states[2][name])]
-    for part in ("convs.0.weight", "class_features", "instance_embedding", "latents", "position_embedding"):
+    for part in ("convs.0.weight", "instance_embedding", "latents", "position_embedding"):
         assert any(part in name for name in random)
-    assert not any(name.endswith("bias") or ".norms." in name or "layer_norm" in name for name in random)
+    # a buffer of the library is always made the same: `class_features` are random, but do not follow the seed
+    fixed = ("class_features", ".norms.", "layer_norm")
+    assert not any(name.endswith("bias") or any(part in name for part in fixed) for name in random)
 
 
 def test_adaptors_start_as_the_identity():

@@ -70,6 +70,7 @@ def _run(function, folder, args, rank, number, port, log, timeout):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers, as in a program of its own
     import torch
 
     torch.set_num_threads(1)

@@ -212,7 +212,6 @@ def test_what_was_saved_in_pieces_loads_into_a_whole_model(pieces):
     assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.xfail(reason="cross-attention's keys and values are projected outside of the layers", strict=True)
 def test_sharded_model_generates_and_ranks_as_the_whole_one(pieces):
     expected = distributed_sharding.answers(tiny_model())
     for facts in facts_of(pieces):
@@ -245,7 +244,6 @@ def test_fsdp2_trains_to_the_loss_of_one_process(tmp_path, recipes):
         assert facts["losses"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.xfail(reason="cross-attention's keys and values are projected outside of the layers", strict=True)
 @pytest.mark.parametrize("way", ["generated", "ranked"])
 def test_fsdp2_predicts_what_one_process_does(tmp_path, recipes, checkpoint, picture_folder, way):
     candidates = distributed_training.CANDIDATES if way == "ranked" else None
