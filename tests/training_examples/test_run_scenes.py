@@ -1,0 +1,52 @@
+"""run_scenes.py trains on backbones of train_scenes_backbones.py, with true labels, without experts, and blind."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import run_scenes
+import train_scenes_backbones
+from scenes.scenes import Scenes
+
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+
+
+def run(script, data_dir, output_dir, *arguments):
+    few = partial(Scenes, train=8, validation=2, test=2)
+    command = [script.__name__, "--data_dir", data_dir, "--output_dir", output_dir, *arguments]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(script, "Scenes", few)
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        script.main()
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.fixture(scope="module")
+def backbones(data_dir, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in {"WIDTH": 24, "HEADS": 2, "VISION_LAYERS": 1, "TEXT_LAYERS": 1}.items():
+            monkeypatch.setattr(train_scenes_backbones, name, value)
+        folder = tmp_path_factory.mktemp("backbones")
+        return run(train_scenes_backbones, data_dir, folder, "--clip_epochs", 1, "--roberta_epochs", 1)
+
+
+@pytest.mark.parametrize(
+    "way, experts", [(("--suite", "true", "--labels", "true"), 6), (("--suite", "none"), 0), (("--blind",), 0)]
+)
+def test_each_way_trains_and_is_measured_by_type_of_question(backbones, data_dir, tmp_path, way, experts):
+    arguments = ("--backbones", backbones, "--do_train", "--do_eval", "--max_steps", 1, "--dataloader_num_workers", 0)
+    run(run_scenes, data_dir, tmp_path, *arguments, "--per_device_train_batch_size", 4, *way)
+    results = json.loads((tmp_path / "scenes_results.json").read_text())
+    assert results.keys() == {"validation", "test"}
+    assert {"all", "color", "relation", "sign"} <= results["test"]["answers"].keys()
+    assert results["test"]["captions"].keys() == {"cider", "exact_attributes", "objects"}
+    model = PrismerForConditionalGeneration.from_pretrained(tmp_path)
+    processor = PrismerProcessor.from_pretrained(tmp_path)
+    assert len(model.config.experts) == experts
+    assert processor.tasks == ["caption", "vqa"] and processor.task == "vqa"
