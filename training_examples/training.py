@@ -177,6 +177,8 @@ def load_checkpoint(args: RecipeArguments, task: str) -> tuple[PrismerForConditi
     processor = PrismerProcessor.from_pretrained(path)
     model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32, image_size=args.image_size)
     processor.task = task
+    if processor.tasks and task not in processor.tasks:
+        processor.tasks = [*processor.tasks, task]
     size = model.config.vision_config.image_size
     processor.image_processor.size = {"height": size, "width": size}
     return model, processor

@@ -248,3 +248,17 @@ def test_size_of_the_pictures_is_the_papers_to_train_and_the_checkpoints_to_eval
         monkeypatch.setattr(sys, "argv", command)
         sizes.append(training.parse_arguments(run_vqa.VqaArguments, **run_vqa.PAPER)[0].image_size)
     assert sizes == [480, None, 64]
+
+
+def test_checkpoint_for_several_tasks_loads_again_after_a_training_for_another(checkpoint, tmp_path, monkeypatch):
+    processor = PrismerProcessor.from_pretrained(checkpoint)
+    processor.tasks = ["caption", "vqa"]
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "several").mkdir(exist_ok=True)
+        shutil.copy(checkpoint / name, tmp_path / "several")
+    processor.save_pretrained(tmp_path / "several")
+    command = ["run", "--output_dir", "x", "--do_eval", "--eval_data", "y", "--model", str(tmp_path / "several")]
+    monkeypatch.setattr(sys, "argv", command)
+    _, processor = training.load_checkpoint(training.parse_arguments()[0], "classification")
+    processor.save_pretrained(tmp_path / "classes")
+    assert PrismerProcessor.from_pretrained(tmp_path / "classes").task == "classification"
