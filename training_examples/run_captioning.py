@@ -47,9 +47,7 @@ def write_captions(path, captions, rows):
     write_caption_results(path, rows[column], captions)
 
 
-def main():
-    args, training_args = parse_arguments(**PAPER)
-    model, processor = load_checkpoint(args, task="caption")
+def run_captions(model, processor, args, training_args):
     train_rows, eval_rows = load_data(args, training_args, "caption")
     trainer = make_trainer(
         model,
@@ -62,6 +60,12 @@ def main():
         generation=GENERATION,
     )
     run(trainer, args, write_captions)
+
+
+def main():
+    args, training_args = parse_arguments(**PAPER)
+    model, processor = load_checkpoint(args, task="caption")
+    run_captions(model, processor, args, training_args)
 
 
 if __name__ == "__main__":

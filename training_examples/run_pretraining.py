@@ -14,8 +14,8 @@ times the picture's area (those above 1 fall back to the whole picture). Evaluat
 
 from dataclasses import dataclass, field
 
-from run_captioning import GENERATION, score_captions, write_captions
-from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run
+from run_captioning import run_captions
+from training import RecipeArguments, load_checkpoint, parse_arguments
 from transformers import AutoTokenizer
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
@@ -89,18 +89,7 @@ def new_model(args: PretrainingArguments, output_dir: str) -> tuple[PrismerForCo
 def main():
     args, training_args = parse_arguments(PretrainingArguments, **PAPER)
     model, processor = load_checkpoint(args, "caption") if args.model else new_model(args, training_args.output_dir)
-    train_rows, eval_rows = load_data(args, training_args, "caption")
-    trainer = make_trainer(
-        model,
-        processor,
-        args,
-        training_args,
-        train_rows,
-        eval_rows,
-        score=score_captions,
-        generation=GENERATION,
-    )
-    run(trainer, args, write_captions)
+    run_captions(model, processor, args, training_args)
 
 
 if __name__ == "__main__":

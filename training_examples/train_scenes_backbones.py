@@ -16,6 +16,7 @@ from datasets import Dataset
 from scenes.scenes import Scenes
 from tokenizers import ByteLevelBPETokenizer
 from torchvision.transforms import v2
+from training import last_checkpoint
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -27,7 +28,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_prismer.processing import PrismerImageProcessor, clean_caption, clean_question
 
@@ -124,8 +124,7 @@ class ClipTrainer(Trainer):
 
 
 def train(trainer: Trainer, folder: Path) -> None:
-    checkpoint = get_last_checkpoint(trainer.args.output_dir) if Path(trainer.args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
     trainer.model.save_pretrained(folder)
 
 

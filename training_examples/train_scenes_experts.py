@@ -36,9 +36,8 @@ from scenes.render import CLASSES
 from scenes.scenes import DETECTION_CLASSES, EXPERTS, Scenes, expert_labels
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 from torchvision.transforms import v2
-from training import write_json
+from training import last_checkpoint, write_json
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_prismer.processing.experts import (
     CannyEdges,
@@ -314,7 +313,7 @@ def train(name: str, rows: Dataset, output_dir: Path, max_steps: int | None = No
         train_dataset=rows.select_columns(["image", *network.columns]),
         loss=network.loss,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
     folder = network_folder(output_dir, name)
     partial = folder.with_name(f"{folder.name}.partial")
     model.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(partial)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_scenes
 from PIL import Image
 
 from modeling_prismer import PrismerImageProcessor
@@ -477,23 +478,9 @@ def test_rows_read_back_what_was_made(built):
 
 
 def test_the_processor_takes_the_labels_of_a_row(built):
-    descriptions = [
-        {"name": "depth", "kind": "dense", "channels": 1},
-        {"name": "normal", "kind": "dense", "channels": 3},
-        {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": len(CLASSES)},
-        {"name": "edge", "kind": "dense", "channels": 1},
-        {
-            "name": "detection",
-            "kind": "label",
-            "channels": 64,
-            "num_classes": len(DETECTION_CLASSES),
-            "instances": True,
-        },
-        {"name": "ocr", "kind": "label", "channels": 64},
-    ]
     row = built["test"][0]
     size = {"height": 64, "width": 64}
-    processor = PrismerImageProcessor(size=size, experts=descriptions)
+    processor = PrismerImageProcessor(size=size, experts=run_scenes.DESCRIPTIONS)
     inputs = processor(row["image"], expert_labels=expert_labels(row), return_tensors="pt")
     assert inputs["expert_mask"].all()
 
