@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--clip_epochs", type=float, default=12)
     parser.add_argument("--roberta_epochs", type=float, default=1)
     parser.add_argument("--max_rows", type=int, help="use this many scenes only")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     args = parser.parse_args()
     set_seed(0)
     builder = Scenes(cache_dir=args.data_dir)
@@ -151,11 +152,12 @@ def main() -> None:
         "warmup_steps": 0.05,
         "lr_scheduler_type": "cosine",
         "logging_steps": 20,
-        "save_steps": 500,
+        "save_steps": 200,
         "save_total_limit": 1,
         "report_to": "none",
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
+        "bf16": args.bf16,
     }
 
     if not (args.output_dir / "roberta").is_dir():

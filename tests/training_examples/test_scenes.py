@@ -65,7 +65,7 @@ def digest(split, index, **arguments):
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process():
     script = "from tests.training_examples.test_scenes import digest; print(digest('train', 3), digest('test', 1))"
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", "import tests.training_examples.conftest; " + script]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert printed == [digest("train", 3), digest("test", 1)]
 
