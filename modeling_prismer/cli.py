@@ -52,15 +52,21 @@ def _device(device: str) -> str:
     return device
 
 
+def _path(model: str | None) -> str:
+    from modeling_prismer import pretrained_path
+
+    return pretrained_path() if model is None else model
+
+
 def _load(model: str | None, device: str, with_network: bool = True):
     """The processor and the network of a checkpoint; `model` left out means the shipped one."""
     import torch
     from transformers import logging
 
-    from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+    from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 
     logging.disable_progress_bar()
-    path = pretrained_path() if model is None else model
+    path = _path(model)
     device = _device(device)
     processor = PrismerProcessor.from_pretrained(path, expert_device=device)
     if not with_network:
@@ -71,30 +77,56 @@ def _load(model: str | None, device: str, with_network: bool = True):
     return processor, network
 
 
-def _generate(processor, network, image: str, text: str | None, task: str, beams: int) -> str:
+def _encode(network, inputs, model: str | None):
+    """The encoded image, in place of its tensors in `inputs`; warns of a picture unlike those of the training."""
+    import torch
+
+    from modeling_prismer.familiarity import Familiarity, image_features
+
+    texts = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        encoded = network.get_image_features(**inputs, return_dict=True)
+    familiarity = Familiarity.from_pretrained(_path(model))
+    if familiarity is not None:
+        distance = familiarity.distance(image_features(network, encoded)).item()
+        if distance > familiarity.limit:
+            err.print(
+                f"warning: this picture is unlike those that the checkpoint was trained on (distance {distance:.0f}; "
+                f"up to {familiarity.limit:.0f} is usual): what it says may mean nothing. The checkpoint's model card "
+                "says what it knows; `prismer convert --help` how to get one for photographs.",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
+    return {**texts, "encoder_outputs": encoded}
+
+
+def _generate(image: str, texts: list[str] | None, task: str, model: str | None, device: str, beams: int) -> list[str]:
+    processor, network = _load(model, device)
     tasks = processor.tasks or [processor.task]
     if task not in tasks:
         command = "ask" if task == "vqa" else task
         raise ValueError(
             f"this checkpoint was made for {', '.join(tasks)}; `prismer {command}` needs one for {task!r}"
         )
-    inputs = processor(images=image, text=text, task=task, return_tensors="pt").to(network.device)
-    generated = network.generate(**inputs, num_beams=beams, do_sample=False)
-    return processor.post_process_generation(generated, inputs["input_ids"].shape[1], task=task)[0]
+    inputs = processor(images=image, text=texts, task=task, return_tensors="pt").to(network.device)
+    prompt_length = inputs["input_ids"].shape[1]
+    generated = network.generate(**_encode(network, inputs, model), num_beams=beams, do_sample=False)
+    return processor.post_process_generation(generated, prompt_length, task=task)
 
 
 @app.command()
 def ask(
     image: Image,
-    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="One or more, each in quotes.")],
     model: ModelOption = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
     device: DeviceOption = "auto",
 ):
-    """Answers a question about a picture."""
+    """Answers questions about a picture, each on a line of its own."""
     with _clear_errors():
-        processor, network = _load(model, device)
-        out.print(_generate(processor, network, image, question, "vqa", beams), markup=False)
+        for answer in _generate(image, questions, "vqa", model, device, beams):
+            out.print(answer, markup=False, highlight=False)
 
 
 @app.command()
@@ -107,8 +139,8 @@ def caption(
 ):
     """Describes a picture in a sentence."""
     with _clear_errors():
-        processor, network = _load(model, device)
-        out.print(_generate(processor, network, image, prompt, "caption", beams), markup=False)
+        (said,) = _generate(image, prompt if prompt is None else [prompt], "caption", model, device, beams)
+        out.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -126,10 +158,10 @@ def classify(
         processor, network = _load(model, device)
         inputs = processor(images=image, text=question, return_tensors="pt").to(network.device)
         candidates = processor.prepare_candidates(labels).to(network.device)
-        ranking = network.rank_candidates(**candidates, k=len(labels), **inputs)
+        ranking = network.rank_candidates(**candidates, k=len(labels), **_encode(network, inputs, model))
         table = Table("label", "mean log-probability")
-        for score, index in zip(ranking.scores[0].tolist(), ranking.indices[0].tolist()):
-            table.add_row(labels[index], f"{score:.3f}")
+        for row in processor.post_process_ranking(ranking, labels)[0]:
+            table.add_row(row["label"], f"{row['score']:.3f}")
         out.print(table)
 
 

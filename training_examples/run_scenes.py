@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, CLIPModel, RobertaForMaskedLM
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
 from modeling_prismer.conversion import class_features_from_names
+from modeling_prismer.familiarity import Familiarity, image_features
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
 
 
@@ -66,8 +67,9 @@ DEFAULTS = {
     # Left and right, and how many there are, would not be what the texts say.
     "augment": False,
 }
-TEXTS_PER_IMAGE = 8  # drawn of the captions and questions of a picture each time it is seen
+TEXTS_PER_IMAGE = 4  # drawn of the captions and questions of a picture each time it is seen
 CAPTION_PROMPT = "A picture of"
+FAMILIAR = 3000  # scenes by which the published checkpoint tells what is unlike them
 
 
 @dataclass
@@ -128,7 +130,10 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     descriptions = [] if args.suite == "none" else DESCRIPTIONS
     model = PrismerForConditionalGeneration.from_backbones(
         vision=CLIPModel.from_pretrained(folder / "clip"),
-        text=RobertaForMaskedLM.from_pretrained(folder / "roberta"),
+        # no dropout: a network as small as this one does not overfit on as many texts
+        text=RobertaForMaskedLM.from_pretrained(
+            folder / "roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        ),
         experts=descriptions,
         num_latents=32,
         resampler_layers=2,
@@ -193,15 +198,44 @@ def score_captions(captions: list[str], scenes: Dataset) -> dict[str, float]:
     }
 
 
-def measure(model, processor, scenes, collator) -> dict[str, dict[str, float]]:
+def evaluation_splits(splits: dict[str, Dataset], max_rows: int | None = None) -> dict[str, Dataset]:
+    """
+    `validation`; `test`, like it; `held_out`, the scenes of the split `test` that have colors on shapes which the
+    training data never show. Each with its first `max_rows` scenes.
+    """
+    found = {"validation": splits["validation"]} if "validation" in splits else {}
+    held_out = np.array(splits["test"]["held_out"])
+    found |= {"test": splits["test"].select(np.flatnonzero(~held_out))}
+    found |= {"held_out": splits["test"].select(np.flatnonzero(held_out))}
+    return {
+        name: rows.select(range(min(max_rows or len(rows), len(rows)))) for name, rows in found.items() if len(rows)
+    }
+
+
+def measure(model, processor, scenes, collator, num_beams: int = 3) -> dict[str, dict[str, float]]:
     collator.with_suffix = False
     questions = [[each["question"] for each in row] for row in scenes["questions"]]
     answers = say(model, processor, scenes, collator, questions, "vqa", max_new_tokens=8)
-    captions = say(model, processor, scenes, collator, [[CAPTION_PROMPT]] * len(scenes), "caption", num_beams=3)
+    prompts = [[CAPTION_PROMPT]] * len(scenes)
+    captions = say(model, processor, scenes, collator, prompts, "caption", num_beams=num_beams)
     return {
         "answers": score_answers(answers, scenes),
         "captions": score_captions([said for (said,) in captions], scenes),
     }
+
+
+@torch.no_grad()
+def features_of(model, scenes, collator, batch_size=64) -> torch.Tensor:
+    """What [`Familiarity`] knows pictures by, `(scenes, width)`."""
+    model.eval()
+    features = []
+    for start in tqdm(range(0, len(scenes), batch_size), desc="features", leave=False):
+        rows = scenes.select(range(start, min(start + batch_size, len(scenes)))).select_columns(["image_id", "image"])
+        inputs = {name: tensor.to(model.device) for name, tensor in collator(list(rows)).items()}
+        texts = ("input_ids", "attention_mask")
+        encoded = model.get_image_features(**{name: tensor for name, tensor in inputs.items() if name not in texts})
+        features.append(image_features(model, encoded))
+    return torch.cat(features)
 
 
 def main() -> None:
@@ -211,6 +245,8 @@ def main() -> None:
     builder.download_and_prepare()
     splits = builder.as_dataset()
     model, processor = load_checkpoint(args, "vqa") if args.model else new_model(args)
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # sdpa's backward pass is slow on CPUs for sequences this short
 
     train_rows = None
     if training_args.do_train:
@@ -231,12 +267,16 @@ def main() -> None:
     if args.blind:
         trainer.data_collator.augmentation = trainer.eval_collator.augmentation = hide
     run(trainer, args)
+    if args.publish_to:
+        collator = trainer.eval_collator
+        collator.with_suffix = False
+        known = splits["train"].select(range(min(FAMILIAR, len(splits["train"]))))
+        features = (features_of(model, scenes, collator) for scenes in (known, splits["validation"]))
+        Familiarity.fit(*features).save_pretrained(args.publish_to)
     if training_args.do_eval:
         results = {}
-        for split in ("validation", "test"):
-            if split in splits:
-                scenes = splits[split].select(range(min(args.max_eval_rows or 10**9, len(splits[split]))))
-                results[split] = measure(model, processor, scenes, trainer.eval_collator)
+        for name, scenes in evaluation_splits(splits, args.max_eval_rows).items():
+            results[name] = measure(model, processor, scenes, trainer.eval_collator)
         write_json(output_dir / "scenes_results.json", results)
         print(json.dumps(results, indent=2))
 

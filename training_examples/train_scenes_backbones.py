@@ -98,7 +98,8 @@ def new_clip(tokenizer: RobertaTokenizer) -> CLIPModel:
         },
         projection_dim=WIDTH,
     )
-    return CLIPModel(config)
+    # sdpa's backward pass is slow on CPUs for sequences as short as these
+    return CLIPModel._from_config(config, attn_implementation="eager")
 
 
 def new_roberta(tokenizer: RobertaTokenizer) -> RobertaForMaskedLM:
@@ -158,6 +159,7 @@ def main() -> None:
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
         "bf16": args.bf16,
+        "use_cpu": not torch.cuda.is_available(),
     }
 
     if not (args.output_dir / "roberta").is_dir():

@@ -43,7 +43,7 @@ def test_each_way_trains_and_is_measured_by_type_of_question(backbones, data_dir
     arguments = ("--backbones", backbones, "--do_train", "--do_eval", "--max_steps", 1, "--dataloader_num_workers", 0)
     run(run_scenes, data_dir, tmp_path, *arguments, "--per_device_train_batch_size", 4, *way)
     results = json.loads((tmp_path / "scenes_results.json").read_text())
-    assert results.keys() == {"validation", "test"}
+    assert results.keys() == {"validation", "test", "held_out"}
     assert {"all", "color", "relation", "sign"} <= results["test"]["answers"].keys()
     assert results["test"]["captions"].keys() == {"cider", "exact_attributes", "objects"}
     model = PrismerForConditionalGeneration.from_pretrained(tmp_path)

@@ -1,0 +1,84 @@
+"""How far a picture is from those that a checkpoint was trained on."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .modeling_prismer import PrismerModel
+
+
+class Familiarity:
+    """
+    A Gaussian over the images that a checkpoint knows, by which unlike ones are told: Mahalanobis' distance of an
+    image's mean patch token, out of the vision encoder, as in Lee et al., 2018 (arXiv 1807.03888), with one class.
+
+    It stays beside the checkpoint, in `familiarity.safetensors`; a checkpoint without it gives no warning.
+
+    ```python
+    >>> from modeling_prismer.familiarity import Familiarity, image_features
+
+    >>> encoded = model.get_image_features(**image_inputs)
+    >>> familiarity = Familiarity.from_pretrained(path)
+    >>> far = familiarity.distance(image_features(model, encoded)) > familiarity.limit
+    ```
+
+    Attributes:
+        mean (`torch.Tensor` of shape `(width,)`): of the known images' features.
+        whitening (`torch.Tensor` of shape `(width, width)`): features times this have unit covariance.
+        limit (`float`): an image farther away than this is unlike those of the training.
+    """
+
+    FILE = "familiarity.safetensors"
+
+    def __init__(self, mean: torch.Tensor, whitening: torch.Tensor, limit: float):
+        self.mean, self.whitening, self.limit = mean, whitening, limit
+
+    @classmethod
+    def fit(cls, features: torch.Tensor, others: torch.Tensor, share: float = 0.99) -> "Familiarity":
+        """
+        Args:
+            features (`torch.Tensor` of shape `(n, width)`): of images of the training, several times `width` of them.
+            others (`torch.Tensor` of shape `(m, width)`): of images that are like them, but new.
+            share (`float`, *optional*, defaults to 0.99): of `others`, this share is within the limit.
+
+        Raises:
+            ValueError: if there are too few images to tell their covariance.
+        """
+        number, width = features.shape
+        if number <= width:
+            raise ValueError(f"{number} images are too few for the covariance of {width} features; give more")
+        features = features.double()
+        variances, axes = torch.linalg.eigh(torch.cov(features.T))
+        variances = variances.clamp(min=1e-4 * variances.mean())  # directions that hardly vary must not decide alone
+        known = cls(features.mean(0).float(), (axes * variances.rsqrt()).float(), float("inf"))
+        known.limit = torch.quantile(known.distance(others), share).item()
+        return known
+
+    def distance(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(n, width)` to distances `(n,)`, in standard deviations; `sqrt(width)` is usual."""
+        return ((features.float().cpu() - self.mean) @ self.whitening).norm(dim=1)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        path = Path(folder, self.FILE)
+        temporary = path.with_suffix(".tmp")
+        tensors = {"mean": self.mean, "whitening": self.whitening.contiguous()}
+        save_file(tensors, temporary, metadata={"limit": str(self.limit)})
+        temporary.replace(path)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "Familiarity | None":
+        """From a checkpoint's folder; `None` if the checkpoint does not say what it knows."""
+        path = Path(folder, cls.FILE)
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            return cls(file.get_tensor("mean"), file.get_tensor("whitening"), float(file.metadata()["limit"]))
+
+
+def image_features(model: PrismerModel, encoder_outputs) -> torch.Tensor:
+    """The mean patch token `(images, width)` of what `get_image_features` gave, without the experts' latents."""
+    grid_size = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    return encoder_outputs[0][:, : grid_size**2].float().mean(1)
