@@ -1,6 +1,6 @@
 """Prismer for transformers: a vision-language model that looks through frozen experts (arXiv 2303.02506)."""
 
-from .auto import PrismerImageProcessor, PrismerProcessor
+from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .modeling_prismer import (
     PrismerForConditionalGeneration,
@@ -28,4 +28,5 @@ __all__ = [
     "PrismerVisionConfig",
     "PrismerVisionModel",
     "pretrained_path",
+    "register_for_auto_class",
 ]

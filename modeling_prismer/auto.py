@@ -1,4 +1,7 @@
-"""Registers Prismer with the Auto classes of transformers; importing `modeling_prismer` does it."""
+"""
+Registers Prismer with the Auto classes of transformers; importing `modeling_prismer` does it. By
+`register_for_auto_class` what is saved loads by them without this package, too.
+"""
 
 from transformers import (
     AutoConfig,
@@ -9,7 +12,6 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS
 
-from .adapter_targets import register_adapter_targets
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .modeling_prismer import (
     PrismerForConditionalGeneration,
@@ -34,4 +36,28 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": PrismerImageProcessor, "torchvision": PrismerImageProcessorTorchvision},
 )
 AutoProcessor.register(PrismerConfig, PrismerProcessor)
-register_adapter_targets()
+
+
+def register_for_auto_class() -> None:
+    """
+    From now on `save_pretrained` and `push_to_hub` of model, configuration and processor put their code beside what
+    they save. The folder, or the repository on the Hub, then loads where this package is not installed:
+    `AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)`, and so by `AutoConfig`, `AutoModel`,
+    `AutoProcessor` and `pipeline`. Only live experts need the package.
+
+    ```python
+    >>> from modeling_prismer import register_for_auto_class
+
+    >>> register_for_auto_class()
+    >>> model.push_to_hub("me/my-prismer")
+    >>> processor.push_to_hub("me/my-prismer")
+    ```
+    """
+    for config_or_processor in (
+        *(PrismerConfig, PrismerVisionConfig, PrismerTextConfig),
+        *(PrismerImageProcessor, PrismerImageProcessorTorchvision, PrismerProcessor),
+    ):
+        config_or_processor.register_for_auto_class()
+    PrismerForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+    for model_class in (PrismerModel, PrismerVisionModel, PrismerTextModel):
+        model_class.register_for_auto_class("AutoModel")

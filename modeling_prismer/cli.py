@@ -1,4 +1,4 @@
-"""The command line: `prismer ask`, `caption`, `classify`, `experts`, `label`, `features` and `convert`."""
+"""The command line: `prismer ask`, `caption`, `classify`, `experts`, `label`, `features`, `convert` and `export`."""
 
 import sys
 import time
@@ -308,6 +308,21 @@ def convert(
             overwrite=overwrite,
         )
         print(output)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators; else what torch recommends.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+):
+    """Writes a model as ONNX, for onnxruntime: encoder.onnx, decoder.onnx, the processor."""
+    with _clear_errors():
+        from modeling_prismer.conversion import export_onnx
+
+        processor, network = _load(model, "cpu")
+        print(export_onnx(network, processor, output, opset_version=opset, overwrite=overwrite))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ vision encoder, the text decoder, and the two put together with their loss, gene
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,12 +27,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import torch_compilable_check
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .adapter_targets import register_adapter_targets
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 
 
 logger = logging.get_logger(__name__)
+register_adapter_targets()  # here, so that a saved folder that brings its code has them too
 
 BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
 
@@ -256,15 +260,51 @@ class PrismerAttention(nn.Module):
         return attn_output, attn_weights
 
 
+class PrismerQuickGELU(nn.Module):
+    """`x · sigmoid(1.702 x)` as `silu(1.702 x) / 1.702`: fewer temporaries, and none where no gradient needs `x`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return F.silu(hidden_states * 1.702).div_(1.702)
+        return F.silu(hidden_states.mul_(1.702), inplace=True).div_(1.702)
+
+
+class PrismerSquaredReLU(nn.Module):
+    """`relu(x)²`, in place where no gradient needs `x`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return F.relu(hidden_states).square()
+        return hidden_states.relu_().square_()
+
+
+def _activation(name: str) -> nn.Module:
+    lean = {"quick_gelu": PrismerQuickGELU, "relu2": PrismerSquaredReLU}
+    return lean[name]() if name in lean else ACT2FN[name]
+
+
 class PrismerMLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.activation = ACT2FN[hidden_act]
+        self.activation = _activation(hidden_act)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if _may_take_rows_apart(hidden_states):
+            return torch.cat([self.fc2(self.activation(self.fc1(row))) for row in hidden_states.split(1)])
         return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+def _may_take_rows_apart(hidden_states: torch.Tensor) -> bool:
+    """Long rows on a CPU: one at a time, what is between two layers stays in the cache, and in memory at hand."""
+    return (
+        hidden_states.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and len(hidden_states) > 1
+        and hidden_states.shape[1] >= 256
+    )
 
 
 class PrismerAdaptor(nn.Module):
@@ -277,7 +317,7 @@ class PrismerAdaptor(nn.Module):
         super().__init__()
         self.norm_first = norm_first
         self.down_proj = nn.Linear(hidden_size, hidden_size)
-        self.activation = ACT2FN["relu2"]
+        self.activation = _activation("relu2")
         self.up_proj = nn.Linear(hidden_size, hidden_size)
         self.layer_norm = PrismerLayerNorm(hidden_size, eps=layer_norm_eps)
 
@@ -329,9 +369,19 @@ class PrismerExpertStem(nn.Module):
     def feature_table(
         self, classes: torch.Tensor | None, features: torch.Tensor | None, batch_size: int
     ) -> torch.Tensor:
-        """What each id of a map stands for: `(batch_size or 1, number of ids + 1, channels)`, background last."""
-        background = self.class_features[-1]
-        if features is None and self.class_features.shape[0] == 1:
+        """
+        What each id of a map stands for: `(batch_size or 1, number of ids + 1, channels)`, background last. A class
+        that the model has no feature for is background as well.
+        """
+        background, num_classes = self.class_features[-1], self.class_features.shape[0] - 1
+        if features is not None and (features.ndim != 3 or features.shape[2] != self.channels):
+            raise ValueError(
+                f"{self.name}_features has the shape {tuple(features.shape)}; (batch, number of ids, {self.channels}) "
+                "is needed"
+            )
+        if classes is not None and classes.ndim != 2:
+            raise ValueError(f"{self.name}_classes has the shape {tuple(classes.shape)}; (batch, instances) is needed")
+        if features is None and not num_classes:
             raise ValueError(
                 f"{self.name}_ids given, but neither a table of class features in the model (`set_class_features`), "
                 f"nor {self.name}_features with the sample; dense {self.name}_values would do as well"
@@ -340,7 +390,11 @@ class PrismerExpertStem(nn.Module):
             if self.num_instance_embeddings:
                 raise ValueError(f"{self.name}_ids count instances; their classes are needed as {self.name}_classes")
             return self.class_features[None]
-        features = self.class_features[classes.long()] if features is None else features.to(background)
+        if features is None:
+            classes = classes.long()
+            known = (classes >= 0) & (classes < num_classes)
+            features = self.class_features[torch.where(known, classes, num_classes)]
+        features = features.to(background)
         return torch.cat([features, background.expand(batch_size, 1, -1)], dim=1)
 
     def paint(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -388,7 +442,9 @@ class PrismerExpertStem(nn.Module):
         for size, out_size in zip(rows.shape[1:], grid):
             positions = torch.arange(size, dtype=torch.float32, device=rows.device)
             taps.append(F.interpolate(positions[None, None], size=out_size, mode="nearest")[0, 0].long())
-        return F.embedding(rows[:, taps[0]][:, :, taps[1]].long(), self.instance_embedding)
+        rows = rows[:, taps[0]][:, :, taps[1]].long()
+        table = self.instance_embedding
+        return _look_up(lambda rows: F.embedding(rows, table), rows, f"{self.name}_rows", len(table))
 
     def forward(
         self,
@@ -418,13 +474,23 @@ class PrismerExpertStem(nn.Module):
         for conv, norm in zip(self.convs, self.norms):
             if not norm.weight.requires_grad:
                 norm.eval()  # a frozen stem keeps its statistics: an adapter, such as LoRA, is saved without them
-            hidden_states = F.relu(norm(conv(hidden_states)))
+            hidden_states = norm(conv(hidden_states)).relu_()
         hidden_states = self.projection(hidden_states)
         if self.num_instance_embeddings and (rows is not None or ids is not None):
             rows = self.instance_rows(ids) if rows is None else rows
             embeddings = self.embed_instances(rows, hidden_states.shape[2:])
             hidden_states = hidden_states + embeddings.permute(0, 3, 1, 2)
         return hidden_states
+
+
+def _look_up(embed: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, name: str, number: int) -> torch.Tensor:
+    """`embed(ids)`, with an error that says what is wrong; a GPU fails with an assertion of its own."""
+    try:
+        return embed(ids)
+    except IndexError as error:
+        raise ValueError(
+            f"{name} has values from {ids.min()} to {ids.max()}; 0 to {number - 1} is accepted"
+        ) from error
 
 
 def _linear_taps(size: int, out_size: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -730,7 +796,7 @@ class PrismerVisionModel(PrismerPreTrainedModel):
         """
         if expert_mask is not None and expert_mask.shape[0] != batch_size:
             raise ValueError(f"expert_mask has {expert_mask.shape[0]} rows for {batch_size} images")
-        all_tokens, token_masks = [], []
+        all_tokens, token_masks, last_grid = [], [], None
         for index, (name, stem) in enumerate(self.expert_stems.items()):
             inputs = expert_inputs.get(name)
             if inputs is None:
@@ -752,7 +818,9 @@ class PrismerVisionModel(PrismerPreTrainedModel):
             tokens = stem(**inputs)
             grid = tuple(tokens.shape[2:])
             tokens = tokens.flatten(2).transpose(1, 2).to(device)
-            tokens = tokens + self.embeddings(grid=grid).to(device)
+            if grid != last_grid:  # no dict of them: in an export with any sizes they cannot be hashed
+                last_grid, positions = grid, self.embeddings(grid=grid).to(device)
+            tokens = tokens + positions
             if present is not None:
                 if rows is not None and len(rows) < batch_size:
                     tokens = tokens.new_zeros(batch_size, *tokens.shape[1:]).index_copy(0, rows, tokens)
@@ -960,7 +1028,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         if inputs_embeds is None:
-            inputs_embeds = self.embeddings.word_embeddings(input_ids)
+            inputs_embeds = _look_up(self.embeddings.word_embeddings, input_ids, "input_ids", self.config.vocab_size)
         rows, length = inputs_embeds.shape[:2]
         if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
             raise ValueError(
@@ -1016,7 +1084,7 @@ class PrismerModel(PrismerPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.vision_model if modality in (None, "image") else super().get_encoder(modality=modality)
+        return super().get_encoder(modality=modality or "image")
 
     def gather_expert_inputs(
         self, tensors: dict[str, Any], expert_mask: torch.Tensor | None
@@ -1050,11 +1118,14 @@ class PrismerModel(PrismerPreTrainedModel):
                 raise ValueError(f"{name}_{next(iter(inputs))} given without {name}_ids or {name}_values")
         missing = [name for name in names if name not in gathered]
         if missing and expert_mask is not None:
-            claimed = [name for name in missing if bool(expert_mask[:, names.index(name)].any())]
-            if claimed:
-                raise ValueError(
-                    f"expert_mask says that there are {', '.join(claimed)}, but their tensors are not given"
-                )
+            claimed = expert_mask[:, [names.index(name) for name in missing]].bool().any(dim=0)
+            torch_compilable_check(
+                ~claimed,
+                lambda: (
+                    f"expert_mask says that there are {', '.join(itertools.compress(missing, claimed.tolist()))}, "
+                    "but their tensors are not given"
+                ),
+            )
         elif missing and self.config.strict_experts:
             raise ValueError(
                 f"the config's experts {', '.join(missing)} are neither given nor masked out. Give their tensors "
@@ -1228,6 +1299,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         self.lm_head = PrismerLMHead(config.text_config)
         self.post_init()
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        if self._auto_class is not None:  # the code is saved too: `AutoModel` is to find the model without its head
+            auto_map = {"AutoModel": f"{__name__.rpartition('.')[2]}.{PrismerModel.__name__}"}
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    save_pretrained.__doc__ = PreTrainedModel.save_pretrained.__doc__
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
 
@@ -1235,7 +1314,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         self.lm_head.decoder = new_embeddings
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return self.model.get_encoder(modality=modality)
+        return super().get_encoder(modality=modality or "image")
 
     def get_image_features(self, pixel_values: torch.FloatTensor, expert_mask=None, **kwargs):
         return self.model.get_image_features(pixel_values, expert_mask, **kwargs)
@@ -1318,9 +1397,19 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
                     'aligned with input_ids (with peft\'s prompt learning: it needs `task_type="CAUSAL_LM"`)'
                 )
             if shift_labels is None:
+                torch_compilable_check(
+                    (labels[:, 1:] != -100).any(),
+                    "labels are -100 everywhere: there is nothing to learn. They are aligned with input_ids, -100 on "
+                    "prompt and padding alone",
+                )
                 loss_per_sample = sample_losses(logits[:, :-1], labels[:, 1:], self.config.label_smoothing)
             else:
                 loss_per_sample = sample_losses(logits, shift_labels, self.config.label_smoothing)
+            if sample_weight is not None and sample_weight.shape != loss_per_sample.shape:
+                raise ValueError(
+                    f"sample_weight has the shape {tuple(sample_weight.shape)}; ({len(loss_per_sample)},) is needed, "
+                    "one weight for each row of input_ids"
+                )
             weighted = loss_per_sample if sample_weight is None else loss_per_sample * sample_weight.to(logits.device)
             loss = weighted.mean()
         return PrismerCausalLMOutput(
@@ -1338,6 +1427,19 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]):
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if not is_expert_input(key)})
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict[str, Any]):
+        """Takes what is to be learned out of the prompt where `labels` say it, as Seq2SeqTrainer hands them over."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        labels = model_kwargs.pop("labels", None)
+        if labels is not None and name == "input_ids":
+            attention_mask = model_kwargs.get("attention_mask")
+            given = inputs.ne(self.config.pad_token_id) if attention_mask is None else attention_mask.bool()
+            given = given & (labels == -100)
+            order = given.long().argsort(dim=-1, stable=True)  # the prompts move to the right
+            inputs = inputs.masked_fill(~given, self.config.pad_token_id).gather(1, order)
+            model_kwargs["attention_mask"] = given.gather(1, order).long()
+        return inputs, name, model_kwargs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], model_input_name, generation_config
@@ -1357,13 +1459,31 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         elif model_kwargs.get("encoder_outputs") is not None:
             raise ValueError("give pixel_values or encoder_outputs, not both")
         else:
-            model_kwargs["encoder_outputs"] = self.get_image_features(
-                pixel_values, expert_mask, return_dict=True, **expert_inputs
-            )
+            images = {"pixel_values": pixel_values, "expert_mask": expert_mask, **expert_inputs}
+            model_kwargs["encoder_outputs"] = self.get_image_features(return_dict=True, **images)
+            model_kwargs["encoder_outputs"].images = images  # an assistant will look at them too
         encoder_outputs = model_kwargs.get("encoder_outputs")
         if isinstance(encoder_outputs, torch.Tensor):  # a tensor would be repeated for every beam
             model_kwargs["encoder_outputs"] = (encoder_outputs,)
         return model_kwargs
+
+    def _get_candidate_generator(self, generation_config, model_kwargs: dict[str, Any], **kwargs):
+        """In assisted decoding the assistant encodes the images by itself, once; one for text alone sees none."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit needs a model that was trained for it, which Prismer is not")
+        text_kwargs = {key: value for key, value in model_kwargs.items() if key != "encoder_outputs"}
+        generator = super()._get_candidate_generator(generation_config, model_kwargs=text_kwargs, **kwargs)
+        assistant_model, encoder_outputs = kwargs.get("assistant_model"), model_kwargs.get("encoder_outputs")
+        if encoder_outputs is not None and hasattr(assistant_model, "get_image_features"):
+            images = getattr(encoder_outputs, "images", None)
+            if images is None:
+                raise ValueError(
+                    "assisted decoding needs pixel_values and the experts' tensors, not encoder_outputs: the "
+                    "assistant encodes the images by itself"
+                )
+            images = {key: tensor.to(assistant_model.device) for key, tensor in images.items() if tensor is not None}
+            generator.assistant_kwargs["encoder_outputs"] = assistant_model.get_image_features(**images)
+        return generator
 
     @torch.no_grad()
     def rank_candidates(
@@ -1471,6 +1591,45 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             scores.append((-losses / lengths).view(rows, each))
         scores, order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True)
         return PrismerRankingOutput(scores=scores, indices=chosen.gather(1, order))
+
+    def classify(
+        self, processor: Any, images: Any, labels: list[str], text: str | list[str] | None = None, **kwargs
+    ) -> list[list[dict[str, Any]]]:
+        r"""
+        Ranks labels of your own for pictures: zero-shot classification in one call. The experts see the pictures, and
+        each label's score is the mean log-probability of its tokens after the prompt; see `rank_candidates`.
+
+        Args:
+            processor ([`PrismerProcessor`]):
+                Of the same checkpoint.
+            images:
+                One or many pictures: paths, URLs, PIL images, arrays, tensors.
+            labels (`list[str]`):
+                What to choose from.
+            text (`str` or `list[str]`, *optional*):
+                The question, or the beginning of the sentence that a label ends; left out, the prompt of the
+                checkpoint's task. A checkpoint for questions needs one.
+            kwargs:
+                Passed on to the processor, such as `expert_labels` or `task`.
+
+        Returns:
+            `list[list[dict]]`: for each picture (or each question) `{"label": …, "score": …}` of every label, best
+            first.
+
+        Raises:
+            ValueError: as the processor does, and if there are no labels, or an empty one.
+
+        Example:
+
+        ```python
+        >>> model.classify(processor, "shape.png", ["circle", "triangle"], text="What shape is in the image?")[0][0]
+        {'label': 'triangle', 'score': -0.91...}
+        ```
+        """
+        inputs = processor(images=images, text=text, return_tensors="pt", **kwargs).to(self.device)
+        candidates = processor.prepare_candidates(labels, task=kwargs.get("task")).to(self.device)
+        ranking = self.rank_candidates(**candidates, k=len(labels), **inputs)
+        return processor.post_process_ranking(ranking, labels)
 
     @staticmethod
     def _backbone_parameters(model: PrismerModel, vision: bool):

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import TensorType, logging
+from transformers.utils.hub import hf_api
 
 from .image_loading import load_images
 from .image_processing_prismer import match_expert_labels
@@ -116,6 +117,7 @@ class PrismerProcessor(ProcessorMixin):
 
     def __init__(self, image_processor, tokenizer, experts=None, chat_template=None, task="caption", tasks=None):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        tokenizer.padding_side = "left"  # as `generate` needs it; a pipeline pads its batches by that
         for token in ("bos_token", "eos_token", "pad_token"):
             if getattr(tokenizer, f"{token}_id", None) is None:
                 raise ValueError(
@@ -220,7 +222,7 @@ class PrismerProcessor(ProcessorMixin):
         if images is None:
             raise ValueError(
                 "images is missing: Prismer speaks about a picture. Pass images=…, or call processor.tokenizer(text) "
-                "for tokens alone"
+                "for tokens alone. A pipeline takes both: images=… and text=…"
             )
         kwargs = self._merge_kwargs(**kwargs)
         images = load_images(
@@ -474,6 +476,23 @@ class PrismerProcessor(ProcessorMixin):
         texts = self.tokenizer.batch_decode([row[prompt_length:] for row in generated_ids], skip_special_tokens=True)
         return [text.strip().lower() if (task or self.task) == "vqa" else text.strip() for text in texts]
 
+    def post_process_ranking(self, ranking: Any, answers: list[str]) -> list[list[dict[str, Any]]]:
+        """
+        What `model.rank_candidates` gave, with the candidates' names.
+
+        Args:
+            ranking: with `scores` and `indices` of shape `(rows, k)`.
+            answers (`list[str]`): what [`PrismerProcessor.prepare_candidates`] got.
+
+        Returns:
+            `list[list[dict]]`: for each row k times `{"label": …, "score": …}`, best first; the score is the mean
+            log-probability of the label's tokens.
+        """
+        return [
+            [{"label": answers[index], "score": score} for score, index in zip(*row)]
+            for row in zip(ranking.scores.tolist(), ranking.indices.tolist())
+        ]
+
     # ---- saving and loading ----
 
     def to_dict(self) -> dict[str, Any]:
@@ -504,6 +523,29 @@ class PrismerProcessor(ProcessorMixin):
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
             self._experts = live
+
+    def _upload_modified_files(
+        self,
+        working_dir: str,
+        repo_id: str,
+        files_timestamps: dict[str, float],
+        commit_message: str | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ):
+        # transformers goes no deeper than one folder, and the experts' weights lie deeper
+        times = self._get_files_timestamps(working_dir)
+        changed = [name for name in times if times[name] > files_timestamps.get(name, 0)]
+        if revision is not None and not revision.startswith("refs/pr"):
+            hf_api().create_branch(repo_id=repo_id, branch=revision, token=kwargs.get("token"), exist_ok=True)
+        return hf_api().upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            allow_patterns=[*changed, "experts/*", "additional_chat_templates/*"],
+            commit_message=commit_message or "Upload processor",
+            revision=revision,
+            **kwargs,
+        )
 
     @classmethod
     def from_pretrained(

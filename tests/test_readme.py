@@ -1,7 +1,17 @@
-"""The README's Python runs, block after block, as a reader would run it, and prints what its comments say."""
+"""
+The Python of the README and of guides runs, block after block, as a reader would run it, and prints what its comments
+say.
+"""
 
+import importlib.util
+import inspect
 import re
 from pathlib import Path
+
+import pytest
+
+import modeling_prismer
+from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessorTorchvision
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -19,6 +29,32 @@ def test_python_blocks_run_and_print_what_they_say(monkeypatch, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "['teal']" in printed and "['triangle', 'no']" in printed
     assert printed.splitlines()[2].startswith("[2,")  # a triangle is the best of the three
+
+
+@pytest.mark.parametrize(
+    "guide, printed",
+    [
+        (
+            "generation.md",
+            ["['teal']", "['triangle']", "['no']", "Teal", "torch.Size([1, 4, 9, 80])"]
+            + ["[{'input_text': 'What color is the shape?', 'generated_text': ' Teal'}]"]
+            + ["What color is the shape? Teal", "Is it red? No", "triangle", "1.0"],
+        ),
+        ("sharing.md", []),
+    ],
+)
+def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, tmp_path, capsys, guide, printed):
+    (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
+    monkeypatch.chdir(tmp_path)
+    classes = [cls for cls in vars(modeling_prismer).values() if inspect.isclass(cls) and hasattr(cls, "_auto_class")]
+    for cls in [*classes, PrismerImageProcessorTorchvision]:  # what sharing.md changes is put back
+        monkeypatch.setattr(cls, "_auto_class", cls._auto_class)
+    namespace = {"__name__": "guide"}
+    for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / guide).read_text(), flags=re.DOTALL):
+        if "trl" not in block or importlib.util.find_spec("trl"):
+            exec(block, namespace)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line in printed] == printed
 
 
 def test_every_file_and_make_target_that_it_names_exists():

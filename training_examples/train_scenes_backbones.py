@@ -35,6 +35,7 @@ from modeling_prismer.processing import PrismerImageProcessor, clean_caption, cl
 IMAGE_SIZE, PATCH_SIZE = 128, 16
 WIDTH, HEADS, INITIALIZER_RANGE = 192, 6, 0.04  # 0.02 is made for a width of 768
 VISION_LAYERS, TEXT_LAYERS = 6, 4
+SPOKEN = 3  # captions in one text for CLIP
 
 
 def texts_of(rows: Dataset) -> list[str]:
@@ -64,8 +65,10 @@ class CaptionedPictures:
         self.jitter = v2.ColorJitter(brightness=0.1, contrast=0.1)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        captions = [row["captions"][torch.randint(len(row["captions"]), ())] for row in rows]
-        texts = self.tokenizer([clean_caption(caption).lower() for caption in captions], padding=True)
+        # several captions in one text tell a picture from others better than one does
+        orders = [torch.randperm(len(row["captions"]))[:SPOKEN] for row in rows]
+        captions = [". ".join(clean_caption(row["captions"][i]) for i in order) for row, order in zip(rows, orders)]
+        texts = self.tokenizer([each.lower() for each in captions], padding=True, truncation=True, max_length=64)
         input_ids = torch.tensor(texts["input_ids"])
         input_ids[input_ids == self.tokenizer.eos_token_id] = len(self.tokenizer)
         pixel_values = self.image_processor([self.jitter(row["image"]) for row in rows])["pixel_values"]

@@ -1,0 +1,201 @@
+"""`pipeline("image-text-to-text")` over the bundled checkpoint, and `classify` in place of the zero-shot pipeline."""
+
+import base64
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import pipeline
+
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+
+
+SHAPE, COLOR, BLUE = "What shape is in the image?", "What color is the shape?", "Is there a blue shape?"
+LABELS = ["circle", "rectangle", "triangle"]
+
+
+def picture(shape, color):
+    image = Image.new("RGB", (64, 64), (240, 244, 250))
+    draw = ImageDraw.Draw(image)
+    if shape == "circle":
+        draw.ellipse((16, 18, 46, 48), fill=color)
+    else:
+        draw.rectangle((14, 20, 44, 40), fill=color)
+    return image
+
+
+RED_CIRCLE, BLUE_RECTANGLE = picture("circle", (255, 0, 0)), picture("rectangle", (0, 0, 255))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "circle.png"
+    RED_CIRCLE.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return PrismerForConditionalGeneration.from_pretrained(pretrained_path("prismer-easy-vqa"))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """Of its experts only the fast one runs: edges, by which shapes are told."""
+    processor = PrismerProcessor.from_pretrained(pretrained_path("prismer-easy-vqa"))
+    processor.experts = processor.experts.only("edge")
+    return processor
+
+
+@pytest.fixture(scope="module")
+def ask(model, processor):
+    return partial(pipeline("image-text-to-text", model=model, processor=processor), return_full_text=False)
+
+
+def answers(outputs):
+    return [output["generated_text"].strip().lower() for output in outputs]
+
+
+def test_a_folder_is_enough(path):
+    pipe = pipeline("image-text-to-text", model=pretrained_path("prismer-easy-vqa"))
+    assert set(pipe.processor.experts) == {"edge", "ocr"}
+    assert pipe(str(path), COLOR) == [{"input_text": COLOR, "generated_text": f"{COLOR} Red"}]
+    assert answers(pipe(images=RED_CIRCLE, text=SHAPE, return_full_text=False)) == ["circle"]
+
+
+def test_pictures_by_path_url_and_data_uri(ask, path):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=path.parent))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    data_uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    for image in (str(path), RED_CIRCLE, f"http://127.0.0.1:{server.server_port}/{path.name}", data_uri):
+        assert answers(ask(images=image, text=COLOR)) == ["red"]
+    server.shutdown()
+    server.server_close()
+
+
+def test_lists_of_pictures_and_questions(ask):
+    assert answers(ask(images=[RED_CIRCLE, BLUE_RECTANGLE], text=[COLOR, SHAPE])) == ["red", "rectangle"]
+    assert answers(ask(images=[RED_CIRCLE, BLUE_RECTANGLE], text=BLUE)) == ["no", "yes"]
+    assert answers(ask(images=RED_CIRCLE, text=[COLOR, SHAPE, BLUE])) == ["red", "circle", "no"]
+
+
+ROWS = [
+    {"images": RED_CIRCLE, "text": COLOR},
+    {"images": BLUE_RECTANGLE, "text": "Is it blue?"},
+    {"images": BLUE_RECTANGLE, "text": SHAPE},
+]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        return ROWS[index]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("rows", [lambda: (row for row in ROWS), Rows], ids=["generator", "dataset"])
+def test_many_pictures_in_batches(ask, rows, batch_size):
+    expected = [ask(**row) for row in ROWS]
+    assert list(ask(rows(), batch_size=batch_size)) == expected
+    assert answers(output for (output,) in expected) == ["red", "yes", "rectangle"]
+
+
+def test_the_prompt_stands_before_the_answer_unless_told_otherwise(ask):
+    (output,) = ask(RED_CIRCLE, COLOR, return_full_text=True)
+    assert output["generated_text"] == f"{COLOR} Red"
+    (output,) = ask.func(RED_CIRCLE, COLOR, return_tensors=True)
+    assert ask.func.tokenizer.decode(output["generated_token_ids"], skip_special_tokens=True) == f"{COLOR} Red"
+
+
+def test_arguments_reach_generate_and_the_processor(ask, processor, model):
+    settings = {"num_beams": 3, "num_return_sequences": 2}
+    outputs = ask(images=[RED_CIRCLE, BLUE_RECTANGLE], text=[COLOR, SHAPE], generate_kwargs=settings)
+    assert answers(outputs)[::2] == ["red", "rectangle"] and len(set(answers(outputs))) == 4
+    (output,) = ask(RED_CIRCLE, COLOR, max_new_tokens=1, return_full_text=None, return_tensors=True)
+    assert len(output["generated_token_ids"]) == len(processor(RED_CIRCLE, COLOR)["input_ids"][0]) + 1
+    inputs = processor(RED_CIRCLE, SHAPE, experts=[])
+    blind = processor.post_process_generation(model.generate(**inputs), inputs["input_ids"].shape[1])
+    assert answers(ask(RED_CIRCLE, SHAPE, experts=[])) == blind != ["circle"]
+
+
+def test_captions(model, processor):
+    """The checkpoint was never trained for captions: what counts is that the pipeline gives what `generate` gives."""
+    captioner = PrismerProcessor(processor.image_processor, processor.tokenizer, processor.experts, task="caption")
+    pipe = pipeline("image-text-to-text", model=model, processor=captioner)
+    inputs = captioner(RED_CIRCLE)
+    expected = captioner.post_process_generation(model.generate(**inputs, max_new_tokens=4, num_beams=3))
+    outputs = pipe(RED_CIRCLE, "A picture of", generate_kwargs={"max_new_tokens": 4, "num_beams": 3})
+    assert [output["generated_text"] for output in outputs] == expected
+
+
+def test_without_a_text_it_says_that_both_are_needed(ask, path):
+    with pytest.raises(ValueError, match="A pipeline takes both: images=… and text=…"):
+        ask(str(path))
+    with pytest.raises(ValueError, match="You must provide text"):
+        ask(RED_CIRCLE)
+    with pytest.raises(ValueError, match="images is missing"):
+        ask(text=COLOR)
+
+
+@pytest.mark.parametrize(
+    "device, dtype",
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        pytest.param(
+            "cuda", "auto", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+        ),
+    ],
+)
+def test_devices_and_number_types(processor, device, dtype):
+    path = pretrained_path("prismer-easy-vqa")
+    pipe = pipeline("image-text-to-text", model=path, processor=processor, device=device, dtype=dtype)
+    assert pipe.model.device.type == device
+    assert pipe.model.dtype == (torch.float16 if dtype == "auto" else dtype)  # as it was saved
+    assert answers(pipe(RED_CIRCLE, SHAPE, return_full_text=False)) == ["circle"]
+
+
+# ---- zero-shot classification
+
+
+def test_pictures_are_classified_among_labels_of_ones_own(model, processor):
+    ranked = model.classify(processor, [RED_CIRCLE, BLUE_RECTANGLE], LABELS, text=SHAPE)
+    assert [row[0]["label"] for row in ranked] == ["circle", "rectangle"]
+    for row in ranked:
+        assert sorted(entry["label"] for entry in row) == LABELS
+        scores = [entry["score"] for entry in row]
+        assert scores == sorted(scores, reverse=True) and scores[0] < 0
+
+
+def test_its_scores_are_those_of_rank_candidates(model, processor):
+    inputs = processor(RED_CIRCLE, [SHAPE, COLOR])
+    candidates = processor.prepare_candidates(LABELS)
+    expected = model.rank_candidates(**candidates, k=3, **inputs)
+    ranked = model.classify(processor, RED_CIRCLE, LABELS, text=[SHAPE, COLOR])
+    assert len(ranked) == 2  # one image, two questions
+    for row, scores, indices in zip(ranked, expected.scores, expected.indices):
+        assert [entry["label"] for entry in row] == [LABELS[index] for index in indices]
+        assert [entry["score"] for entry in row] == scores.tolist()
+
+
+def test_experts_labels_and_task_can_be_given(model, processor):
+    blind = model.classify(processor, RED_CIRCLE, LABELS, text=SHAPE, experts=[])
+    assert blind != model.classify(processor, RED_CIRCLE, LABELS, text=SHAPE)
+    # a caption's candidates are lower case, an answer's are not
+    assert model.classify(processor, RED_CIRCLE, LABELS, text=SHAPE, task="caption") != blind
+
+
+def test_what_classify_cannot_do_without_is_named(model, processor):
+    with pytest.raises(ValueError, match="text is missing: the task 'vqa' needs a question"):
+        model.classify(processor, RED_CIRCLE, LABELS)
+    with pytest.raises(ValueError, match="answers is empty"):
+        model.classify(processor, RED_CIRCLE, [], text=SHAPE)

@@ -1,0 +1,429 @@
+"""study_experts.py: every kind of run trains, conditions do what they say, runs are resumed, reports are right."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import study_experts
+import study_report
+import train_scenes_backbones
+from filelock import FileLock
+from PIL import Image
+from run_scenes import DESCRIPTIONS
+from scenes.scenes import EXPERTS, Scenes, expert_labels
+from study_design import EXPERT_DROPOUT, NONE, STUDIES, Condition, Run, conditions_of, only, runs_of
+from study_experts import coarse, noisy, parse_arguments, train_and_evaluate, work
+from study_report import report
+
+from modeling_prismer.processing.experts import Expert, ExpertSuite, HashedNgrams
+from modeling_prismer.processing.labels import label_images
+
+
+SIZES = {"scenes": {"train": 4, "validation": 0, "test": 6}, "shifted": {"test": 3}}
+
+
+def few_scenes(cache_dir, config_name):
+    return Scenes(cache_dir=cache_dir, config_name=config_name, **SIZES[config_name])
+
+
+def look(name, image):
+    """What a simple expert sees: grey values, and where they are large."""
+    values = np.asarray(image.convert("L"))
+    if name == "normal":
+        return np.asarray(image)
+    if name in ("depth", "edge"):
+        return values
+    ids = np.where(values > 127, 0, 255).astype(np.uint8)
+    if name == "segmentation":
+        return {"ids": values // 32}
+    if name == "detection":
+        return {"ids": ids, "classes": [3]}
+    return {"ids": ids, "words": ["seen"], "features": HashedNgrams()(["seen"])}
+
+
+def simple_expert(description):
+    def run(self, images):
+        return [look(self.name, image) for image in images]
+
+    return type("Simple", (Expert,), {**description, "type": f"study_{description['name']}", "run": run})()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(study_experts, "Scenes", few_scenes)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Scenes of both domains, small backbones that were never trained, a suite, and what it sees in the scenes."""
+    folder = tmp_path_factory.mktemp("study")
+    suite = ExpertSuite([simple_expert(description) for description in DESCRIPTIONS])
+    suite.save_pretrained(folder / "suite")
+    for name in SIZES:
+        few_scenes(folder / "data", name).download_and_prepare()
+    splits = few_scenes(folder / "data", "scenes").as_dataset()
+    for rows in splits.values():
+        images = rows.select_columns(["image_id", "image"])
+        label_images(images, suite, folder / "labels", image_column="image", key_column="image_id", progress=False)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in {"WIDTH": 24, "HEADS": 2, "VISION_LAYERS": 1, "TEXT_LAYERS": 2}.items():
+            monkeypatch.setattr(train_scenes_backbones, name, value)
+        train_scenes_backbones.train_tokenizer(train_scenes_backbones.texts_of(splits["train"]), folder / "tokenizer")
+        tokenizer = train_scenes_backbones.RobertaTokenizer.from_pretrained(folder / "tokenizer")
+        train_scenes_backbones.new_clip(tokenizer).save_pretrained(folder / "clip")
+        train_scenes_backbones.new_roberta(tokenizer).save_pretrained(folder / "roberta")
+    return folder
+
+
+def command_line(folder, output_dir, *more):
+    own = {"output_dir": output_dir, "backbones": folder, "suite": folder / "suite", "labels": folder / "labels"}
+    own |= {"data_dir": folder / "data", "train_rows": 4, "eval_rows": 2, "epochs": 1}
+    return [*(f"--{name}={value}" for name, value in own.items()), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tmp_path_factory):
+    """Arguments, with the shifted domain labelled."""
+    args = parse_arguments(command_line(folder, tmp_path_factory.mktemp("runs")))
+    study_experts.prepare(args)
+    return args
+
+
+# ---- trainings ----
+
+
+RUNS = [
+    Run(),
+    NONE,
+    only("ocr", "depth"),
+    Run(labels="true"),
+    Run(labels="coarse"),
+    Run(expert_dropout=EXPERT_DROPOUT),
+    Run(freeze="vision"),
+    Run(freeze="none"),
+    Run(resampler=False),
+    Run(adaptation="lora"),
+    Run(adaptation="dora"),
+]
+
+
+def train_under(conditions, run, args, monkeypatch):
+    monkeypatch.setattr(study_experts, "conditions_of", lambda run, seed: conditions)
+    return json.loads(json.dumps(train_and_evaluate(run, 1, args)))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def test_each_kind_of_run_trains_and_is_evaluated(prepared, run, monkeypatch):
+    conditions = [condition for condition in conditions_of(run, 0) if condition.name in ("test", "data=shifted")]
+    result = train_under(conditions, run, prepared, monkeypatch)
+    assert result["run"]["experts"] == list(run.experts) and result["seed"] == 1
+    assert list(result["evaluations"]) == [condition.name for condition in conditions]
+    for scores in result["evaluations"].values():
+        assert {"all", "color", "relation"} <= scores["answers"].keys()
+        assert scores["captions"].keys() == {"cider", "exact_attributes", "objects"}
+    training = result["training"]
+    assert training["steps"] == 1 and np.isfinite(training["loss"]) and training["seconds_per_step"] > 0
+    assert training["memory"] >= 0 and (training["trained_share"] == 1) == (run.freeze == "none")
+
+
+def test_every_kind_of_run_is_tested():
+    def kind(run):
+        return {**vars(run), "experts": min(len(run.experts), 2) if run.experts != EXPERTS else None}.items()
+
+    tested = [kind(run) for run in RUNS]
+    wanted = [run for run in runs_of(list(STUDIES), 0) if len(run.experts) != 1]
+    assert all(kind(run) in tested for run in wanted)
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "dora"])
+def test_lora_replaces_the_adaptors_with_about_as_many_weights(prepared, adaptation):
+    rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
+
+    def trainer(run):
+        args = argparse.Namespace(**{**vars(prepared), "epochs": 3})  # the first step only warms up
+        return study_experts.trainer_of(run, 0, args, rows, dict.fromkeys(rows["image_id"], {}))
+
+    def parts(model):
+        """Trained and frozen weights: of adaptors, LoRA, what is left of the backbones, and all else."""
+        found = {}
+        backbone = set(model._backbone_parameters(model.model, True)) | set(
+            model._backbone_parameters(model.model, False)
+        )
+        for name, weights in model.named_parameters():
+            part = "lora" if "lora_" in name else "adaptor" if ".adaptor." in name else "other"
+            part = "backbone" if part == "other" and weights in backbone else part
+            number = found.setdefault((part, weights.requires_grad), 0)
+            found[part, weights.requires_grad] = number + weights.numel()
+        return found
+
+    with_adaptors, lora = parts(trainer(Run()).model), trainer(Run(adaptation=adaptation))
+    with_lora = parts(lora.model)
+    assert with_lora["lora", True] == pytest.approx(with_adaptors["adaptor", True], rel=0.2)
+    assert with_lora["adaptor", False] == with_adaptors["adaptor", True]
+    for part in ("other", True), ("backbone", False):
+        assert with_lora[part] == with_adaptors[part]
+    assert ("backbone", True) not in with_lora and ("adaptor", True) not in with_lora
+
+    before = {name: weights.detach().clone() for name, weights in lora.model.named_parameters()}
+    lora.train()
+    changed = {name for name, weights in lora.model.named_parameters() if not weights.equal(before[name])}
+    assert any("lora_B" in name for name in changed) and any("resampler" in name for name in changed)
+    assert not any(".adaptor." in name or "base_layer" in name for name in changed)
+
+
+def test_all_can_start_with_what_a_model_without_experts_has_learned(prepared, tmp_path):
+    rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
+    start = study_experts.trainer_of(NONE, 5, prepared, rows, {}).model
+    start.save_pretrained(tmp_path / "none")
+    args = argparse.Namespace(**{**vars(prepared), "start": tmp_path / "none"})
+    model = study_experts.trainer_of(Run(), 0, args, rows, {}).model
+    weights = model.state_dict()
+    for name, expected in start.state_dict().items():
+        assert weights[name].equal(expected), name
+    assert {name.split(".")[2] for name in weights.keys() - start.state_dict().keys()} == {"expert_stems", "resampler"}
+    model.save_pretrained(tmp_path / "all")
+    with pytest.raises(SystemExit, match="--start .* has experts; a model without them is needed"):
+        study_experts.trainer_of(NONE, 0, argparse.Namespace(**{**vars(args), "start": tmp_path / "all"}), rows, {})
+
+
+# ---- labels and conditions ----
+
+
+@pytest.fixture(scope="module")
+def true_labels(prepared):
+    rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["test"]
+    return {row["image_id"]: expert_labels(row) for row in rows}
+
+
+def test_coarse_maps_are_of_blocks_and_each_word_has_a_wrong_letter(true_labels):
+    for image_id, labels in true_labels.items():
+        spoilt = coarse(labels, image_id)
+        assert spoilt.keys() == labels.keys()
+        for name, label in spoilt.items():
+            old, new = (each["ids"] if isinstance(each, dict) else each for each in (labels[name], label))
+            assert new.shape == old.shape and new.dtype == old.dtype and not np.array_equal(new, old)
+            assert np.array_equal(new, new[8::16, 8::16].repeat(16, 0).repeat(16, 1))
+            if name in ("segmentation", "detection", "ocr"):
+                assert set(np.unique(new)) <= set(np.unique(old))  # ids are never mixed
+        for word, wrong in zip(labels["ocr"]["words"], spoilt["ocr"]["words"], strict=True):
+            assert len(word) == len(wrong) and sum(a != b for a, b in zip(word, wrong)) == 1
+        assert np.array_equal(spoilt["ocr"]["features"], HashedNgrams()(spoilt["ocr"]["words"]))
+        assert coarse({"depth": None}, image_id) == {"depth": None}
+    word = {"ocr": {"ids": labels["ocr"]["ids"], "words": ["coffee"]}}
+    assert len({coarse(word, str(number))["ocr"]["words"][0] for number in range(20)}) > 10  # no code to be learned
+
+
+def test_noise_replaces_a_share_of_the_labels_by_those_of_other_pictures():
+    labels = {str(number): {name: (str(number), name) for name in EXPERTS} for number in range(200)}
+    replaced = {}
+    for share in (0, 0.25, 0.75, 1):
+        changed = noisy(labels, share, seed=3)
+        assert changed.keys() == labels.keys()
+        assert all(label[1] == name for each in changed.values() for name, label in each.items())
+        replaced[share] = {
+            (image_id, name, label)
+            for image_id, each in changed.items()
+            for name, label in each.items()
+            if label[0] != image_id
+        }
+        assert len(replaced[share]) == pytest.approx(share * 1200, abs=60)
+        assert noisy(labels, share, seed=3) == changed
+    assert replaced[0.25] < replaced[0.75] < replaced[1] and len(replaced[1]) == 1200
+    assert noisy(labels, 0.25, seed=4) != noisy(labels, 0.25, seed=3)
+
+
+def test_each_condition_shows_the_network_its_labels(prepared, true_labels, monkeypatch):
+    seen = []
+
+    def note(model, processor, scenes, collator, num_beams):
+        labels = collator.labels_for(scenes["image_id"])
+        inputs = collator([{**row, "text": "What?", "task": "vqa"} for row in scenes])
+        seen.append((dict(zip(scenes["image_id"], labels, strict=True)), inputs))
+        return {}
+
+    monkeypatch.setattr(study_experts, "measure", note)
+    conditions = {
+        "test": Condition(),
+        "noise": Condition(noise=1.0),
+        "missing": Condition(missing="depth"),
+        "true": Condition(labels="true"),
+        "shifted": Condition(data="shifted"),
+        "shifted, true": Condition(data="shifted", labels="true"),
+    }
+    train_under(list(conditions.values()), Run(), prepared, monkeypatch)
+    labels = {name: each[0] for name, each in zip(conditions, seen, strict=True)}
+    inputs = {name: each[1] for name, each in zip(conditions, seen)}
+    one, other = labels["test"]
+    for name in EXPERTS:
+        np.testing.assert_equal(labels["noise"][one][name], labels["test"][other][name])
+    assert labels["test"][one]["ocr"]["words"] == ["seen"]
+    np.testing.assert_equal(labels["true"][one], true_labels[one])
+    assert inputs["test"]["expert_mask"].all()
+    assert inputs["missing"]["expert_mask"].tolist() == [[False, True, True, True, True, True]] * 2
+    assert all(image_id.startswith("shifted/") for image_id in labels["shifted"])
+    image_id = next(iter(labels["shifted"]))
+    assert labels["shifted"][image_id]["ocr"]["words"] == ["seen"] != labels["shifted, true"][image_id]["ocr"]["words"]
+
+
+def test_models_with_some_experts_see_no_others(prepared):
+    rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
+    run = only("depth", "ocr")
+    labels = study_experts.labels_for(rows, run, "predicted", prepared.labels)
+    assert all(label.keys() == {"depth", "ocr"} for label in labels.values())
+    trainer = study_experts.trainer_of(run, 0, prepared, rows, study_experts.labels_for(rows, run, "true", "true"))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert batch["expert_mask"].tolist() == [[name in run.experts for name in EXPERTS]]
+
+
+# ---- all runs ----
+
+
+def test_what_is_there_is_left_and_what_is_being_done_too(folder, tmp_path, capsys):
+    started = []
+
+    def start(run, seed, args):
+        started.append(f"{run.name}-seed{seed}")
+        result = {"settings": study_experts.settings_of(args), "evaluations": {"test": {"answers": {"all": 0.5}}}}
+        study_experts.file_of(args.output_dir, run, seed).write_text(json.dumps(result))
+
+    (tmp_path / "runs").mkdir()
+    args = parse_arguments(command_line(folder, tmp_path, "--seeds=2", "--only", "quality", "freezing"))
+    with FileLock(tmp_path / "runs" / "none-seed1.lock"):
+        work(args, start)
+    assert "none-seed1 is another process's" in capsys.readouterr().out
+    runs = ["none", "all,labels=coarse", "all", "all,labels=true", "all,freeze=vision", "all,freeze=none"]
+    assert started == [f"{run}-seed{seed}" for seed in (0, 1) for run in runs if (run, seed) != ("none", 1)]
+
+    started.clear()
+    (tmp_path / "runs" / "all-seed0.json").unlink()
+    work(args, start)
+    assert started == ["all-seed0", "none-seed1"]
+    with pytest.raises(SystemExit, match="was made with .*'epochs': 1.0.*: use another folder"):
+        work(parse_arguments(command_line(folder, tmp_path, "--epochs=2")), start)
+
+
+def test_the_command_runs_each_in_its_own_process_and_then_reports(folder, tmp_path, monkeypatch):
+    def run_here(command, stdout, stderr):
+        assert command[:2] == [sys.executable, study_experts.__file__]
+        monkeypatch.setattr(sys, "argv", command[1:])
+        study_experts.main()
+        return subprocess.CompletedProcess(command, 0)
+
+    script = study_experts.__file__
+    arguments = command_line(folder, tmp_path / "out", "--seeds=1", "--only", "quality")
+    monkeypatch.setattr(study_experts, "runs_of", lambda studies, seed: [NONE])
+    monkeypatch.setattr(study_experts, "conditions_of", lambda run, seed: [Condition()])
+    monkeypatch.setattr(study_experts.subprocess, "run", run_here)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    study_experts.main()
+    assert [path.name for path in (tmp_path / "out" / "runs").glob("*.json")] == ["none-seed0.json"]
+    monkeypatch.setattr(study_report, "figure", lambda study, rows, path: None)
+    monkeypatch.setattr(
+        sys, "argv", [script, f"--output_dir={tmp_path / 'out'}", f"--report={tmp_path / 'report'}", "--seeds=1"]
+    )
+    study_experts.main()
+    text = (tmp_path / "report" / "results.md").read_text()
+    assert "Made from 1 runs" in text and "Missing: all,labels=coarse-seed0, all-seed0, all,labels=true-seed0." in text
+
+
+def test_what_cannot_be_done_is_said(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study_experts.py", *command_line(folder, tmp_path, "--run", "al-seed0")])
+    with pytest.raises(SystemExit, match="--run al-seed0 is none of .*all-seed0"):
+        study_experts.main()
+    with pytest.raises(SystemExit):
+        parse_arguments([f"--output_dir={tmp_path}"])
+    assert "--backbones and --labels are missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="has no results"):
+        report(tmp_path, tmp_path / "report", 3)
+
+
+# ---- the report ----
+
+
+def write_result(output_dir, run, seed, all_right, conditions=None, **settings):
+    (output_dir / "runs").mkdir(exist_ok=True)
+    args = parse_arguments([f"--output_dir={output_dir}", "--backbones=there", "--labels=there"])
+    scores = {"answers": {"all": all_right, "sign": 0.25}, "captions": {"cider": 1.5, "exact_attributes": 0.75}}
+    result = {
+        "settings": {**study_experts.settings_of(args), **settings},
+        "training": {"trained_share": 0.5, "seconds_per_step": 0.125 * (seed + 1), "memory": 800.0},
+        "evaluations": {condition.name: scores for condition in conditions or conditions_of(run, seed)},
+    }
+    study_experts.file_of(output_dir, run, seed).write_text(json.dumps(result))
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    monkeypatch.setattr(study_report, "figure", lambda study, rows, path: None)
+
+
+def test_tables_have_means_and_deviations_over_seeds(tmp_path, without_figures):
+    for seed, right in enumerate((0.5, 0.52, 0.57)):
+        write_result(tmp_path, Run(), seed, right)
+    write_result(tmp_path, Run(freeze="vision"), 1, 0.6)
+    report(tmp_path, tmp_path / "report", 3)
+    section = (
+        (tmp_path / "report" / "results.md").read_text().split("## Frozen against fully trained")[1].split("## ")[0]
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    table = {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+    assert table["both"]["seeds"] == "3" and table["both"]["all"] == "53.0 ± 3.6"
+    assert table["both"]["CIDEr"] == "150.0 ± 0.0" and table["both"]["s a step"] == "0.25 ± 0.12"
+    assert table["both"]["color"] == "–"  # no such question was asked
+    assert table["vision"]["seeds"] == "1" and table["vision"]["all"] == "60.0"
+    assert table["none"]["seeds"] == "0" and table["none"]["all"] == "–"
+    missing = "all,freeze=vision-seed0, all,freeze=none-seed0, all,freeze=none-seed1, all,freeze=vision-seed2"
+    assert f"Missing: {missing}, all,freeze=none-seed2." in section
+
+
+def test_a_condition_that_was_left_out_is_said(tmp_path, without_figures):
+    write_result(tmp_path, Run(), 0, 0.5, [Condition(), Condition(noise=0.5)])
+    report(tmp_path, tmp_path / "report", 1)
+    text = (tmp_path / "report" / "results.md").read_text()
+    assert "Missing: all-seed0 under noise=0.25, all-seed0 under noise=0.75" in text
+    assert "all-seed0 under data=shifted" in text
+
+
+def test_each_study_with_results_has_a_small_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_report, "STUDIES", {name: STUDIES[name] for name in ("noise", "freezing", "transfer")})
+    for seed in range(2):
+        for run in runs_of(["noise", "freezing"], seed):
+            write_result(tmp_path, run, seed, 0.5 + 0.01 * seed)
+    report(tmp_path, tmp_path / "report", 2)
+    text = (tmp_path / "report" / "results.md").read_text()
+    assert "Missing" not in text
+    for name in study_report.STUDIES:
+        path = tmp_path / "report" / f"{name}.png"
+        assert f"]({name}.png)" in text and path.stat().st_size < 60_000
+        with Image.open(path) as picture:
+            assert picture.width > 800
+
+
+def test_results_of_unlike_settings_are_not_compared(tmp_path):
+    write_result(tmp_path, Run(), 0, 0.5)
+    write_result(tmp_path, NONE, 0, 0.5, epochs=9)
+    with pytest.raises(SystemExit, match="unlike settings"):
+        report(tmp_path, tmp_path / "report", 1)
+
+
+# ---- the design ----
+
+
+def test_each_seed_adds_experts_in_an_order_of_its_own():
+    sizes = [[cell.run.experts for cell in STUDIES["number_of_experts"].cells(seed)] for seed in range(4)]
+    for experts in sizes:
+        assert [len(each) for each in experts] == list(range(7))
+        assert all(set(some) < set(more) for some, more in zip(experts, experts[1:]))
+    assert len({tuple(each) for each in sizes}) == 4
+
+
+def test_studies_share_their_runs():
+    cells = [cell for study in STUDIES.values() for cell in study.cells(0)]
+    runs = runs_of(list(STUDIES), 0)
+    assert len(runs) == len({run.name for run in runs}) == 20 < len(cells)
+    assert all(len(set(conditions_of(run, 0))) == len(conditions_of(run, 0)) for run in runs)

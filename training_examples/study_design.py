@@ -1,0 +1,252 @@
+"""
+What study_experts.py compares: trainings that differ in one thing each, and the conditions that they are evaluated
+under.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from scenes.language import TYPES
+from scenes.scenes import EXPERTS
+
+
+EXPERT_DROPOUT = 0.3
+NOISE = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def _name(plain: str, settings: Any, skip: tuple[str, ...] = ()) -> str:
+    """`plain`, or what is not as by default: `labels=true`."""
+    others = [
+        f"{field.name}={getattr(settings, field.name)}"
+        for field in fields(settings)
+        if field.name not in skip and getattr(settings, field.name) != field.default
+    ]
+    return ",".join([plain, *others] if plain else others)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A training.
+
+    Args:
+        experts (`tuple[str]`): in the order of `EXPERTS`.
+        labels (`str`): `"predicted"`, `"true"` or `"coarse"`, to train and to evaluate with.
+        expert_dropout (`float`): probability with which a training sample lacks an expert, for each expert.
+        freeze (`str`): backbones that stay as they are: `"both"`, `"vision"` or `"none"`.
+        resampler (`bool`): `False` hands all tokens of the experts on, 64 of each, instead of 32 latents.
+        adaptation (`str`): what adapts frozen backbones: the paper's `"adaptors"`, or peft's `"lora"` or `"dora"`.
+    """
+
+    experts: tuple[str, ...] = EXPERTS
+    labels: str = "predicted"
+    expert_dropout: float = 0.0
+    freeze: str = "both"
+    resampler: bool = True
+    adaptation: str = "adaptors"
+
+    @property
+    def name(self) -> str:
+        experts = "all" if self.experts == EXPERTS else "+".join(self.experts) or "none"
+        return _name(experts, self, skip=("experts",))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """
+    An evaluation.
+
+    Args:
+        data (`str`): scenes like those of the training, `"scenes"`, or the other domain, `"shifted"`.
+        labels (`str`, *optional*): other ones than the run's: `"true"`.
+        noise (`float`): share of the experts' labels that are replaced by those of another picture.
+        missing (`str`, *optional*): an expert that is missing.
+    """
+
+    data: str = "scenes"
+    labels: str | None = None
+    noise: float = 0.0
+    missing: str | None = None
+
+    @property
+    def name(self) -> str:
+        return _name("", self) or "test"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in a study's table and figure. Without a label it stands for the whole series, as a line."""
+
+    label: str | int | None
+    run: Run
+    condition: Condition = Condition()
+    series: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    Args:
+        title (`str`): of table and figure.
+        text (`str`): what is compared.
+        axis (`str`): what the labels are.
+        cells (`Callable`): from a seed to the study's cells.
+        panels (`tuple[str]`): six of `METRICS` for the figure.
+        columns (`tuple[str]`): of `METRICS`, for the table.
+    """
+
+    title: str
+    text: str
+    axis: str
+    cells: Callable[[int], list[Cell]]
+    panels: tuple[str, ...] = ("all", "relation", "nearest", "sign", "cider", "exact_attributes")
+    columns: tuple[str, ...] = ("all", *TYPES, "cider", "exact_attributes")
+
+
+def expert_order(seed: int) -> list[str]:
+    """In which order a seed adds the experts."""
+    return np.random.default_rng(seed).permutation(EXPERTS).tolist()
+
+
+def only(*names: str) -> Run:
+    return Run(experts=tuple(name for name in EXPERTS if name in names))
+
+
+NONE = only()
+WITH_DROPOUT = {
+    "trained without expert dropout": Run(),
+    f"trained with expert dropout {EXPERT_DROPOUT}": Run(expert_dropout=EXPERT_DROPOUT),
+}
+COSTS = ("trained_share", "seconds_per_step", "memory")
+
+
+def number_of_experts(seed: int) -> list[Cell]:
+    order = expert_order(seed)
+    return [Cell(number, only(*order[:number])) for number in range(len(EXPERTS) + 1)]
+
+
+def quality(seed: int) -> list[Cell]:
+    kinds = [Cell(kind, Run(labels=kind)) for kind in ("coarse", "predicted", "true")]
+    return [Cell("no experts", NONE), *kinds]
+
+
+def noise(seed: int) -> list[Cell]:
+    cells = [
+        Cell(round(100 * share), run, Condition(noise=share), series)
+        for series, run in WITH_DROPOUT.items()
+        for share in NOISE
+    ]
+    return [*cells, Cell(None, NONE, series="no experts")]
+
+
+def missing(seed: int) -> list[Cell]:
+    cells = [
+        Cell(name or "nothing", run, Condition(missing=name), series)
+        for series, run in WITH_DROPOUT.items()
+        for name in (None, *EXPERTS)
+    ]
+    return [*cells, Cell(None, NONE, series="no experts")]
+
+
+def freezing(seed: int) -> list[Cell]:
+    return [Cell(freeze, Run(freeze=freeze)) for freeze in ("both", "vision", "none")]
+
+
+def resampler(seed: int) -> list[Cell]:
+    return [Cell("with", Run()), Cell("without", Run(resampler=False))]
+
+
+def single(seed: int) -> list[Cell]:
+    return [Cell("none", NONE), *[Cell(name, only(name)) for name in EXPERTS], Cell("all six", Run())]
+
+
+def adaptation(seed: int) -> list[Cell]:
+    methods = {"adaptors": Run(), "LoRA": Run(adaptation="lora"), "DoRA": Run(adaptation="dora")}
+    methods["everything"] = Run(freeze="none")
+    return [Cell(name, run) for name, run in methods.items()]
+
+
+def transfer(seed: int) -> list[Cell]:
+    models = {"no experts": (NONE, None), "predicted labels": (Run(), None), "true labels": (Run(), "true")}
+    return [
+        Cell(series, run, Condition(data=data, labels=labels), domain)
+        for domain, data in {"scenes like those of the training": "scenes", "shifted domain": "shifted"}.items()
+        for series, (run, labels) in models.items()
+    ]
+
+
+STUDIES = {
+    "number_of_experts": Study(
+        "Number of experts",
+        "Models with none to all of the experts. Each seed adds them in an order of its own, so that the deviation "
+        "includes which they are.",
+        "experts",
+        number_of_experts,
+    ),
+    "quality": Study(
+        "Quality of labels",
+        "Trained and evaluated with true labels, with what the trained experts see, or with that spoilt: maps at 8x8, "
+        "one letter of each word wrong.",
+        "labels",
+        quality,
+    ),
+    "noise": Study(
+        "Noise",
+        "Trained as usual; for the evaluation a share of the experts' labels is replaced by those of another picture.",
+        "labels of another picture, %",
+        noise,
+    ),
+    "missing": Study(
+        "One expert missing",
+        "Trained with all six; one of them is missing in the evaluation.",
+        "missing",
+        missing,
+    ),
+    "freezing": Study(
+        "Frozen against fully trained",
+        "Which backbones stay as they are. What is new is always trained.",
+        "frozen backbones",
+        freezing,
+        ("all", "cider", "exact_attributes", *COSTS),
+        ("all", *TYPES, "cider", "exact_attributes", *COSTS),
+    ),
+    "resampler": Study(
+        "With and without the resampler",
+        "Without it, the encoder gets all 64 tokens of each expert instead of 32 latents for all.",
+        "resampler",
+        resampler,
+        ("all", "relation", "cider", *COSTS),
+        ("all", *TYPES, "cider", "exact_attributes", *COSTS),
+    ),
+    "single": Study("Single experts", "Models with one expert, compared with none and all.", "experts", single),
+    "adaptation": Study(
+        "Adaptors against LoRA, DoRA and full fine-tuning",
+        "What adapts the backbones: the paper's adaptors, both backbones frozen; LoRA or DoRA in all their linear "
+        "layers instead, with as many trained weights; or the training of everything, adaptors included. What is new "
+        "is always trained.",
+        "adapted by",
+        adaptation,
+        ("all", "cider", "exact_attributes", *COSTS),
+        ("all", *TYPES, "cider", "exact_attributes", *COSTS),
+    ),
+    "transfer": Study(
+        "Transfer to a shifted domain",
+        "Trained as usual; evaluated on scenes of other shades, textures, light, camera and resolution as well, with "
+        "what the experts see there, or with true labels in its place.",
+        "evaluated with",
+        transfer,
+    ),
+}
+
+
+def runs_of(studies: Sequence[str], seed: int) -> list[Run]:
+    """The runs that studies need, each once."""
+    return list(dict.fromkeys(cell.run for study in studies for cell in STUDIES[study].cells(seed)))
+
+
+def conditions_of(run: Run, seed: int) -> list[Condition]:
+    """Those under which any study wants a run, whichever studies are run."""
+    cells = [cell for study in STUDIES.values() for cell in study.cells(seed) if cell.run == run]
+    return list(dict.fromkeys([Condition(), *(cell.condition for cell in cells)]))

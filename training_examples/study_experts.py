@@ -1,0 +1,429 @@
+"""
+What do experts give? Trains many small Prismers on Scenes, each a little different, and compares what they say.
+
+    python training_examples/study_experts.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
+        --labels runs/scenes/labels --data_dir runs/scenes-data --output_dir runs/study
+    python training_examples/study_experts.py --output_dir runs/study --report docs/study
+
+The first trains and evaluates what is not there yet, each model in a process of its own, and writes a JSON file for
+each into runs/study/runs. It can be stopped and started again, and several may work on one folder at the same time.
+`--only` names the studies to run: number_of_experts, quality, noise, missing, freezing, resampler, single, adaptation,
+transfer (study_design.py). The second makes a figure of each study, and results.md with their tables, from the files
+that there are; what is missing is said.
+
+All models start from the backbones of train_scenes_backbones.py and see the same scenes; they are trained as in the
+first stage of run_scenes.py, but shorter. With `--start` they also have the weights of a model that run_scenes.py
+trained without experts, and learn what experts add to it in less time. One model, with six experts, their predicted
+labels, both backbones frozen and no expert dropout, is what all others are compared with: each differs from it in one
+thing. A seed decides about the new weights, the order of the scenes, which of their texts are drawn, and about what is
+random in a study.
+
+Labels are `predicted`, what the trained experts see, from `--labels`; or `true`; or `coarse`, predicted ones spoilt:
+maps are reduced to 8x8 and enlarged again, so that what is smaller than a sixteenth of the picture's width mostly
+goes, and one letter of each word, of a place and to another one that are drawn for each picture, is wrong.
+"""
+
+import argparse
+import json
+import string
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from PIL import Image
+from run_scenes import (
+    DEFAULTS,
+    DESCRIPTIONS,
+    ScenesArguments,
+    TrueLabels,
+    evaluation_splits,
+    measure,
+    new_model,
+    training_rows,
+)
+from scenes.scenes import EXPERTS, Scenes
+from study_design import STUDIES, Run, conditions_of, runs_of
+from study_report import report
+from torch import nn
+from training import PrismerTrainer, make_trainer, write_json
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+
+from modeling_prismer import PrismerForConditionalGeneration
+from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
+from modeling_prismer.processing.labels import label_images, label_source
+
+
+SETTINGS = ("train_rows", "epochs", "batch_size", "texts_per_image", "learning_rate", "eval_rows")
+COARSE_SIZE = 8
+Labels = dict[str, dict[str, Any]]  # of each picture, by its image_id
+
+
+# ---- labels ----
+
+
+def coarse(labels: dict[str, Any], image_id: str) -> dict[str, Any]:
+    """Labels of a picture, spoilt as the head of this file says."""
+    random = np.random.default_rng(zlib.crc32(image_id.encode()))
+    spoilt = {}
+    for name, label in labels.items():
+        if isinstance(label, dict):
+            label = {**label, "ids": _blocks(label["ids"], Image.Resampling.NEAREST)}
+            if "words" in label:
+                label["words"] = [_misspelt(word, random) for word in label["words"]]
+                label["features"] = HashedNgrams()(label["words"])
+        elif label is not None:
+            is_map_of_ids = name == "segmentation"  # as true labels have it
+            label = _blocks(label, Image.Resampling.NEAREST if is_map_of_ids else Image.Resampling.BOX)
+        spoilt[name] = label
+    return spoilt
+
+
+def _blocks(values: np.ndarray, resample: Image.Resampling) -> np.ndarray:
+    height, width = values.shape[:2]
+    small = Image.fromarray(values).resize((COARSE_SIZE, COARSE_SIZE), resample)
+    return np.array(small.resize((width, height), Image.Resampling.NEAREST))
+
+
+def _misspelt(word: str, random: np.random.Generator) -> str:
+    place = random.integers(len(word))
+    letter = random.choice([letter for letter in string.ascii_lowercase if letter != word[place]])
+    return f"{word[:place]}{letter}{word[place + 1 :]}"
+
+
+def noisy(labels: Labels, share: float, seed: int) -> Labels:
+    """
+    Replaces a share of the experts' labels by those of the same expert in another picture of `labels`. What a smaller
+    share replaces, a larger one replaces alike.
+    """
+    random = np.random.default_rng(seed)
+    image_ids = list(labels)
+    size = (len(image_ids), len(EXPERTS))
+    replaced = random.random(size) < share
+    others = (np.arange(len(image_ids))[:, None] + random.integers(1, len(image_ids), size)) % len(image_ids)
+    return {
+        image_id: {
+            name: labels[image_ids[others[i, k]] if replaced[i, k] else image_id].get(name)
+            for k, name in enumerate(EXPERTS)
+        }
+        for i, image_id in enumerate(image_ids)
+    }
+
+
+def labels_for(rows: Dataset, run: Run, kind: str, store: Path | str) -> Labels:
+    """What a run's experts are to see in the pictures of `rows`; a `store` of `true` stands for true labels."""
+    image_ids = rows["image_id"][:]
+    if not run.experts:
+        return {image_id: {} for image_id in image_ids}
+    if kind == "true" or store == "true":
+        known = TrueLabels(rows)
+    else:
+        known = label_source(store, [expert for expert in DESCRIPTIONS if expert["name"] in run.experts])
+    labels = dict(zip(image_ids, known(image_ids)))
+    return {image_id: coarse(label, image_id) for image_id, label in labels.items()} if kind == "coarse" else labels
+
+
+# ---- models ----
+
+
+class AllTokens(nn.Module):
+    """In place of the resampler: hands on the tokens of all experts, none of which may be missing."""
+
+    def forward(self, tokens: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        if token_mask is not None and not token_mask.all():
+            raise ValueError("an expert is missing; without a resampler the network needs all of them")
+        return tokens
+
+
+def backbone_layers(model: PrismerForConditionalGeneration) -> dict[str, nn.Linear]:
+    """The linear layers that come from CLIP and RoBERTa."""
+    model.freeze_backbones()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and not module.weight.requires_grad
+    }
+
+
+def put_lora_in_place_of_adaptors(model: PrismerForConditionalGeneration, use_dora: bool) -> None:
+    """
+    Freezes the backbones, and the adaptors as they are: new ones do nothing, but for the layer norm of those of the
+    decoder. LoRA in the backbones' linear layers has the rank that gives it about as many weights as they have.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = backbone_layers(model)
+    adaptors = [module for name, module in model.named_modules() if name.endswith(".adaptor")]
+    for adaptor in adaptors:
+        adaptor.requires_grad_(False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = sum(parameter.numel() for adaptor in adaptors for parameter in adaptor.parameters())
+    wanted -= use_dora * sum(layer.out_features for layer in layers.values())
+    rank = max(1, round(wanted / sum(layer.in_features + layer.out_features for layer in layers.values())))
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers), use_dora=use_dora), model
+    )
+    for name, parameter in model.named_parameters():  # peft has frozen all but its own
+        parameter.requires_grad_(parameter.requires_grad or name in trained)
+
+
+def start_from(model: PrismerForConditionalGeneration, folder: Path) -> None:
+    """Takes over the weights of a trained model without experts: all but those of the stems and the resampler."""
+    started = PrismerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    if started.config.experts:
+        raise SystemExit(f"--start {folder} has experts; a model without them is needed (run_scenes.py --suite none)")
+    model.load_state_dict(started.state_dict(), strict=False)
+
+
+def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, labels: Labels) -> PrismerTrainer:
+    settings = {
+        **DEFAULTS,
+        "output_dir": str(args.output_dir),
+        "backbones": str(args.backbones),
+        "suite": "true" if run.experts else "none",  # no live experts: labels come from elsewhere
+        "experts": ",".join(run.experts) or None,
+        "expert_dropout": run.expert_dropout,
+        "freeze": run.freeze,
+        "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.batch_size,
+        "num_train_epochs": args.epochs,
+        "seed": seed,
+        "weight_decay": 0.05,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,  # the labels are in memory
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    recipe_args, training_args = HfArgumentParser((ScenesArguments, TrainingArguments)).parse_dict(settings)
+    set_seed(seed)
+    model, processor = new_model(recipe_args)
+    if args.start:
+        start_from(model, args.start)
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")
+    if not run.resampler:
+        model.model.vision_model.resampler = AllTokens()
+    if run.adaptation != "adaptors":
+        put_lora_in_place_of_adaptors(model, use_dora=run.adaptation == "dora")
+    return make_trainer(
+        model,
+        processor,
+        recipe_args,
+        training_args,
+        training_rows(rows),
+        labels_for=lambda image_ids: [labels[image_id] for image_id in image_ids],
+        texts_per_image=args.texts_per_image,
+    )
+
+
+# ---- one run ----
+
+
+class StepTimes(TrainerCallback):
+    """Computing time of the steps in seconds, without that of making batches."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.start = time.process_time()
+
+    def on_step_end(self, *args, **kwargs):
+        self.seconds.append(time.process_time() - self.start)
+
+
+def peak_memory() -> float:
+    """Of the GPU if there is one, else of this process; in MB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def train_and_evaluate(run: Run, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """
+    Returns:
+        `dict`: `run`, `seed` and `settings`; `training`, with the share of the weights that are trained, computing
+        time of a step in seconds, and by how many MB memory grew at its peak, beyond what the process held before;
+        `evaluations`, from the names of conditions to what [`run_scenes.measure`] returns.
+    """
+    start = time.process_time()
+    splits = Scenes(cache_dir=args.data_dir, config_name="scenes").as_dataset()
+    rows = first(splits["train"], args.train_rows)
+    trainer = trainer_of(run, seed, args, rows, labels_for(rows, run, run.labels, args.labels))
+    model = trainer.model
+    times = StepTimes()
+    trainer.add_callback(times)
+    memory = peak_memory()
+    output = trainer.train()
+    weights = list(model.parameters())
+    training = {
+        "trained_share": sum(each.numel() for each in weights if each.requires_grad) / sum(w.numel() for w in weights),
+        "seconds_per_step": float(np.median(times.seconds)),
+        "memory": peak_memory() - memory,
+        "steps": output.global_step,
+        "loss": output.training_loss,
+    }
+
+    shifted = Scenes(cache_dir=args.data_dir, config_name="shifted").as_dataset()["test"]
+    domains = {
+        "scenes": (evaluation_splits(splits)["test"], args.labels),
+        "shifted": (shifted, shifted_store(args)),
+    }
+    evaluations = {}
+    for condition in conditions_of(run, seed):
+        scenes, store = domains[condition.data]
+        scenes = first(scenes, args.eval_rows)
+        kind = condition.labels or run.labels
+        if run.experts and kind != "true" and store is None:
+            print(f"{condition.name}: left out, there is no --suite to label the pictures")
+            continue
+        labels = labels_for(scenes, run, kind, store)
+        if condition.noise:
+            labels = noisy(labels, condition.noise, seed)
+        if condition.missing:
+            labels = {image_id: {**label, condition.missing: None} for image_id, label in labels.items()}
+        collator = trainer.eval_collator
+        collator.labels_for = lambda image_ids, labels=labels: [labels[image_id] for image_id in image_ids]
+        with trainer.accelerator.autocast():
+            evaluations[condition.name] = measure(model, trainer.processing_class, scenes, collator, num_beams=1)
+        print(condition.name, evaluations[condition.name], flush=True)
+    return {
+        "run": asdict(run),
+        "seed": seed,
+        "settings": settings_of(args),
+        "training": training,
+        "evaluations": evaluations,
+        "minutes": (time.process_time() - start) / 60,
+    }
+
+
+def first(rows: Dataset, number: int) -> Dataset:
+    return rows.select(range(min(number, len(rows))))
+
+
+def shifted_store(args: argparse.Namespace) -> Path | str | None:
+    """Where labels of the shifted domain are."""
+    if args.labels == "true":
+        return "true"
+    return args.output_dir / "shifted-labels" if args.suite else None
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same in all runs that are compared."""
+    return {
+        **{name: getattr(args, name) for name in SETTINGS},
+        "start": "a trained model without experts" if args.start else "backbones",
+        "label_store": "true labels" if args.labels == "true" else "experts",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+# ---- all runs ----
+
+
+def file_of(output_dir: Path, run: Run, seed: int) -> Path:
+    return output_dir / "runs" / f"{run.name}-seed{seed}.json"
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Makes the data if need be, and labels the shifted domain."""
+    with FileLock(args.output_dir / "prepare.lock"):
+        for name in ("scenes", "shifted"):
+            builder = Scenes(cache_dir=args.data_dir, config_name=name)
+            builder.download_and_prepare()
+        store = shifted_store(args)
+        if store is not None and store != "true":
+            rows = first(builder.as_dataset()["test"], args.eval_rows).select_columns(["image_id", "image"])
+            suite = ExpertSuite.from_pretrained(args.suite)
+            label_images(rows, suite, store, image_column="image", key_column="image_id")
+
+
+def in_own_process(run: Run, seed: int, args: argparse.Namespace) -> None:
+    """This script again, for one run: what memory it takes is its own then."""
+    log = args.output_dir / "runs" / f"{run.name}-seed{seed}.log"
+    with log.open("w") as output:
+        command = [sys.executable, __file__, *sys.argv[1:], "--run", f"{run.name}-seed{seed}"]
+        if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
+            raise SystemExit(f"{run.name}-seed{seed} failed: {log} says why")
+
+
+def work(args: argparse.Namespace, start: Callable[[Run, int, argparse.Namespace], None] = in_own_process) -> None:
+    """Does the runs that are neither there nor being done by another process."""
+    wanted = [(run, seed) for seed in range(args.seeds) for run in runs_of(args.only, seed)]
+    for number, (run, seed) in enumerate(wanted, 1):
+        path = file_of(args.output_dir, run, seed)
+        try:
+            with FileLock(path.with_suffix(".lock"), timeout=0):
+                if not path.exists():
+                    start(run, seed, args)
+        except Timeout:
+            print(f"{number} of {len(wanted)}: {path.stem} is another process's", flush=True)
+            continue
+        result = json.loads(path.read_text())
+        if result["settings"] != settings_of(args):
+            raise SystemExit(f"{path} was made with {result['settings']}, not {settings_of(args)}: use another folder")
+        score = result["evaluations"]["test"]["answers"]["all"]
+        print(f"{number} of {len(wanted)}: {path.stem}, {100 * score:.1f} % of the answers right", flush=True)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the results are")
+    parser.add_argument("--backbones", type=Path, help="folder that train_scenes_backbones.py wrote")
+    parser.add_argument("--suite", type=Path, help="folder that train_scenes_experts.py wrote, for the shifted domain")
+    parser.add_argument("--labels", help="label store of train_scenes_experts.py; `true` to try this without")
+    parser.add_argument("--data_dir", help="where the data set is or is made")
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="studies to run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--start", type=Path, help="a trained model without experts, whose weights all start with")
+    parser.add_argument("--train_rows", type=int, default=1600, help="scenes to train on")
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures in a step")
+    parser.add_argument("--texts_per_image", type=int, default=8, help="many: a text costs less than its picture")
+    parser.add_argument("--learning_rate", type=float, default=DEFAULTS["learning_rate"])
+    parser.add_argument("--eval_rows", type=int, default=200, help="scenes of an evaluation")
+    parser.add_argument("--report", type=Path, help="only write tables and figures here")
+    parser.add_argument("--run", help="do this run only, such as all-seed0, in this process")
+    args = parser.parse_args(arguments)
+    if not args.report and not (args.backbones and args.labels):
+        parser.error("--backbones and --labels are missing: they are needed to train (or --report)")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.report:
+        report(args.output_dir, args.report, args.seeds)
+        return
+    if args.run:
+        runs = {
+            file_of(args.output_dir, run, seed): (run, seed)
+            for seed in range(args.seeds)
+            for run in runs_of(list(STUDIES), seed)
+        }
+        path = args.output_dir / "runs" / f"{args.run}.json"
+        if path not in runs:
+            raise SystemExit(f"--run {args.run} is none of {', '.join(sorted(each.stem for each in runs))}")
+        write_json(path, train_and_evaluate(*runs[path], args))
+        return
+    (args.output_dir / "runs").mkdir(parents=True, exist_ok=True)
+    prepare(args)
+    work(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Tables and figures of what study_experts.py measured."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scenes.language import TYPES
+from study_design import STUDIES, Condition, Study, expert_order, number_of_experts
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`head` is for tables, `title` for figures, `path` where it is in a result."""
+
+    head: str
+    title: str
+    path: tuple[str, str]
+    scale: float = 100
+    digits: int = 1
+
+    def of(self, result: dict[str, Any], condition: Condition) -> float | None:
+        part, name = self.path
+        values = result["training"] if part == "training" else result["evaluations"][condition.name][part]
+        return self.scale * values[name] if name in values else None
+
+
+METRICS = {
+    "all": Metric("all", "all questions, % correct", ("answers", "all")),
+    **{kind: Metric(kind, f"{kind}, % correct", ("answers", kind)) for kind in TYPES},
+    "cider": Metric("CIDEr", "captions, CIDEr", ("captions", "cider")),
+    "exact_attributes": Metric("attributes", "captions, exact attributes, %", ("captions", "exact_attributes")),
+    "trained_share": Metric("trained, %", "trained weights, %", ("training", "trained_share")),
+    "seconds_per_step": Metric("s a step", "computing time of a step, s", ("training", "seconds_per_step"), 1, 2),
+    "memory": Metric("MB", "memory of the training, MB", ("training", "memory"), 1, 0),
+}
+Rows = dict[tuple[str, Any], dict[str, list[float]]]  # (series, label) -> metric -> a value for each seed
+
+
+def load_results(output_dir: Path) -> dict[str, dict[str, Any]]:
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((output_dir / "runs").glob("*.json"))}
+    if not results:
+        raise SystemExit(f"{output_dir / 'runs'} has no results; without --report this script makes them")
+    settings = {json.dumps(result["settings"]) for result in results.values()}
+    if len(settings) > 1:
+        raise SystemExit(f"results in {output_dir / 'runs'} were made with unlike settings: {'; '.join(settings)}")
+    return results
+
+
+def collect(study: Study, results: dict[str, dict[str, Any]], seeds: int) -> tuple[Rows, list[str]]:
+    """The values of all cells, and the names of what is missing."""
+    rows: Rows = {}
+    missing = []
+    for seed in range(seeds):
+        for cell in study.cells(seed):
+            row = rows.setdefault((cell.series, cell.label), {name: [] for name in METRICS})
+            name = f"{cell.run.name}-seed{seed}"
+            result = results.get(name)
+            if result is None:
+                missing.append(name)
+            elif cell.condition.name not in result["evaluations"]:
+                missing.append(f"{name} under {cell.condition.name}")
+            else:
+                for key, metric in METRICS.items():
+                    value = metric.of(result, cell.condition)
+                    if value is not None:
+                        row[key].append(value)
+    return rows, list(dict.fromkeys(missing))
+
+
+def spread(values: list[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def table(study: Study, rows: Rows) -> str:
+    """In Markdown: mean ± standard deviation, and how many seeds they are of."""
+    several = any(series for series, _ in rows)
+    head = [*["", study.axis][not several :], "seeds", *(METRICS[name].head for name in study.columns)]
+    lines = [head, ["---"] * len(head)]
+    for (series, label), row in rows.items():
+        cells = [series, "" if label is None else str(label)][not several :]
+        cells.append(str(len(row["all"])))
+        for name in study.columns:
+            values, digits = row[name], METRICS[name].digits
+            text = f"{np.mean(values):.{digits}f}" if values else "–"
+            cells.append(f"{text} ± {spread(values):.{digits}f}" if len(values) > 1 else text)
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+COLORS = ("#0072B2", "#D55E00", "#009E73")  # of Okabe and Ito, for all eyes
+MARKERS = ("o", "s", "^")
+
+
+def figure(study: Study, rows: Rows, path: Path) -> None:
+    """
+    Six panels. White marks are the seeds, full ones their mean, bars the standard deviation. Where the labels are
+    numbers they are on the horizontal axis, else one below the other.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for _, label in rows if label is not None))
+    series = list(dict.fromkeys(name for name, label in rows if label is not None))
+    numeric = all(isinstance(label, int) for label in labels)
+    places = labels if numeric else range(len(labels))
+    apart = 0.02 * max(places) if numeric else 0.28  # of several series
+
+    def points(at: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+        return (at, values) if numeric else (values, at)
+
+    picture = Figure(figsize=(9, 5.2 if numeric else 2.4 + 0.4 * len(labels)), layout="constrained")
+    panels = picture.subplots(2, 3, sharex=numeric)
+    for number, (axis, name) in enumerate(zip(panels.flat, study.panels)):
+        for (each, label), row in rows.items():
+            if label is None and row[name]:
+                line = axis.axhline if numeric else axis.axvline
+                line(float(np.mean(row[name])), color="0.35", linestyle="--", linewidth=1.2, label=each)
+        for each, color, marker in zip(series, COLORS, MARKERS):
+            shift = apart * (series.index(each) - (len(series) - 1) / 2)
+            found = [(at + shift, rows[each, label][name]) for at, label in zip(places, labels)]
+            found = [(at, values) for at, values in found if values]
+            at, means = [at for at, _ in found], [float(np.mean(values)) for _, values in found]
+            axis.errorbar(
+                *points(at, means),
+                **{"yerr" if numeric else "xerr": [spread(values) for _, values in found]},
+                **{"color": color, "marker": marker, "markersize": 6, "capsize": 3, "label": each},
+                linestyle="-" if numeric else "none",
+                linewidth=1.2,
+            )
+            seeds = [(place, value) for place, values in found for value in values]
+            axis.plot(
+                *points(*map(list, zip(*seeds))) if seeds else ([], []),
+                **{"color": color, "marker": marker, "markersize": 3, "linestyle": "none"},
+                markerfacecolor="white",
+                markeredgewidth=0.8,
+                zorder=3,
+            )
+        axis.set_title(METRICS[name].title, fontsize=10)
+        axis.grid(axis="y" if numeric else "x", color="0.9")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        if numeric:
+            axis.set_xticks(labels)
+            axis.set_xlabel(study.axis if number >= 3 else "")
+        else:
+            axis.set_yticks(places, labels if number % 3 == 0 else [""] * len(labels))
+            axis.set_ylim(len(labels) - 0.5, -0.5)
+            axis.margins(x=0.1)
+            if METRICS[name].path[0] == "training":
+                axis.set_xlim(left=0)
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    if len(names) > 1:
+        picture.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    picture.suptitle(study.title)
+    picture.set_dpi(130)
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(48).save(path, optimize=True)
+
+
+INTRODUCTION = """Made from {runs} runs by
+
+```
+python training_examples/study_experts.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
+    --labels runs/scenes/labels --data_dir runs/scenes-data --output_dir runs/study \\
+    --train_rows {train_rows} --epochs {epochs:g} --batch_size {batch_size} --texts_per_image {texts_per_image} \\
+    --learning_rate {learning_rate:g} --eval_rows {eval_rows} --seeds {seeds}{start_argument}
+python training_examples/study_experts.py --output_dir runs/study --report docs/study --seeds {seeds}
+```
+
+Each model started from {start}, saw {train_rows} scenes {epochs:g} times, and was asked all questions about
+{eval_rows} others ({device}). Numbers are mean ± standard deviation over the seeds; in the figures full marks are
+means, bars standard deviations, and white marks the seeds.
+
+"all" to "yes/no" are correct answers, %, in all and by type of question; "relation" is left, right, in front, behind.
+Of captions, made without beams: CIDEr times 100, and "attributes", %, the share of what they say of objects that is
+true of one in the picture with all its attributes. "s a step" is computing time, "MB" by how much memory grew in
+training."""
+
+
+def report(output_dir: Path, folder: Path, seeds: int) -> None:
+    """Writes results.md and a figure of each study that has results."""
+    results = load_results(output_dir)
+    settings = next(iter(results.values()))["settings"]
+    folder.mkdir(parents=True, exist_ok=True)
+    start_argument = "" if settings["start"] == "backbones" else " --start runs/scenes/prismerz"
+    numbers = {**settings, "runs": len(results), "seeds": seeds, "start_argument": start_argument}
+    parts = ["# Results of the study", INTRODUCTION.format(**numbers)]
+    if settings["label_store"] != "experts":
+        parts.append("**A trial: true labels stand for those of the experts.**")
+    for name, study in STUDIES.items():
+        rows, missing = collect(study, results, seeds)
+        parts += [f"## {study.title}", study.text]
+        if study.cells is number_of_experts:
+            parts.append("\n".join(f"- seed {seed}: {', '.join(expert_order(seed))}" for seed in range(seeds)))
+        if any(row["all"] for row in rows.values()):
+            figure(study, rows, folder / f"{name}.png")
+            parts += [f"![{study.title}]({name}.png)", table(study, rows)]
+        if missing:
+            parts.append(f"Missing: {', '.join(missing)}.")
+    (folder / "results.md").write_text("\n\n".join(parts) + "\n")
