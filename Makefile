@@ -31,7 +31,7 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance style quality train-easy-vqa evaluate-easy-vqa benchmark dist clean
+.PHONY: help demo test conformance style quality train-easy-vqa evaluate-easy-vqa benchmark benchmark-all dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,7 +49,7 @@ $(VENV)/.demo-ready: setup.cfg pyproject.toml | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test-ready: setup.cfg pyproject.toml | $(VENV)/.created
-	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)dev]', $(FIRST_TIME))
+	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)export$(comma)dev]', $(FIRST_TIME))
 	@touch $@ $(VENV)/.demo-ready $(VENV)/.ruff-ready
 
 # ruff alone, in the version that setup.cfg names: a matter of seconds
@@ -91,6 +91,12 @@ evaluate-easy-vqa: $(VENV)/.test-ready  ## measure the bundled checkpoint on eas
 
 benchmark: $(VENV)/.test-ready  ## time the true-size network beside the recorded reference (about 10 minutes)
 	$(BIN)/python benchmarks/benchmark.py $(ARGS)
+
+benchmark-all: benchmark  ## and all else of docs/speed.md: growth, precision, throughput, profiles
+	$(BIN)/python benchmarks/growth.py $(ARGS)
+	$(BIN)/python benchmarks/precision.py $(ARGS)
+	$(BIN)/python benchmarks/throughput.py $(ARGS)
+	$(BIN)/python benchmarks/profile_rows.py $(ARGS)
 
 dist: $(VENV)/.test-ready  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build

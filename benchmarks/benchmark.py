@@ -1,164 +1,292 @@
 """
 Times Prismer on random weights of the true size, beside the recorded times of the original network.
 
-    python benchmarks/benchmark.py --out runs/benchmark          (make benchmark)
+    python benchmarks/benchmark.py                                    (make benchmark)
+    python benchmarks/benchmark.py --only encode
+    python benchmarks/benchmark.py --device cuda --dtype bfloat16
+    python benchmarks/benchmark.py --compare old/result.json new/result.json
 
-Each row is the median of repeated runs. The speed of a 2048³ float32 matrix product is measured in the same run,
-before and after; the reference was recorded with its own, so that a ratio compares the two in units of that product
-and not of the machine. `--small` runs a tiny network, to try the program itself.
+What a row runs is in rows.py. Each has a process of its own: one run to warm up, `--repeats` that count, and one under
+torch's counter of floating-point operations. Before and after, a matrix product measures how fast the machine is just
+then. The reference was recorded beside the same product, so that times are compared in units of it: seconds times
+GFLOP/s. docs/speed.md says how to read what comes out: result.json, table.md and chart.png.
 """
 
 import argparse
+import gc
 import json
-import resource
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-
-from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration
+from measuring import (
+    count_flops,
+    in_own_process,
+    machine_facts,
+    machine_text,
+    machine_title,
+    markdown_table,
+    matrix_product_gflops,
+    peak_memory,
+    size_text,
+    spread_text,
+    time_repeatedly,
+    write_result,
+)
+from rows import ROWS, Setup, bytes_of_a_sample, select
 
 
 REFERENCE = Path(__file__).with_name("reference.json")
+SIZES = ("bytes of a sample", "peak memory")  # rows in bytes
+NONE = "–"
 
 
-def seconds(work: Callable, repeats: int, device: torch.device) -> float:
-    """Median time of `work`, after one run to warm up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+# ---- measuring ----
 
 
-def gemm_gflops(device: torch.device, size: int = 2048) -> float:
-    """Speed of a float32 matrix product, in GFLOP/s."""
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    return 2 * size**3 / seconds(lambda: a @ b, repeats=5, device=device) / 1e9
-
-
-def image_inputs(config: PrismerConfig, images: int, device: torch.device, map_size: int) -> dict[str, torch.Tensor]:
-    """Random images and expert maps; label maps painted beforehand, as the reference took them."""
-    size = config.vision_config.image_size
-    inputs = {"pixel_values": torch.randn(images, 3, size, size, device=device)}
-    for expert in config.experts:
-        shape = (images, expert["channels"], map_size, map_size)
-        inputs[f"{expert['name']}_values"] = torch.rand(shape, device=device) * 2 - 1
-        if expert.get("instances"):
-            inputs[f"{expert['name']}_rows"] = torch.randint(128, (images, map_size, map_size), device=device)
-    return inputs
-
-
-def make_model(small: bool, image_size: int, device: torch.device) -> PrismerForConditionalGeneration:
-    config = PrismerConfig.from_variant("prismer_base", image_size=image_size)
-    if small:
-        vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": image_size}
-        text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
-        config = PrismerConfig(vision_config=vision, text_config=text, experts=config.experts)
-    return PrismerForConditionalGeneration(config).to(device)
-
-
-def run(small: bool = False, repeats: int = 3, device: str = "cpu") -> dict:
-    """All rows: `{"gemm_gflops": [before, after], "rows": {name: seconds}, "peak_memory_gb": …}`."""
+def measure_row(name: str, setup: Setup, repeats: int) -> dict[str, Any]:
+    """One row, in the process that calls this: times, speed of the machine, peak memory, and operations."""
+    device = setup.torch_device
     torch.manual_seed(0)
-    device = torch.device(device)
-    image_size, train_size, map_size = (96, 64, 64) if small else (480, 224, 224)
-    gemm = [gemm_gflops(device)]
-    rows = {}
-
-    model = make_model(small, image_size, device).eval()
-    with torch.inference_mode():
-        for images in (1, 4):
-            inputs = image_inputs(model.config, images, device, map_size)
-            name = f"encode {images} image{'s' * (images > 1)}"
-            rows[name] = seconds(partial(model.get_image_features, **inputs), repeats, device)
-        generate = partial(model.generate, num_beams=3, min_length=20, max_length=20, do_sample=False)
-        prompt = torch.tensor([[0, 250, 2170, 9]], device=device)  # <s>A picture of
-        for images in (1, 4):
-            encoded = model.get_image_features(**image_inputs(model.config, images, device, map_size))
-            name = f"caption {images} image{'s' * (images > 1)}"
-            work = partial(generate, input_ids=prompt.expand(images, -1), encoder_outputs=encoded)
-            rows[name] = seconds(work, repeats, device)
-        encoded = model.get_image_features(**image_inputs(model.config, 1, device, map_size))
-        question = torch.cat([prompt[:, :1], torch.randint(4, 50000, (1, 11), device=device)], dim=1)
-        lengths = torch.randint(2, 7, (128, 1), device=device)
-        candidates = torch.randint(4, 50000, (128, 6), device=device)
-        mask = (torch.arange(6, device=device) < lengths).long()
-        work = partial(model.rank_candidates, candidates, mask, 128, input_ids=question, encoder_outputs=encoded)
-        rows["rank 128 candidates"] = seconds(work, repeats, device)
-    del model, encoded, inputs, generate, work  # the training step has the memory to itself
-
-    model = make_model(small, train_size, device).train()
-    model.freeze_backbones(vision=True, language=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    inputs = image_inputs(model.config, 4, device, map_size)
-    input_ids = torch.randint(4, 50000, (4, 20), device=device)
-
-    def training_step():
-        model(input_ids=input_ids, labels=input_ids, **inputs).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    rows["training step"] = seconds(training_step, repeats, device)
-    gemm.append(gemm_gflops(device))
+    speeds = [machine_speed(setup)]
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.reset_peak_memory_stats(device)
+    work = ROWS[name](setup)
+    timing = time_repeatedly(work, repeats, device, at_least=0 if setup.small else 1)
+    memory = peak_memory(device)
+    speeds.append(machine_speed(setup))
+    gemm, peak = zip(*speeds)
     return {
-        "network": "tiny" if small else "prismer_base",
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "repeats": repeats,
-        "gemm_gflops": gemm,
-        "rows": rows,
-        "peak_memory_gb": peak / 1e9,
+        **asdict(timing),
+        "gemm_gflops": gemm,  # before and after
+        "peak_gflops": peak,
+        "peak_memory": memory,
+        "flops": count_flops(work),
     }
 
 
-def table(result: dict) -> str:
+def machine_speed(setup: Setup) -> tuple[float, float]:
+    """
+    GFLOP/s just now: of the product that the reference is given in, and of one in the type of the run that is large
+    enough to fill the device.
+    """
+    device, dtype = setup.torch_device, setup.torch_dtype
+    gemm = matrix_product_gflops(device, torch.float32, setup.product_size)
+    if device.type == "cpu" and dtype == torch.float32:
+        return gemm, gemm
+    return gemm, matrix_product_gflops(device, dtype, setup.product_size if device.type == "cpu" else 8192)
+
+
+def peak_memory_of_all(setup: Setup) -> int:
+    """Of a process that does what every row times, once, one after the other."""
+    for prepare in ROWS.values():
+        work = prepare(setup)
+        work()
+        del work
+        gc.collect()
+    return peak_memory(setup.torch_device)
+
+
+def run(setup: Setup, repeats: int = 5, only: list[str] | None = None, own_processes: bool = True) -> dict[str, Any]:
+    """All rows, or those whose names hold a word of `only`; see `measure_row`."""
+    call = in_own_process if own_processes else lambda function, *args: function(*args)
+    names = select(only, [*ROWS, *SIZES])
+    result: dict[str, Any] = {
+        "network": setup.network,
+        "machine": machine_facts(setup.torch_device, setup.torch_dtype),
+        "own_processes": own_processes,
+        "rows": {},
+        "sizes": {},
+    }
+    for name in names:
+        print(f"{name} …", flush=True)
+        if name in ROWS:
+            result["rows"][name] = call(measure_row, name, setup, repeats)
+        elif name == "bytes of a sample":
+            result["tensors_of_a_sample"] = bytes_of_a_sample(setup)
+            result["sizes"][name] = sum(result["tensors_of_a_sample"].values())
+        else:
+            result["sizes"][name] = call(peak_memory_of_all, setup)
+    return result
+
+
+# ---- reading ----
+
+
+def gemm_gflop(row: dict[str, Any]) -> float:
+    """The row's time in units of the matrix product: what the machine could have multiplied meanwhile."""
+    return statistics.median(row["seconds"]) * statistics.mean(row["gemm_gflops"])
+
+
+def share_of_peak(row: dict[str, Any]) -> float:
+    return row["flops"] / statistics.median(row["seconds"]) / statistics.mean(row["peak_gflops"]) / 1e9
+
+
+def times_better(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+    """How many times faster or smaller than the reference each row is; nothing for a tiny network."""
+    if result["network"] != reference["network"]:
+        return {}
+    better = {}
+    for name, row in result["rows"].items():
+        recorded = reference["rows"][name]
+        if "gemm_gflop" in recorded:
+            better[name] = recorded["gemm_gflop"] / gemm_gflop(row)
+        else:  # no matrix product, and none was measured beside it
+            better[name] = recorded["seconds"] / statistics.median(row["seconds"])
+    return better | {name: reference["sizes"][name]["bytes"] / size for name, size in result["sizes"].items()}
+
+
+def table(result: dict[str, Any]) -> str:
     """The result beside the reference, as Markdown."""
     reference = json.loads(REFERENCE.read_text())
-    speed = statistics.mean(result["gemm_gflops"])
-    lines = [
-        "| work | seconds | gemm-GFLOP | reference, gemm-GFLOP | times faster |",
-        "| --- | --- | --- | --- | --- |",
+    better = times_better(result, reference)
+
+    def comparison(name: str, recorded: dict[str, Any]) -> list[str]:
+        factors = (better.get(name), recorded.get("required"), recorded.get("goal"))
+        return [NONE if factor is None else f"{factor:.3g}×" for factor in factors]
+
+    rows = []
+    for name, row in result["rows"].items():
+        recorded = reference["rows"][name]
+        theirs = f"{recorded['gemm_gflop']:,}" if "gemm_gflop" in recorded else f"{recorded['seconds']} s"
+        ours = f"{gemm_gflop(row):,.4g}" if "gemm_gflop" in recorded else NONE
+        cells = [name, spread_text(row["seconds"]), ours, theirs, *comparison(name, recorded)]
+        cells.append(f"{row['flops'] / 1e9:,.1f}" if row["flops"] else NONE)
+        cells.append(f"{share_of_peak(row):.0%}" if row["flops"] else NONE)
+        cells.append(size_text(row["peak_memory"]) if result["own_processes"] else NONE)
+        rows.append(cells)
+    head = ["work", "seconds, median (min – max)", "gemm-GFLOP", "reference", "times faster", "must be", "goal"]
+    parts = [markdown_table([*head, "GFLOP", "share of peak", "peak memory"], rows)] if rows else []
+    if result["sizes"]:
+        rows = []
+        for name, size in result["sizes"].items():
+            recorded = reference["sizes"][name]
+            rows.append([name, size_text(size), size_text(recorded["bytes"])])
+            rows[-1] += comparison(name, recorded)
+        parts.append(markdown_table(["size", "here", "reference", "times smaller", "must be", "goal"], rows))
+    parts.append(f"{result['network']}; {machine_text(result['machine'])}; {speeds_text(result['rows'])}")
+    return "\n\n".join(parts)
+
+
+def speeds_text(rows: dict[str, Any]) -> str:
+    text = []
+    for key, name in (("gemm_gflops", "float32 product"), ("peak_gflops", "peak")):
+        speeds = [speed for row in rows.values() for speed in row[key]]
+        if speeds:
+            text.append(f"{name} {min(speeds):,.0f} – {max(speeds):,.0f} GFLOP/s")
+    return ", ".join(text) or "nothing timed"
+
+
+COLORS = {"goal": "#009E73", "required": "#0072B2", "neither": "#D55E00", "no": "0.55"}  # of Okabe and Ito
+
+
+def chart(result: dict[str, Any], path: Path) -> bool:
+    """Times faster or smaller than the reference as bars, each with its two marks. False if nothing is compared."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    reference = json.loads(REFERENCE.read_text())
+    better = times_better(result, reference)
+    if not better:
+        return False
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(better)), layout="constrained")
+    axis = figure.subplots()
+    for place, (name, factor) in enumerate(better.items()):
+        recorded = (reference["rows"] | reference["sizes"])[name]
+        required, goal = recorded.get("required"), recorded.get("goal")
+        reached = (
+            "no" if goal is None else "goal" if factor >= goal else "required" if factor >= required else "neither"
+        )
+        axis.barh(place, factor - 1, left=1, height=0.6, color=COLORS[reached])
+        if name in result["rows"]:
+            seconds = result["rows"][name]["seconds"]
+            ends = [factor * statistics.median(seconds) / end for end in (max(seconds), min(seconds))]
+            axis.plot(ends, [place, place], color="black", linewidth=1.2)
+        for mark, style in ((required, ":"), (goal, "-")):
+            if mark is not None:
+                axis.plot([mark, mark], [place - 0.42, place + 0.42], color="black", linestyle=style, linewidth=2)
+        axis.text(1.01, place, f"{factor:.3g}×", transform=axis.get_yaxis_transform(), va="center")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    low, high = min(better.values()), max([*better.values(), 30])
+    axis.set_xlim(min(0.8, low * 0.8), high * 1.3)
+    ticks = [
+        tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if axis.get_xlim()[0] <= tick <= high * 1.3
     ]
-    for name, time_taken in result["rows"].items():
-        ours, theirs = time_taken * speed, reference["rows"][name]["gemm_gflop"]
-        comparison = f"{theirs} | {theirs / ours:.2f}×" if result["network"] == "prismer_base" else "– | –"
-        lines.append(f"| {name} | {time_taken:.3f} | {ours:.0f} | {comparison} |")
-    gemm = ", ".join(f"{value:.0f}" for value in result["gemm_gflops"])
-    lines.append(
-        f"\n{result['network']} on {result['device']}, {result['threads']} threads, torch {result['torch']}; matrix "
-        f"product {gemm} GFLOP/s before and after; peak memory of the process {result['peak_memory_gb']:.1f} GB; "
-        f"medians of {result['repeats']} runs."
-    )
-    return "\n".join(lines)
+    axis.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_yticks(range(len(better)), better)
+    axis.set_ylim(len(better) - 0.5, -0.5)
+    axis.set_xlabel("times faster, or smaller, than the original network; the thin line: fastest and slowest run")
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    names = {"goal": "goal reached", "required": "required reached", "neither": "not reached", "no": "nothing asked"}
+    legend = [Patch(color=COLORS[key], label=name) for key, name in names.items()]
+    marks = ((":", "required"), ("-", "goal"))
+    legend += [Line2D([], [], color="black", linewidth=2, linestyle=style, label=name) for style, name in marks]
+    figure.legend(handles=legend, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.suptitle(machine_title(result["network"], result["machine"]), fontsize=11)
+    FigureCanvasAgg(figure).print_png(str(path))
+    return True
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What two results have in common, side by side, as Markdown."""
+    rows = []
+    for name in (name for name in old["rows"] if name in new["rows"]):
+        before, after = old["rows"][name], new["rows"][name]
+        medians = [statistics.median(row["seconds"]) for row in (before, after)]
+        apart = max(after["seconds"]) < min(before["seconds"]) or max(before["seconds"]) < min(after["seconds"])
+        cells = [name, spread_text(before["seconds"]), spread_text(after["seconds"])]
+        cells.append(f"{medians[0] / medians[1]:.2f}×" + ("" if apart else " (spreads overlap)"))
+        if before["flops"] and after["flops"]:
+            cells.append(f"{gemm_gflop(before) / gemm_gflop(after):.2f}×")
+            cells.append(f"{share_of_peak(before):.0%} → {share_of_peak(after):.0%}")
+        else:  # no matrix products
+            cells += [NONE, NONE]
+        memory = " → ".join(size_text(row["peak_memory"]) for row in (before, after))
+        rows.append([*cells, memory if old["own_processes"] and new["own_processes"] else NONE])
+    head = ["work", "seconds before", "seconds after", "times faster", "in gemm units", "share of peak", "peak memory"]
+    parts = [markdown_table(head, rows)] if rows else []
+    sizes = [name for name in old["sizes"] if name in new["sizes"]]
+    if sizes:
+        pairs = [(name, old["sizes"][name], new["sizes"][name]) for name in sizes]
+        rows = [[name, size_text(a), size_text(b), f"{a / b:.2f}×"] for name, a, b in pairs]
+        parts.append(markdown_table(["size", "before", "after", "times smaller"], rows))
+    facts = [{"network": result["network"], **result["machine"]} for result in (old, new)]
+    unlike = [key for key in facts[0] if key != "load_before" and facts[0][key] != facts[1].get(key)]
+    lines = [f"- {key}: {facts[0][key]} before, {facts[1].get(key)} after" for key in unlike]
+    if lines:
+        parts.append("\n".join(["Not measured alike:", "", *lines]))
+    return "\n\n".join(parts)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for result.json and table.md")
-    parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for what is written")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names hold one of these")
+    parser.add_argument("--repeats", type=int, default=5, help="runs that count, after one to warm up")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+    parser.add_argument(
+        "--one_process", action="store_true", help="all rows in this process: quicker, no memory a row"
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two result.json; runs nothing")
     args = parser.parse_args()
-    result = run(args.small, args.repeats, args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    (args.out / "table.md").write_text(table(result) + "\n")
-    print(table(result))
+    if args.compare:
+        print(compare(*(json.loads(path.read_text()) for path in args.compare)))
+        return
+    setup = Setup(args.small, args.device, args.dtype)
+    result = run(setup, args.repeats, args.only, own_processes=not args.one_process)
+    write_result(args.out, result, table(result))
+    chart(result, args.out / "chart.png")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import tempfile
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,10 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from measuring import HeldBytes
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
 
 from modeling_prismer.processing.experts import DexiNedEdges, Expert, ExpertSuite, PretrainedExpert
 
@@ -156,40 +153,6 @@ MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "ustc-community/dfine-xlarge-obj365": dfine_xlarge,
     "PekingU/rtdetr_v2_r18vd": rtdetr_v2_r18,
 }
-
-
-class HeldBytes(TorchDispatchMode):
-    """
-    Counts the bytes of all tensors that operations return, from then until nothing holds them any more.
-
-    Attributes:
-        now (`int`): what is held; starts with `held_before`.
-        peak (`int`): the most that was held.
-    """
-
-    def __init__(self, held_before: int = 0):
-        super().__init__()
-        self.now = self.peak = held_before
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        outputs = function(*args, **(kwargs or {}))
-        for storage in storages((args, kwargs)):  # weights; and what a view looks at
-            self._known[storage] = None
-        for storage in storages(outputs):
-            if storage not in self._known:
-                self._known[storage] = None
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._let_go, storage.nbytes())
-        return outputs
-
-    def _let_go(self, size: int) -> None:
-        self.now -= size
-
-
-def storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def with_random_weights(expert: Expert, folder: Path) -> Expert:

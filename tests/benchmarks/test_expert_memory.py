@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import expert_memory
-from benchmarks.expert_memory import MODELS, HeldBytes
+from benchmarks.expert_memory import MODELS
 from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, NormalsFromDepth, PretrainedExpert
 from modeling_prismer.processing.experts.depth import DepthEstimator
 from modeling_prismer.processing.experts.detection import ObjectDetector
@@ -19,19 +19,6 @@ KNOWN = {
     for expert in (DepthEstimator, NormalEstimator, UniversalSegmentation, SemanticSegmentation, ObjectDetector)
     for name, known in expert.known_models.items()
 }
-
-
-def test_what_is_held_counts_once_and_until_it_is_let_go():
-    weight = torch.rand(100, 100)  # 40 kB
-    with HeldBytes(weight.nbytes) as held:
-        product = torch.rand(100, 100) @ weight
-        assert (held.now, held.peak) == (80_000, 120_000)
-        row = product.relu()[:1]
-        assert (held.now, held.peak) == (120_000, 120_000)
-        del product
-        assert held.now == 80_000  # the row holds all that it is a view of
-        del row
-        assert (held.now, held.peak) == (40_000, 120_000)
 
 
 @pytest.mark.parametrize("model_id", MODELS)

@@ -1,0 +1,92 @@
+"""
+Where the time of each row of the benchmark goes: torch.profiler's operators by their own time, with input shapes.
+
+    python benchmarks/profile_rows.py --out runs/profile_before
+    python benchmarks/profile_rows.py --only encode --top 20
+
+Each row runs once to warm up and once profiled, in a process of its own. The profiler slows small operators down:
+shares are what to read, and benchmark.py has the times. Writes result.json and table.md.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import in_own_process, machine_facts, machine_text, markdown_table, seconds, write_result
+from rows import ROWS, Setup, select
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+
+def profile_row(name: str, setup: Setup) -> dict[str, Any]:
+    """The time of the profiled run, and of each operator with each of its input shapes: calls and own time."""
+    cuda = setup.torch_device.type == "cuda"
+    torch.manual_seed(0)
+    work = ROWS[name](setup)
+    work()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, record_shapes=True) as profiler:
+        wall = seconds(work, setup.torch_device)
+    operators = []
+    for event in profiler.key_averages(group_by_input_shape=True):
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time its operator has as well
+            continue
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if microseconds:
+            shapes = [shape for shape in event.input_shapes if shape]
+            operators.append(
+                {"name": event.key, "shapes": shapes, "calls": event.count, "seconds": microseconds / 1e6}
+            )
+    return {"seconds": wall, "operators": sorted(operators, key=lambda operator: -operator["seconds"])}
+
+
+def row_table(row: dict[str, Any], top: int) -> str:
+    """The operators that take the most; shares are of all operators' time."""
+    operators = row["operators"]
+    total = sum(operator["seconds"] for operator in operators)
+    rows, shown = [], 0.0
+    for operator in operators[:top]:
+        shown += operator["seconds"]
+        shapes = ", ".join("×".join(map(str, shape)) for shape in operator["shapes"])
+        times = f"{operator['seconds'] * 1e3:,.2f}", f"{operator['seconds'] / total:.1%}", f"{shown / total:.0%}"
+        rows.append([f"`{operator['name']}`", shapes, str(operator["calls"]), *times])
+    head = ["operator", "shapes of its inputs", "calls", "own time, ms", "share", "with those above"]
+    by_name: dict[str, float] = {}
+    for operator in operators:
+        by_name[operator["name"]] = by_name.get(operator["name"], 0) + operator["seconds"]
+    names = sorted(by_name, key=lambda name: -by_name[name])[:8]
+    summary = ", ".join(f"`{name}` {by_name[name] / total:.1%}" for name in names)
+    return (
+        f"{markdown_table(head, rows)}\n\nAll shapes together: {summary}. Operators took {total:.3g} s; the profiled "
+        f"run took {row['seconds']:.3g} s, with Python, whatever is not torch's, and the profiler."
+    )
+
+
+def report(result: dict[str, Any], top: int) -> str:
+    parts = [f"### {name}\n\n{row_table(row, top)}" for name, row in result["rows"].items()]
+    return "\n\n".join([*parts, f"{result['network']}; {machine_text(result['machine'])}."])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/profile"), help="folder for what is written")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names hold one of these")
+    parser.add_argument("--top", type=int, default=12, help="operators in a row's table")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+    parser.add_argument("--one_process", action="store_true", help="all rows in this process: quicker")
+    args = parser.parse_args()
+    setup = Setup(args.small, args.device, args.dtype)
+    machine = machine_facts(setup.torch_device, setup.torch_dtype)
+    result: dict[str, Any] = {"network": setup.network, "machine": machine, "rows": {}}
+    for name in select(args.only, list(ROWS)):
+        print(f"{name} …", flush=True)
+        call = (profile_row, name, setup)
+        result["rows"][name] = profile_row(*call[1:]) if args.one_process else in_own_process(*call)
+    write_result(args.out, result, report(result, args.top))
+
+
+if __name__ == "__main__":
+    main()

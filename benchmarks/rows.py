@@ -1,0 +1,267 @@
+"""
+What each row of the benchmark runs, and on what: random weights of the true size, random images.
+
+A row is a function that prepares everything and returns what is timed, a function without arguments.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration, PrismerImageProcessor
+
+
+EXPERT_SIZE = 224  # side of the experts' maps, whatever the size of the image (of smaller images, theirs)
+PROMPT = [0, 250, 2170, 9]  # <s>A picture of
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Which network runs where. `small` is a tiny one, to try a program in seconds."""
+
+    small: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def network(self) -> str:
+        return "tiny" if self.small else "prismer_base"
+
+    @property
+    def image_size(self) -> int:
+        return 96 if self.small else 480
+
+    @property
+    def train_size(self) -> int:
+        return 64 if self.small else 224
+
+    @property
+    def product_size(self) -> int:
+        """Of the matrix product that times are compared with."""
+        return 256 if self.small else 2048
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+# ---- the network and its inputs ----
+
+
+def make_config(setup: Setup, image_size: int) -> PrismerConfig:
+    config = PrismerConfig.from_variant("prismer_base", image_size=image_size)
+    if setup.small:
+        vision = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": image_size}
+        text = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+        text["vocab_size"] = 3000
+        config = PrismerConfig(vision_config=vision, text_config=text, experts=config.experts)
+    return config
+
+
+def make_model(
+    setup: Setup, image_size: int | None = None, dtype: torch.dtype | None = None
+) -> PrismerForConditionalGeneration:
+    """In evaluation mode, in the setup's size and type unless others are asked for."""
+    config = make_config(setup, image_size or setup.image_size)
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype or setup.torch_dtype)
+    return model.to(setup.torch_device).eval()
+
+
+def image_inputs(model: PrismerForConditionalGeneration, images: int) -> dict[str, torch.Tensor]:
+    """Images and dense expert maps; those of labels are painted beforehand, as the reference took them."""
+    kind = {"device": model.device, "dtype": model.model.vision_model.dtype}
+    size = model.config.vision_config.image_size
+    map_size = min(EXPERT_SIZE, size)
+    inputs = {"pixel_values": torch.randn(images, 3, size, size, **kind)}
+    for expert in model.config.experts:
+        name, shape = expert["name"], (images, expert["channels"], map_size, map_size)
+        inputs[f"{name}_values"] = torch.rand(shape, **kind) * 2 - 1
+        if expert.get("instances"):
+            inputs[f"{name}_rows"] = torch.randint(128, (images, map_size, map_size), device=model.device)
+    return inputs
+
+
+def random_words(model: PrismerForConditionalGeneration, shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randint(4, model.config.text_config.vocab_size, shape)
+
+
+@torch.no_grad()
+def encoded_images(model: PrismerForConditionalGeneration, images: int) -> tuple[torch.Tensor]:
+    """As `encoder_outputs` takes them, in the decoder's type."""
+    encoded = model.get_image_features(**image_inputs(model, images)).last_hidden_state
+    return (encoded.to(model.model.text_model.dtype),)
+
+
+def picture_and_labels(
+    config: PrismerConfig, width: int = 640, height: int = 480, seed: int = 0
+) -> tuple[Image.Image, dict[str, Any]]:
+    """A picture and what experts would say of it, as the processor takes it: 8-bit maps of the picture's size."""
+    generator = np.random.default_rng(seed)
+
+    def blocks(high: int, channels: int) -> np.ndarray:
+        """Smooth enough to look like a map: squares of 20 pixels."""
+        coarse = generator.integers(0, high, (height // 20, width // 20, channels), dtype=np.uint8)
+        return np.kron(coarse, np.ones((20, 20, 1), np.uint8))
+
+    labels: dict[str, Any] = {}
+    for expert in config.experts:
+        channels, classes = expert["channels"], expert.get("num_classes")
+        if expert["kind"] == "dense":
+            labels[expert["name"]] = blocks(256, channels)
+            continue
+        items = 20 if expert.get("instances") or classes is None else classes
+        labels[expert["name"]] = label = {"ids": blocks(items, 1)[..., 0]}
+        if expert.get("instances"):
+            label["classes"] = generator.integers(0, classes, items)
+        elif classes is None:
+            label["features"] = generator.normal(size=(items, channels)).astype(np.float32)
+    picture = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return picture, labels
+
+
+def make_image_processor(config: PrismerConfig) -> PrismerImageProcessor:
+    size = config.vision_config.image_size
+    return PrismerImageProcessor(experts=config.experts, size={"height": size, "width": size})
+
+
+# ---- the rows ----
+
+
+def encode(model: PrismerForConditionalGeneration, images: int) -> Work:
+    """The vision encoder with all experts' stems and the resampler."""
+    return torch.no_grad()(partial(model.get_image_features, **image_inputs(model, images)))
+
+
+def caption(model: PrismerForConditionalGeneration, images: int, beams: int = 3) -> Work:
+    """Beam search from a prompt of 4 tokens to exactly 20 with it, by images that are encoded already."""
+    return partial(
+        model.generate,
+        input_ids=torch.tensor([PROMPT] * images, device=model.device),
+        encoder_outputs=encoded_images(model, images),
+        num_beams=beams,
+        min_length=20,
+        max_length=20,
+        do_sample=False,
+    )
+
+
+def rank(model: PrismerForConditionalGeneration, candidates: int, k: int | None = None, shortest: int = 2) -> Work:
+    """Scores `k` (by default all) answers of `shortest` to 6 tokens after a question of 12, to one encoded image."""
+    question = torch.cat([torch.tensor([PROMPT[:1]]), random_words(model, (1, 11))], dim=1)
+    lengths = torch.randint(shortest, 7, (candidates, 1))
+    return partial(
+        model.rank_candidates,
+        candidate_ids=random_words(model, (candidates, 6)).to(model.device),
+        candidate_mask=(torch.arange(6) < lengths).to(model.device),
+        k=k or candidates,
+        input_ids=question.to(model.device),
+        encoder_outputs=encoded_images(model, 1),
+    )
+
+
+def training_step(setup: Setup) -> Work:
+    """
+    Forward, backward and update by what is Trainer's default, AdamW(fused=True), with both backbones frozen. Weights
+    are in float32; another type of the setup is autocast's, as with Trainer's `--bf16`.
+    """
+    model = make_model(setup, setup.train_size, dtype=torch.float32).train()
+    model.freeze_backbones(vision=True, language=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5, fused=True)
+    inputs = image_inputs(model, images=4)
+    inputs["input_ids"] = inputs["labels"] = random_words(model, (4, 20)).to(model.device)
+
+    def step():
+        with torch.autocast(setup.torch_device.type, setup.torch_dtype, enabled=setup.dtype != "float32"):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def transform(setup: Setup) -> Work:
+    """A picture and six label maps through the image processor, on one thread."""
+    config = make_config(setup, setup.image_size)
+    processor = make_image_processor(config)
+    picture, labels = picture_and_labels(config)
+    return on_one_thread(partial(processor, picture, labels))
+
+
+def painting(setup: Setup) -> Work:
+    """What the label experts' stems do with ids before their first convolution, on one thread."""
+    model = make_model(setup)
+    picture, labels = picture_and_labels(model.config)
+    inputs = make_image_processor(model.config)(picture, labels).to(model.device)
+
+    @torch.no_grad()
+    def paint():
+        for name, stem in model.model.vision_model.expert_stems.items():
+            ids = inputs.get(f"{name}_ids")
+            if ids is None:
+                continue
+            stem.paint(ids, stem.feature_table(inputs.get(f"{name}_classes"), inputs.get(f"{name}_features"), 1))
+            if stem.num_instance_embeddings:
+                stem.instance_rows(ids)
+
+    return on_one_thread(paint)
+
+
+def labels_to_inputs(setup: Setup) -> Work:
+    """The two one after the other."""
+    transformed, painted = transform(setup), painting(setup)
+    return lambda: (transformed(), painted())
+
+
+ROWS: dict[str, Callable[[Setup], Work]] = {
+    "encode 1 image": lambda setup: encode(make_model(setup), images=1),
+    "encode 4 images": lambda setup: encode(make_model(setup), images=4),
+    "caption 1 image": lambda setup: caption(make_model(setup), images=1),
+    "caption 4 images": lambda setup: caption(make_model(setup), images=4),
+    "rank 128 candidates": lambda setup: rank(make_model(setup), candidates=128),
+    "training step": training_step,
+    "labels to inputs": labels_to_inputs,
+    "labels to inputs: transform": transform,
+    "labels to inputs: painting": painting,
+}
+
+
+def bytes_of_a_sample(setup: Setup) -> dict[str, int]:
+    """What the image processor's tensors of one picture take: that is what a data loader hands to the device."""
+    config = make_config(setup, setup.image_size)
+    sample = make_image_processor(config)(*picture_and_labels(config))
+    return {name: tensor.nbytes for name, tensor in sample.items()}
+
+
+@contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def on_one_thread(work: Work) -> Work:
+    return one_thread()(work)
+
+
+def select(only: list[str] | None, names: list[str]) -> list[str]:
+    """The names that hold one of the words of `only`; all, if there are none."""
+    chosen = [name for name in names if not only or any(word in name for word in only)]
+    if not chosen:
+        raise SystemExit(f"--only {' '.join(only)}: nothing is called so; there are {', '.join(names)}")
+    return chosen
