@@ -31,7 +31,7 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance style quality train-easy-vqa evaluate-easy-vqa benchmark benchmark-all dist clean
+.PHONY: help demo test conformance style quality types train-easy-vqa evaluate-easy-vqa benchmark benchmark-all dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +80,15 @@ style: $(VENV)/.ruff-ready  ## mend imports, lint and format
 quality: $(VENV)/.ruff-ready  ## check lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# mypy reads the package as it is installed, the three folders as one name: the finder of the editable install is closed
+# to it
+types: $(VENV)/.test-ready  ## check the types, of the package and of a program that uses it
+	@rm -rf build/types && mkdir -p build/types/modeling_prismer
+	@ln -s $(CURDIR)/modeling_prismer/* $(CURDIR)/processing $(CURDIR)/conversion build/types/modeling_prismer/
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p modeling_prismer
+	MYPYPATH=build/types $(BIN)/mypy --config-file= --cache-dir build/mypy_cache --ignore-missing-imports \
+		--follow-imports=silent tests/typed_usage.py
 
 train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about 25 minutes on 2 cores)
 	$(BIN)/python training_examples/run_easy_vqa.py --do_train --do_eval --output_dir $(EASY_VQA_OUTPUT) \

@@ -1,4 +1,6 @@
-"""From the published checkpoint format to this package, and back."""
+"""From the published checkpoint format to this package, and back; and on to ONNX."""
 
 from .convert_checkpoint import convert_original_checkpoint, to_original_state_dict
+from .export_onnx import export_onnx
 from .feature_tables import class_features_from_names, read_feature_tables, save_class_features
+from .onnx_generation import OnnxPrismer

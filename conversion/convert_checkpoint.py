@@ -2,9 +2,7 @@
 
 import copy
 import math
-import os
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
 
 from .feature_tables import BACKGROUND_KEY, read_feature_tables
 from .original_names import EXPERT_NAMES, IGNORED_NAMES, POSITION_IDS, TIED_NAMES, original_names
+from .output_folder import check_output_dir, written_whole
 from .tensor_files import find_checkpoint, load_state_dict
 
 
@@ -28,7 +27,7 @@ PUBLISHED_IMAGE_SIZES = (224, 384, 480)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # How the published results were generated; candidates of a classification are ranked.
-GENERATION_SETTINGS = {
+GENERATION_SETTINGS: dict[str, dict[str, Any]] = {
     "caption": {"num_beams": 3, "max_length": 20, "min_length": 8},
     "vqa": {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 2, "length_penalty": -1.0},
     "classification": {},
@@ -117,11 +116,11 @@ def convert_original_checkpoint(
     if task is not None and task not in GENERATION_SETTINGS:
         raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, GENERATION_SETTINGS))}")
     if output_dir is not None:
-        output_dir = _check_output_dir(output_dir, overwrite)
+        output_dir = check_output_dir(output_dir, overwrite)
     tables, without_table = _set_tables(config, feature_tables)
     path = find_checkpoint(checkpoint, revision)
     if output_dir is not None:  # after the rest has been looked at: without a connection it takes a while to give up
-        tokenizer = _load_tokenizer(tokenizer, config)
+        loaded_tokenizer = _load_tokenizer(tokenizer, config)
 
     # First mapped, so that what does not fit shows before gigabytes are read.
     model = _empty_model(load_state_dict(path, mmap=True), config, path)
@@ -135,7 +134,7 @@ def convert_original_checkpoint(
         model.generation_config.update(**GENERATION_SETTINGS[task])
     model.eval()
     if output_dir is not None:
-        _save(model, output_dir, tokenizer, task, max_shard_size)
+        _save(model, output_dir, loaded_tokenizer, task, max_shard_size)
     return model
 
 
@@ -170,12 +169,11 @@ def to_original_state_dict(model: PrismerForConditionalGeneration) -> dict[str, 
 
 def _read_config(config: PrismerConfig | str, image_size: int | None) -> tuple[PrismerConfig, int | None]:
     """A configuration of our own to work on, and the image size that is wanted in the end, if any is."""
-    is_variant = isinstance(config, str)
-    config = PrismerConfig.from_variant(config) if is_variant else copy.deepcopy(config)
+    own = PrismerConfig.from_variant(config) if isinstance(config, str) else copy.deepcopy(config)
     if image_size is not None:
-        config.vision_config.image_size = image_size
-        config.vision_config.validate_architecture()
-    return config, image_size if is_variant else config.vision_config.image_size
+        own.vision_config.image_size = image_size
+        own.vision_config.validate_architecture()
+    return own, image_size if isinstance(config, str) else own.vision_config.image_size
 
 
 def _read_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -348,7 +346,7 @@ def _fill(
     """Gives the checkpoint's tensors to the model, which lies on the meta device; they are taken out of `tensors`."""
     state: dict[str, torch.Tensor] = {}
 
-    def give(name: str, tensor: torch.Tensor, copy: bool = False):
+    def give(name: str, tensor: torch.Tensor, copy: bool = False) -> None:
         state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy).contiguous()
 
     packed: dict[str, list[str]] = defaultdict(list)  # name there -> the three names here, in their order
@@ -385,36 +383,18 @@ def _published_image_size(config: PrismerConfig) -> int:
     return next(fitting, image_size)
 
 
-def _check_output_dir(output_dir: str | Path, overwrite: bool) -> Path:
-    output_dir = Path(output_dir).expanduser().resolve()
-    if output_dir.exists() and not output_dir.is_dir():
-        raise FileExistsError(f"{output_dir} is a file; a folder is needed")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return output_dir
-    if not overwrite:
-        raise FileExistsError(
-            f"{output_dir} is not empty; choose another folder, or pass overwrite=True to replace it"
-        )
-    try:
-        is_prismer = PrismerConfig.get_config_dict(output_dir, local_files_only=True)[0]["model_type"] == "prismer"
-    except (OSError, KeyError):
-        is_prismer = False
-    if not is_prismer:  # it would all be deleted
-        raise FileExistsError(f"{output_dir} holds something else than a Prismer model; it is not overwritten")
-    return output_dir
-
-
 def _load_tokenizer(
     tokenizer: PreTrainedTokenizerBase | str | Path | None, config: PrismerConfig
 ) -> PreTrainedTokenizerBase | None:
     text_config = config.text_config
+    loaded: Any = tokenizer
     if tokenizer is None:
         default = TOKENIZERS.get(text_config.hidden_size)
         if default is None or text_config.vocab_size != 50265:
             logger.warning("No tokenizer is saved: this is no published size, so pass `tokenizer`.")
             return None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(default)
+            loaded = AutoTokenizer.from_pretrained(default)
         except OSError:
             logger.warning(
                 f"No tokenizer is saved: {default} is not in the local cache and could not be fetched. Pass "
@@ -422,17 +402,17 @@ def _load_tokenizer(
             )
             return None
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    if len(tokenizer) > text_config.vocab_size:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    if len(loaded) > text_config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens; the model's vocabulary has {text_config.vocab_size}"
+            f"the tokenizer has {len(loaded)} tokens; the model's vocabulary has {text_config.vocab_size}"
         )
     for token in ("bos_token_id", "pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, token) != getattr(config, token):
+        if getattr(loaded, token) != getattr(config, token):
             raise ValueError(
-                f"the tokenizer's {token} is {getattr(tokenizer, token)}; the config's is {getattr(config, token)}"
+                f"the tokenizer's {token} is {getattr(loaded, token)}; the config's is {getattr(config, token)}"
             )
-    return tokenizer
+    return loaded
 
 
 def _save(
@@ -450,17 +430,7 @@ def _save(
         size={"height": image_size, "width": image_size}, experts=copy.deepcopy(model.config.experts)
     )
     if tokenizer is not None:
-        processor = PrismerProcessor(processor, tokenizer, **({} if task is None else {"task": task}))
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as scratch:
-        complete, replaced = Path(scratch, "complete"), Path(scratch, "replaced")
-        model.save_pretrained(complete, max_shard_size=max_shard_size)
-        processor.save_pretrained(complete)
-        if output_dir.exists():
-            os.rename(output_dir, replaced)
-        try:
-            os.rename(complete, output_dir)
-        except BaseException:
-            if replaced.exists():
-                os.rename(replaced, output_dir)
-            raise
+        processor = PrismerProcessor(processor, tokenizer, task=task or "caption")
+    with written_whole(output_dir) as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)

@@ -177,7 +177,7 @@ def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Path] = {}
     tables = {}
 
-    def take(name: str, file: Path, table: Any):
+    def take(name: str, file: Path, table: Any) -> None:
         if name in found:
             raise ValueError(
                 f"{found[name].name} and {file.name} in {path} could both be the table of '{name}'; name the right "

@@ -71,11 +71,11 @@ def original_names(config: PrismerConfig) -> dict[str, Source]:
     vision, text = "model.vision_model", "model.text_model"
     names: dict[str, Source] = {}
 
-    def module(name: str, original: str, kinds=("weight", "bias")):
+    def module(name: str, original: str, kinds: tuple[str, ...] = ("weight", "bias")) -> None:
         for kind in kinds:
             names[f"{name}.{kind}"] = Source(f"{original}.{kind}")
 
-    def packed_attention(name: str, original: str):
+    def packed_attention(name: str, original: str) -> None:
         for third, projection in enumerate(("q_proj", "k_proj", "v_proj")):
             for kind in ("weight", "bias"):
                 names[f"{name}.{projection}.{kind}"] = Source(f"{original}.in_proj_{kind}", third)

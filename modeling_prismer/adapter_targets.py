@@ -11,6 +11,7 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 
@@ -51,18 +52,18 @@ def add_adapter_targets(tables: ModuleType) -> None:
 class _WhenImported(MetaPathFinder):
     """Finds peft's tables as Python would, and has the entries put in after they are loaded."""
 
-    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != _TABLES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_add(module: ModuleType) -> None:
                 load(module)
                 add_adapter_targets(module)
 
-            spec.loader.exec_module = load_and_add
+            spec.loader.exec_module = load_and_add  # type: ignore[method-assign]
         return spec
 
 

@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
@@ -29,6 +30,8 @@ AutoModel.register(PrismerConfig, PrismerModel)
 AutoModel.register(PrismerVisionConfig, PrismerVisionModel)
 AutoModel.register(PrismerTextConfig, PrismerTextModel)
 AutoModelForImageTextToText.register(PrismerConfig, PrismerForConditionalGeneration)
+# where peft looks for the model of an adapter with task_type="CAUSAL_LM"
+AutoModelForCausalLM.register(PrismerConfig, PrismerForConditionalGeneration)
 # Ours prepares pictures with PIL unless told otherwise: that is what the published checkpoints were trained on.
 DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS.append(PrismerImageProcessor.__name__)
 AutoImageProcessor.register(

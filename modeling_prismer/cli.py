@@ -2,9 +2,10 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from huggingface_hub.errors import StrictDataclassError
@@ -29,7 +30,7 @@ Image = Annotated[str, typer.Argument(help="A picture: a file or a URL.", metava
 
 
 @contextmanager
-def _clear_errors():
+def _clear_errors() -> Iterator[None]:
     """Turns the errors that bad input causes into one line and exit code 1."""
     from modeling_prismer.processing.experts import ExpertError
 
@@ -58,7 +59,7 @@ def _path(model: str | None) -> str:
     return pretrained_path() if model is None else model
 
 
-def _load(model: str | None, device: str, with_network: bool = True):
+def _load(model: str | None, device: str, with_network: bool = True) -> tuple[Any, Any]:
     """The processor and the network of a checkpoint; `model` left out means the shipped one."""
     import torch
     from transformers import logging
@@ -77,7 +78,7 @@ def _load(model: str | None, device: str, with_network: bool = True):
     return processor, network
 
 
-def _encode(network, inputs, model: str | None):
+def _encode(network: Any, inputs: Any, model: str | None) -> Any:
     """The encoded image, in place of its tensors in `inputs`; warns of a picture unlike those of the training."""
     import torch
 
@@ -122,7 +123,7 @@ def ask(
     model: ModelOption = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
     device: DeviceOption = "auto",
-):
+) -> None:
     """Answers questions about a picture, each on a line of its own."""
     with _clear_errors():
         for answer in _generate(image, questions, "vqa", model, device, beams):
@@ -136,7 +137,7 @@ def caption(
     prompt: Annotated[str | None, typer.Option(help="How the caption begins.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
     device: DeviceOption = "auto",
-):
+) -> None:
     """Describes a picture in a sentence."""
     with _clear_errors():
         (said,) = _generate(image, prompt if prompt is None else [prompt], "caption", model, device, beams)
@@ -152,7 +153,7 @@ def classify(
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = "auto",
-):
+) -> None:
     """Ranks labels of your own for a picture, best first."""
     with _clear_errors():
         processor, network = _load(model, device)
@@ -174,7 +175,7 @@ def experts(
         str | None, typer.Option("--experts", help="A suite by name instead of the checkpoint's experts.")
     ] = None,
     device: DeviceOption = "auto",
-):
+) -> None:
     """Draws what each expert saw in a picture."""
     with _clear_errors():
         from modeling_prismer.processing.image_loading import load_image
@@ -226,7 +227,7 @@ def label(
     key_column: Annotated[str | None, typer.Option(help="The column that names each image of a data set.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each Ray actor, fractions too.")] = 0.0,
     device: DeviceOption = "auto",
-):
+) -> None:
     """Runs experts over many images once and keeps what they saw; resumes after any interruption."""
     with _clear_errors():
         from modeling_prismer.processing.experts import ExpertSuite
@@ -262,7 +263,7 @@ def features(
     ] = None,
     text_encoder: Annotated[str, typer.Option(help="CLIP: a folder or a Hub id.")] = "openai/clip-vit-large-patch14",
     background: Annotated[str, typer.Option(help="The text that stands for no class.")] = "background",
-):
+) -> None:
     """Makes the features with which an expert's classes are painted, from the classes' names."""
     with _clear_errors():
         from modeling_prismer.conversion import save_class_features
@@ -292,7 +293,7 @@ def convert(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A RoBERTa tokenizer: a folder or a Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
-):
+) -> None:
     """Turns a published checkpoint into a folder for `from_pretrained`."""
     with _clear_errors():
         from modeling_prismer.conversion import convert_original_checkpoint
@@ -316,7 +317,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators; else what torch recommends.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
-):
+) -> None:
     """Writes a model as ONNX, for onnxruntime: encoder.onnx, decoder.onnx, the processor."""
     with _clear_errors():
         from modeling_prismer.conversion import export_onnx

@@ -1,6 +1,7 @@
 """Configuration of Prismer: a vision encoder that looks through experts, and a causal text decoder."""
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -98,8 +99,14 @@ class PrismerVisionConfig(PreTrainedConfig):
     model_type = "prismer_vision_model"
     base_config_key = "vision_config"
 
+    if TYPE_CHECKING:  # as they are once the configuration is made
+        intermediate_size: int
+        experts: list[dict[str, Any]]
+    else:
+        intermediate_size: int | None = None
+        experts: list[dict] | None = None
+
     hidden_size: int = 768
-    intermediate_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_channels: int = 3
@@ -109,19 +116,18 @@ class PrismerVisionConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
-    experts: list[dict] | None = None
     num_latents: int = 64
     resampler_layers: int = 4
     resampler_attention_heads: int = 8
     num_instance_embeddings: int = 128
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self.experts = [dict(expert) for expert in self.experts or []]
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
         validate_experts(self.experts)
         for field in ("num_attention_heads", "resampler_attention_heads"):
@@ -161,14 +167,17 @@ class PrismerTextConfig(PreTrainedConfig):
     type_vocab_size: int = 1
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
-    pad_token_id: int | None = 1
+    if TYPE_CHECKING:
+        pad_token_id: int
+    else:
+        pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
     encoder_hidden_size: int = 768
     is_decoder: bool = True
     use_cache: bool = True
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -230,8 +239,21 @@ class PrismerConfig(PreTrainedConfig):
         "encoder_attentions",
     ]
 
-    vision_config: dict | PrismerVisionConfig | None = None
-    text_config: dict | PrismerTextConfig | None = None
+    if TYPE_CHECKING:  # what the constructor takes, and what is there afterwards
+        vision_config: PrismerVisionConfig
+        text_config: PrismerTextConfig
+
+        def __init__(
+            self,
+            vision_config: dict[str, Any] | PrismerVisionConfig | None = None,
+            text_config: dict[str, Any] | PrismerTextConfig | None = None,
+            experts: list[dict[str, Any]] | None = None,
+            **kwargs: Any,
+        ) -> None: ...
+    else:
+        vision_config: dict | PrismerVisionConfig | None = None
+        text_config: dict | PrismerTextConfig | None = None
+
     label_smoothing: float | int = 0.1
     strict_experts: bool = True
     initializer_range: float = 0.02
@@ -240,7 +262,7 @@ class PrismerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         vision_fields = ("experts", "num_latents", "resampler_layers", "resampler_attention_heads")
         given = {field: kwargs.pop(field) for field in vision_fields if field in kwargs}
         given = {field: value for field, value in given.items() if value is not None}
@@ -257,7 +279,7 @@ class PrismerConfig(PreTrainedConfig):
         return self.vision_config.experts
 
     @experts.setter
-    def experts(self, experts: list[dict]):
+    def experts(self, experts: list[dict]) -> None:
         validate_experts(experts)
         self.vision_config.experts = experts
 
@@ -266,7 +288,7 @@ class PrismerConfig(PreTrainedConfig):
         return self.vision_config.num_latents
 
     @num_latents.setter
-    def num_latents(self, num_latents: int):
+    def num_latents(self, num_latents: int) -> None:
         self.vision_config.num_latents = num_latents
 
     @property
@@ -274,7 +296,7 @@ class PrismerConfig(PreTrainedConfig):
         return self.vision_config.resampler_layers
 
     @resampler_layers.setter
-    def resampler_layers(self, resampler_layers: int):
+    def resampler_layers(self, resampler_layers: int) -> None:
         self.vision_config.resampler_layers = resampler_layers
 
     @property
@@ -282,7 +304,7 @@ class PrismerConfig(PreTrainedConfig):
         return [expert["name"] for expert in self.experts]
 
     @classmethod
-    def from_variant(cls, variant: str, image_size: int = 224, **kwargs) -> "PrismerConfig":
+    def from_variant(cls, variant: str, image_size: int = 224, **kwargs: Any) -> "PrismerConfig":
         """
         The configuration of one of the published networks.
 

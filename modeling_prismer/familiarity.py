@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -78,7 +79,7 @@ class Familiarity:
             return cls(file.get_tensor("mean"), file.get_tensor("whitening"), float(file.metadata()["limit"]))
 
 
-def image_features(model: PrismerModel, encoder_outputs) -> torch.Tensor:
+def image_features(model: PrismerModel, encoder_outputs: Any) -> torch.Tensor:
     """The mean patch token `(images, width)` of what `get_image_features` gave, without the experts' latents."""
     grid_size = model.config.vision_config.image_size // model.config.vision_config.patch_size
     return encoder_outputs[0][:, : grid_size**2].float().mean(1)

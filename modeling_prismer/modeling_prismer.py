@@ -8,9 +8,9 @@ vision encoder, the text decoder, and the two put together with their loss, gene
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisi
 logger = logging.get_logger(__name__)
 register_adapter_targets()  # here, so that a saved folder that brings its code has them too
 
+ModelType = TypeVar("ModelType", bound="PrismerPreTrainedModel")
 BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
 
 # What an expert may hand over: its tensors are named `<expert>_<suffix>`.
@@ -176,7 +177,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
@@ -339,7 +340,7 @@ class PrismerExpertStem(nn.Module):
         width = config.hidden_size
         self.name = expert["name"]
         self.channels = expert["channels"]
-        self.num_instance_embeddings = config.num_instance_embeddings if expert.get("instances") else None
+        self.num_instance_embeddings = config.num_instance_embeddings if expert.get("instances") else 0
         is_label = expert["kind"] == "label"
         # After this resize, strides of 16 (dense) or 4 (label) in all lead to the grid of the image's patches.
         self.scale_factor = (4 if is_label else 16) / config.patch_size
@@ -386,11 +387,13 @@ class PrismerExpertStem(nn.Module):
                 f"{self.name}_ids given, but neither a table of class features in the model (`set_class_features`), "
                 f"nor {self.name}_features with the sample; dense {self.name}_values would do as well"
             )
-        if features is None and classes is None:
-            if self.num_instance_embeddings:
-                raise ValueError(f"{self.name}_ids count instances; their classes are needed as {self.name}_classes")
-            return self.class_features[None]
         if features is None:
+            if classes is None:
+                if self.num_instance_embeddings:
+                    raise ValueError(
+                        f"{self.name}_ids count instances; their classes are needed as {self.name}_classes"
+                    )
+                return self.class_features[None]
             classes = classes.long()
             known = (classes >= 0) & (classes < num_classes)
             features = self.class_features[torch.where(known, classes, num_classes)]
@@ -467,6 +470,8 @@ class PrismerExpertStem(nn.Module):
                 hidden_states = F.interpolate(
                     hidden_states, scale_factor=self.scale_factor, mode="bilinear", align_corners=True
                 )
+        elif ids is None:
+            raise ValueError(f"neither {self.name}_values nor {self.name}_ids given")
         else:
             if ids.ndim != 3:
                 raise ValueError(f"{self.name}_ids has the shape {tuple(ids.shape)}; (batch, height, width) is needed")
@@ -493,7 +498,7 @@ def _look_up(embed: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, n
         ) from error
 
 
-def _linear_taps(size: int, out_size: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _linear_taps(size: int, out_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The two source indices and the weight of the second for each output of a linear resize with aligned corners."""
     scale = (size - 1) / (out_size - 1) if out_size > 1 else 0.0
     source = torch.arange(out_size, dtype=torch.float32, device=device) * scale
@@ -614,7 +619,7 @@ class PrismerVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """The tokens of an image, or the positions on a grid: `(batch, patches, width)` or `(positions, width)`."""
         if pixel_values is None:  # not by `positions`, whose weights may be elsewhere until `forward` is called
-            return self.positions(grid)
+            return self.positions(grid or (self.grid_size, self.grid_size))
         expected = (self.num_channels, self.image_size, self.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
@@ -658,7 +663,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
     config: PrismerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = [
         "PrismerVisionEmbeddings",
@@ -675,20 +680,20 @@ class PrismerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _initialize_weights(self, module: nn.Module, *args):
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         # Without the flag for code from outside transformers, which skips every module that has no weight of its own,
         # such as an adaptor. It protects from code that overwrites loaded weights; what is used here never does.
         super()._initialize_weights(module)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         _init_vision_weights(module)
         if isinstance(module, PrismerAdaptor):
             init.zeros_(module.up_proj.weight)
 
     @torch.no_grad()
-    def resize_position_embeddings(self, image_size: int):
+    def resize_position_embeddings(self, image_size: int) -> "PrismerPreTrainedModel":
         """
         Changes the resolution that the model takes, resizing the position embeddings by bicubic interpolation.
 
@@ -713,7 +718,13 @@ class PrismerPreTrainedModel(PreTrainedModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, image_size: int | None = None, **kwargs):
+    def from_pretrained(
+        cls: type[ModelType],
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> ModelType:
         """
         As in every model of transformers, and:
 
@@ -927,7 +938,7 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         )
         hidden_states = self.self_attn_layer_norm(self.dropout(attn_output) + hidden_states)
 
-        if self.cross_attn is not None:
+        if self.cross_attn is not None and self.adaptor is not None:
             if cross_keys_values is None and encoder_hidden_states is not None:
                 cross_keys_values = self.cross_attn.project_keys_values(encoder_hidden_states)
                 if past_key_values is not None:
@@ -964,7 +975,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
 
     def make_position_ids(
@@ -1080,7 +1091,7 @@ class PrismerModel(PrismerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
@@ -1097,7 +1108,7 @@ class PrismerModel(PrismerPreTrainedModel):
                 neither given nor masked out (see `strict_experts` of [`PrismerConfig`]).
         """
         names = self.config.expert_names
-        gathered = {}
+        gathered: dict[str, dict[str, torch.Tensor]] = {}
         for key in list(tensors):
             if not is_expert_input(key):
                 continue
@@ -1137,9 +1148,9 @@ class PrismerModel(PrismerPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
-        expert_mask: torch.BoolTensor | None = None,
-        **kwargs,
+        pixel_values: torch.Tensor,
+        expert_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
         Encodes images and what the experts saw.
@@ -1291,6 +1302,10 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "model.text_model.embeddings.word_embeddings.weight"}
+    if TYPE_CHECKING:  # transformers types it for a class of its own alone
+
+        def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any: ...
+
     accepts_loss_kwargs = False  # the loss is a mean over samples: Trainer scales it under gradient accumulation
 
     def __init__(self, config: PrismerConfig):
@@ -1299,7 +1314,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         self.lm_head = PrismerLMHead(config.text_config)
         self.post_init()
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         if self._auto_class is not None:  # the code is saved too: `AutoModel` is to find the model without its head
             auto_map = {"AutoModel": f"{__name__.rpartition('.')[2]}.{PrismerModel.__name__}"}
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
@@ -1310,13 +1325,15 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
 
-    def set_output_embeddings(self, new_embeddings: nn.Module):
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.decoder = new_embeddings
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return super().get_encoder(modality=modality or "image")
 
-    def get_image_features(self, pixel_values: torch.FloatTensor, expert_mask=None, **kwargs):
+    def get_image_features(
+        self, pixel_values: torch.Tensor, expert_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, expert_mask, **kwargs)
 
     get_image_features.__doc__ = PrismerModel.get_image_features.__doc__
@@ -1389,8 +1406,8 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, kept])
 
         loss = loss_per_sample = None
-        if labels is not None or shift_labels is not None:
-            given = labels if shift_labels is None else shift_labels
+        given = labels if shift_labels is None else shift_labels
+        if given is not None:
             if given.shape != logits.shape[:2]:
                 raise ValueError(
                     f"labels of the shape {tuple(given.shape)} for logits of {tuple(logits.shape[:2])}; they must be "
@@ -1398,13 +1415,13 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
                 )
             if shift_labels is None:
                 torch_compilable_check(
-                    (labels[:, 1:] != -100).any(),
+                    (given[:, 1:] != -100).any(),
                     "labels are -100 everywhere: there is nothing to learn. They are aligned with input_ids, -100 on "
                     "prompt and padding alone",
                 )
-                loss_per_sample = sample_losses(logits[:, :-1], labels[:, 1:], self.config.label_smoothing)
+                loss_per_sample = sample_losses(logits[:, :-1], given[:, 1:], self.config.label_smoothing)
             else:
-                loss_per_sample = sample_losses(logits, shift_labels, self.config.label_smoothing)
+                loss_per_sample = sample_losses(logits, given, self.config.label_smoothing)
             if sample_weight is not None and sample_weight.shape != loss_per_sample.shape:
                 raise ValueError(
                     f"sample_weight has the shape {tuple(sample_weight.shape)}; ({len(loss_per_sample)},) is needed, "
@@ -1425,10 +1442,10 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             encoder_attentions=outputs.encoder_attentions,
         )
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]):
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if not is_expert_input(key)})
 
-    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict[str, Any]):
+    def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
         """Takes what is to be learned out of the prompt where `labels` say it, as Seq2SeqTrainer hands them over."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         labels = model_kwargs.pop("labels", None)
@@ -1442,7 +1459,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         return inputs, name, model_kwargs
 
     def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], model_input_name, generation_config
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], model_input_name: Any, generation_config: Any
     ) -> dict[str, Any]:
         """Encodes the images once for the whole generation; the output, not being a tensor, is shared by all beams."""
         attention_mask = model_kwargs.get("attention_mask")
@@ -1467,13 +1484,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             model_kwargs["encoder_outputs"] = (encoder_outputs,)
         return model_kwargs
 
-    def _get_candidate_generator(self, generation_config, model_kwargs: dict[str, Any], **kwargs):
+    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """In assisted decoding the assistant encodes the images by itself, once; one for text alone sees none."""
         if generation_config.assistant_early_exit is not None:
             raise ValueError("assistant_early_exit needs a model that was trained for it, which Prismer is not")
         text_kwargs = {key: value for key, value in model_kwargs.items() if key != "encoder_outputs"}
         generator = super()._get_candidate_generator(generation_config, model_kwargs=text_kwargs, **kwargs)
-        assistant_model, encoder_outputs = kwargs.get("assistant_model"), model_kwargs.get("encoder_outputs")
+        assistant_model: Any = kwargs.get("assistant_model")
+        encoder_outputs = model_kwargs.get("encoder_outputs")
         if encoder_outputs is not None and hasattr(assistant_model, "get_image_features"):
             images = getattr(encoder_outputs, "images", None)
             if images is None:
@@ -1488,14 +1506,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def rank_candidates(
         self,
-        candidate_ids: torch.LongTensor,
+        candidate_ids: torch.Tensor,
         candidate_mask: torch.Tensor,
         k: int,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | None = None,
         chunk_size: int = 128,
-        **image_inputs,
+        **image_inputs: Any,
     ) -> PrismerRankingOutput:
         r"""
         Ranks given answers (or class names) for each image, as the paper does for VQA (k=16) and classification
@@ -1593,7 +1611,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         return PrismerRankingOutput(scores=scores, indices=chosen.gather(1, order))
 
     def classify(
-        self, processor: Any, images: Any, labels: list[str], text: str | list[str] | None = None, **kwargs
+        self, processor: Any, images: Any, labels: list[str], text: str | list[str] | None = None, **kwargs: Any
     ) -> list[list[dict[str, Any]]]:
         r"""
         Ranks labels of your own for pictures: zero-shot classification in one call. The experts see the pictures, and
@@ -1632,14 +1650,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         return processor.post_process_ranking(ranking, labels)
 
     @staticmethod
-    def _backbone_parameters(model: PrismerModel, vision: bool):
+    def _backbone_parameters(model: PrismerModel, vision: bool) -> Iterator[nn.Parameter]:
         """The parameters that come from CLIP's or RoBERTa's layers: all of a layer but what Prismer put into it."""
         layers = model.vision_model.layers if vision else model.text_model.layers[:-1]
         for name, parameter in layers.named_parameters():
             if not any(part in name for part in (".adaptor.", ".cross_attn.", ".cross_attn_layer_norm.")):
                 yield parameter
 
-    def freeze_backbones(self, vision: bool = True, language: bool = True):
+    def freeze_backbones(self, vision: bool = True, language: bool = True) -> "PrismerForConditionalGeneration":
         """
         Freezes the layers that come from CLIP (`vision`) and from RoBERTa (`language`), or unfreezes them (`False`).
         Everything else always trains: the experts' stems, resampler, positions, adaptors, cross-attention, embeddings,
@@ -1657,7 +1675,9 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         return self.model.vision_model.expert_stems[name]
 
     @torch.no_grad()
-    def set_class_features(self, name: str, features: torch.Tensor, background: torch.Tensor | None = None):
+    def set_class_features(
+        self, name: str, features: torch.Tensor, background: torch.Tensor | None = None
+    ) -> "PrismerForConditionalGeneration":
         """
         Sets the features with which a label expert's classes are painted; they are saved with the model.
 
@@ -1716,7 +1736,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         text: str | PreTrainedModel,
         experts: list[dict] | None = None,
         image_size: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "PrismerForConditionalGeneration":
         """
         A new model on a CLIP vision tower and a RoBERTa. The backbones' weights are taken over exactly (CLIP's class

@@ -201,7 +201,7 @@ class JointRandAugment(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = next(F.get_size(inpt) for inpt in flat_inputs if not isinstance(inpt, ExpertMap))
         share = self.magnitude / self.num_magnitude_bins
-        operations = []
+        operations: list[tuple[str, Any]] = []
         for _ in range(self.num_ops):
             name = _OPERATIONS[int(torch.randint(len(_OPERATIONS), ()))]
             if name in _GEOMETRIC:
@@ -280,7 +280,7 @@ class IdMap(ExpertMap):
 
 @F.register_kernel(F.resized_crop, ExpertMap)
 def _resized_crop(
-    expert_map: ExpertMap, top: int, left: int, height: int, width: int, size: list[int], **kwargs
+    expert_map: ExpertMap, top: int, left: int, height: int, width: int, size: list[int], **kwargs: Any
 ) -> ExpertMap:
     y, x = expert_map.pixels_per_picture_pixel
     bounds = expert_map.shape[-1], expert_map.shape[-2]
@@ -294,7 +294,7 @@ def _resized_crop(
     channels = [
         channel.crop(whole).resize(side, Image.Resampling.NEAREST, box=box) for channel in expert_map.channels()
     ]
-    return expert_map.with_channels(channels, canvas_size=tuple(size))
+    return expert_map.with_channels(channels, canvas_size=(size[0], size[1]))
 
 
 @F.register_kernel(F.horizontal_flip, ExpertMap)
@@ -305,7 +305,7 @@ def _horizontal_flip(expert_map: ExpertMap) -> ExpertMap:
 
 @F.register_kernel(F.perspective, ExpertMap)
 def _perspective(
-    expert_map: ExpertMap, startpoints: None, endpoints: None, coefficients: list[float], **kwargs
+    expert_map: ExpertMap, startpoints: None, endpoints: None, coefficients: list[float], **kwargs: Any
 ) -> ExpertMap:
     y, x = expert_map.pixels_per_picture_pixel
     a, b, c, d, e, f, g, h = coefficients

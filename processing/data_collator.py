@@ -76,7 +76,7 @@ class DataCollatorForPrismer:
     def __init__(
         self,
         processor: PrismerProcessor,
-        labels_for: Callable[[list[str]], list[dict[str, Any]] | None] | None = None,
+        labels_for: Callable[[list[Any]], list[dict[str, Any]] | None] | None = None,
         augmentation: Callable[..., tuple[Any, dict[str, Any]]] | None = None,
         expert_dropout: float = 0.0,
         texts_per_image: int | None = None,
@@ -103,7 +103,7 @@ class DataCollatorForPrismer:
         return int(self._epoch)
 
     @epoch.setter
-    def epoch(self, epoch: int):
+    def epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -118,7 +118,9 @@ class DataCollatorForPrismer:
         Raises:
             ValueError: if a picture cannot be read, naming its `image_id`; if only some rows have a column.
         """
-        rows = [dict(row) for row in rows]
+        return self._collate([dict(row) for row in rows])
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for column in ("image_id", *TEXT_COLUMNS):
             number = sum(row.get(column) is not None for row in rows)
             if number not in (0, len(rows)):
@@ -129,7 +131,7 @@ class DataCollatorForPrismer:
         for i, row in enumerate(rows):
             with self._randomness_of(row, images[i], i):
                 if self.texts_per_image is not None:
-                    self._draw_texts(row)
+                    self._draw_texts(row, self.texts_per_image)
                 if self.augmentation is not None:
                     images[i], labels[i] = self.augmentation(images[i], labels[i])
                 if self.expert_dropout:
@@ -153,13 +155,13 @@ class DataCollatorForPrismer:
             labels = self.processor.run_experts(images, experts=self.experts)
         return list(labels)
 
-    def _draw_texts(self, row: dict[str, Any]) -> None:
+    def _draw_texts(self, row: dict[str, Any], texts_per_image: int) -> None:
         lists = {column: row[column] for column in TEXT_COLUMNS if isinstance(row.get(column), list)}
         if not lists:
             return
         number = len(next(iter(lists.values())))
-        rounds = -(-self.texts_per_image // number)
-        drawn = torch.cat([torch.randperm(number) for _ in range(rounds)])[: self.texts_per_image].tolist()
+        rounds = -(-texts_per_image // number)
+        drawn = torch.cat([torch.randperm(number) for _ in range(rounds)])[:texts_per_image].tolist()
         row.update({column: [values[i] for i in drawn] for column, values in lists.items()})
 
     @contextmanager

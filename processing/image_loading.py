@@ -81,7 +81,7 @@ def load_image(
     raise TypeError(f"{name or 'image'} is a {type(image).__name__}; {ACCEPTED_IMAGES}")
 
 
-def load_images(images: Any, **kwargs) -> list[Image.Image]:
+def load_images(images: Any, **kwargs: Any) -> list[Image.Image]:
     """
     Opens one or many images, of any sizes.
 
@@ -122,6 +122,7 @@ def _shorten(name: str, length: int = 120) -> str:
 
 def _open(source: str | os.PathLike | bytes, name: str, timeout: float | None, max_pixels: int | None) -> Image.Image:
     """Reads an image's header."""
+    file: io.BytesIO | str | os.PathLike
     if isinstance(source, bytes):
         file, size = io.BytesIO(source), len(source)
     elif str(source).startswith(("http://", "https://")):
@@ -247,9 +248,9 @@ def _to_8_bit(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype == bool:
         return values * np.uint8(255)
     kind = values.dtype.kind
-    low, high = (values.min(), values.max()) if kind in "iuf" else (None, None)
+    low, high = (values.min(), values.max()) if kind in "iuf" else (np.nan, np.nan)
     # written so that NaN is refused as well
-    if not (kind in "iuf" and low >= 0 and high <= (255 if kind == "f" else 65535)):
+    if not (low >= 0 and high <= (255 if kind == "f" else 65535)):
         raise ValueError(f"{name} has {values.dtype} values from {low} to {high}; {_ACCEPTED_VALUES}")
     if kind == "f":
         scale = 255.0 if high <= 1 else 1.0

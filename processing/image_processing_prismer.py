@@ -1,7 +1,7 @@
 """Image processor of Prismer: a picture and its expert maps, together."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 BACKGROUND = 255
 
 
-class PrismerImageProcessorKwargs(ImagesKwargs, total=False):
+class PrismerImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     experts (`list[dict]`, *optional*, defaults to `self.experts`):
         Descriptions of the experts, as in [`PrismerConfig`].
@@ -42,7 +42,13 @@ class PrismerImageProcessorKwargs(ImagesKwargs, total=False):
     max_image_pixels: int | None
 
 
-class _ImageAndExpertMaps:
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor as _Backend
+else:
+    _Backend = object
+
+
+class _ImageAndExpertMaps(_Backend):
     """What the two backends share: everything but how the RGB picture is resized."""
 
     valid_kwargs = PrismerImageProcessorKwargs
@@ -54,7 +60,7 @@ class _ImageAndExpertMaps:
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
-    experts = []
+    experts: list[dict[str, Any]] = []
     expert_size = 224
     max_instances = 128
     max_words = 128
@@ -70,10 +76,19 @@ class _ImageAndExpertMaps:
             names += [f"{expert['name']}_{suffix}" for suffix in _tensor_suffixes(expert)]
         return names + ["expert_mask"] if self.experts else names
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            images: Any,
+            expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+            **kwargs: Any,
+        ) -> BatchFeature: ...
+
     def preprocess(
         self,
         images: Any,
-        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         return_tensors: str | TensorType | None = "pt",
         **kwargs: Unpack[PrismerImageProcessorKwargs],
     ) -> BatchFeature:
@@ -117,12 +132,13 @@ class _ImageAndExpertMaps:
         """
         return super().preprocess(images, expert_labels, return_tensors=return_tensors, **kwargs)
 
-    def _standardize_kwargs(self, experts: list[dict[str, Any]] | None = None, **kwargs) -> dict:
+    def _standardize_kwargs(self, experts: list[dict[str, Any]] | None = None, **kwargs: Any) -> dict:
         kwargs = super()._standardize_kwargs(**kwargs)
+        experts = experts or []
         _validate_experts(experts)
         return {"experts": experts, **kwargs}
 
-    def _validate_preprocess_kwargs(self, **kwargs):
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs["do_resize"] and not (kwargs["size"].height and kwargs["size"].width):
             raise ValueError(f"size is {dict(kwargs['size'])}; {{'height': …, 'width': …}} is needed")
@@ -135,7 +151,7 @@ class _ImageAndExpertMaps:
     def _preprocess_image_like_inputs(
         self,
         images: Any,
-        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         *,
         experts: list[dict[str, Any]],
         expert_size: int,
@@ -145,13 +161,13 @@ class _ImageAndExpertMaps:
         input_data_format: str | None = None,
         device: str | torch.device | None = None,
         return_tensors: str | TensorType | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         images = load_images(images, max_pixels=max_image_pixels, input_data_format=input_data_format)
-        expert_labels = match_expert_labels(expert_labels, len(images), experts)
+        labels_of_images = match_expert_labels(expert_labels, len(images), experts)
         data = {"pixel_values": self._pixel_values(images, device=device, **kwargs)}
         for expert in experts:
-            labels = [labels.get(expert["name"]) for labels in expert_labels]
+            labels = [labels.get(expert["name"]) for labels in labels_of_images]
             if expert["kind"] == "dense":
                 data.update(_dense_tensors(labels, expert, expert_size))
             else:
@@ -160,12 +176,12 @@ class _ImageAndExpertMaps:
         if experts:
             names = [expert["name"] for expert in experts]
             data["expert_mask"] = np.array(
-                [[labels.get(name) is not None for name in names] for labels in expert_labels]
+                [[labels.get(name) is not None for name in names] for labels in labels_of_images]
             )
         features = BatchFeature(data, tensor_type=return_tensors)
         return features if device is None or return_tensors in (None, "np") else features.to(device)
 
-    def _pixel_values(self, images: list[Image.Image], **kwargs) -> np.ndarray | torch.Tensor:
+    def _pixel_values(self, images: list[Image.Image], *_: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
         """The resized and normalised pictures, (batch, 3, height, width) float32."""
         raise NotImplementedError
 
@@ -232,7 +248,7 @@ class PrismerImageProcessor(_ImageAndExpertMaps, PilBackend):
         do_normalize: bool,
         image_mean: tuple[float, ...],
         image_std: tuple[float, ...],
-        **kwargs,
+        **kwargs: Any,
     ) -> np.ndarray:
         if do_resize:
             images = [_resize_picture(image, size.width, size.height, resample) for image in images]
@@ -258,7 +274,7 @@ class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
     """
 
     def _pixel_values(
-        self, images: list[Image.Image], device: str | torch.device | None = None, **kwargs
+        self, images: list[Image.Image], device: str | torch.device | None = None, **kwargs: Any
     ) -> torch.Tensor:
         pictures = [self.process_image(image, do_convert_rgb=True, device=device) for image in images]
         kwargs["disable_grouping"] = kwargs.get("disable_grouping")
@@ -268,7 +284,7 @@ class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
 
 
 def match_expert_labels(
-    expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None,
+    expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
     num_images: int,
     experts: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
@@ -362,15 +378,14 @@ def _dense_tensors(labels: list[Any], expert: dict[str, Any], size: int) -> dict
 def _label_tensors(labels: list[Any], expert: dict[str, Any], size: int, max_items: int) -> dict[str, np.ndarray]:
     name, channels = expert["name"], expert["channels"]
     ids = np.full((len(labels), size, size), BACKGROUND, np.uint8)
-    tensors = {f"{name}_ids": ids}
+    tensors: dict[str, np.ndarray] = {f"{name}_ids": ids}
+    items: np.ndarray | None = None
+    read_items = _instance_classes
     if "classes" in _tensor_suffixes(expert):
         tensors[f"{name}_classes"] = items = np.zeros((len(labels), max_items), np.int64)
-        read_items = _instance_classes
     elif "features" in _tensor_suffixes(expert):
         tensors[f"{name}_features"] = items = np.zeros((len(labels), max_items, channels), np.float32)
         read_items = _word_features
-    else:
-        items, read_items = None, None
 
     for row, label in enumerate(labels):
         if label is None:

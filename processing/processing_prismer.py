@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import TensorType, logging
 from transformers.utils.hub import hf_api
 
@@ -56,7 +56,7 @@ def clean_question(question: str, max_words: int = 30) -> str:
     return question if question.endswith("?") else question + "?"
 
 
-class PrismerProcessorKwargs(ProcessingKwargs, total=False):
+class PrismerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {
         "text_kwargs": {"padding": True, "padding_side": "left", "truncation": True},
         "common_kwargs": {"return_tensors": "pt"},
@@ -69,7 +69,7 @@ class _Shared:
     def __init__(self, value: Any):
         self.value = value
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: Any) -> "_Shared":
         return self
 
 
@@ -114,8 +114,18 @@ class PrismerProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = PrismerProcessorKwargs
+    _experts: _Shared
+    _experts_source: tuple[str, dict[str, Any]] | None  # where a description comes from: folder or Hub id
 
-    def __init__(self, image_processor, tokenizer, experts=None, chat_template=None, task="caption", tasks=None):
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        experts: Any = None,
+        chat_template: str | None = None,
+        task: str = "caption",
+        tasks: list[str] | None = None,
+    ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         tokenizer.padding_side = "left"  # as `generate` needs it; a pipeline pads its batches by that
         for token in ("bos_token", "eos_token", "pad_token"):
@@ -133,7 +143,7 @@ class PrismerProcessor(ProcessorMixin):
         self.experts = experts
 
     @property
-    def experts(self):
+    def experts(self) -> Any:
         """The suite of live experts, or `None`."""
         if _is_description(self._experts.value):
             try:
@@ -150,7 +160,7 @@ class PrismerProcessor(ProcessorMixin):
         return self._experts.value
 
     @experts.setter
-    def experts(self, experts):
+    def experts(self, experts: Any) -> None:
         if isinstance(experts, str):
             experts = _suite_class().from_name(experts)
         elif isinstance(experts, list | tuple):
@@ -161,7 +171,6 @@ class PrismerProcessor(ProcessorMixin):
                 "a suite such as 'offline', a suite's description, and None"
             )
         self._experts = _Shared(experts)
-        # where a description comes from: (folder or Hub id, arguments for the Hub)
         self._experts_source = None
 
     @property
@@ -172,11 +181,11 @@ class PrismerProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | list[list[str]] | None = None,
-        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         suffix: str | list[str] | list[list[str]] | None = None,
         experts: list[str] | None = None,
         task: str | list[str] | list[list[str]] | None = None,
-        **kwargs: Unpack[PrismerProcessorKwargs],
+        **kwargs: Any,
     ) -> BatchFeature:
         """
         Prepares the inputs of `forward` and `generate`.
@@ -241,9 +250,9 @@ class PrismerProcessor(ProcessorMixin):
     def process_images(
         self,
         images: Any,
-        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         experts: list[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         """
         The image inputs alone, without text: `pixel_values`, the experts' tensors and `expert_mask`.
@@ -253,13 +262,13 @@ class PrismerProcessor(ProcessorMixin):
             kwargs: passed on to the image processor.
         """
         images = load_images(images, max_pixels=kwargs.get("max_image_pixels", self.image_processor.max_image_pixels))
-        expert_labels = self._run_experts(images, expert_labels, experts)
-        return self.image_processor(images, expert_labels=expert_labels, **kwargs)
+        labels = self._run_experts(images, expert_labels, experts)
+        return self.image_processor(images, expert_labels=labels, **kwargs)
 
     def run_experts(
         self,
         images: Any,
-        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None = None,
+        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         experts: list[str] | None = None,
     ) -> list[dict[str, Any]]:
         """
@@ -278,7 +287,7 @@ class PrismerProcessor(ProcessorMixin):
     def _run_experts(
         self,
         images: list[Image.Image],
-        expert_labels: Mapping[str, Any] | list[Mapping[str, Any] | None] | None,
+        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
         experts: list[str] | None,
     ) -> list[dict[str, Any]]:
         configured = [expert["name"] for expert in self.image_processor.experts]
@@ -289,7 +298,7 @@ class PrismerProcessor(ProcessorMixin):
                 raise ValueError(f"experts has '{name}'; the config's experts are: {', '.join(configured) or 'none'}")
         labels = [{name: given[name] for name in configured if name in given and name in wanted} for given in labels]
 
-        suite = self.experts if wanted else None
+        suite: Any = self.experts if wanted else None
         live = [name for name in wanted if suite is not None and name in suite]
         for expert in self.image_processor.experts:
             if expert["name"] in live:
@@ -384,10 +393,10 @@ class PrismerProcessor(ProcessorMixin):
         padding: bool | str | None = True,
         padding_side: str = "left",
         pad_to_multiple_of: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, list[list[int]]]:
         rows = [[self.tokenizer.bos_token_id, *ids] for ids in self._token_ids(prompts)]
-        learned = [[] for _ in rows]
+        learned: list[list[int]] = [[] for _ in rows]
         if suffixes is not None:
             learned = [[*ids, self.tokenizer.eos_token_id] for ids in self._token_ids(suffixes)]
         # of a question's answer nothing is ever cut, unless by max_length
@@ -503,7 +512,9 @@ class PrismerProcessor(ProcessorMixin):
             output["experts"] = dict(experts) if _is_description(experts) else experts.to_dict()
         return output
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """
         Saves image processor, tokenizer, task and the description of the live experts, and the weights of those
         experts that have weights of their own.
@@ -531,8 +542,8 @@ class PrismerProcessor(ProcessorMixin):
         files_timestamps: dict[str, float],
         commit_message: str | None = None,
         revision: str | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         # transformers goes no deeper than one folder, and the experts' weights lie deeper
         times = self._get_files_timestamps(working_dir)
         changed = [name for name in times if times[name] > files_timestamps.get(name, 0)]
@@ -556,7 +567,7 @@ class PrismerProcessor(ProcessorMixin):
         expert_device: str | torch.device | int | None = None,
         expert_dtype: torch.dtype | str | None = None,
         experts_memory: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "PrismerProcessor":
         """
         Loads a processor and its experts; an expert's own weights are loaded when it first runs.
@@ -593,7 +604,7 @@ class PrismerProcessor(ProcessorMixin):
         return processor
 
 
-def _flatten_texts(texts: Iterable[str] | Iterable[Iterable[str]], num_images: int, name: str) -> list[str]:
+def _flatten_texts(texts: Iterable[Any], num_images: int, name: str) -> list[str]:
     texts = list(texts)
     if all(isinstance(text, str) for text in texts):
         return texts
@@ -629,7 +640,7 @@ def _is_description(experts: Any) -> bool:
     return isinstance(experts, Mapping) and not callable(experts)
 
 
-def _suite_class() -> type:
+def _suite_class() -> Any:
     # Only live experts need the installed package; the rest works in a saved folder alone (trust_remote_code).
     try:
         from modeling_prismer.processing.experts import ExpertSuite

@@ -136,7 +136,9 @@ def experts_panel(
 class _Tile:
     """A titled picture with a legend under it."""
 
-    def __init__(self, title: str, subtitle: str, picture: Image.Image | None, legend: Sequence = (), scale=None):
+    def __init__(
+        self, title: str, subtitle: str, picture: Image.Image | None, legend: Sequence = (), scale: Any = None
+    ):
         self.title = title
         self.subtitle = subtitle
         self.picture = picture
@@ -146,7 +148,8 @@ class _Tile:
     def lay_out(self, width: int, picture_height: int, max_lines: int = 10) -> None:
         self.width, self.picture_height = width, picture_height
         font = _font(TEXT_SIZE)
-        lines, x = [[]], 0
+        lines: list[list[tuple[float, Any, str]]] = [[]]
+        x = 0.0
         for number, (color, text) in enumerate(self.legend):
             text = _shorten(text, font, width - 24)
             needed = 22 + font.getlength(text) + 14
@@ -160,7 +163,7 @@ class _Tile:
                     lines[-1].append((x, None, rest))
                     break
                 lines.append([])
-                x = 0
+                x = 0.0
             lines[-1].append((x, color, text))
             x += needed
         self.lines = lines if self.legend else []
@@ -189,11 +192,12 @@ class _Tile:
             self._draw_scale(panel, draw, left, top)
             top += 24
         for line in self.lines:
-            for x, color, text in line:
+            for place, color, text in line:
+                start = left + place
                 if color is not None:
-                    draw.rounded_rectangle((left + x, top + 2, left + x + 14, top + 14), 3, fill=color)
-                    x += 22
-                draw.text((left + x, top + 13), text, fill=INK if color else FAINT, font=font, anchor="ls")
+                    draw.rounded_rectangle((start, top + 2, start + 14, top + 14), 3, fill=color)
+                    start += 22
+                draw.text((start, top + 13), text, fill=INK if color else FAINT, font=font, anchor="ls")
             top += 20
 
     def _draw_scale(self, panel: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
@@ -208,7 +212,7 @@ class _Tile:
         draw.rectangle((start, top + 2, start + length - 1, top + 13), outline=RULE)
 
 
-def _tile(name: str, parts: dict[str, Any] | None, picture: Image.Image, class_names) -> _Tile:
+def _tile(name: str, parts: dict[str, Any] | None, picture: Image.Image, class_names: Any) -> _Tile:
     title = TITLES.get(name, name)
     if parts is None:
         return _Tile(title, "", None)
@@ -239,9 +243,9 @@ def _dense_tile(name: str, title: str, values: np.ndarray, picture: Image.Image)
     return _Tile(title, subtitle, Image.fromarray(_colored(stretched)), scale=(ends[0], COLOR_MAP, ends[1]))
 
 
-def _classes_tile(title: str, ids: np.ndarray, picture: Image.Image, class_names) -> _Tile:
-    classes, areas = np.unique(ids[ids != BACKGROUND], return_counts=True)
-    classes = [int(index) for index in classes[np.argsort(-areas, kind="stable")]]
+def _classes_tile(title: str, ids: np.ndarray, picture: Image.Image, class_names: Any) -> _Tile:
+    found, areas = np.unique(ids[ids != BACKGROUND], return_counts=True)
+    classes = [int(index) for index in found[np.argsort(-areas, kind="stable")]]
     colors = {index: _color(number) for number, index in enumerate(classes)}
     drawn = _overlay(picture, ids, colors)
     legend = [(colors[index], _class_name(class_names, index)) for index in classes]
@@ -254,7 +258,7 @@ def _classes_tile(title: str, ids: np.ndarray, picture: Image.Image, class_names
     return _Tile(title, _count(len(classes), "class", "classes"), drawn, legend)
 
 
-def _instances_tile(title: str, ids: np.ndarray, classes: list[int], picture: Image.Image, class_names) -> _Tile:
+def _instances_tile(title: str, ids: np.ndarray, classes: list[int], picture: Image.Image, class_names: Any) -> _Tile:
     instances = [int(number) for number in np.unique(ids) if number < len(classes)]
     # instances of a class share its colour
     order = list(dict.fromkeys(classes[number] for number in instances))
@@ -325,7 +329,7 @@ def _three_channels(values: np.ndarray) -> np.ndarray:
     return three
 
 
-def _class_name(class_names, index: int) -> str:
+def _class_name(class_names: Any, index: int) -> str:
     if isinstance(class_names, Mapping):
         return str(class_names.get(index, f"class {index}"))
     if class_names is not None and index < len(class_names):
@@ -451,7 +455,7 @@ def _readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else (255, 255, 255)
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """
     The text, cut to a width in pixels. Pillow's own font has ASCII: accents go, a single sign is named (▲ becomes
     "black up-pointing triangle"), other scripts become boxes.
@@ -466,5 +470,5 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text + "…"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

@@ -102,6 +102,7 @@ def test_wheel_and_sdist_have_one_top_level_name(built):
 def test_wheel_has_every_file_of_the_three_folders(built):
     expected = set(shipped_files())
     assert {"modeling_prismer/__init__.py", "modeling_prismer/processing/experts/__init__.py"} <= expected
+    assert "modeling_prismer/py.typed" in expected
     with zipfile.ZipFile(built[1]) as archive:
         assert expected - set(archive.namelist()) == set()
 

@@ -1,17 +1,21 @@
 """What all experts share: made from settings, loaded on first use, frozen, run in batches, from images to maps."""
 
+import builtins
 import inspect
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BACKGROUND = 255  # in every map of ids
 MAX_REGIONS = 254  # ids 0 to 253: words or instances of one image
@@ -43,10 +47,10 @@ class FrozenModel:
     """
 
     type: ClassVar[str]
-    registry: ClassVar[dict[str, type["FrozenModel"]]]
+    registry: ClassVar[dict[str, Any]]  # class by its `type`; each family of models has its own
     # settings that may be the path of a file or folder, and settings that are themselves frozen models
     file_settings: ClassVar[tuple[str, ...]] = ()
-    part_settings: ClassVar[dict[str, type["FrozenModel"]]] = {}
+    part_settings: ClassVar[dict[str, builtins.type["FrozenModel"]]] = {}
     # whether the model runs in half precision on CUDA, and in single precision elsewhere, unless a dtype is set
     half_on_cuda: ClassVar[bool] = False
 
@@ -61,7 +65,7 @@ class FrozenModel:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype | None = None
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "type" not in vars(cls):
             return
@@ -105,7 +109,7 @@ class FrozenModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None):
+    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None) -> "Self":
         """Moves the model, now or when it is loaded. Returns itself."""
         if device is not None:
             self.device = torch.device(device)
@@ -158,7 +162,7 @@ class FrozenModel:
         return {"type": self.type, **settings}
 
     @classmethod
-    def from_dict(cls, description: Mapping[str, Any], folder: str | Path | None = None):
+    def from_dict(cls, description: Mapping[str, Any], folder: str | Path | None = None) -> Any:
         """
         Restores what `to_dict` describes.
 
@@ -224,12 +228,21 @@ class Expert(FrozenModel):
         peak_memory (`int`, *optional*): bytes that it took at most so far; see [`ExpertSuite.report`].
     """
 
-    registry: ClassVar[dict[str, type["Expert"]]] = {}
+    registry: ClassVar[dict[str, Any]] = {}
 
     name: str
     kind: str
-    channels: int
-    num_classes: int | None = None
+    if TYPE_CHECKING:  # a class may name these, or work them out
+
+        @property
+        def channels(self) -> int: ...
+
+        @property
+        def num_classes(self) -> int | None: ...
+
+    else:
+        channels: int
+        num_classes: int | None = None
     instances: bool = False
     batch_size: int = 8
     needs: tuple[str, ...] = ()
@@ -249,7 +262,7 @@ class Expert(FrozenModel):
             description["instances"] = True
         return description
 
-    def run(self, images: list[Image.Image], **others: list[Any]) -> list[Any]:
+    def run(self, images: list[Image.Image], *_: Any, **others: Any) -> list[Any]:
         """
         Runs one batch; called with the model loaded and in inference mode. An expert that needs no other takes
         `images` alone.
@@ -350,7 +363,7 @@ class Expert(FrozenModel):
             raise ValueError(f"a label without '{what}'; it has {', '.join(parts)}")
         array = parts[what].cpu().numpy() if isinstance(parts[what], torch.Tensor) else np.asarray(parts[what])
         size = (image.height, image.width)
-        accepted = [size] if self.kind == "label" or self.channels == 1 else []
+        accepted: list[tuple[int, ...]] = [size] if self.kind == "label" or self.channels == 1 else []
         accepted += [(*size, self.channels)] if self.kind == "dense" else []
         if array.dtype != np.uint8 or array.shape not in accepted:
             shapes = " or ".join(map(str, accepted))
@@ -370,7 +383,7 @@ class Expert(FrozenModel):
     def from_dict(cls, description: Mapping[str, Any], folder: str | Path | None = None) -> "Expert":
         """See [`FrozenModel.from_dict`]."""
         settings = dict(description)
-        subclass = cls.registry.get(settings.get("type"))
+        subclass = cls.registry.get(settings.get("type", ""))
         accepted = [] if subclass is None else subclass._setting_names()
         own = {key: settings.pop(key) for key in ("name", "batch_size") if key in settings and key not in accepted}
         expert = super().from_dict(settings, folder)
@@ -390,7 +403,7 @@ class _MemoryMeter:
         self.expert = expert
         self.cuda = expert.device.type == "cuda" and torch.cuda.is_available()
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.expert.device)
             self.before = torch.cuda.memory_allocated(self.expert.device)
@@ -399,7 +412,7 @@ class _MemoryMeter:
         else:
             self.before = _peak_of_process()
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         peak = torch.cuda.max_memory_allocated(self.expert.device) if self.cuda else _peak_of_process()
         if peak is not None:
             self.expert.peak_memory = max(self.expert.peak_memory or 0, peak - self.before)

@@ -68,7 +68,7 @@ class DepthEstimator(PretrainedExpert):
     def load_model(self) -> torch.nn.Module:
         model = super().load_model()
         size = self._image_processor.size
-        embeddings = getattr(getattr(model, "dpt", None), "embeddings", None)
+        embeddings: Any = getattr(getattr(model, "dpt", None), "embeddings", None)
         if getattr(model.config, "is_hybrid", False) and hasattr(embeddings, "image_size") and "height" in size:
             # the hybrid fits its position embeddings to any input, but first checks for the size of its training
             embeddings.image_size = (size["height"], size["width"])

@@ -138,7 +138,8 @@ def paint_boxes(
 
 def _back_to_front(boxes: np.ndarray, nearness: np.ndarray) -> list[int]:
     """The order to paint in: always the farthest of the boxes that lie inside none of those still to come."""
-    inside = (boxes[:, None, :2] >= boxes[None, :, :2]).all(2) & (boxes[:, None, 2:] <= boxes[None, :, 2:]).all(2)
+    inside = np.all(boxes[:, None, :2] >= boxes[None, :, :2], axis=2)
+    inside &= np.all(boxes[:, None, 2:] <= boxes[None, :, 2:], axis=2)
     inside &= ~inside.T  # of two equal boxes neither is inside the other
     waiting_for = inside.sum(1)  # boxes around each that are not painted yet
     order: list[int] = []

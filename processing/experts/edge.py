@@ -79,7 +79,7 @@ class CannyEdges(Expert):
         for index, image in enumerate(reduced):
             indices_by_size.setdefault(image.size, []).append(index)
 
-        labels: list[np.ndarray | None] = [None] * len(images)
+        labels: list[np.ndarray] = [np.empty(0)] * len(images)
         for indices in indices_by_size.values():
             pixels = np.stack([np.asarray(reduced[index]) for index in indices])
             for index, edges in zip(indices, self._edges(pixels)):

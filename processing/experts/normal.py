@@ -182,7 +182,7 @@ def _to_rgb(normals: torch.Tensor) -> np.ndarray:
     return ((normals + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def _checked_signs(signs) -> tuple[int, int, int]:
+def _checked_signs(signs: Any) -> tuple[int, int, int]:
     signs = tuple(signs)
     if len(signs) != 3 or any(sign not in (1, -1) for sign in signs):
         raise ValueError(f"signs is {signs}; three numbers, each 1 or -1, are needed")

@@ -78,7 +78,7 @@ class PretrainedExpert(Expert):
         place(self.model, self.device, self.running_dtype)
 
     @property
-    def model_config(self):
+    def model_config(self) -> Any:
         """The model's configuration; read from the Hub or its cache if the model is not loaded."""
         if self._config is None:
             from transformers import AutoConfig
@@ -119,13 +119,15 @@ def place(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> N
                 module.to(dtype)
 
 
-def autocast(device: torch.device, dtype: torch.dtype):
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context in which a model that was placed by [`place`] runs."""
     return torch.autocast(device.type, dtype=dtype if dtype in HALF else None, enabled=dtype in HALF)
 
 
 class ClassNames:
     """For experts whose model has names of classes: `num_classes` and `class_names` from its `id2label`."""
+
+    model_config: Any
 
     @property
     def class_names(self) -> list[str]:

@@ -329,7 +329,7 @@ class ExpertSuite(MutableMapping):
         (folder / SUITE_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "ExpertSuite":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExpertSuite":
         """
         Restores a suite; weights are loaded when an expert first runs.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from PIL import Image, ImageDraw
 from .base import BACKGROUND, MAX_REGIONS, Expert, size_within
 from .pretrained import autocast, place, within_aspect
 from .word_features import HashedNgrams, WordFeatures
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -38,7 +42,7 @@ class TextExpert(Expert):
     def channels(self) -> int:
         return self.word_features.channels
 
-    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None):
+    def to(self, device: str | torch.device | int | None = None, dtype: torch.dtype | str | None = None) -> "Self":
         self.word_features.to(device, dtype)
         return super().to(device, dtype)
 
@@ -126,7 +130,7 @@ class RapidOcrText(TextExpert):
         self.num_threads = num_threads
         self.params = params
 
-    def load_model(self):
+    def load_model(self) -> Any:
         try:
             from rapidocr import RapidOCR
         except ImportError as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class HashedNgrams(WordFeatures):
         self.channels = channels
         self.ngram_range = tuple(ngram_range)
 
-    def load_model(self):
+    def load_model(self) -> Any:
         from sklearn.feature_extraction.text import HashingVectorizer
 
         return HashingVectorizer(
@@ -111,11 +111,7 @@ class ClipTextFeatures(WordFeatures):
 
     def __init__(self, pca: str, model_name: str = "openai/clip-vit-large-patch14"):
         self.pca = str(pca)
-        self.model_name = str(model_name)
-
-    @property
-    def model_id(self) -> str:
-        return self.model_name
+        self.model_name = self.model_id = str(model_name)
 
     def load_model(self) -> torch.nn.Module:
         analysis = read_weights(self.pca)
@@ -134,7 +130,7 @@ class ClipTextFeatures(WordFeatures):
         return ((embeddings - self._mean) @ self._components.T).numpy()
 
     @staticmethod
-    def _load_clip(model_name: str | Path):
+    def _load_clip(model_name: str | Path) -> tuple[Any, Any]:
         """The text part of a CLIP model, or of a whole one, and its tokenizer."""
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
@@ -149,7 +145,7 @@ class ClipTextFeatures(WordFeatures):
         return TextPart.from_pretrained(model_name, config=config), AutoTokenizer.from_pretrained(model_name)
 
     @classmethod
-    def _embed(cls, texts: list[str], model: torch.nn.Module, tokenizer) -> torch.Tensor:
+    def _embed(cls, texts: list[str], model: torch.nn.Module, tokenizer: Any) -> torch.Tensor:
         """(texts, projection_dim) float32, on the CPU."""
         embeddings = []
         for first in range(0, len(texts), cls.max_words):

@@ -84,7 +84,7 @@ def _encode(label: Any, description: Mapping[str, Any], map_size: int | None) ->
     missing = [part for part in ("ids", *parts) if part not in label and part != "words"]
     if missing:
         raise ValueError(f"the label of '{name}' has no '{missing[0]}'; it has {', '.join(label) or 'nothing'}")
-    row = {"ids": _encode_map(_to_array(label["ids"], name), {**description, "channels": 1}, map_size)}
+    row: dict[str, Any] = {"ids": _encode_map(_to_array(label["ids"], name), {**description, "channels": 1}, map_size)}
     if "classes" in parts:
         row["classes"] = [int(number) for number in label["classes"]]
     if "features" in parts:

@@ -24,6 +24,7 @@ PUBLISHED_EXPERTS: list[dict[str, Any]] = [
     {"name": "ocr", "kind": "label", "channels": 64},
 ]
 
+_REBUILDERS: tuple[Any, ...] = (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0])
 # what NumPy's arrays and numbers consist of in a file that torch saved, under their old and their new names
 _NUMPY_ARRAYS = [
     np.ndarray,
@@ -31,7 +32,7 @@ _NUMPY_ARRAYS = [
     *(type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64)),
     *(
         (function, f"{module}.multiarray.{function.__name__}")
-        for function in (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0])
+        for function in _REBUILDERS
         for module in ("numpy.core", "numpy._core")
     ),
 ]

@@ -122,14 +122,14 @@ class LabelWriter:
         if not (self.folder / README_FILE).exists():
             write_durably(self.folder / README_FILE, _README)
         numbers = [
-            int(_SHARD_NAME.fullmatch(path.name)[3])
+            int(match[3])
             for path in shard_files(self.folder)
-            if path.name.startswith(self._prefix)
+            if path.name.startswith(self._prefix) and (match := _SHARD_NAME.fullmatch(path.name))
         ]
         self._number = max(numbers, default=-1) + 1
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         # what is labelled is kept, whatever has ended the run
         try:
             self.finish_shard()
@@ -194,8 +194,9 @@ class LabelWriter:
             self._publish()
 
     def _publish(self) -> None:
-        file, self._file = self._file, None
-        file.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = None
         path = self.folder / f"{self._prefix}{self._number:06d}.parquet"
         publish(self._temporary, path)
         self.rows_written += self._rows_in_file

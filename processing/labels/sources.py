@@ -67,7 +67,8 @@ class ListedImages(ImageSource):
     def __init__(self, keys: Sequence[str], images: Sequence[Any]):
         if len(keys) != len(images):
             raise ValueError(f"{len(keys)} keys for {len(images)} images")
-        self.keys, self.images = keys, images
+        self.keys = keys
+        self.images: Any = images
         self.num_images = len(keys)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -199,7 +200,7 @@ class StreamedImages(ImageSource):
     def progress(self) -> tuple[int, int]:
         return self._files_read, len(self.files)
 
-    def _with(self, **changes) -> "StreamedImages":
+    def _with(self, **changes: Any) -> "StreamedImages":
         changed = object.__new__(type(self))
         vars(changed).update({**vars(self), **changes})
         return changed

@@ -108,7 +108,7 @@ class LabelStore(Mapping):
     @property
     def errors(self) -> dict[str, str]:
         """What went wrong, by key: images that could not be opened, and experts that failed."""
-        errors = {}
+        errors: dict[str, str] = {}
         for path in self._files:
             table = pq.ParquetFile(path).read(columns=["key", "error"])
             table = table.filter(pc.is_valid(table["error"]))
@@ -117,7 +117,7 @@ class LabelStore(Mapping):
 
     # ---- as data sets ----
 
-    def as_dataset(self, **kwargs) -> datasets.Dataset:
+    def as_dataset(self, **kwargs: Any) -> datasets.Dataset:
         """
         All rows as a `datasets.Dataset` with the columns `key`, `error`, and one an expert; see [`label_features`].
         `datasets` makes an Arrow copy in its cache the first time, and maps it into memory.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Trainer
 
-from modeling_prismer import PrismerForConditionalGeneration
+from modeling_prismer import PrismerForConditionalGeneration, PrismerModel
 
 from .test_freezing_and_training import Samples, arguments
 from .tiny import TOLERANCE, image_inputs, prompts, tiny_model, training_inputs
@@ -262,6 +262,45 @@ def test_auto_peft_model_loads_an_adapter_once_it_may_import_this_package(tmp_pa
         peft.AutoPeftModel.from_pretrained(tmp_path)
     loaded = peft.AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["modeling_prismer"])
     assert torch.equal(loaded(**training_inputs()).logits, model(**training_inputs()).logits)
+
+
+@pytest.mark.parametrize("method", ["LORA", "PROMPT_TUNING"])
+def test_auto_peft_model_for_causal_lm_loads_what_has_that_task_type(tmp_path, folder, method):
+    settings = {"LORA": {"init_lora_weights": False}, "PROMPT_TUNING": {"num_virtual_tokens": 3}}[method]
+    config = peft_methods.PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(PrismerForConditionalGeneration.from_pretrained(folder), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.get_base_model()) is PrismerForConditionalGeneration
+    assert torch.equal(loaded(**training_inputs()).logits, model(**training_inputs()).logits)
+    said = model.generate(input_ids=prompts(), **image_inputs(), **GENERATION)
+    assert torch.equal(loaded.generate(input_ids=prompts(), **image_inputs(), **GENERATION), said)
+
+
+@pytest.mark.parametrize(
+    "task_type, auto_class",
+    [
+        ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM"),
+        ("SEQ_CLS", "AutoPeftModelForSequenceClassification"),
+        ("TOKEN_CLS", "AutoPeftModelForTokenClassification"),
+        ("QUESTION_ANS", "AutoPeftModelForQuestionAnswering"),
+    ],
+)
+def test_auto_peft_models_for_what_prismer_is_not_say_so(tmp_path, folder, task_type, auto_class):
+    with_lora(PrismerForConditionalGeneration.from_pretrained(folder), task_type=task_type).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized configuration class.*PrismerConfig"):
+        getattr(peft, auto_class).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use a specific class for your task type"):
+        peft.AutoPeftModel.from_pretrained(tmp_path, import_allowlist=["modeling_prismer"])
+    PrismerForConditionalGeneration.from_pretrained(tmp_path)  # takes any
+
+
+def test_an_adapter_of_the_base_model_is_loaded_for_feature_extraction(tmp_path, folder):
+    model = with_lora(PrismerModel.from_pretrained(folder), task_type="FEATURE_EXTRACTION")
+    model.save_pretrained(tmp_path)
+    loaded = peft.AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path)
+    inputs = {"input_ids": prompts(), **image_inputs()}
+    assert torch.equal(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
 def test_adapters_can_be_put_into_a_model_without_a_wrapper(tmp_path):

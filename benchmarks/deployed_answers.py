@@ -1,0 +1,139 @@
+"""
+What a trained network answers in each form that it can be deployed in, beside what it answers in float32.
+
+    python benchmarks/deployed_answers.py
+
+asks the bundled checkpoint the test questions of easy-VQA, greedily, in the types and quantisations of docs/deploy.md;
+those whose library is not installed are left out. Sizes are those of the weights on disk. Writes result.json and
+table.md.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import easy_vqa
+import torch
+from measuring import machine_facts, machine_text, markdown_table, write_result
+from transformers import BitsAndBytesConfig, TorchAoConfig
+
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+from modeling_prismer.conversion import OnnxPrismer, export_onnx
+
+
+CHECKPOINT = pretrained_path("prismer-easy-vqa")
+
+
+def load(**kwargs: Any) -> PrismerForConditionalGeneration:
+    return PrismerForConditionalGeneration.from_pretrained(CHECKPOINT, **kwargs)
+
+
+def torchao_int8(name: str) -> PrismerForConditionalGeneration:
+    import torchao.quantization
+
+    return load(dtype=torch.float32, quantization_config=TorchAoConfig(getattr(torchao.quantization, name)()))
+
+
+def bitsandbytes(**kwargs: Any) -> PrismerForConditionalGeneration:
+    return load(dtype=torch.float32, device_map="cpu", quantization_config=BitsAndBytesConfig(**kwargs))
+
+
+def onnx(folder: Path, int8: bool = False) -> OnnxPrismer:
+    processor = PrismerProcessor.from_pretrained(CHECKPOINT, experts=None)
+    export_onnx(load(dtype=torch.float32), processor, folder)
+    if int8:
+        from onnxruntime.quantization import quantize_dynamic
+
+        for path in sorted(folder.glob("*.onnx")):
+            quantize_dynamic(path, path.with_suffix(".int8"), op_types_to_quantize=["MatMul"])
+            path.with_suffix(".int8").replace(path)
+            Path(f"{path}.data").unlink()
+    return OnnxPrismer(folder)
+
+
+# By name: the libraries that it needs, and how to make it in a folder of its own.
+FORMS: dict[str, tuple[tuple[str, ...], Callable[[Path], Any]]] = {
+    "float32": ((), lambda folder: load(dtype=torch.float32)),
+    "float16": ((), lambda folder: load(dtype=torch.float16)),
+    "bfloat16": ((), lambda folder: load(dtype=torch.bfloat16)),
+    "torchao int8": (("torchao",), lambda folder: torchao_int8("Int8WeightOnlyConfig")),
+    "torchao int8, dynamic": (("torchao",), lambda folder: torchao_int8("Int8DynamicActivationInt8WeightConfig")),
+    "bitsandbytes 8 bit": (("bitsandbytes",), lambda folder: bitsandbytes(load_in_8bit=True)),
+    "bitsandbytes 4 bit": (
+        ("bitsandbytes",),
+        lambda folder: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    ),
+    "ONNX": (("onnxscript", "onnxruntime"), onnx),
+    "ONNX int8, dynamic": (("onnxscript", "onnxruntime"), lambda folder: onnx(folder, int8=True)),
+}
+
+
+def questions_by_image(images: int) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """The inputs of each image with its questions, what the experts see computed once, and the true answers."""
+    questions, answers, image_ids = easy_vqa.get_test_questions()
+    paths = easy_vqa.get_test_image_paths()
+    processor = PrismerProcessor.from_pretrained(CHECKPOINT)
+    inputs, truths = [], []
+    for image_id in sorted(set(image_ids))[:images]:
+        rows = [row for row, of in enumerate(image_ids) if of == image_id]
+        inputs.append(dict(processor(images=paths[image_id], text=[questions[row] for row in rows])))
+        truths.append([answers[row] for row in rows])
+    return inputs, truths
+
+
+def answer(network: Any, inputs: list[dict[str, Any]]) -> list[list[str]]:
+    processor = PrismerProcessor.from_pretrained(CHECKPOINT, experts=None)
+    search = {} if isinstance(network, OnnxPrismer) else {"num_beams": 1, "do_sample": False}
+    return [
+        processor.post_process_generation(network.generate(**each, **search), each["input_ids"].shape[1])
+        for each in inputs
+    ]
+
+
+def size(network: Any, folder: Path) -> int:
+    """Bytes of the weights on disk."""
+    if not isinstance(network, OnnxPrismer):
+        network.save_pretrained(folder)
+    return sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".onnx", ".data"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/deployed_answers"), help="folder for what is written")
+    parser.add_argument("--images", type=int, default=200, help="of easy-VQA's 1,000 test images")
+    parser.add_argument("--only", nargs="+", metavar="FORM", choices=FORMS, help="these forms; float32 always")
+    args = parser.parse_args()
+
+    inputs, truths = questions_by_image(args.images)
+    number = sum(map(len, truths))
+    forms, rows = {}, []
+    for name, (libraries, make) in FORMS.items():
+        wanted = args.only is None or name in args.only or name == "float32"
+        if not wanted or not all(map(importlib.util.find_spec, libraries)):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            network = make(Path(folder) / "model")
+            weights = size(network, Path(folder) / "model")  # before it runs, which may change how weights lie
+            answers = answer(network, inputs)
+        right = sum(map(count_equal, answers, truths))
+        forms[name] = {"answers": answers, "right": right, "bytes": weights}
+        other = number - sum(map(count_equal, answers, forms["float32"]["answers"]))
+        rows.append([name, f"{weights / 1e6:.1f}", f"{right / number:.2%}", str(other)])
+    head = ["", "weights, MB", "exact match", "other answers than float32"]
+    machine = machine_facts(torch.device("cpu"), torch.float32)
+    text = "\n\n".join(
+        [markdown_table(head, rows), f"{number} questions to {len(inputs)} images. {machine_text(machine)}."]
+    )
+    forms = {name: {key: form[key] for key in ("right", "bytes")} for name, form in forms.items()}
+    write_result(args.out, {"machine": machine, "questions": number, "forms": forms}, text)
+
+
+def count_equal(first: list[str], second: list[str]) -> int:
+    return sum(one == other for one, other in zip(first, second))
+
+
+if __name__ == "__main__":
+    main()
