@@ -84,13 +84,24 @@ def questions_by_image(images: int) -> tuple[list[dict[str, Any]], list[list[str
     return inputs, truths
 
 
-def answer(network: Any, inputs: list[dict[str, Any]]) -> list[list[str]]:
+def answer(network: Any, inputs: list[dict[str, Any]]) -> tuple[list[list[str]], torch.Tensor]:
+    """The answers to each image's questions, and the logits `(questions, vocabulary)` of their first tokens."""
     processor = PrismerProcessor.from_pretrained(CHECKPOINT, experts=None)
-    search = {} if isinstance(network, OnnxPrismer) else {"num_beams": 1, "do_sample": False}
-    return [
-        processor.post_process_generation(network.generate(**each, **search), each["input_ids"].shape[1])
-        for each in inputs
-    ]
+    answers, logits = [], []
+    for each in inputs:
+        images = {key: tensor for key, tensor in each.items() if key not in ("input_ids", "attention_mask")}
+        prompts = {key: each[key] for key in ("input_ids", "attention_mask")}
+        if isinstance(network, OnnxPrismer):
+            encoded = network.encode(**images)
+            scores = torch.from_numpy(network.forward(**prompts, encoded=encoded)[0])
+            generated = network.generate(**prompts, encoded=encoded)
+        else:
+            encoded = network.get_image_features(**images)
+            scores = network(**prompts, encoder_outputs=encoded).logits.float()
+            generated = network.generate(**prompts, encoder_outputs=encoded, num_beams=1, do_sample=False)
+        logits.append(scores[:, -1])
+        answers.append(processor.post_process_generation(generated, prompts["input_ids"].shape[1]))
+    return answers, torch.cat(logits)
 
 
 def size(network: Any, folder: Path) -> int:
@@ -100,6 +111,7 @@ def size(network: Any, folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".onnx", ".data"))
 
 
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/deployed_answers"), help="folder for what is written")
@@ -109,7 +121,8 @@ def main():
 
     inputs, truths = questions_by_image(args.images)
     number = sum(map(len, truths))
-    forms, rows = {}, []
+    forms: dict[str, dict[str, Any]] = {}
+    rows = []
     for name, (libraries, make) in FORMS.items():
         wanted = args.only is None or name in args.only or name == "float32"
         if not wanted or not all(map(importlib.util.find_spec, libraries)):
@@ -117,17 +130,27 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             network = make(Path(folder) / "model")
             weights = size(network, Path(folder) / "model")  # before it runs, which may change how weights lie
-            answers = answer(network, inputs)
-        right = sum(map(count_equal, answers, truths))
-        forms[name] = {"answers": answers, "right": right, "bytes": weights}
-        other = number - sum(map(count_equal, answers, forms["float32"]["answers"]))
-        rows.append([name, f"{weights / 1e6:.1f}", f"{right / number:.2%}", str(other)])
-    head = ["", "weights, MB", "exact match", "other answers than float32"]
+            answers, logits = answer(network, inputs)
+        if name == "float32":
+            expected, expected_logits = answers, logits
+        form = {
+            "bytes": weights,
+            "right": sum(map(count_equal, answers, truths)),
+            "other_answers": number - sum(map(count_equal, answers, expected)),
+            "logits_change": ((logits - expected_logits).norm() / expected_logits.norm()).item(),
+        }
+        forms[name] = form
+        cells = [f"{weights / 1e6:.1f}", f"{form['logits_change']:.2g}", f"{form['right'] / number:.2%}"]
+        rows.append([name, *cells, str(form["other_answers"])])
+    head = ["", "weights, MB", "change of the logits", "exact match", "other answers"]
     machine = machine_facts(torch.device("cpu"), torch.float32)
     text = "\n\n".join(
-        [markdown_table(head, rows), f"{number} questions to {len(inputs)} images. {machine_text(machine)}."]
+        [
+            markdown_table(head, rows),
+            f"{number} questions to {len(inputs)} images, against float32; logits of the first tokens of the answers, "
+            f"norm of the change by norm. {machine_text(machine)}.",
+        ]
     )
-    forms = {name: {key: form[key] for key in ("right", "bytes")} for name, form in forms.items()}
     write_result(args.out, {"machine": machine, "questions": number, "forms": forms}, text)
 
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import modeling_prismer
 from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessorTorchvision
@@ -55,6 +56,21 @@ def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, tmp_p
             exec(block, namespace)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in printed] == printed
+
+
+def test_the_guide_to_deployment_runs_as_far_as_its_libraries_are_there(monkeypatch, tmp_path, capsys):
+    (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "deploy.md").read_text(), flags=re.DOTALL)
+    optional = ("torchao", "bitsandbytes", "modeling_prismer.conversion", "onnxruntime")
+    libraries = {name: "onnxscript" if name == "modeling_prismer.conversion" else name for name in optional}
+    there = [b for b in blocks if all(importlib.util.find_spec(libraries[name]) for name in optional if name in b)]
+    namespace = {"__name__": "guide"}
+    with torch.compiler.set_stance("force_eager"):  # compiling takes a minute; test_compile.py does it
+        for block in there:
+            exec(block, namespace)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("['")]
+    assert lines == ["['teal']"] * sum("# ['teal']" in block for block in there) and len(lines) >= 2
 
 
 def test_every_file_and_make_target_that_it_names_exists():

@@ -172,7 +172,8 @@ def test_the_parts_run_by_themselves(model):
     images = image_inputs()
     expected = model(input_ids=prompts(), **images)
     vision, text = model.get_encoder(), model.model.text_model
-    assert vision is model.model.vision_model
+    assert vision is model.model.vision_model is model.get_encoder("image")
+    assert model.get_encoder("audio") is model  # as the library says that there is none
     by_expert = {}
     for key, tensor in images.items():
         name, _, suffix = key.rpartition("_")
