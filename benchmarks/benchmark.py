@@ -267,6 +267,16 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+        if {"network", "machine", "rows"} <= result.keys():
+            return result
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"--compare {path}: {error}; two result.json of this program are needed") from error
+    raise SystemExit(f"--compare {path}: this program did not write it; two of its result.json are needed")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for what is written")
@@ -281,7 +291,7 @@ def main():
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two result.json; runs nothing")
     args = parser.parse_args()
     if args.compare:
-        print(compare(*(json.loads(path.read_text()) for path in args.compare)))
+        print(compare(*map(read_result, args.compare)))
         return
     setup = Setup(args.small, args.device, args.dtype)
     result = run(setup, args.repeats, args.only, own_processes=not args.one_process)

@@ -16,7 +16,6 @@ counted.
 
 import argparse
 import gc
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from measuring import HeldBytes
+from measuring import HeldBytes, write_result
 from PIL import Image
 
 from modeling_prismer.processing.experts import DexiNedEdges, Expert, ExpertSuite, PretrainedExpert
@@ -263,10 +262,7 @@ def main():
     for name, expert in ExpertSuite.from_name(args.suite).items():
         if args.only is None or name in args.only:
             results.append(measure(expert, args.image_size, torch.device(args.device), args.batch_sizes))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "result.json").write_text(json.dumps(results, indent=2) + "\n")
-    (args.out / "table.md").write_text(table(results) + "\n")
-    print(table(results))
+    write_result(args.out, results, table(results))
 
 
 if __name__ == "__main__":

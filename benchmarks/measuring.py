@@ -230,9 +230,11 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_result(folder: Path, result: dict[str, Any], text: str) -> None:
-    """`result.json` and `table.md`; the text is printed too."""
+def write_result(folder: Path, result: Any, text: str) -> None:
+    """`result.json` and `table.md`, each whole or not at all; the text is printed too."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "table.md").write_text(text + "\n")
+    for name, content in (("result.json", json.dumps(result, indent=2)), ("table.md", text)):
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        temporary.write_text(content + "\n")
+        temporary.replace(folder / name)
     print(text)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .modeling_prismer import PrismerModel
@@ -71,12 +71,23 @@ class Familiarity:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "Familiarity | None":
-        """From a checkpoint's folder; `None` if the checkpoint does not say what it knows."""
+        """
+        From a checkpoint's folder; `None` if the checkpoint does not say what it knows.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         path = Path(folder, cls.FILE)
         if not path.is_file():
             return None
-        with safe_open(path, "pt") as file:
-            return cls(file.get_tensor("mean"), file.get_tensor("whitening"), float(file.metadata()["limit"]))
+        try:
+            with safe_open(path, "pt") as file:
+                return cls(file.get_tensor("mean"), file.get_tensor("whitening"), float(file.metadata()["limit"]))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged, or not what `Familiarity.save_pretrained` wrote: without this file there is no "
+                f"warning ({error})"
+            ) from error
 
 
 def image_features(model: PrismerModel, encoder_outputs: Any) -> torch.Tensor:

@@ -123,7 +123,12 @@ def no_labels(image_ids: list[str]) -> list[dict]:
 
 
 def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
-    folder = Path(args.backbones)
+    folder = Path(args.backbones or "")
+    if args.backbones is None or not all((folder / part).is_dir() for part in ("clip", "roberta", "tokenizer")):
+        raise SystemExit(
+            f"--backbones {args.backbones}: a new model needs the folder that train_scenes_backbones.py wrote, with "
+            "clip, roberta and tokenizer; or give --model, a trained one"
+        )
     suite = None
     if args.suite not in ("none", "true"):
         suite = ExpertSuite.from_pretrained(args.suite)
@@ -153,6 +158,11 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     model.generation_config.max_new_tokens = 30
     return model, PrismerProcessor(image_processor, tokenizer, suite, task="vqa", tasks=["caption", "vqa"])
+
+
+def choose_attention(model: PrismerForConditionalGeneration) -> None:
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # sdpa's backward pass is slow on CPUs for sequences this short
 
 
 # ---- evaluation ----
@@ -245,8 +255,7 @@ def main() -> None:
     builder.download_and_prepare()
     splits = builder.as_dataset()
     model, processor = load_checkpoint(args, "vqa") if args.model else new_model(args)
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # sdpa's backward pass is slow on CPUs for sequences this short
+    choose_attention(model)
 
     train_rows = None
     if training_args.do_train:

@@ -45,6 +45,7 @@ from run_scenes import (
     DESCRIPTIONS,
     ScenesArguments,
     TrueLabels,
+    choose_attention,
     evaluation_splits,
     measure,
     new_model,
@@ -210,8 +211,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
     model, processor = new_model(recipe_args)
     if args.start:
         start_from(model, args.start)
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")
+    choose_attention(model)
     if not run.resampler:
         model.model.vision_model.resampler = AllTokens()
     if run.adaptation != "adaptors":
@@ -247,6 +247,10 @@ def peak_memory() -> float:
     """Of the GPU if there is one, else of this process; in MB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with what the process held that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

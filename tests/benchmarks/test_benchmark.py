@@ -161,3 +161,13 @@ def test_another_precision_is_measured():
 def test_it_runs_on_cuda():
     result = benchmark.run(Setup(True, "cuda", "bfloat16"), repeats=1, own_processes=False)
     assert all(row["peak_memory"] > 0 for row in result["rows"].values())
+
+
+@pytest.mark.parametrize("content, said", [(None, "No such file"), ("{", "Expecting"), ("{}", "did not write it")])
+def test_what_cannot_be_compared_is_named(content, said, monkeypatch, tmp_path):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--compare", str(path), str(path)])
+    with pytest.raises(SystemExit, match=f"--compare .*result.json: .*{said}.* needed"):
+        benchmark.main()

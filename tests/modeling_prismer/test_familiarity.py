@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
@@ -45,6 +46,17 @@ def test_saved_it_is_the_same(known, tmp_path):
     assert loaded.limit == familiarity.limit
     assert torch.equal(loaded.distance(features), familiarity.distance(features))
     assert [path.name for path in tmp_path.iterdir()] == [Familiarity.FILE]
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", None])
+def test_a_damaged_file_is_named(content, tmp_path):
+    path = tmp_path / Familiarity.FILE
+    if content is None:
+        save_file({"mean": torch.zeros(4)}, path)  # something else
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{Familiarity.FILE} is damaged, or not what"):
+        Familiarity.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("limit, warns", [(1e9, False), (0.0, True)])

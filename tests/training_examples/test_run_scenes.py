@@ -10,10 +10,13 @@ import train_scenes_backbones
 from scenes.scenes import Scenes
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from modeling_prismer.familiarity import Familiarity
 
 
 def run(script, data_dir, output_dir, *arguments):
-    few = partial(Scenes, train=8, validation=2, test=2)
+    few = partial(
+        Scenes, train=26, validation=2, test=2
+    )  # more than features, of which Familiarity has the covariance
     command = [script.__name__, "--data_dir", data_dir, "--output_dir", output_dir, *arguments]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(script, "Scenes", few)
@@ -50,3 +53,20 @@ def test_each_way_trains_and_is_measured_by_type_of_question(backbones, data_dir
     processor = PrismerProcessor.from_pretrained(tmp_path)
     assert len(model.config.experts) == experts
     assert processor.tasks == ["caption", "vqa"] and processor.task == "vqa"
+
+
+def test_what_is_published_knows_scenes_when_it_sees_them(backbones, data_dir, tmp_path):
+    arguments = ("--backbones", backbones, "--suite", "true", "--labels", "true", "--do_train", "--max_steps", 1)
+    arguments += ("--per_device_train_batch_size", 4, "--dataloader_num_workers", 0)
+    run(run_scenes, data_dir, tmp_path / "run", *arguments, "--publish_to", tmp_path / "published")
+    model = PrismerForConditionalGeneration.from_pretrained(tmp_path / "published", dtype="float32")
+    familiarity = Familiarity.from_pretrained(tmp_path / "published")
+    width = model.config.vision_config.hidden_size
+    assert familiarity.mean.shape == (width,) and 0 < familiarity.limit < float("inf")
+    assert familiarity.distance(familiarity.mean[None] + 100).item() > familiarity.limit
+
+
+@pytest.mark.parametrize("arguments", [(), ("--backbones", "nowhere")])
+def test_a_new_model_without_backbones_is_refused(arguments, data_dir, tmp_path):
+    with pytest.raises(SystemExit, match="a new model needs the folder that train_scenes_backbones.py wrote"):
+        run(run_scenes, data_dir, tmp_path, "--do_train", "--max_steps", 1, *arguments)

@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -427,3 +428,15 @@ def test_studies_share_their_runs():
     runs = runs_of(list(STUDIES), 0)
     assert len(runs) == len({run.name for run in runs}) == 20 < len(cells)
     assert all(len(set(conditions_of(run, 0))) == len(conditions_of(run, 0)) for run in runs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process")
+def test_the_memory_of_a_run_is_its_own_and_not_that_of_its_parent():
+    start = "import study_experts; print(study_experts.peak_memory())"
+    parent = (
+        f"import subprocess, sys; held = bytearray(1_500_000_000); subprocess.run([sys.executable, '-c', {start!r}])"
+    )
+    folder = Path(study_experts.__file__).parent
+    command = [sys.executable, "-c", parent]
+    printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert 100 < float(printed) < 1400
