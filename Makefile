@@ -31,7 +31,7 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance style quality types train-easy-vqa evaluate-easy-vqa benchmark benchmark-all dist clean
+.PHONY: help demo test conformance style quality types docs train-easy-vqa evaluate-easy-vqa benchmark benchmark-all dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,12 +49,17 @@ $(VENV)/.demo-ready: setup.cfg pyproject.toml | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test-ready: setup.cfg pyproject.toml | $(VENV)/.created
-	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)export$(comma)dev]', $(FIRST_TIME))
-	@touch $@ $(VENV)/.demo-ready $(VENV)/.ruff-ready
+	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)export$(comma)docs$(comma)dev]', $(FIRST_TIME))
+	@touch $@ $(VENV)/.demo-ready $(VENV)/.docs-ready $(VENV)/.ruff-ready
 
 # ruff alone, in the version that setup.cfg names: a matter of seconds
 $(VENV)/.ruff-ready: setup.cfg | $(VENV)/.created
 	@$(call install,'$(shell sed -n 's/^ *\(ruff[<>=].*\)/\1/p' setup.cfg)')
+	@touch $@
+
+# what builds the pages reads the sources and imports nothing: a matter of seconds, too
+$(VENV)/.docs-ready: setup.cfg | $(VENV)/.created
+	@$(call install,$(shell sed -n "/^docs =/,/^[^ ]/s/^ \+\(.*\)/'\1'/p" setup.cfg))
 	@touch $@
 
 # ---- what people run ----
@@ -89,6 +94,10 @@ types: $(VENV)/.test-ready  ## check the types, of the package and of a program 
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p modeling_prismer
 	MYPYPATH=build/types $(BIN)/mypy --config-file= --cache-dir build/mypy_cache --ignore-missing-imports \
 		--follow-imports=silent tests/typed_usage.py
+
+docs: $(VENV)/.docs-ready $(VENV)/.ruff-ready  ## build the guides and the API reference into build/site
+	PATH=$(abspath $(BIN)):$$PATH NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet $(ARGS)
+	@echo "The first page: build/site/index.html"
 
 train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about 25 minutes on 2 cores)
 	$(BIN)/python training_examples/run_easy_vqa.py --do_train --do_eval --output_dir $(EASY_VQA_OUTPUT) \

@@ -104,11 +104,15 @@ def convert_original_checkpoint(
     Example:
 
     ```python
-    >>> from modeling_prismer.conversion import convert_original_checkpoint
+    >>> import torch
+    >>> from modeling_prismer.conversion import convert_original_checkpoint, to_original_state_dict
 
-    >>> model = convert_original_checkpoint(
-    ...     "vqa/pytorch_model.bin", "prismer_base", "prismer-base-vqa", feature_tables="tables", task="vqa"
+    >>> torch.save(to_original_state_dict(model), "pytorch_model.bin")
+    >>> converted = convert_original_checkpoint(  # of a published file: "prismer_base" and feature_tables="tables"
+    ...     "pytorch_model.bin", model.config, "converted", task="vqa", tokenizer=processor.tokenizer
     ... )
+    >>> torch.equal(converted.lm_head.dense.weight, model.lm_head.dense.weight)
+    True
     ```
     """
     config, image_size = _read_config(config, image_size)
@@ -150,6 +154,16 @@ def to_original_state_dict(model: PrismerForConditionalGeneration) -> dict[str, 
 
     Returns:
         `dict[str, torch.Tensor]`: in the model's type. Packed projections are new tensors, the others the model's own.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.conversion import to_original_state_dict
+
+    >>> tensors = to_original_state_dict(model)
+    >>> tensors["expert_encoder.ln_pre.weight"].shape
+    torch.Size([128])
+    ```
     """
     ours = model.state_dict()
     state: dict[str, torch.Tensor] = {}

@@ -99,6 +99,16 @@ def export_onnx(
         TypeError: if `model` is no [`PrismerForConditionalGeneration`].
         ValueError: if the model is quantised, or if model and processor do not fit together.
         FileExistsError: if `output_dir` is a file, or holds something.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.conversion import export_onnx
+
+    >>> folder = export_onnx(model, processor, "onnx")
+    >>> sorted(file.name for file in folder.glob("*.onnx"))
+    ['decoder.onnx', 'encoder.onnx']
+    ```
     """
     try:
         import onnxscript  # noqa: F401

@@ -45,6 +45,19 @@ def read_feature_tables(
     Raises:
         ValueError: if a table belongs to no label expert or has another width, or if there is no background.
         FileNotFoundError: if there is no such file.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_prismer import PrismerConfig
+    >>> from modeling_prismer.conversion import read_feature_tables
+
+    >>> experts = PrismerConfig.from_variant("prismer_base").experts
+    >>> given = {"segmentation": torch.randn(133, 64), "background": torch.zeros(64)}
+    >>> {name: tuple(table.shape) for name, table in read_feature_tables(given, experts).items()}
+    {'segmentation': (133, 64), 'background': (64,)}
+    ```
     """
     channels = {expert["name"]: expert["channels"] for expert in experts if expert["kind"] == "label"}
     if not isinstance(feature_tables, Mapping):
@@ -102,11 +115,12 @@ def class_features_from_names(
     Example:
 
     ```python
-    >>> from modeling_prismer.processing.experts.word_features import ClipTextFeatures
+    >>> from modeling_prismer.conversion import class_features_from_names
+    >>> from modeling_prismer.processing.experts import HashedNgrams  # for a published checkpoint ClipTextFeatures
 
-    >>> tables = class_features_from_names(
-    ...     {"segmentation": coco_names, "detection": detector_names}, ClipTextFeatures(pca="clip_pca.safetensors")
-    ... )
+    >>> tables = class_features_from_names({"segmentation": ["cat", "dog", "grass"]}, HashedNgrams())
+    >>> {name: tuple(table.shape) for name, table in tables.items()}
+    {'segmentation': (3, 64), 'background': (64,)}
     ```
     """
     tables = {}
@@ -139,8 +153,12 @@ def save_class_features(
     Example:
 
     ```python
-    >>> suite = ExpertSuite.from_name("fast")
-    >>> save_class_features(suite.class_names, ClipTextFeatures(pca="clip_pca.safetensors"), "tables.safetensors")
+    >>> from modeling_prismer.conversion import save_class_features
+    >>> from modeling_prismer.processing.experts import HashedNgrams
+
+    >>> tables = save_class_features({"segmentation": ["cat", "dog"]}, HashedNgrams(), "tables.safetensors")
+    >>> sorted(tables)
+    ['background', 'segmentation']
     ```
     """
     tables = class_features_from_names(names, text_features, background)

@@ -40,12 +40,12 @@ class OnnxPrismer:
     Example:
 
     ```python
-    >>> from modeling_prismer import PrismerProcessor
     >>> from modeling_prismer.conversion import OnnxPrismer
 
-    >>> processor, model = PrismerProcessor.from_pretrained(folder), OnnxPrismer(folder)
+    >>> runtime = OnnxPrismer("onnx")  # what `export_onnx` wrote
     >>> inputs = processor(images=image, text="What color is the shape?", return_tensors="np")
-    >>> processor.post_process_generation(model.generate(**inputs), inputs["input_ids"].shape[1])
+    >>> generated = runtime.generate(**inputs)
+    >>> processor.post_process_generation(generated, inputs["input_ids"].shape[1])
     ['teal']
     ```
     """

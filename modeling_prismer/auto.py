@@ -48,12 +48,14 @@ def register_for_auto_class() -> None:
     `AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)`, and so by `AutoConfig`, `AutoModel`,
     `AutoProcessor` and `pipeline`. Only live experts need the package.
 
+    Example:
+
     ```python
     >>> from modeling_prismer import register_for_auto_class
 
     >>> register_for_auto_class()
-    >>> model.push_to_hub("me/my-prismer")
-    >>> processor.push_to_hub("me/my-prismer")
+    >>> model.save_pretrained("my-prismer")  # or model.push_to_hub("me/my-prismer")
+    >>> files = processor.save_pretrained("my-prismer")
     ```
     """
     for config_or_processor in (

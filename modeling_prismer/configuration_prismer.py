@@ -94,6 +94,16 @@ class PrismerVisionConfig(PreTrainedConfig):
             Number of attention heads of the resampler.
         num_instance_embeddings (`int`, *optional*, defaults to 128):
             Number of rows of the table from which the instances of a detector get their embeddings.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerVisionConfig
+
+    >>> config = PrismerVisionConfig(hidden_size=1024, num_attention_heads=16, patch_size=14)
+    >>> config.intermediate_size  # four times `hidden_size` unless given
+    4096
+    ```
     """
 
     model_type = "prismer_vision_model"
@@ -150,6 +160,16 @@ class PrismerTextConfig(PreTrainedConfig):
             All layers: those with cross-attention and adaptor, and one more, the output layer, which has neither.
         encoder_hidden_size (`int`, *optional*):
             Width of the states that are cross-attended; [`PrismerConfig`] sets it to the vision encoder's width.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerTextConfig
+
+    >>> config = PrismerTextConfig()
+    >>> config.num_hidden_layers, config.hidden_size, config.encoder_hidden_size
+    (13, 768, 768)
+    ```
     """
 
     model_type = "prismer_text_model"

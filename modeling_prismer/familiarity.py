@@ -14,22 +14,27 @@ from .modeling_prismer import PrismerModel
 class Familiarity:
     """
     A Gaussian over the images that a checkpoint knows, by which unlike ones are told: Mahalanobis' distance of an
-    image's mean patch token, out of the vision encoder, as in Lee et al., 2018 (arXiv 1807.03888), with one class.
+    image's mean patch token, out of the vision encoder ([`image_features`]), as in Lee et al., 2018 (arXiv
+    1807.03888), with one class.
 
     It stays beside the checkpoint, in `familiarity.safetensors`; a checkpoint without it gives no warning.
-
-    ```python
-    >>> from modeling_prismer.familiarity import Familiarity, image_features
-
-    >>> encoded = model.get_image_features(**image_inputs)
-    >>> familiarity = Familiarity.from_pretrained(path)
-    >>> far = familiarity.distance(image_features(model, encoded)) > familiarity.limit
-    ```
 
     Attributes:
         mean (`torch.Tensor` of shape `(width,)`): of the known images' features.
         whitening (`torch.Tensor` of shape `(width, width)`): features times this have unit covariance.
         limit (`float`): an image farther away than this is unlike those of the training.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_prismer.familiarity import Familiarity
+
+    >>> known, alike, unlike = torch.randn(1000, 16), torch.randn(100, 16), 5 + torch.randn(1, 16)
+    >>> familiarity = Familiarity.fit(known, alike)
+    >>> (familiarity.distance(unlike) > familiarity.limit).tolist()
+    [True]
+    ```
     """
 
     FILE = "familiarity.safetensors"
@@ -91,6 +96,18 @@ class Familiarity:
 
 
 def image_features(model: PrismerModel, encoder_outputs: Any) -> torch.Tensor:
-    """The mean patch token `(images, width)` of what `get_image_features` gave, without the experts' latents."""
+    """
+    The mean patch token `(images, width)` of what `get_image_features` gave, without the experts' latents.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.familiarity import image_features
+
+    >>> encoded = model.get_image_features(**processor.process_images(image))
+    >>> image_features(model, encoded).shape
+    torch.Size([1, 128])
+    ```
+    """
     grid_size = model.config.vision_config.image_size // model.config.vision_config.patch_size
     return encoder_outputs[0][:, : grid_size**2].float().mean(1)

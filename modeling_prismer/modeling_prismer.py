@@ -93,6 +93,8 @@ def is_expert_input(key: str) -> bool:
 @dataclass
 class PrismerModelOutput(ModelOutput):
     """
+    What [`PrismerModel`] returns.
+
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Output of the text decoder.
@@ -104,6 +106,14 @@ class PrismerModelOutput(ModelOutput):
             Output of the vision encoder; pass it as `encoder_outputs` to ask more about the same images.
         encoder_hidden_states, encoder_attentions (`tuple[torch.FloatTensor]`, *optional*):
             Of the vision encoder.
+
+    Example:
+
+    ```python
+    >>> outputs = model.model(**processor(images=image, text="What color is the shape?"))
+    >>> list(outputs)
+    ['last_hidden_state', 'past_key_values', 'encoder_last_hidden_state']
+    ```
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -119,8 +129,10 @@ class PrismerModelOutput(ModelOutput):
 @dataclass
 class PrismerCausalLMOutput(ModelOutput):
     """
+    What [`PrismerForConditionalGeneration`] returns.
+
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned with `labels`):
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
             Mean over the batch of each sample's loss, times its weight.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the next token before softmax.
@@ -129,6 +141,14 @@ class PrismerCausalLMOutput(ModelOutput):
         past_key_values, hidden_states, attentions, cross_attentions, encoder_last_hidden_state,
         encoder_hidden_states, encoder_attentions:
             See [`PrismerModelOutput`].
+
+    Example:
+
+    ```python
+    >>> outputs = model(**processor(images=image, text="What color is the shape?", suffix="teal"))
+    >>> outputs.loss.shape, outputs.loss_per_sample.shape
+    (torch.Size([]), torch.Size([1]))
+    ```
     """
 
     loss: torch.FloatTensor | None = None
@@ -146,11 +166,22 @@ class PrismerCausalLMOutput(ModelOutput):
 @dataclass
 class PrismerRankingOutput(ModelOutput):
     """
+    What [`PrismerForConditionalGeneration.rank_candidates`] returns.
+
     Args:
         scores (`torch.FloatTensor` of shape `(batch_size, k)`):
             Mean log-probability of each candidate's tokens (label-smoothed), best first.
         indices (`torch.LongTensor` of shape `(batch_size, k)`):
             Which candidates these are.
+
+    Example:
+
+    ```python
+    >>> inputs = processor(images=image, text="What shape is in the image?")
+    >>> ranking = model.rank_candidates(**processor.prepare_candidates(["circle", "triangle"]), k=2, **inputs)
+    >>> ranking.scores.shape, ranking.indices.tolist()
+    (torch.Size([1, 2]), [[1, 0]])
+    ```
     """
 
     scores: torch.FloatTensor | None = None
@@ -660,6 +691,20 @@ def _init_vision_weights(module: nn.Module) -> None:
 
 
 class PrismerPreTrainedModel(PreTrainedModel):
+    """
+    What all models of Prismer have in common: how weights start and load, and the resolution.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerForConditionalGeneration
+
+    >>> model = PrismerForConditionalGeneration.from_pretrained(path, image_size=96)
+    >>> model.config.vision_config.image_size
+    96
+    ```
+    """
+
     config: PrismerConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
@@ -761,6 +806,18 @@ class PrismerVisionModel(PrismerPreTrainedModel):
     """
     The vision encoder: a CLIP vision transformer with adaptors over the image's patches and the latents to which the
     resampler condenses what the experts saw.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerVisionModel
+
+    >>> model = PrismerVisionModel.from_pretrained(path)
+    >>> inputs = processor.process_images(image)
+    >>> outputs = model(inputs["pixel_values"], {"edge": {"values": inputs["edge_values"]}})
+    >>> outputs.last_hidden_state.shape  # 64 patches and 16 latents
+    torch.Size([1, 80, 128])
+    ```
     """
 
     config: PrismerVisionConfig
@@ -952,7 +1009,20 @@ class PrismerTextLayer(GradientCheckpointingLayer):
 
 
 class PrismerTextModel(PrismerPreTrainedModel):
-    """The text decoder: a causal RoBERTa that cross-attends to the vision encoder's output."""
+    """
+    The text decoder: a causal RoBERTa that cross-attends to the vision encoder's output.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerTextModel
+
+    >>> model = PrismerTextModel.from_pretrained(path)
+    >>> tokens = processor.tokenizer("What color is the shape?", return_tensors="pt")
+    >>> model(**tokens).last_hidden_state.shape
+    torch.Size([1, 8, 128])
+    ```
+    """
 
     config: PrismerTextConfig
     base_model_prefix = "model.text_model"
@@ -1080,7 +1150,20 @@ class PrismerTextModel(PrismerPreTrainedModel):
 
 
 class PrismerModel(PrismerPreTrainedModel):
-    """The vision encoder and the text decoder, without a head."""
+    """
+    The vision encoder and the text decoder, without a head.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerModel
+
+    >>> model = PrismerModel.from_pretrained(path)
+    >>> outputs = model(**processor(images=image, text="What color is the shape?"))
+    >>> outputs.last_hidden_state.shape, outputs.encoder_last_hidden_state.shape
+    (torch.Size([1, 7, 128]), torch.Size([1, 80, 128]))
+    ```
+    """
 
     def __init__(self, config: PrismerConfig):
         super().__init__(config)
@@ -1162,6 +1245,17 @@ class PrismerModel(PrismerPreTrainedModel):
         Returns:
             `last_hidden_state`, and the same as `pooler_output`: what the text decoder cross-attends to, of shape
             `(batch_size, num_patches + num_latents, width)`. Give it to `forward` or `generate` as `encoder_outputs`.
+
+        Example:
+
+        ```python
+        >>> encoded = model.get_image_features(**processor.process_images(image))
+        >>> encoded.last_hidden_state.shape  # 64 patches and 16 latents
+        torch.Size([1, 80, 128])
+        >>> questions = processor(images=image, text=["What shape is in the image?", "What color is it?"])
+        >>> texts = {name: questions[name] for name in ("input_ids", "attention_mask")}
+        >>> generated = model.generate(**texts, encoder_outputs=encoded)
+        ```
         """
         expert_inputs = self.gather_expert_inputs(kwargs, expert_mask)
         if expert_mask is not None:
@@ -1295,9 +1389,10 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
     >>> path = pretrained_path("prismer-easy-vqa")
     >>> processor = PrismerProcessor.from_pretrained(path)
     >>> model = PrismerForConditionalGeneration.from_pretrained(path)
-    >>> inputs = processor(images=image, text="What color is the shape?", return_tensors="pt")
-    >>> generated = model.generate(**inputs, max_new_tokens=5)
-    >>> processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    >>> inputs = processor(images=image, text="What color is the shape?")
+    >>> generated = model.generate(**inputs, max_new_tokens=5)  # the prompt, and what it says
+    >>> processor.post_process_generation(generated, inputs["input_ids"].shape[1])
+    ['teal']
     ```
     """
 
@@ -1374,6 +1469,17 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
                 Compute the logits of this many last positions only (0: all), or of the positions in the tensor.
             input_ids … encoder_outputs, use_cache:
                 See [`PrismerModel.forward`].
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=image, text="What color is the shape?", suffix="teal")
+        >>> outputs = model(**inputs)
+        >>> outputs.logits.shape == (1, inputs["input_ids"].shape[1], model.config.text_config.vocab_size)
+        True
+        >>> outputs.loss.shape
+        torch.Size([])
+        ```
         """
         shift_labels = kwargs.pop("shift_labels", None)
         kwargs.pop("num_items_in_batch", None)
@@ -1542,6 +1648,15 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if `k` or `chunk_size` is below 1, if there are no candidates, or they have not one mask entry
                 for each token, or are not padded on the right; if a candidate or a prompt is empty.
+
+        Example:
+
+        ```python
+        >>> inputs = processor(images=image, text="What shape is in the image?")
+        >>> candidates = processor.prepare_candidates(["circle", "rectangle", "triangle"])
+        >>> model.rank_candidates(**candidates, k=2, **inputs).indices[:, 0].tolist()
+        [2]
+        ```
         """
         if k < 1 or chunk_size < 1:
             raise ValueError(f"k={k}, chunk_size={chunk_size}; both must be at least 1")
@@ -1640,8 +1755,9 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         Example:
 
         ```python
-        >>> model.classify(processor, "shape.png", ["circle", "triangle"], text="What shape is in the image?")[0][0]
-        {'label': 'triangle', 'score': -0.91...}
+        >>> ranking = model.classify(processor, image, ["circle", "triangle"], text="What shape is in the image?")
+        >>> [choice["label"] for choice in ranking[0]]
+        ['triangle', 'circle']
         ```
         """
         inputs = processor(images=images, text=text, return_tensors="pt", **kwargs).to(self.device)
@@ -1662,6 +1778,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         Freezes the layers that come from CLIP (`vision`) and from RoBERTa (`language`), or unfreezes them (`False`).
         Everything else always trains: the experts' stems, resampler, positions, adaptors, cross-attention, embeddings,
         output layer and head. The paper freezes both in pre-training and the vision backbone in fine-tuning.
+
+        Example:
+
+        ```python
+        >>> model = model.freeze_backbones(vision=True, language=False)
+        >>> sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+        793088
+        ```
         """
         for parameter in self._backbone_parameters(self.model, vision=True):
             parameter.requires_grad_(not vision)
@@ -1686,6 +1810,15 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             features (`torch.FloatTensor` of shape `(num_classes, channels)`): one row a class; no rows where the
                 features come with each sample.
             background (`torch.FloatTensor` of shape `(channels,)`, *optional*): left out, it stays as it is.
+
+        Example:
+
+        ```python
+        >>> import torch
+
+        >>> stem = model.add_expert("segmentation", "label", channels=64, num_classes=3)
+        >>> model = model.set_class_features("segmentation", torch.randn(3, 64), background=torch.zeros(64))
+        ```
         """
         stem = self._stem(name)
         if not hasattr(stem, "class_features") or features.ndim != 2 or features.shape[1] != stem.channels:
@@ -1710,6 +1843,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         """
         Gives a model one more expert, with a stem to be trained. The arguments are the fields of its description, see
         [`PrismerConfig`]. Returns the new stem.
+
+        Example:
+
+        ```python
+        >>> stem = model.add_expert("depth", "dense", channels=1)
+        >>> model.config.expert_names
+        ['edge', 'ocr', 'depth']
+        ```
         """
         expert = {"name": name, "kind": kind, "channels": channels}
         if num_classes is not None:
@@ -1758,6 +1899,20 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: if `vision` is no CLIP vision tower, or `text` no RoBERTa.
+
+        Example:
+
+        ```python
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModel, RobertaConfig, RobertaForMaskedLM
+
+        >>> sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+        >>> vision = CLIPVisionModel(CLIPVisionConfig(**sizes))  # or "openai/clip-vit-base-patch16"
+        >>> text = RobertaForMaskedLM(RobertaConfig(**sizes))  # or "FacebookAI/roberta-base"
+        >>> experts = [{"name": "depth", "kind": "dense", "channels": 1}]
+        >>> model = PrismerForConditionalGeneration.from_backbones(vision, text, experts=experts, image_size=96)
+        >>> model.config.text_config.num_hidden_layers  # RoBERTa's, and the output layer
+        3
+        ```
         """
         if not isinstance(vision, PreTrainedModel):
             kind = AutoConfig.from_pretrained(vision).model_type

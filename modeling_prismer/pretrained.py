@@ -16,6 +16,16 @@ def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
 
     Raises:
         ValueError: if there is none of that name; the message lists those there are.
+
+    Example:
+
+    ```python
+    >>> import os
+    >>> from modeling_prismer import pretrained_path
+
+    >>> os.path.basename(pretrained_path("prismer-easy-vqa"))
+    'prismer-easy-vqa'
+    ```
     """
     shipped = sorted(path.parent.name for path in _CHECKPOINTS.glob("*/config.json"))
     if name not in shipped:

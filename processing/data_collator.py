@@ -34,20 +34,6 @@ class DataCollatorForPrismer:
     `text`, `suffix`, `weight` and `task` may be lists, several texts about one picture, which is then encoded once for
     all; with `texts_per_image` that many of them are drawn.
 
-    ```python
-    >>> from modeling_prismer import DataCollatorForPrismer
-    >>> from modeling_prismer.processing import JointAugmentation
-    >>> from modeling_prismer.processing.labels import label_source
-
-    >>> experts = processor.image_processor.experts
-    >>> collator = DataCollatorForPrismer(
-    ...     processor,
-    ...     labels_for=label_source("photo_labels", experts),
-    ...     augmentation=JointAugmentation(experts, size=(224, 224)),
-    ... )
-    >>> trainer = Trainer(model, training_args, data_collator=collator, train_dataset=rows)
-    ```
-
     With [`Trainer`](https://huggingface.co/docs/transformers/main_classes/trainer) set `remove_unused_columns=False`:
     the columns are the collator's, not the model's. Live experts on a GPU need `dataloader_num_workers=0`.
 
@@ -71,6 +57,25 @@ class DataCollatorForPrismer:
 
     Attributes:
         epoch (`int`): what is random changes with it; seen by the workers of a data loader at once.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import DataCollatorForPrismer
+    >>> from modeling_prismer.processing import JointAugmentation
+    >>> from modeling_prismer.processing.labels import label_images, label_source
+
+    >>> experts = processor.image_processor.experts
+    >>> report = label_images("modeling_prismer/assets", processor.experts, "labels", progress=False)
+    >>> collator = DataCollatorForPrismer(
+    ...     processor,
+    ...     labels_for=label_source("labels", experts),
+    ...     augmentation=JointAugmentation(experts, size=(64, 64)),
+    ... )
+    >>> row = {"image": image, "image_id": "shape.png", "text": "What color is the shape?", "suffix": "teal"}
+    >>> sorted(collator([row, row]))
+    ['attention_mask', 'edge_values', 'expert_mask', 'input_ids', 'labels', 'ocr_features', 'ocr_ids', 'pixel_values']
+    ```
     """
 
     def __init__(

@@ -65,6 +65,16 @@ def load_image(
         OSError: if a URL cannot be fetched, and always when offline (`HF_HUB_OFFLINE`).
         ValueError: if the image is empty, damaged, no image at all, too large, or of unknown shape or values.
         TypeError: if the argument is none of the accepted types.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing import load_image
+
+    >>> image = load_image("modeling_prismer/assets/shape.png")
+    >>> image.mode, image.size
+    ('RGB', (64, 64))
+    ```
     """
     if isinstance(image, Mapping):  # a row of `datasets` with Image(decode=False)
         image = image.get("bytes") or image.get("path")
@@ -97,6 +107,17 @@ def load_images(images: Any, **kwargs: Any) -> list[Image.Image]:
 
     Raises:
         ValueError: if there is no image in it; else as [`load_image`], naming a file or the position in the batch.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing import load_images
+
+    >>> batch = np.zeros((2, 32, 48, 3), np.uint8)
+    >>> [image.size for image in load_images(["modeling_prismer/assets/shape.png", batch])]
+    [(64, 64), (48, 32), (48, 32)]
+    ```
     """
     images = list(_flatten(images))
     if not images:

@@ -271,6 +271,16 @@ class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
 
     Its antialiased bicubic filter differs from Pillow's by up to one 8-bit step, 0.015 after normalisation. Expert
     maps are prepared exactly as by [`PrismerImageProcessor`], whose arguments it takes.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing import PrismerImageProcessorTorchvision
+
+    >>> image_processor = PrismerImageProcessorTorchvision(size={"height": 480, "width": 480})
+    >>> image_processor(image)["pixel_values"].shape  # device="cuda": made there
+    torch.Size([1, 3, 480, 480])
+    ```
     """
 
     def _pixel_values(

@@ -35,8 +35,14 @@ def clean_caption(caption: str, max_words: int = 30) -> str:
     `. ! " ( ) * # : ; ~` becomes a space, two or more white-space characters become one space, trimmed, cut after
     `max_words` words.
 
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing import clean_caption
+
     >>> clean_caption("THE QUICK*BROWN~FOX: #1")
     'The quick brown fox 1'
+    ```
     """
     caption = _PUNCTUATION.sub(" ", caption.capitalize())
     caption = re.sub(r"\s{2,}", " ", caption).strip()
@@ -48,8 +54,14 @@ def clean_question(question: str, max_words: int = 30) -> str:
     Cleans a question as in training of the published checkpoints: as [`clean_caption`], but white space inside stays
     as it is, and `?` is appended unless the question ends with one.
 
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing import clean_question
+
     >>> clean_question("is it (really) raining!?")
     'Is it  really  raining ?'
+    ```
     """
     question = _PUNCTUATION.sub(" ", question.capitalize()).strip()
     question = " ".join(question.split(" ")[:max_words])
@@ -106,10 +118,13 @@ class PrismerProcessor(ProcessorMixin):
 
     >>> processor = PrismerProcessor.from_pretrained(path)
     >>> model = PrismerForConditionalGeneration.from_pretrained(path)
-    >>> inputs = processor(images="cat.jpg", text="what colour is it?")
+    >>> inputs = processor(images=image, text="what color is the shape")
+    >>> {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+    {'input_ids': (1, 7), 'attention_mask': (1, 7), 'pixel_values': (1, 3, 64, 64), 'edge_values': (1, 1, 64, 64),
+     'ocr_ids': (1, 64, 64), 'ocr_features': (1, 16, 64), 'expert_mask': (1, 2)}
     >>> generated = model.generate(**inputs, num_beams=3)
     >>> processor.post_process_generation(generated, prompt_length=inputs["input_ids"].shape[1])
-    ['black']
+    ['teal']
     ```
     """
 
@@ -227,6 +242,19 @@ class PrismerProcessor(ProcessorMixin):
         Raises:
             ValueError: if there is no image; if numbers of images, prompts, suffixes or labels do not fit together; if
                 an expert is not in the configuration; and as the image processor.
+
+        Example:
+
+        ```python
+        >>> questions = [["What shape is it?", "Is it red?"], ["What color is it?", "Is it a circle?"]]
+        >>> inputs = processor([image, image], questions)  # two to each image
+        >>> inputs["pixel_values"].shape, inputs["input_ids"].shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([4, 7]))
+        >>> edges = processor.experts["edge"]([image])[0]  # or what you have: uint8 (H, W)
+        >>> inputs = processor(image, "Is it red?", expert_labels={"edge": edges, "ocr": None})
+        >>> inputs["expert_mask"]
+        tensor([[ True, False]])
+        ```
         """
         if images is None:
             raise ValueError(

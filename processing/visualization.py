@@ -100,8 +100,13 @@ def experts_panel(
     Example:
 
     ```python
-    >>> labels = suite([image])[0]
-    >>> experts_panel(image, labels, descriptions=suite.descriptions).save("panel.png")
+    >>> from modeling_prismer.processing.visualization import experts_panel
+
+    >>> labels = processor.run_experts([image])[0]
+    >>> panel = experts_panel(image, labels, descriptions=processor.experts.descriptions)
+    >>> panel.save("panel.png")
+    >>> panel.mode
+    'RGB'
     ```
     """
     if tile_size < 64:
@@ -131,6 +136,44 @@ def experts_panel(
             tile.draw(panel, MARGIN + column * (width + MARGIN), top)
         top += height + MARGIN
     return panel
+
+
+def draw_expert(
+    image: Image.Image,
+    name: str,
+    label: Any,
+    kind: str | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
+    size: int = 400,
+) -> dict[str, Any]:
+    """
+    Draws what one expert saw, as [`experts_panel`] does, for a page that lays out titles and legends by itself.
+
+    Args:
+        image (`PIL.Image.Image`): the picture, of any size and mode.
+        name (`str`): the expert's name.
+        label: what it saw, as [`experts_panel`] takes it; `None` where it saw nothing.
+        kind (`str`, *optional*): `"dense"` or `"label"`: whether a bare (H, W) array holds values or ids.
+        class_names (`list` or `dict`, *optional*): names of its classes.
+        size (`int`, *optional*, defaults to 400): long side of the drawing in pixels.
+
+    Returns:
+        `dict`: `title` and `subtitle` (`str`); `picture` (`PIL.Image.Image`, RGB), `None` without a label; `legend`, a
+        list of (colour, text); `scale`, `None` or (text at the low end, colours (n, 3), text at the high end). Colours
+        are red, green and blue from 0 to 255.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.visualization import draw_expert
+
+    >>> drawn = draw_expert(image, "edge", processor.run_experts([image])[0]["edge"])
+    >>> drawn["title"], drawn["picture"].size
+    ('Edges', (400, 400))
+    ```
+    """
+    tile = _tile(name, _as_parts(name, label, kind), _fit(image.convert("RGB"), size), class_names)
+    return {name: getattr(tile, name) for name in ("title", "subtitle", "picture", "legend", "scale")}
 
 
 class _Tile:

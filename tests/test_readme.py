@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import modeling_prismer
+from modeling_prismer.processing.experts import Expert
 from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessorTorchvision
 
 
@@ -42,6 +43,13 @@ def test_python_blocks_run_and_print_what_they_say(monkeypatch, tmp_path, capsys
             + ["What color is the shape? Teal", "Is it red? No", "triangle", "1.0"],
         ),
         ("sharing.md", []),
+        (
+            "first_steps.md",
+            ["['teal']", "edge_values (1, 1, 64, 64)", "expert_mask (1, 2)", "triangle", "['triangle', 'no']"]
+            + ["['triangle', 'teal', 'no']", "(64, 64) ['▲']", "[[False, False]]", "['teal']"],
+        ),
+        ("own_expert.md", ["(64, 64) uint8", "(1, 1, 64, 64) [[True, True, True]]", "1", "(64, 64)"]),
+        ("convert.md", ["['teal']", "left over in the checkpoint (79):", "  expert_encoder.resampler.*"]),
     ],
 )
 def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, tmp_path, capsys, guide, printed):
@@ -50,6 +58,7 @@ def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, tmp_p
     classes = [cls for cls in vars(modeling_prismer).values() if inspect.isclass(cls) and hasattr(cls, "_auto_class")]
     for cls in [*classes, PrismerImageProcessorTorchvision]:  # what sharing.md changes is put back
         monkeypatch.setattr(cls, "_auto_class", cls._auto_class)
+    monkeypatch.setattr(Expert, "registry", dict(Expert.registry))  # and what own_expert.md adds to it
     namespace = {"__name__": "guide"}
     for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / guide).read_text(), flags=re.DOTALL):
         if "trl" not in block or importlib.util.find_spec("trl"):

@@ -22,7 +22,21 @@ MAX_REGIONS = 254  # ids 0 to 253: words or instances of one image
 
 
 class ExpertError(RuntimeError):
-    """An expert failed. `expert` is its name; `image_index` the image's number in the call, `None` if not known."""
+    """
+    An expert failed. `expert` is its name; `image_index` the image's number in the call, `None` if not known.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import ExpertError, NormalsFromDepth
+
+    >>> try:
+    ...     NormalsFromDepth()([image])
+    ... except ExpertError as error:
+    ...     print(error.expert, error.image_index)
+    normal None
+    ```
+    """
 
     def __init__(self, message: str, expert: str | None = None, image_index: int | None = None):
         super().__init__(message)
@@ -195,23 +209,9 @@ class Expert(FrozenModel):
     """
     A frozen expert: from images to one label each.
 
-    An expert of your own is a class with a `name`, a `kind`, the number of its `channels` and a method `run`; with a
-    `type` it is saved and restored with its suite, with `load_model` it has weights:
-
-    ```python
-    class Saliency(Expert):
-        type = "saliency"
-        name, kind, channels = "saliency", "dense", 1
-        model_id, license, size_in_bytes = "me/saliency", "mit", 4_000_000
-
-        def load_model(self):
-            return AutoModel.from_pretrained(self.model_id)
-
-        def run(self, images):
-            pixels = torch.stack([to_tensor(image.resize((224, 224))) for image in images]).to(self.device)
-            maps = self.model(pixels).mul(255).byte().cpu().numpy()  # (batch, 224, 224)
-            return [np.array(Image.fromarray(map).resize(image.size)) for map, image in zip(maps, images)]
-    ```
+    An expert of your own is a class with a `name`, a `kind`, the number of its `channels` and a method `run`. With a
+    `type` it is saved and restored with its suite. With a method `load_model`, which returns a model, it has weights,
+    `self.model`, frozen and on `self.device`, and states their `model_id`, `license` and `size_in_bytes`.
 
     Attributes:
         name (`str`): the entry of the config that the expert fills: `"edge"`, `"ocr"`, …
@@ -226,6 +226,24 @@ class Expert(FrozenModel):
         uses (`tuple[str, ...]`): as `needs`, but without such an expert the argument is left out.
         seconds, num_images (`float`, `int`): what the expert has run so far, without loading.
         peak_memory (`int`, *optional*): bytes that it took at most so far; see [`ExpertSuite.report`].
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing.experts import Expert, ExpertSuite
+
+    >>> class ThermalCamera(Expert):
+    ...     name, kind, channels = "thermal", "dense", 1
+    ...
+    ...     def run(self, images):  # one 8-bit map for each image, at the image's own size
+    ...         return [np.asarray(image.convert("L")) for image in images]
+
+    >>> suite = ExpertSuite([*ExpertSuite.from_name("offline").values(), ThermalCamera()])
+    >>> suite([image])[0]["thermal"].shape
+    (64, 64)
+    >>> stem = model.add_expert(**ThermalCamera().description)  # to be trained
+    ```
     """
 
     registry: ClassVar[dict[str, Any]] = {}
@@ -429,7 +447,18 @@ def _peak_of_process() -> int | None:
 
 
 def expert_from_dict(description: Mapping[str, Any], folder: str | Path | None = None) -> Expert:
-    """Restores an expert from `expert.to_dict()`; see [`FrozenModel.from_dict`]."""
+    """
+    Restores an expert from `expert.to_dict()`; see [`FrozenModel.from_dict`].
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import CannyEdges, expert_from_dict
+
+    >>> expert_from_dict(CannyEdges(sigma=2.0).to_dict()).sigma
+    2.0
+    ```
+    """
     return Expert.from_dict(description, folder)
 
 

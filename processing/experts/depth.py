@@ -32,6 +32,16 @@ class DepthEstimator(PretrainedExpert):
             `"Intel/dpt-hybrid-midas"` those above, else none.
         metric (`bool`, *optional*):
             Whether the model gives distances; by default its configuration decides.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import DepthEstimator
+
+    >>> expert = DepthEstimator("depth-anything/Depth-Anything-V2-Small-hf")  # loaded when it first runs
+    >>> expert.description, expert.license
+    ({'name': 'depth', 'kind': 'dense', 'channels': 1}, 'apache-2.0')
+    ```
     """
 
     type = "depth_estimator"

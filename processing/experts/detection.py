@@ -31,6 +31,16 @@ class ObjectDetector(ClassNames, PretrainedExpert):
         min_score (`float`, *optional*, defaults to 0.5): boxes with a lower score are left out.
         max_overlap (`float`, *optional*, defaults to 0.95):
             A box whose IoU with a box of a higher score is larger is left out.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import ObjectDetector
+
+    >>> expert = ObjectDetector("PekingU/rtdetr_v2_r18vd", min_score=0.6)  # loaded when it first runs
+    >>> expert.kind, expert.instances, expert.uses
+    ('label', True, ('depth',))
+    ```
     """
 
     type = "object_detector"
@@ -110,6 +120,21 @@ def paint_boxes(
     Returns:
         `tuple[np.ndarray, np.ndarray]`: the map (height, width), uint8, 255 where there is no box; and for each
         instance the row of `boxes` that it is.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing.experts import paint_boxes
+
+    >>> boxes, scores = np.array([[0, 0, 4, 4], [2, 2, 4, 4]]), np.array([0.9, 0.8])
+    >>> ids, kept = paint_boxes(boxes, scores, size=(6, 4))
+    >>> print(ids, kept)
+    [[  0   0   0   0 255 255]
+     [  0   0   0   0 255 255]
+     [  0   0   1   1 255 255]
+     [  0   0   1   1 255 255]] [0 1]
+    ```
     """
     from torchvision.ops import nms
 

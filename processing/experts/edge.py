@@ -30,6 +30,16 @@ class CannyEdges(Expert):
             Side of the blur's kernel in pixels, odd.
         max_pixels (`int`, *optional*, defaults to 65536):
             Number of pixels (256×256) that larger images are reduced to; `None` keeps every image's own size.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import CannyEdges
+
+    >>> (edges,) = CannyEdges(low_threshold=0.03, high_threshold=0.08)([image])
+    >>> edges.shape, edges.dtype, int(edges.min()), int(edges.max())
+    ((64, 64), dtype('uint8'), 0, 255)
+    ```
     """
 
     type = "canny"
@@ -113,6 +123,16 @@ class DexiNedEdges(Expert):
             kornia's copy is downloaded from the Hub, or taken from its cache.
         pretrained (`bool`, *optional*, defaults to `True`):
             `False` gives random weights, for tests.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import DexiNedEdges
+
+    >>> expert = DexiNedEdges()  # loaded when it first runs
+    >>> expert.description, expert.license, expert.size_in_bytes
+    ({'name': 'edge', 'kind': 'dense', 'channels': 1}, 'mit', 140961380)
+    ```
     """
 
     type = "dexined"

@@ -31,6 +31,16 @@ class NormalEstimator(PretrainedExpert):
         image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
         signs (`tuple[int, int, int]`, *optional*, defaults to `(1, 1, 1)`):
             1 or -1 for x, y and z: the factor of each component.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import NormalEstimator
+
+    >>> expert = NormalEstimator(signs=(1, -1, 1))  # loaded when it first runs
+    >>> expert.description, expert.license
+    ({'name': 'normal', 'kind': 'dense', 'channels': 3}, 'apache-2.0')
+    ```
     """
 
     type = "normal_estimator"
@@ -97,6 +107,18 @@ class NormalsFromDepth(Expert):
             Number of pixels (256×256) that larger maps are reduced to.
         signs (`tuple[int, int, int]`, *optional*, defaults to `(1, 1, 1)`):
             1 or -1 for x, y and z: the factor of each component.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing.experts import NormalsFromDepth
+
+    >>> depth = np.tile(np.arange(64, dtype=np.uint8), (64, 1))  # nearer towards the right
+    >>> (normals,) = NormalsFromDepth()([image], depth=[depth])
+    >>> normals.shape, normals.dtype
+    ((64, 64, 3), dtype('uint8'))
+    ```
     """
 
     type = "normals_from_depth"

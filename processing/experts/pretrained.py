@@ -46,6 +46,30 @@ class PretrainedExpert(Expert):
         image_processor (`dict`, *optional*):
             Settings of the image processor that differ from the model's own. By default, for a model named in
             `known_models` the ones given there, else none.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> from modeling_prismer.processing.experts import PretrainedExpert
+
+    >>> class Saliency(PretrainedExpert):
+    ...     name, kind, channels = "saliency", "dense", 1
+    ...     auto_model = "AutoModelForDepthEstimation"  # any Auto class of transformers
+    ...     model_id = "me/saliency"  # loaded when it first runs
+    ...
+    ...     def run(self, images):
+    ...         labels = [None] * len(images)
+    ...         for numbers, outputs in self.outputs(images):
+    ...             for number, values in zip(numbers, outputs.predicted_depth):
+    ...                 map = Image.fromarray(values.clamp(0, 1).mul(255).byte().cpu().numpy())
+    ...                 labels[number] = np.asarray(map.resize(images[number].size))
+    ...         return labels
+
+    >>> Saliency().description
+    {'name': 'saliency', 'kind': 'dense', 'channels': 1}
+    ```
     """
 
     auto_model: ClassVar[str]

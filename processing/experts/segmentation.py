@@ -89,6 +89,16 @@ class UniversalSegmentation(Segmentation):
             Settings of the image processor that differ from the model's own; by default, for the three models above
             the published size, else none.
         max_pixels (`int`, *optional*, defaults to 262144): see [`Segmentation`].
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import UniversalSegmentation
+
+    >>> expert = UniversalSegmentation("facebook/mask2former-swin-tiny-coco-panoptic")  # loaded when it first runs
+    >>> expert.kind, expert.channels, expert.license
+    ('label', 64, "other (cc-by-nc-4.0 by the authors' list of models)")
+    ```
     """
 
     type = "universal_segmentation"
@@ -125,6 +135,16 @@ class SemanticSegmentation(Segmentation):
         model_id (`str`, *optional*, defaults to `"nvidia/segformer-b0-finetuned-ade-512-512"`): Hub id or folder.
         image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
         max_pixels (`int`, *optional*, defaults to 262144): see [`Segmentation`].
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import SemanticSegmentation
+
+    >>> expert = SemanticSegmentation()  # loaded when it first runs
+    >>> expert.model_id, expert.size_in_bytes
+    ('nvidia/segformer-b0-finetuned-ade-512-512', 15000000)
+    ```
     """
 
     type = "semantic_segmentation"

@@ -49,17 +49,6 @@ class ExpertSuite(MutableMapping):
     """
     Experts by name, in the order given. Calling it runs them all; an expert is loaded when it first runs.
 
-    ```python
-    >>> from modeling_prismer.processing.experts import ExpertSuite
-
-    >>> suite = ExpertSuite.from_name("offline")
-    >>> labels = suite([image])
-    >>> labels[0]["edge"].shape, labels[0]["ocr"]["words"]
-    ((480, 640), ['stop'])
-    >>> suite["edge"] = DexiNedEdges(checkpoint="dexined.safetensors")   # swapped
-    >>> labels = suite.without("ocr")([image])                           # left out
-    ```
-
     Args:
         experts (`Iterable[Expert]`): experts of different names.
         on_error (`str`, *optional*, defaults to `"raise"`):
@@ -68,6 +57,20 @@ class ExpertSuite(MutableMapping):
         memory (`str`, *optional*, defaults to `"all"`):
             `"all"` keeps every expert loaded after its first run. `"sequential"` loads one, runs it over all images of
             the call, frees it and goes on with the next: give it many images at a time.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import CannyEdges, ExpertSuite
+
+    >>> suite = ExpertSuite.from_name("offline")
+    >>> labels = suite([image])[0]
+    >>> labels["edge"].shape, labels["ocr"]["words"]
+    ((64, 64), ['▲'])
+    >>> suite["edge"] = CannyEdges(sigma=2.0)  # swapped
+    >>> list(suite.without("ocr")([image])[0])  # left out
+    ['edge']
+    ```
     """
 
     def __init__(self, experts: Iterable[Expert] = (), on_error: str = "raise", memory: str = "all"):

@@ -98,6 +98,16 @@ class RapidOcrText(TextExpert):
         params (`dict`, *optional*):
             More settings of RapidOCR, as `{"Rec.lang_type": "cyrillic"}`. Models that are not in the wheel are
             downloaded.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import RapidOcrText
+
+    >>> (label,) = RapidOcrText()([image])
+    >>> label["ids"].shape, label["words"], label["features"].shape
+    ((64, 64), ['▲'], (1, 64))
+    ```
     """
 
     type = "rapidocr"
@@ -202,6 +212,16 @@ class PpOcrText(TextExpert):
             Words with a lower mean confidence of their letters are left out.
         min_line_score (`float`, *optional*, defaults to 0.6):
             Lines that the detector is less sure of are not read.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import PpOcrText
+
+    >>> expert = PpOcrText(min_score=0.7)  # loaded when it first runs
+    >>> expert.description, expert.license
+    ({'name': 'ocr', 'kind': 'label', 'channels': 64}, 'apache-2.0')
+    ```
     """
 
     type = "pp_ocr"

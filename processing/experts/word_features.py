@@ -16,6 +16,22 @@ class WordFeatures(FrozenModel):
 
     Attributes:
         channels (`int`): length of a word's vector.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing.experts import WordFeatures
+
+    >>> class Lengths(WordFeatures):
+    ...     channels = 1
+    ...
+    ...     def encode(self, words):
+    ...         return np.array([[len(word)] for word in words])
+
+    >>> Lengths()(["stop", "left"]).tolist()
+    [[4.0], [4.0]]
+    ```
     """
 
     registry: ClassVar[dict[str, type["WordFeatures"]]] = {}
@@ -60,6 +76,16 @@ class HashedNgrams(WordFeatures):
     Args:
         channels (`int`, *optional*, defaults to 64): length of a word's vector.
         ngram_range (`tuple[int, int]`, *optional*, defaults to `(2, 4)`): shortest and longest n-gram.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import HashedNgrams
+
+    >>> one, other, alike = HashedNgrams()(["stop", "left", "stops"])
+    >>> bool(one @ alike > one @ other)
+    True
+    ```
     """
 
     type = "hashed_ngrams"
@@ -99,6 +125,16 @@ class ClipTextFeatures(WordFeatures):
             makes one.
         model_name (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or folder of a CLIP model with its tokenizer.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import ClipTextFeatures, RapidOcrText
+
+    >>> expert = RapidOcrText(ClipTextFeatures(pca="clip_pca.safetensors"))  # both loaded when they first run
+    >>> expert.description
+    {'name': 'ocr', 'kind': 'label', 'channels': 64}
+    ```
     """
 
     type = "clip_text"

@@ -36,6 +36,17 @@ class LabelReport:
         bytes (`int`): size of the shards written.
         expert_seconds (`dict[str, float]`):
             How long each expert ran, without loading; of the engine `"local"` only.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import CannyEdges
+    >>> from modeling_prismer.processing.labels import label_images
+
+    >>> report = label_images("modeling_prismer/assets", [CannyEdges()], "my_labels", progress=False)
+    >>> report.images, report.failed, list(report.expert_seconds)
+    (1, 0, ['edge'])
+    ```
     """
 
     images: int
@@ -80,14 +91,6 @@ def label_images(
     Several processes share the images out among them: those that `torchrun` or `accelerate launch` started, found by
     `accelerate.PartialState`, or those that `shard` names. They write into one store and never wait for each other.
 
-    ```python
-    >>> from modeling_prismer.processing.labels import LabelStore, label_images
-
-    >>> label_images("photos", "offline", "photo_labels")
-    >>> LabelStore("photo_labels")["summer/beach.jpg"]["ocr"]["words"]
-    ['no', 'lifeguard']
-    ```
-
     Args:
         source: images: a folder, files, a glob, tars, a data set, …; see [`open_source`].
         suite ([`ExpertSuite`], `list[Expert]` or `str`): the experts, or the name of a suite.
@@ -127,6 +130,16 @@ def label_images(
         ExpertError: see `on_expert_error`.
         RuntimeError: if another run writes into the store.
         ImportError: if `engine` is `"ray"` and Ray is not installed.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import LabelStore, label_images
+
+    >>> report = label_images("modeling_prismer/assets", "offline", "my_labels", progress=False)
+    >>> LabelStore("my_labels")["shape.png"]["ocr"]["words"]
+    ['▲']
+    ```
     """
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; accepted are {', '.join(map(repr, ENGINES))}")
@@ -225,6 +238,15 @@ def parse_shard(text: str) -> tuple[int, int]:
 
     Raises:
         ValueError: if it is none of that form, or not from `0/n` to `n-1/n`.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import parse_shard
+
+    >>> parse_shard("0/8")
+    (0, 8)
+    ```
     """
     first, _, second = text.partition("/")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):

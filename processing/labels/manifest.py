@@ -51,6 +51,17 @@ def make_manifest(
     Returns:
         `dict`: `format_version`, `experts` (each with its settings; a file of weights by its SHA-256 instead of its
         path), `descriptions`, `settings`, `versions` of the libraries, and `hash`, the SHA-256 of all that.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import make_manifest
+
+    >>> thermal = {"name": "thermal", "kind": "dense", "channels": 1}
+    >>> manifest = make_manifest(None, [thermal], {"camera": "T-1000", "range": [-20, 60]})
+    >>> manifest["descriptions"]
+    {'thermal': {'name': 'thermal', 'kind': 'dense', 'channels': 1}}
+    ```
     """
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -114,6 +125,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if the folder is no store.
         ValueError: if it was written by a newer version of this package.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import CannyEdges
+    >>> from modeling_prismer.processing.labels import label_images, read_manifest
+
+    >>> report = label_images("modeling_prismer/assets", [CannyEdges(sigma=2.0)], "my_labels", progress=False)
+    >>> manifest = read_manifest("my_labels")
+    >>> manifest["descriptions"], manifest["experts"]["edge"]["sigma"]
+    ({'edge': {'name': 'edge', 'kind': 'dense', 'channels': 1}}, 2.0)
+    ```
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():

@@ -66,6 +66,19 @@ def read_published_layout(
     Raises:
         FileNotFoundError: if the folder has none of the experts.
         ValueError: if a file is damaged, or does not fit the expert's entry; it names the file.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing.labels import read_published_layout, write_published_layout
+
+    >>> edge = {"name": "edge", "kind": "dense", "channels": 1}
+    >>> write_published_layout([("coco/1.jpg", {"edge": np.zeros((480, 640), np.uint8)})], "labels", [edge])
+    1
+    >>> [(key, labels["edge"].shape) for key, labels in read_published_layout("labels")]
+    [('coco/1', (480, 640))]
+    ```
     """
     folder = Path(folder)
     names = {**PUBLISHED_FOLDERS, **(folders or {})}
@@ -165,6 +178,17 @@ def write_published_layout(
     Raises:
         ValueError: if two keys differ in their suffix alone, if a key leads out of the folder, or if a label has
             neither one nor three channels.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing.labels import write_published_layout
+
+    >>> edge = {"name": "edge", "kind": "dense", "channels": 1}
+    >>> write_published_layout([("coco/1.jpg", {"edge": np.zeros((480, 640), np.uint8)})], "labels", [edge])
+    1
+    ```
     """
     folder = Path(folder)
     names = {**PUBLISHED_FOLDERS, **(folders or {})}

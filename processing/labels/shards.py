@@ -61,13 +61,6 @@ class LabelWriter:
     process that is killed loses the labels of the shard at which it was, and leaves nothing half-written. Rows do not
     wait in memory: they go to the unfinished file in groups of 32.
 
-    ```python
-    with LabelWriter("labels", manifest) as writer:
-        for key, labels in …:
-            if key not in writer:
-                writer.write(key, labels)
-    ```
-
     Args:
         folder (`str` or `Path`): the store; made if it does not exist.
         manifest (`dict`): from [`make_manifest`]; its `descriptions` say which experts there are.
@@ -80,6 +73,22 @@ class LabelWriter:
     Raises:
         ValueError: if the store holds labels that were made otherwise.
         RuntimeError: if another process writes in its place, or one of another number of processes.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer.processing.labels import LabelStore, LabelWriter, make_manifest
+
+    >>> thermal = {"name": "thermal", "kind": "dense", "channels": 1}
+    >>> with LabelWriter("my_labels", make_manifest(None, [thermal], {"camera": "T-1000"})) as writer:
+    ...     for key in ("a.jpg", "b.jpg"):
+    ...         if key not in writer:
+    ...             writer.write(key, {"thermal": np.zeros((480, 640), np.uint8)})
+
+    >>> LabelStore("my_labels")["a.jpg"]["thermal"].shape
+    (480, 640)
+    ```
     """
 
     def __init__(
@@ -260,6 +269,19 @@ def forget_failed(folder: str | Path) -> int:
 
     Raises:
         RuntimeError: if a run writes into the store.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import CannyEdges
+    >>> from modeling_prismer.processing.labels import forget_failed, label_images
+
+    >>> images = {"good": "modeling_prismer/assets/shape.png", "bad": b"no picture"}
+    >>> label_images(images, [CannyEdges()], "my_labels", progress=False).failed
+    1
+    >>> forget_failed("my_labels")
+    1
+    ```
     """
     folder = Path(folder)
     read_manifest(folder)

@@ -17,9 +17,13 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
     ".pcx .ico".split()
 )
+"""What a file in a folder must end in, in any case, to be taken for an image."""
+
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-# columns of a data set that are taken for the images' names, if none is given
+"""What a file must end in to be taken for a webdataset tar."""
+
 KEY_COLUMNS = ("key", "id", "image_id", "file_name", "__key__")
+"""Columns of a data set of which the first that there is names the images, if `key_column` is not given."""
 
 ACCEPTED_SOURCES = (
     "accepted are a folder of images, of webdataset tars or of a data set that was saved, a file or a glob of them, a "
@@ -31,6 +35,16 @@ class ImageSource:
     """
     Images by their keys. Iterating gives `(key, image)`, an image being anything that [`load_image`] takes, not yet
     opened, or an exception that says why there is none.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import open_source
+
+    >>> source = open_source({"a": image, "b": image, "c": image})
+    >>> source.num_images, [key for key, _ in source.share(0, 2)]
+    (3, ['a', 'c'])
+    ```
     """
 
     num_images: int | None = None  # if it is known
@@ -62,6 +76,15 @@ class ListedImages(ImageSource):
     Args:
         keys (`Sequence[str]`): of an image that comes twice, the first counts.
         images (`Sequence`): as many; anything that [`load_image`] takes.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import ListedImages
+
+    >>> list(ListedImages(["triangle"], ["modeling_prismer/assets/shape.png"]))
+    [('triangle', 'modeling_prismer/assets/shape.png')]
+    ```
     """
 
     def __init__(self, keys: Sequence[str], images: Sequence[Any]):
@@ -98,6 +121,17 @@ class DatasetImages(ListedImages):
         key_column (`str`, *optional*):
             The column with the images' names, texts or numbers. By default the first of `key`, `id`, `image_id`,
             `file_name` and `__key__` that there is; if none, the number of the row, of 12 digits.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from modeling_prismer.processing.labels import DatasetImages
+
+    >>> rows = Dataset.from_dict({"id": [7], "picture": ["modeling_prismer/assets/shape.png"]})
+    >>> list(DatasetImages(rows, image_column="picture"))
+    [('7', 'modeling_prismer/assets/shape.png')]
+    ```
     """
 
     def __init__(self, dataset: datasets.Dataset, image_column: str | None = None, key_column: str | None = None):
@@ -136,6 +170,21 @@ class StreamedImages(ImageSource):
             `__key__` that there is.
         files_in_keys (`bool`, *optional*, defaults to `False`):
             Put the file's name, without its suffix, and a `/` before the images' names.
+
+    Example:
+
+    ```python
+    >>> from datasets import Features, IterableDataset, Value
+    >>> from modeling_prismer.processing.labels import StreamedImages
+
+    >>> def open_file():
+    ...     rows = [{"id": "triangle", "image": "modeling_prismer/assets/shape.png"}]
+    ...     features = Features({"id": Value("string"), "image": Value("string")})
+    ...     return IterableDataset.from_generator(lambda: iter(rows), features=features)
+
+    >>> list(StreamedImages([("shapes", open_file)], image_column="image", files_in_keys=True))
+    [('shapes/triangle', 'modeling_prismer/assets/shape.png')]
+    ```
     """
 
     def __init__(
@@ -237,6 +286,16 @@ def open_source(
         FileNotFoundError: if there is no such file, or no image in the folder.
         ValueError: if the source is empty, a mixture, or lacks a column.
         TypeError: if it is none of the accepted things.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import open_source
+
+    >>> source = open_source("modeling_prismer/assets")
+    >>> [key for key, image in source]
+    ['shape.png']
+    ```
     """
     if isinstance(source, ImageSource):
         return source

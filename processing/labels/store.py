@@ -26,13 +26,6 @@ class LabelStore(Mapping):
     look-up reads the image's group of 32 rows. What is written after the store was opened is not seen. It can be sent
     to the workers of a data loader.
 
-    ```python
-    >>> store = LabelStore("photo_labels")
-    >>> store["summer/beach.jpg"]["edge"].shape
-    (480, 640)
-    >>> inputs = processor(images=images, expert_labels=store.labels_for(keys), text="A picture of")
-    ```
-
     Args:
         folder (`str` or `Path`): the store.
 
@@ -42,6 +35,18 @@ class LabelStore(Mapping):
 
     Raises:
         FileNotFoundError: if the folder is no store.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import LabelStore, label_images
+
+    >>> report = label_images("modeling_prismer/assets", processor.experts, "my_labels", progress=False)
+    >>> store = LabelStore("my_labels")
+    >>> store["shape.png"]["edge"].shape
+    (64, 64)
+    >>> inputs = processor(image, "Is it red?", expert_labels=store.labels_for(["shape.png"]))
+    ```
     """
 
     def __init__(self, folder: str | Path):
@@ -205,11 +210,6 @@ def label_source(
     """
     Where a training or an evaluation has its labels from, by one argument.
 
-    ```python
-    >>> labels_for = label_source(args.labels, processor.image_processor.experts)   # "live" or a folder
-    >>> inputs = processor(images=images, expert_labels=labels_for(keys), text=questions)
-    ```
-
     Args:
         labels (`str`, `Path` or [`LabelStore`]): `"live"`: the processor's experts run; or a store.
         experts (`list[dict]`, *optional*):
@@ -221,6 +221,16 @@ def label_source(
     Raises:
         FileNotFoundError: if the folder is no store.
         ValueError: if an expert is not in the store, or is described otherwise.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import label_images, label_source
+
+    >>> report = label_images("modeling_prismer/assets", processor.experts, "my_labels", progress=False)
+    >>> labels_for = label_source("my_labels", processor.image_processor.experts)  # or "live"
+    >>> inputs = processor(image, "Is it red?", expert_labels=labels_for(["shape.png"]))
+    ```
     """
     if isinstance(labels, str) and labels == "live":
         return _live

@@ -1,0 +1,159 @@
+"""Every public name stands on a page of the API reference, with a docstring and an example; the examples run."""
+
+import copy
+import doctest
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from transformers.testing_utils import HfDocTestParser
+
+import modeling_prismer
+from modeling_prismer.processing import PrismerImageProcessorTorchvision
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+API = REPOSITORY / "docs" / "api"
+ON_API_PAGES = [path for page in sorted(API.glob("*.md")) for path in re.findall(r"(?m)^::: (\S+)$", page.read_text())]
+PACKAGES = [f"modeling_prismer{name}" for name in ("", ".processing", ".processing.experts", ".processing.labels")]
+PACKAGES.append("modeling_prismer.conversion")
+# examples that go on in the folder of another
+FOLLOWING = {"modeling_prismer.conversion.export_onnx.export_onnx": "modeling_prismer.conversion.OnnxPrismer"}
+
+
+def public_objects(package: str) -> dict:
+    module = importlib.import_module(package)
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    objects = {f"{package}.{name}": getattr(module, name) for name in names}
+    return {path: value for path, value in objects.items() if not inspect.ismodule(value)}
+
+
+def look_up(path: str):
+    package, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(package), name)
+
+
+def is_constant(value) -> bool:
+    return not (inspect.isclass(value) or inspect.isfunction(value))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_stands_on_one_api_page(package):
+    documented = [look_up(path) for path in ON_API_PAGES]
+    for path, value in public_objects(package).items():
+        times = ON_API_PAGES.count(path) if is_constant(value) else sum(value is other for other in documented)
+        assert times == 1, f"{path} stands {times} times on the pages of docs/api"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What the first lines of the reference make: `path`, `processor`, `model` and `image`."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
+    (block,) = re.findall(r"```python\n(.*?)```", (API / "index.md").read_text(), flags=re.DOTALL)
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(block, names)
+        names["image"].load()
+    return names
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """An empty one but for the bundled picture; and what `register_for_auto_class` changes is put back."""
+    (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
+    monkeypatch.chdir(tmp_path)
+    for cls in (*vars(modeling_prismer).values(), PrismerImageProcessorTorchvision):
+        if hasattr(cls, "_auto_class"):
+            monkeypatch.setattr(cls, "_auto_class", cls._auto_class)
+
+
+def run_examples(path: str, given: dict) -> None:
+    documented = look_up(path)
+    # a class must not make do with what it inherits
+    assert vars(documented).get("__doc__") or inspect.isfunction(documented) and documented.__doc__, path
+    tests = doctest.DocTestFinder(parser=HfDocTestParser(), exclude_empty=True).find(documented, path, globs=given)
+    tests = [test for test in tests if test.examples]
+    assert tests, f"{path} has no example"
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for test in tests:
+        test.globs["model"] = copy.deepcopy(given["model"])  # some change it
+        report: list[str] = []
+        assert runner.run(test, out=report.append).failed == 0, "".join(report)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "path", [path for path in ON_API_PAGES if not is_constant(look_up(path)) and path not in FOLLOWING.values()]
+)
+def test_it_has_a_docstring_and_an_example_that_runs(path, given, folder):
+    if path.endswith("export_onnx"):
+        pytest.importorskip("onnxscript")
+    run_examples(path, given)
+    if path in FOLLOWING:
+        run_examples(FOLLOWING[path], given)
+
+
+DOCSTRING = """
+Counts [`Widget`]s; not [`Gadget`]s.
+
+Args:
+    widgets (`list` of [`Widget`], *optional*, defaults to `[]`): what to count;
+        all of them.
+    first, second (`int`):
+        Two more:
+
+        - one;
+    kwargs: passed on.
+
+Raises:
+    ValueError: if there is none.
+
+Example:
+
+```python
+>>> count([])
+0
+```
+"""
+MARKDOWN = """
+Counts [`Widget`][package.Widget]s; not `Gadget`s.
+
+**Arguments**
+
+`widgets` (`list` of [`Widget`][package.Widget], *optional*, defaults to `[]`)
+:   what to count;
+    all of them.
+
+`first`, `second` (`int`)
+:   Two more:
+
+    - one;
+
+`kwargs`
+:   passed on.
+
+**Raises**
+
+`ValueError`
+:   if there is none.
+
+**Example**
+
+```pycon
+>>> count([])
+0
+```
+"""
+
+
+def test_a_docstring_of_transformers_style_becomes_markdown():
+    pytest.importorskip("griffe", reason="griffe comes with the extra `docs`")
+    spec = importlib.util.spec_from_file_location("docstring_markdown", API.parent / "docstring_markdown.py")
+    docstring_markdown = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docstring_markdown)
+    markdown = docstring_markdown.to_markdown(inspect.cleandoc(DOCSTRING), {"Widget": "package.Widget"})
+    assert re.sub(r"\n\s*\n", "\n\n", markdown).strip() == MARKDOWN.strip()
