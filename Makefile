@@ -16,6 +16,8 @@ EASY_VQA_CHECKPOINT ?= modeling_prismer/checkpoints/prismer-easy-vqa
 comma := ,
 # more arguments for pytest or for the training: make test ARGS="-k golden"
 ARGS ?=
+# versions for the tests' environment: what `make test-oldest` sets
+PINS ?=
 
 # $(call install,PACKAGES,HOW LONG): pip, one line for each file of 10 MB or more instead of a line for everything
 define install
@@ -31,7 +33,8 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance style quality types docs train-easy-vqa evaluate-easy-vqa benchmark benchmark-all dist clean
+.PHONY: help demo test test-oldest conformance style quality types docs train-easy-vqa evaluate-easy-vqa benchmark benchmark-all \
+	space space-folder test-space dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,7 +52,7 @@ $(VENV)/.demo-ready: setup.cfg pyproject.toml | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.test-ready: setup.cfg pyproject.toml | $(VENV)/.created
-	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)export$(comma)docs$(comma)dev]', $(FIRST_TIME))
+	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)export$(comma)docs$(comma)dev]' $(PINS), $(FIRST_TIME))
 	@touch $@ $(VENV)/.demo-ready $(VENV)/.docs-ready $(VENV)/.ruff-ready
 
 # ruff alone, in the version that setup.cfg names: a matter of seconds
@@ -61,6 +64,15 @@ $(VENV)/.ruff-ready: setup.cfg | $(VENV)/.created
 $(VENV)/.docs-ready: setup.cfg | $(VENV)/.created
 	@$(call install,$(shell sed -n "/^docs =/,/^[^ ]/s/^ \+\(.*\)/'\1'/p" setup.cfg))
 	@touch $@
+
+$(VENV)/.space-ready: setup.cfg pyproject.toml | $(VENV)/.created
+	@$(call install,-e '.[experts$(comma)demo]', $(FIRST_TIME))
+	@touch $@ $(VENV)/.demo-ready
+
+$(VENV)/.test-space-ready: setup.cfg pyproject.toml | $(VENV)/.created
+	@$(call install,-e '.[experts$(comma)demo$(comma)dev]' playwright, $(FIRST_TIME))
+	@npm install --silent --no-save --prefix build/axe axe-core > /dev/null 2>&1 || echo "No axe-core: its tests are skipped"
+	@touch $@ $(VENV)/.space-ready $(VENV)/.demo-ready $(VENV)/.ruff-ready
 
 # ---- what people run ----
 
@@ -74,6 +86,10 @@ demo: $(VENV)/.demo-ready  ## ask the bundled checkpoint about a bundled picture
 test: $(VENV)/.test-ready  ## run the tests and print the coverage of the three packages
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
+
+test-oldest:  ## the tests with the lowest transformers, torch and peft that setup.cfg claims, in .venv-oldest
+	@$(MAKE) test VENV=.venv-oldest ARGS="--no-cov $(ARGS)" \
+		PINS="$$(sed -nE "s/^ +(transformers|torch|torchvision|peft)>=([0-9.]+).*/'\1==\2.*'/p" setup.cfg | tr '\n' ' ')"
 
 conformance: $(VENV)/.test-ready  ## run the library's own common tests on Prismer (ARGS=--compare: and on two of its models)
 	$(BIN)/python tests/conformance/conformance.py $(ARGS)
@@ -115,6 +131,20 @@ benchmark-all: benchmark  ## and all else of docs/speed.md: growth, precision, t
 	$(BIN)/python benchmarks/precision.py $(ARGS)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 	$(BIN)/python benchmarks/profile_rows.py $(ARGS)
+
+space: $(VENV)/.space-ready  ## the Gradio Space, on this machine (ARGS="--model FOLDER --port 7861")
+	HF_HUB_OFFLINE=1 $(BIN)/python spaces_demo/app.py $(ARGS)
+
+space-folder:  ## put what a Space on the Hub needs into build/space
+	rm -rf build/space && mkdir -p build/space/modeling_prismer
+	cp -r spaces_demo/. build/space
+	cp -r modeling_prismer/. build/space/modeling_prismer
+	cp -r processing conversion build/space/modeling_prismer
+	if [ -d docs/study ]; then mkdir build/space/study && cp docs/study/*.png build/space/study; fi
+	find build/space -name __pycache__ -prune -exec rm -r {} +
+
+test-space: $(VENV)/.test-space-ready  ## test the Space: its functions, its API, its page in Chromium
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/spaces_demo $(ARGS)
 
 dist: $(VENV)/.test-ready  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build

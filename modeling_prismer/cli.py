@@ -103,6 +103,8 @@ def _encode(network: Any, inputs: Any, model: str | None) -> Any:
 
 
 def _generate(image: str, texts: list[str] | None, task: str, model: str | None, device: str, beams: int) -> list[str]:
+    if task == "vqa" and not all(text.strip() for text in texts or []):
+        raise ValueError("a question is empty; put it in quotes: 'What color is it?'")
     processor, network = _load(model, device)
     tasks = processor.tasks or [processor.task]
     if task not in tasks:

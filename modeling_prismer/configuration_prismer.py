@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 
 
 # The experts of the paper (arXiv 2303.02506, section 3.2): what each hands to the network. The class counts are those
@@ -247,7 +248,10 @@ class PrismerConfig(PreTrainedConfig):
     """
 
     model_type = "prismer"
-    sub_configs_defaults = {"vision_config": PrismerVisionConfig, "text_config": PrismerTextConfig}
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=PrismerVisionConfig),
+        "text_config": SubConfigSpec(config_class=PrismerTextConfig),
+    }
     keys_to_ignore_at_inference = [
         "past_key_values",
         "loss_per_sample",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.utils.hub import cached_file
 
 from .modeling_prismer import PrismerModel
 
@@ -75,15 +76,20 @@ class Familiarity:
         temporary.replace(path)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> "Familiarity | None":
+    def from_pretrained(cls, checkpoint: str | os.PathLike) -> "Familiarity | None":
         """
-        From a checkpoint's folder; `None` if the checkpoint does not say what it knows.
+        From a checkpoint, a folder or on the Hub; `None` if it does not say what it knows.
 
         Raises:
             ValueError: if the file is damaged.
         """
-        path = Path(folder, cls.FILE)
-        if not path.is_file():
+        path = cached_file(
+            checkpoint,
+            cls.FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is None:
             return None
         try:
             with safe_open(path, "pt") as file:

@@ -23,6 +23,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
+from muon import muon_for
 from PIL import Image
 from scenes.language import true_share
 from scenes.render import CLASSES
@@ -272,6 +273,10 @@ def main() -> None:
         train_rows,
         labels_for=labels_for,
         texts_per_image=TEXTS_PER_IMAGE,
+        optimizer_cls_and_kwargs=(
+            lambda: muon_for,
+            {"lr": training_args.learning_rate, "weight_decay": training_args.weight_decay},
+        ),
     )
     if args.blind:
         trainer.data_collator.augmentation = trainer.eval_collator.augmentation = hide

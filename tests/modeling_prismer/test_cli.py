@@ -13,6 +13,7 @@ from modeling_prismer.conversion import read_feature_tables
 from modeling_prismer.processing.labels import LabelStore
 
 
+EASY_VQA = pretrained_path("prismer-easy-vqa")
 LABEL = {"kind": "label", "channels": 64, "num_classes": 80}
 
 
@@ -35,13 +36,14 @@ def run(*arguments):
     [("what color is the shape?", "red"), ("what shape is in the image?", "circle"), ("is there a blue shape?", "no")],
 )
 def test_ask_answers_with_the_bundled_checkpoint(picture, question, answer):
-    result = run("ask", picture, question)
+    result = run("ask", picture, question, "--model", EASY_VQA)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == answer
 
 
 def test_classify_ranks_the_labels_best_first(picture):
-    result = run("classify", picture, "triangle", "circle", "rectangle", "--question", "what shape is in the image?")
+    labels = ("triangle", "circle", "rectangle")
+    result = run("classify", picture, *labels, "--question", "what shape is in the image?", "--model", EASY_VQA)
     assert result.exit_code == 0, result.output
     positions = [result.stdout.index(label) for label in ("circle", "triangle", "rectangle")]
     assert positions[0] == min(positions)
@@ -92,8 +94,9 @@ def test_features_of_too_few_names_ask_for_an_analysis(clip_folder, tmp_path):
         (("ask", "missing.png", "what color?"), "missing.png"),
         (("ask", "{picture}", "what color?", "--model", "no/such/folder"), "no/such/folder"),
         (("ask", "{picture}", "what color?", "--device", "cuda:99"), "cuda:99"),
-        (("caption", "{picture}"), "made for vqa"),
-        (("classify", "{picture}", "circle"), "needs a question"),
+        (("ask", "{picture}", " "), "a question is empty"),
+        (("caption", "{picture}", "--model", EASY_VQA), "made for vqa"),
+        (("classify", "{picture}", "circle", "--model", EASY_VQA), "needs a question"),
         (("convert", "missing.bin", "out", "--variant", "prismer_tiny"), "prismer_tiny"),
     ],
 )

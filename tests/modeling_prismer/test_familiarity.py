@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
+from transformers.utils import hub
 from typer.testing import CliRunner
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
@@ -46,6 +48,18 @@ def test_saved_it_is_the_same(known, tmp_path):
     assert loaded.limit == familiarity.limit
     assert torch.equal(loaded.distance(features), familiarity.distance(features))
     assert [path.name for path in tmp_path.iterdir()] == [Familiarity.FILE]
+
+
+def test_of_a_checkpoint_on_the_hub_it_is_found_in_the_cache(known, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    snapshot = tmp_path / "models--somebody--prismer" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    known[1].save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1234")
+    assert Familiarity.from_pretrained("somebody/prismer").limit == known[1].limit
+    assert Familiarity.from_pretrained("somebody/other") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", None])

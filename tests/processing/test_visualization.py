@@ -4,7 +4,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from modeling_prismer.processing import visualization
-from modeling_prismer.processing.visualization import COLOR_MAP, PALETTE, experts_panel
+from modeling_prismer.processing.visualization import COLOR_MAP, PALETTE, draw_expert, experts_panel
 
 
 SIX = [
@@ -215,3 +215,11 @@ def test_labels_of_another_form_are_refused_by_name(picture, label, message):
 def test_tiles_below_a_readable_size_are_refused(picture):
     with pytest.raises(ValueError, match="tile_size is 10; at least 64"):
         experts_panel(picture, {}, tile_size=10)
+
+
+def test_one_expert_is_drawn_alone_with_its_legend_as_data(picture, labels):
+    drawn = draw_expert(picture, "segmentation", labels["segmentation"], "label", ["sky", "tree"], size=200)
+    assert drawn["title"] == "Segments" and max(drawn["picture"].size) == 200
+    assert {"sky", "tree"} <= {text for _, text in drawn["legend"]}
+    assert draw_expert(picture, "depth", labels["depth"])["scale"][::2] == ("far", "near")
+    assert draw_expert(picture, "ocr", None)["picture"] is None

@@ -1,0 +1,133 @@
+"""
+The Space: see through the experts.
+
+    python spaces_demo/app.py
+    python spaces_demo/app.py --model FOLDER --port 7861
+"""
+
+import argparse
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+
+# Before gradio starts: uploads get a folder of their own, which goes when the app does, and nobody is told of visits.
+UPLOADS = tempfile.mkdtemp(prefix="prismer-space-")
+os.environ["GRADIO_TEMP_DIR"] = UPLOADS
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
+
+import gradio as gr  # noqa: E402
+import hardware  # noqa: E402, F401  before torch
+from endpoints import Endpoints  # noqa: E402
+from page import Page, load_examples  # noqa: E402
+from pictures import MAX_BYTES  # noqa: E402
+from reader import Reader  # noqa: E402
+from sessions import Sessions  # noqa: E402
+
+from modeling_prismer import pretrained_path  # noqa: E402
+
+
+HERE = Path(__file__).parent
+KEPT_SECONDS = 120.0  # a file that was sent; by then it has been read, and shown
+QUEUE = 64
+
+
+def sweep(folder: str | Path, seconds: float = KEPT_SECONDS) -> None:
+    """Deletes files that were written longer ago than this, and folders that are empty then."""
+    limit = time.time() - seconds
+    for file in sorted(Path(folder).rglob("*"), reverse=True):  # what is deepest comes first
+        try:
+            if file.is_file() and file.stat().st_mtime < limit:
+                file.unlink()
+            elif file.is_dir() and file.stat().st_mtime < limit:
+                file.rmdir()
+        except OSError:  # another's, or not empty
+            continue
+
+
+def make_app(model: str | None = None, device: str | None = None) -> tuple[gr.Blocks, Sessions]:
+    """The whole app, not yet launched, and its sessions."""
+    reader = Reader(pretrained_path() if model is None else model, device)
+    reader.warm_up()
+    sessions = Sessions()
+    study = next(
+        (place for place in (HERE / "study", HERE.parent / "docs" / "study") if place.is_dir()), HERE / "study"
+    )
+    with gr.Blocks(title="Prismer: see through the experts", analytics_enabled=False) as blocks:
+        Page(reader, sessions, load_examples(HERE / "examples", reader.name), study).build()
+        Endpoints(reader).build()
+    # one at a time: two would share the same cores, and each would take twice as long
+    blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
+    return blocks, sessions
+
+
+def make_theme() -> gr.themes.Base:
+    """Fonts of the visitor's own system, and a blue that is dark enough to be read."""
+    shades = ("#e6f4f7", "#c5e6ec", "#99d3de", "#5fb8c9", "#2c98ad", "#0b7285", "#0a6678", "#095868", "#084857")
+    blue = gr.themes.Color(*shades, "#063641", "#04262e", name="prismer")
+    theme = gr.themes.Default(
+        primary_hue=blue,
+        neutral_hue="gray",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+        text_size="md",
+    )
+    return theme.set(
+        button_primary_background_fill="*primary_500",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_500",
+        button_primary_background_fill_hover_dark="*primary_700",
+        button_primary_text_color="white",
+        body_text_color_subdued="#555c66",
+        body_text_color_subdued_dark="#b0b7c1",
+        block_info_text_color="#555c66",
+        block_info_text_color_dark="#b0b7c1",
+        block_label_text_color="#424851",
+        block_label_text_color_dark="#d3d8de",
+        block_title_text_color="#30353c",
+        block_title_text_color_dark="#e2e5e9",
+        input_placeholder_color="#636a74",
+        input_placeholder_color_dark="#a3abb6",
+        link_text_color="*primary_600",
+        link_text_color_dark="*primary_300",
+    )
+
+
+def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, **kwargs: object) -> None:
+    def tidy() -> None:
+        while True:
+            time.sleep(30)
+            sweep(UPLOADS)
+            sessions.sweep()
+
+    threading.Thread(target=tidy, daemon=True).start()
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_BYTES,
+        show_error=False,
+        ssr_mode=False,
+        footer_links=["api", "settings"],
+        theme=make_theme(),
+        css_paths=HERE / "style.css",
+        **kwargs,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The Gradio Space of Prismer.")
+    parser.add_argument("--model", help="a checkpoint, folder or Hub id; by default the one in the package")
+    parser.add_argument("--device", help="cpu, cuda, …; by default a GPU if there is one")
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
+    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
+    args = parser.parse_args()
+    launch(*make_app(args.model, args.device), args.host, args.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What the page shows, as HTML: pictures lie inside it, so that nothing has to be written to disk to be shown."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import edits
+import numpy as np
+import torch
+from pictures import data_uri, escape
+from PIL import Image
+from reader import Reader, Said
+from sessions import Session
+
+from modeling_prismer.processing.visualization import PALETTE, draw_expert
+
+
+SIZE = 384
+EXPLAINED = {
+    "depth": "how near everything is",
+    "normal": "which way each surface faces",
+    "segmentation": "what each point belongs to",
+    "edge": "where outlines are",
+    "detection": "which objects there are, and where",
+    "ocr": "which words can be read",
+}
+
+
+def fit(picture: Image.Image, size: int = SIZE) -> Image.Image:
+    scale = size / max(picture.size)
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
+def percent(share: float) -> str:
+    return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+
+
+def figure(picture: Image.Image, alt: str, caption: str = "", kind: str = "") -> str:
+    caption = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure class="{kind}"><img src="{data_uri(picture)}" alt="{escape(alt)}">{caption}</figure>'
+
+
+# ---- experts ----
+
+
+def expert_card(
+    reader: Reader, name: str, picture: Image.Image, label: Any, note: str = "", failed: bool = False
+) -> str:
+    """What an expert saw, with its legend."""
+    title = reader.title(name)
+    head = (
+        f'<div class="card-head"><h3>{escape(title)}</h3><span class="quiet">{escape(note)}</span></div>'
+        f'<p class="quiet explained">{escape(EXPLAINED.get(name, ""))}</p>'
+    )
+    if label is None:
+        said = (
+            "This expert could not read the picture. The model answers without it."
+            if failed
+            else "Switched off: the model does not see this."
+        )
+        ratio = f"aspect-ratio: {picture.width} / {picture.height}"
+        return f'<div class="card">{head}<div class="missing" style="{ratio}"><p>{said}</p></div></div>'
+    description = reader.descriptions[name]
+    drawn = draw_expert(picture, name, label, description["kind"], reader.class_names(name) or None, SIZE)
+    legend = ""
+    if drawn["scale"]:
+        low, colors, high = drawn["scale"]
+        steps = ", ".join(f"rgb({int(r)} {int(g)} {int(b)})" for r, g, b in colors)
+        bar = f'<span class="scale" style="background: linear-gradient(to right, {steps})"></span>'
+        legend = f'<p class="legend"><span>{low}</span>{bar}<span>{high}</span></p>'
+    elif drawn["legend"]:
+        shown = drawn["legend"][:10]
+        items = "".join(
+            f'<li><i style="background: rgb{tuple(int(part) for part in color)}"></i>{escape(text)}</li>'
+            for color, text in shown
+        )
+        more = len(drawn["legend"]) - len(shown)
+        items += f"<li>and {more} more</li>" if more else ""
+        legend = f'<ul class="legend">{items}</ul>'
+    elif drawn["subtitle"]:
+        legend = f'<p class="legend quiet">{escape(drawn["subtitle"])}</p>'
+    elif name == "edge":
+        legend = '<p class="legend quiet">outlines are dark</p>'
+    alt = f"{title}: {EXPLAINED.get(name, 'what this expert saw')}"
+    if drawn["legend"]:
+        alt += f"; {', '.join(text for _, text in drawn['legend'][:10])}"
+    return f'<div class="card">{head}{figure(drawn["picture"], alt)}{legend}</div>'
+
+
+def waiting_card(reader: Reader, name: str) -> str:
+    return (
+        f'<div class="card"><div class="card-head"><h3>{escape(reader.title(name))}</h3>'
+        f'<span class="quiet">looking …</span></div><p class="quiet explained">{escape(EXPLAINED.get(name, ""))}</p>'
+        '<div class="missing waiting"></div></div>'
+    )
+
+
+def status(done: int, total: int, text: str) -> str:
+    bar = f'<progress max="{total}" value="{done}" aria-label="Progress"></progress>' if done < total else ""
+    return f'<div class="status" role="status">{bar}<span>{escape(text)}</span></div>'
+
+
+# ---- answers ----
+
+
+def turn_panel(turn: tuple[str, str | None], versions: Sequence[tuple[str, str, Said | None]]) -> str:
+    """The same question to several versions of what the model sees, (title, note, what it said), side by side."""
+    task, text = turn
+    heading = escape(text) if task == "vqa" else "The caption"
+    columns = "".join(_version(task, *version) for version in versions)
+    return f'<section class="turn"><h2>{heading}</h2><div class="versions">{columns}</div></section>'
+
+
+def _version(task: str, title: str, note: str, said: Said | None) -> str:
+    head = f'<h3>{escape(title)}</h3><p class="quiet note">{escape(note)}</p>'
+    if said is None:
+        return f'<article class="version">{head}<p class="answer quiet">…</p></article>'
+    sure = said.per_word if task == "caption" else said.probability
+    meaning = "sure of each word, on average" if task == "caption" else "sure of it"
+    bar = f'<span class="bar" aria-hidden="true"><i style="width: {100 * sure:.1f}%"></i></span>'
+    others = "".join(
+        f"<li><span>{escape(other) or '(nothing)'}</span><span>{percent(probability)}</span></li>"
+        for other, probability in said.others
+        if task == "vqa"
+    ) or "".join(f"<li><span>{escape(other)}</span></li>" for other, _ in said.others[:2] if task == "caption")
+    return (
+        f'<article class="version">{head}<p class="answer">{escape(said.text) or "(nothing)"}</p>'
+        f'<p class="chance">{bar}<span><b>{percent(sure)}</b> {meaning}</span></p>'
+        + (f'<p class="quiet or">or else</p><ol class="others">{others}</ol>' if others else "")
+        + "</article>"
+    )
+
+
+def answer_bar(turn: tuple[str, str | None], versions: Sequence[tuple[str, str, Said | None]]) -> str:
+    """The same in one line, which stays in sight beside the experts."""
+    task, text = turn
+    parts = "".join(
+        f"<li><span>{escape(title)}</span> <b>{escape(said.text) if said else '…'}</b>"
+        + (f" {percent(said.per_word if task == 'caption' else said.probability)}" if said else "")
+        + "</li>"
+        for title, _, said in versions
+    )
+    return f'<div class="answer-bar"><p>{escape(text) if task == "vqa" else "The caption"}</p><ul>{parts}</ul></div>'
+
+
+def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], said: Said, which: str) -> str:
+    """Where the model looked: the picture, and each expert's map, lit where it looked and dimmed elsewhere."""
+    shares = {"": said.looked.sum().item()}
+    shares |= {
+        name: looked.sum().item() for name, looked in said.looked_at_experts.items() if labels.get(name) is not None
+    }
+    total = sum(shares.values()) or 1.0
+    figures = []
+    for name, share in shares.items():
+        share /= total
+        if name:
+            base = draw_expert(
+                session.picture, name, labels[name], reader.descriptions[name]["kind"], reader.class_names(name), SIZE
+            )["picture"]
+            title, weights = reader.title(name), said.looked_at_experts[name]
+        else:
+            base, title, weights = fit(session.picture), "The picture", said.looked
+        caption = f"<b>{escape(title)}</b><span>{percent(share)}</span>"
+        alt = f"{title}, lit where the model looked: {percent(share)} of its attention"
+        figures.append(figure(spotlight(base.convert("RGB"), weights), alt, caption))
+    return (
+        f'<section class="looked"><h2>Where it looked</h2><p class="quiet">For “{escape(said.text)}”, {escape(which)}.'
+        " Lit is where the text attended to, directly or through what the experts' maps were condensed to; the shares "
+        "say how much of it fell where. Attention is a hint, no proof.</p>"
+        f'<div class="strip">{"".join(figures)}</div></section>'
+    )
+
+
+def spotlight(picture: Image.Image, weights: torch.Tensor) -> Image.Image:
+    """The picture, lit where the weights (height, width) are large, grey and dim where they are small."""
+    values = weights.float().numpy()
+    values = np.clip(values / max(float(np.quantile(values, 0.98)), 1e-12), 0, 1)
+    mask = Image.fromarray((255 * values).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+    dim = picture.convert("L").point(lambda value: round(0.3 * value)).convert("RGB")
+    return Image.composite(picture, dim, mask)
+
+
+def ranking_panel(rankings: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
+    """Labels, ranked, in one column for each version of what the model sees."""
+    columns = []
+    for title, ranking in rankings:
+        rows = "".join(
+            f'<li><span class="label">{escape(row["label"])}</span>'
+            f'<span class="bar" aria-hidden="true"><i style="width: {100 * row["share"]:.1f}%"></i></span>'
+            f'<span class="number">{percent(row["share"])}</span></li>'
+            for row in ranking
+        )
+        columns.append(f'<article class="version"><h3>{escape(title)}</h3><ol class="ranking">{rows}</ol></article>')
+    note = "The shares compare your labels with each other: a softmax of the mean log-probability of a label's tokens."
+    return f'<section class="turn"><div class="versions">{"".join(columns)}</div><p class="quiet">{note}</p></section>'
+
+
+def warning(text: str) -> str:
+    return f'<div class="warning" role="alert"><b>Take this with care.</b> {escape(text)}</div>'
+
+
+# ---- the editor ----
+
+
+def editor_value(reader: Reader, session: Session, name: str) -> str:
+    """What editor.js needs to know, as JSON."""
+    description, label = reader.descriptions[name], session.seen.get(name)
+    tool = edits.tool_for(description)
+    edit = session.edits.get(name)
+    content: dict[str, Any] = {"name": name, "title": reader.title(name), "tool": tool}
+    names = reader.class_names(name)
+    if tool == "paint":
+        base = fit(session.picture)
+        if label is not None:
+            base = draw_expert(session.picture, name, label, description["kind"], names or None, SIZE)["picture"]
+        content |= {"picture": data_uri(base), "values": _paints(name, description, names, label)}
+        content["strokes"] = edit["strokes"] if edit else []
+    else:
+        content |= {"picture": data_uri(fit(session.picture)), "classes": names}
+        content["boxes"] = edit["boxes"] if edit else edits.boxes_of(label)
+        content["original"] = edits.boxes_of(label)
+    return json.dumps(content)
+
+
+def _paints(name: str, description: Mapping[str, Any], names: list[str], label: Any) -> list[dict[str, Any]]:
+    """The values to paint with: name, value, colour."""
+    if description["kind"] == "label":
+        areas = np.bincount(edits.as_ids(label).ravel(), minlength=256) if label is not None else np.zeros(256)
+        order = [int(index) for index in np.argsort(-areas[:255], kind="stable") if index < len(names)]
+        colors = {index: PALETTE[place % len(PALETTE)] for place, index in enumerate(order)}
+        chosen = [{"label": names[index], "value": index, "color": _css(colors[index])} for index in order]
+        return [*chosen, {"label": "nothing", "value": edits.BACKGROUND, "color": "#777777"}]
+    if description["channels"] == 3:
+        sides = {
+            "facing us": [128, 128, 255],
+            "facing up": [128, 255, 128],
+            "facing left": [0, 128, 128],
+            "facing right": [255, 128, 128],
+            "facing down": [128, 0, 128],
+        }
+        return [{"label": side, "value": value, "color": _css(value)} for side, value in sides.items()]
+    if description["channels"] > 3:
+        return [{"label": str(v), "value": [v] * description["channels"], "color": _css([v] * 3)} for v in (255, 0)]
+    ends = {"depth": ("near", "far"), "edge": ("no outline", "outline")}.get(name, ("high", "low"))
+    colors = ("#fcffa4", "#000004") if name != "edge" else ("#ffffff", "#000000")
+    chosen = [{"label": ends[0], "value": 255, "color": colors[0]}, {"label": ends[1], "value": 0, "color": colors[1]}]
+    return chosen[::-1] if name == "edge" else chosen
+
+
+def _css(color: Sequence[int]) -> str:
+    return "#" + "".join(f"{int(part):02x}" for part in color)

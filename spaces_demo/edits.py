@@ -1,0 +1,180 @@
+"""What a visitor makes of an expert's map: noise, paint, moved boxes, other words."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pictures import Refused
+from PIL import Image, ImageDraw
+
+
+BACKGROUND = 255
+MAX_STROKES, MAX_POINTS, MAX_BOXES, MAX_LETTERS = 400, 20_000, 60, 40
+
+
+def tool_for(description: Mapping[str, Any]) -> str:
+    """How an expert's map is edited: `"paint"`, `"boxes"` (objects with classes) or `"words"`."""
+    if description["kind"] == "dense" or (description.get("num_classes") and not description.get("instances")):
+        return "paint"
+    return "boxes" if description.get("instances") else "words"
+
+
+# ---- labels as boxes ----
+
+
+def as_ids(label: Any) -> np.ndarray:
+    return np.asarray(label["ids"] if isinstance(label, Mapping) else label)
+
+
+def boxes_of(label: Any) -> list[dict[str, Any]]:
+    """Objects or words as `{"box": [left, top, right, bottom] from 0 to 1, "class": int or "text": str}`."""
+    if label is None:
+        return []
+    ids = as_ids(label)
+    height, width = ids.shape
+    names = ("class", label["classes"]) if "classes" in label else ("text", label.get("words", []))
+    found = []
+    for number, name in enumerate(names[1]):
+        rows, columns = np.nonzero(ids == number)
+        if len(rows):
+            box = (columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height)
+            found.append({"box": [round(float(side), 4) for side in box], names[0]: name})
+    return found
+
+
+# ---- noise ----
+
+
+def noise(description: Mapping[str, Any], size: tuple[int, int], encode_words: Callable, seed: int = 0) -> Any:
+    """A label of the expert's form that has nothing to do with the picture, of `size` (width, height)."""
+    random = np.random.default_rng(seed)
+    width, height = size
+    tool = tool_for(description)
+    if tool == "paint":
+        channels = description["channels"] if description["kind"] == "dense" else 1
+        highest = 256 if description["kind"] == "dense" else description["num_classes"]
+        # squares that are still there when the map is made as small as the network reads it
+        coarse = random.integers(0, highest, (24, 24, channels), dtype=np.uint8)
+        rows, columns = (np.arange(length) * 24 // length for length in (height, width))
+        values = coarse[rows][:, columns]
+        values = values[..., 0] if channels == 1 else values
+        return {"ids": values} if description["kind"] == "label" else values
+    boxes = []
+    for _ in range(6):
+        left, top = random.uniform(0, 0.8, 2)
+        box = [left, top, left + random.uniform(0.1, 0.4), top + random.uniform(0.08, 0.3)]
+        letters = "".join(chr(97 + letter) for letter in random.integers(0, 26, 5))
+        named = {"class": int(random.integers(description["num_classes"]))} if tool == "boxes" else {"text": letters}
+        boxes.append({"box": [min(1.0, float(side)) for side in box], **named})
+    return paint_items(boxes, tool, size, encode_words)
+
+
+# ---- edits ----
+
+
+def check_edit(edit: Any, description: Mapping[str, Any]) -> dict[str, list]:
+    """
+    An edit as the page sends it, or as it lies in a link: `{"strokes": …}` or `{"boxes": …}`.
+
+    Raises:
+        Refused: if it is not of that form, or too long.
+    """
+    tool = tool_for(description)
+    try:
+        if tool == "paint":
+            strokes = []
+            for stroke in edit["strokes"]:
+                value = stroke["value"]
+                value = [int(part) % 256 for part in value] if isinstance(value, list) else int(value) % 256
+                if isinstance(value, list) != (description["kind"] == "dense" and description["channels"] > 1):
+                    raise ValueError
+                if isinstance(value, list) and len(value) != description["channels"]:
+                    raise ValueError
+                limit = description.get("num_classes") if description["kind"] == "label" else None
+                if limit and value >= limit and value != BACKGROUND:
+                    raise ValueError
+                points = [[_share(x), _share(y)] for x, y in stroke["points"]]
+                strokes.append(
+                    {"value": value, "width": min(0.5, max(0.004, float(stroke["width"]))), "points": points}
+                )
+            if len(strokes) > MAX_STROKES or sum(len(stroke["points"]) for stroke in strokes) > MAX_POINTS:
+                raise Refused("That is more paint than fits. Please undo some of it.")
+            return {"strokes": [stroke for stroke in strokes if stroke["points"]]}
+        boxes = []
+        for item in edit["boxes"]:
+            left, top, right, bottom = (_share(side) for side in item["box"])
+            box = {"box": [min(left, right), min(top, bottom), max(left, right), max(top, bottom)]}
+            if tool == "boxes":
+                box["class"] = int(item["class"])
+                if not 0 <= box["class"] < (description.get("num_classes") or BACKGROUND):
+                    raise ValueError
+            else:
+                box["text"] = str(item["text"]).strip()[:MAX_LETTERS]
+            boxes.append(box)
+        if len(boxes) > MAX_BOXES:
+            raise Refused(f"That is more than {MAX_BOXES} boxes. Please remove some.")
+        return {"boxes": boxes}
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise Refused("This change cannot be read.") from None
+
+
+def apply_edit(
+    label: Any, edit: Mapping[str, list], description: Mapping[str, Any], size: tuple[int, int], encode_words: Callable
+) -> Any:
+    """The label, `None` if there was none, with what the visitor changed; of the picture's `size` (width, height)."""
+    if "boxes" in edit:
+        return paint_items(edit["boxes"], tool_for(description), size, encode_words)
+    is_label = description["kind"] == "label"
+    if label is None:
+        channels = () if is_label or description["channels"] == 1 else (description["channels"],)
+        values = np.full((size[1], size[0], *channels), BACKGROUND if is_label else 0, np.uint8)
+    else:
+        values = np.array(label["values"] if isinstance(label, Mapping) and "values" in label else as_ids(label))
+    flat = values if values.ndim == 3 else values[..., None]
+    layers = [Image.fromarray(np.ascontiguousarray(flat[..., channel])) for channel in range(flat.shape[2])]
+    for stroke in edit["strokes"]:
+        parts = stroke["value"] if isinstance(stroke["value"], list) else [stroke["value"]] * len(layers)
+        for layer, value in zip(layers, parts):
+            _draw_stroke(layer, stroke["points"], stroke["width"], value)
+    painted = np.stack([np.asarray(layer) for layer in layers], axis=-1)
+    painted = painted if values.ndim == 3 else painted[..., 0]
+    return {"ids": painted} if is_label else painted
+
+
+def paint_items(
+    boxes: Sequence[Mapping[str, Any]], tool: str, size: tuple[int, int], encode_words: Callable
+) -> dict[str, Any]:
+    """Boxes as the label of an expert for objects or words, small ones over large ones."""
+    width, height = size
+    boxes = [box for box in boxes if tool == "boxes" or box["text"]]
+    ids = np.full((height, width), BACKGROUND, np.uint8)
+    sides = [
+        (round(left * width), round(top * height), round(right * width), round(bottom * height))
+        for left, top, right, bottom in (box["box"] for box in boxes)
+    ]
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in sides]
+    for number in sorted(range(len(boxes)), key=lambda number: -areas[number]):
+        left, top, right, bottom = sides[number]
+        ids[top : max(bottom, top + 1), left : max(right, left + 1)] = number
+    if tool == "boxes":
+        return {"ids": ids, "classes": [box["class"] for box in boxes]}
+    words = [box["text"] for box in boxes]
+    return {"ids": ids, "words": words, "features": encode_words(words)}
+
+
+def _draw_stroke(layer: Image.Image, points: Sequence, share: float, value: int) -> None:
+    draw = ImageDraw.Draw(layer)
+    radius = max(1.0, share * max(layer.size) / 2)
+    placed = [(x * layer.width, y * layer.height) for x, y in points]
+    draw.line(placed, fill=value, width=round(2 * radius), joint="curve")
+    for x, y in placed:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=value)
+
+
+def _share(number: Any) -> float:
+    number = float(number)
+    if number != number:
+        raise ValueError
+    return round(min(1.0, max(0.0, number)), 4)

@@ -1,0 +1,113 @@
+"""What programs may call, by name: each call brings its picture, and nothing of it is kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from page import guarded, opened
+from pictures import Refused
+from PIL import Image
+from reader import Reader, parse_labels
+
+
+GUIDE = Path(__file__).with_name("guide.md").read_text(encoding="utf-8")
+
+
+class Endpoints:
+    """Args: reader ([`Reader`]): the checkpoint."""
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+
+    def build(self) -> None:
+        """Adds the endpoints to a `gr.Blocks`; nothing of them is seen."""
+        names = list(self.reader.descriptions)
+        with gr.Column(visible=False):
+            picture = gr.Image(label="picture", sources=["upload"])
+            question = gr.Textbox(label="question")
+            labels = gr.Textbox(label="labels")
+            experts = gr.CheckboxGroup(names, value=names, label="experts")
+            output, button = gr.JSON(label="result"), gr.Button("call")
+
+        def add(function: Callable, inputs: list[Any], description: str) -> None:
+            button.click(
+                guarded(function),
+                inputs,
+                output,
+                api_name=function.__name__,
+                api_description=description,
+                concurrency_id="network",
+                preprocess=False,
+            )
+
+        add(self.experts, [picture], "What each expert saw in a picture.")
+        if "caption" in self.reader.tasks:
+            add(self.caption, [picture, experts], "A caption, how sure it is, and where the model looked.")
+        if "vqa" in self.reader.tasks:
+            add(self.ask, [picture, question, experts], "The answer to a question about a picture.")
+        add(self.classify, [picture, labels, question, experts], "Ranks labels of your own, divided by commas.")
+
+    def experts(self, picture: Any) -> list[dict[str, Any]]:
+        found = []
+        for seen in self.reader.look(_required(picture)):
+            entry = {"name": seen.name, "seconds": round(seen.seconds, 3), "failed": seen.failed}
+            found.append(entry | {"saw": self._named(seen.name, seen.label)})
+        return found
+
+    def caption(self, picture: Any, experts: list[str] | None = None) -> dict[str, Any]:
+        return self._said(picture, "caption", None, experts)
+
+    def ask(self, picture: Any, question: str, experts: list[str] | None = None) -> dict[str, Any]:
+        self.reader.prompt("vqa", question)
+        return self._said(picture, "vqa", question, experts)
+
+    def classify(
+        self, picture: Any, labels: str, question: str = "", experts: list[str] | None = None
+    ) -> list[dict[str, Any]]:
+        names = parse_labels(labels or "")
+        task = "vqa" if "vqa" in self.reader.tasks else self.reader.processor.task
+        self.reader.prompt(task, question)
+        return self.reader.rank(self._encode(_required(picture), experts), names, task, question)
+
+    def _encode(self, picture: Image.Image, experts: list[str] | None) -> Any:
+        names = list(self.reader.descriptions)
+        wanted = names if experts is None else experts
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise Refused(f"There is no expert {unknown[0]!r}; there are: {', '.join(names) or 'none'}.")
+        seen = {each.name: each.label for each in self.reader.look(picture, wanted)}
+        return self.reader.encode(picture, seen)
+
+    def _said(self, picture: Any, task: str, text: str | None, experts: list[str] | None) -> dict[str, Any]:
+        encoding = self._encode(_required(picture), experts)
+        said = self.reader.explain(encoding, task, text)
+        looked = {"picture": said.looked} | said.looked_at_experts
+        limit = self.reader.usual_distance
+        return {
+            "text": said.text,
+            "probability": said.probability,
+            "per_word": said.per_word,
+            "alternatives": [{"text": text, "probability": probability} for text, probability in said.others],
+            "attention": {name: round(weights.sum().item(), 4) for name, weights in looked.items()},
+            "familiar": None if limit is None else encoding.distance <= limit,
+        }
+
+    def _named(self, name: str, label: Any) -> list[str] | None:
+        """The classes, objects or words that a label names, `None` for maps of values."""
+        if label is None or self.reader.descriptions[name]["kind"] == "dense":
+            return None
+        if isinstance(label, dict) and "words" in label:
+            return [str(word) for word in label["words"]]
+        names = self.reader.class_names(name)
+        ids = np.asarray(label["ids"] if isinstance(label, dict) else label)
+        classes = label["classes"] if isinstance(label, dict) and "classes" in label else np.unique(ids[ids != 255])
+        return [names[int(index)] for index in classes]
+
+
+def _required(payload: Any) -> Image.Image:
+    picture = opened(payload)
+    if picture is None:
+        raise Refused("A picture is needed.")
+    return picture

@@ -1,0 +1,64 @@
+"""
+A session in a link: picture, questions, switches and edits, all of it after the `#`, which browsers do not send when
+they open a page. Nothing of it is kept on the server.
+"""
+
+import base64
+import io
+import json
+import zlib
+from typing import Any
+
+import edits
+from pictures import Refused, from_base64
+from PIL import Image
+from reader import MAX_LETTERS, Reader
+from sessions import Session, check_modes
+
+
+LONG_SIDE = 384  # of the picture in a link
+MAX_LINK = 200_000  # letters
+MAX_QUESTIONS = 8
+
+
+def to_link(session: Session) -> str:
+    """What comes after the `#`."""
+    content: dict[str, Any] = {"v": 1}
+    if session.source is not None:
+        content["example"] = session.source
+    else:
+        picture = session.picture.copy()
+        picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        picture.save(file, "WEBP", quality=85, method=6)
+        content["picture"] = base64.b64encode(file.getvalue()).decode()
+    content["questions"] = [text for task, text, _ in session.turns if task == "vqa"][-MAX_QUESTIONS:]
+    content["modes"] = {name: mode for name, mode in session.modes.items() if mode != "seen"}
+    content["edits"] = {name: session.edits[name] for name, mode in session.modes.items() if mode == "edited"}
+    packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)
+    return base64.urlsafe_b64encode(packed).decode().rstrip("=")
+
+
+def from_link(link: str, reader: Reader) -> dict[str, Any]:
+    """
+    `{"picture": PIL image or None, "example": name or None, "questions": …, "modes": …, "edits": …}`, all checked.
+
+    Raises:
+        Refused: if the link is damaged.
+    """
+    if len(link) > MAX_LINK:
+        raise Refused("This link is too long to be one of ours.")
+    try:
+        packed = base64.urlsafe_b64decode(link + "=" * (-len(link) % 4))
+        unpacker = zlib.decompressobj()
+        content = json.loads(unpacker.decompress(packed, 4 * MAX_LINK))
+        questions = [str(text)[:MAX_LETTERS] for text in content["questions"]][:MAX_QUESTIONS]
+        example = content.get("example")
+        modes = check_modes(content["modes"], reader.descriptions)
+        found = {name: edit for name, edit in dict(content["edits"]).items() if name in reader.descriptions}
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error):
+        raise Refused("This link is damaged, so the session in it cannot be restored.") from None
+    found = {name: edits.check_edit(edit, reader.descriptions[name]) for name, edit in found.items()}
+    modes = {name: mode for name, mode in modes.items() if mode != "edited" or name in found}
+    picture = None if example is not None else from_base64(str(content.get("picture", "")))
+    return {"picture": picture, "example": example, "questions": questions, "modes": modes, "edits": found}

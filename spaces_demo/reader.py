@@ -1,0 +1,359 @@
+"""A checkpoint and its experts, as the page needs them: seen one by one, encoded once, answers with their reasons."""
+
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Lock, Thread
+from typing import Any
+
+import torch
+from hardware import on_gpu
+from pictures import Refused
+from PIL import Image
+from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers.utils import logging as transformers_logging
+
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from modeling_prismer.familiarity import Familiarity, image_features
+
+
+logger = logging.getLogger(__name__)
+MAX_WORDS, MAX_TOKENS, MAX_LETTERS = 30, 35, 300  # of a question
+MAX_LABELS = 50
+MAX_NEW_TOKENS, NUM_BEAMS, NUM_OTHERS = 30, 5, 4
+MAX_SECONDS = 60.0  # to wait for the next word
+TITLES = {
+    "depth": "Depth",
+    "normal": "Surface normals",
+    "segmentation": "Segments",
+    "edge": "Edges",
+    "detection": "Objects",
+    "ocr": "Text",
+}
+
+
+@dataclass
+class Seen:
+    """What an expert saw in a picture: `label` is `None` where it failed, and `failed` says so."""
+
+    name: str
+    label: Any
+    seconds: float
+    failed: bool = False
+
+
+@dataclass
+class Encoding:
+    """
+    A picture and its experts' labels, encoded: `states` (1, patches + latents, width); `sources`, for each expert what
+    share each latent took from where, (latents, height, width); `distance` from the pictures of the training.
+    """
+
+    states: torch.Tensor
+    sources: dict[str, torch.Tensor] = field(default_factory=dict)
+    distance: float | None = None
+
+
+@dataclass
+class Said:
+    """
+    What the model says, with its probability and the mean of its words', other things it might have said with their
+    probabilities, and where it looked: over the picture (height, width), and over each expert's map; all of that
+    together, with what has no place, sums to 1.
+    """
+
+    text: str
+    probability: float
+    per_word: float
+    others: list[tuple[str, float]] = field(default_factory=list)
+    looked: torch.Tensor | None = None
+    looked_at_experts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Reader:
+    """
+    Args:
+        path (`str`): a checkpoint: a folder or a Hub id.
+        device (`str`, *optional*): by default a GPU, if there is one.
+    """
+
+    def __init__(self, path: str, device: str | None = None):
+        transformers_logging.disable_progress_bar()
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.name = Path(path).name
+        self.processor = PrismerProcessor.from_pretrained(path, expert_device=self.device)
+        # eager attention says where it looks
+        dtype = torch.float32 if self.device == "cpu" else "auto"
+        self.model = PrismerForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+        self.model.to(self.device).eval()
+        self.familiarity = Familiarity.from_pretrained(path)
+        self.descriptions = {entry["name"]: entry for entry in self.processor.image_processor.experts}
+        self.tasks = [task for task in self.processor.tasks or [self.processor.task] if task in ("caption", "vqa")]
+        self._lock = Lock()  # hooks are the network's, not the call's
+        self._experts_on_gpu = on_gpu(self._run_expert)
+        self._encode_on_gpu = on_gpu(self._encode)
+        self._say_on_gpu = on_gpu(self._say)
+        self._explain_on_gpu = on_gpu(self._explain)
+        self._rank_on_gpu = on_gpu(self._rank)
+
+    # ---- experts ----
+
+    @property
+    def live(self) -> Any:
+        return self.processor.experts or {}
+
+    def title(self, name: str) -> str:
+        return TITLES.get(name, name.replace("_", " ").capitalize())
+
+    def class_names(self, name: str) -> list[str]:
+        """The names of an expert's classes, numbered where they have none."""
+        number = self.descriptions[name].get("num_classes") or 0
+        names = getattr(self.live, "class_names", {}).get(name) or []
+        names = [names.get(i) for i in range(number)] if isinstance(names, Mapping) else list(names)
+        return [names[i] if i < len(names) and names[i] else f"class {i}" for i in range(number)]
+
+    def encode_words(self, words: list[str]) -> Any:
+        expert = next((self.live[name] for name in self.live if hasattr(self.live[name], "word_features")), None)
+        if expert is None:
+            raise Refused("The words cannot be changed here: this checkpoint came without its expert for text.")
+        return expert.word_features(words)
+
+    def look(self, picture: Image.Image, names: Collection[str] | None = None) -> Iterator[Seen]:
+        """Runs the experts on a picture, one after the other; `names` are those wanted, by default all."""
+        known: dict[str, Any] = {}
+        for name in self.descriptions:
+            if names is not None and name not in names:
+                continue
+            start = time.perf_counter()
+            try:
+                label = self._experts_on_gpu(name, picture, known) if name in self.live else None
+                failed = label is None
+            except Exception:
+                logger.exception("the expert %s failed", name)
+                label, failed = None, True
+            known[name] = label
+            yield Seen(name, label, time.perf_counter() - start, failed)
+
+    def _run_expert(self, name: str, picture: Image.Image, known: dict[str, Any]) -> Any:
+        usable = {other: label for other, label in known.items() if label is not None}
+        return self.live.only(name)([picture], [usable])[0][name]
+
+    def warm_up(self) -> None:
+        """Loads every expert and runs everything once, so that the first visitor does not wait."""
+        picture = Image.new("RGB", (64, 64), "gray")
+        encoding = self.encode(picture, {seen.name: seen.label for seen in self.look(picture)})
+        for task in self.tasks:
+            self.explain(encoding, task, "What is it?")
+
+    # ---- the network ----
+
+    def encode(self, picture: Image.Image, labels: Mapping[str, Any]) -> Encoding:
+        """Encodes a picture with what its experts saw; an expert whose label is `None` is missing."""
+        return self._encode_on_gpu(picture, {name: labels.get(name) for name in self.descriptions})
+
+    @torch.inference_mode()
+    def _encode(self, picture: Image.Image, labels: dict[str, Any]) -> Encoding:
+        inputs = self.processor.image_processor(picture, expert_labels=labels).to(self.device)
+        vision = self.model.model.vision_model
+        grids: dict[str, tuple[int, int]] = {}
+        attentions: list[torch.Tensor] = []
+        hooks = [
+            stem.register_forward_hook(lambda _, __, tokens, name=name: grids.update({name: tuple(tokens.shape[2:])}))
+            for name, stem in vision.expert_stems.items()
+        ]
+        for layer in vision.resampler.layers if vision.resampler is not None else ():
+            hooks.append(
+                layer.latent_attn.register_forward_hook(lambda _, __, out: attentions.append(out[1].mean(1)[0]))
+            )
+        with self._lock:
+            try:
+                encoded = self.model.get_image_features(**inputs, return_dict=True)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        distance = None
+        if self.familiarity is not None:
+            distance = self.familiarity.distance(image_features(self.model, encoded)).item()
+        return Encoding(encoded.last_hidden_state.cpu(), _sources(attentions, grids), distance)
+
+    @property
+    def usual_distance(self) -> float | None:
+        return None if self.familiarity is None else self.familiarity.limit
+
+    def prompt(self, task: str, text: str | None = None) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            Refused: if there is no question, or it is longer than the model reads.
+        """
+        text = (text or "").strip() or None
+        if task == "vqa":
+            if text is None or not any(letter.isalnum() for letter in text):
+                raise Refused("Please type a question first.")
+            if len(text.split()) > MAX_WORDS or len(text) > MAX_LETTERS or self._length(task, text) > MAX_TOKENS:
+                raise Refused(
+                    f"This question is too long ({len(text.split())} words). The model reads up to {MAX_WORDS} short "
+                    "words; please ask in fewer."
+                )
+        return self._tokens(task, text)
+
+    def _tokens(self, task: str, text: str | None, **settings: Any) -> dict[str, torch.Tensor]:
+        inputs = self.processor(Image.new("RGB", (8, 8)), text, experts=[], task=task, **settings)  # the text alone
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def _length(self, task: str, text: str) -> int:
+        return self._tokens(task, text, max_length=10 * MAX_TOKENS)["input_ids"].shape[1]
+
+    def say(self, encoding: Encoding, task: str, text: str | None = None) -> Iterator[str]:
+        """What the model says, as it grows; it stops when the iterator is closed."""
+        said = ""
+        for piece in self._say_on_gpu(encoding.states, self.prompt(task, text)):
+            said += piece
+            yield self._shown(said, task)
+
+    @staticmethod
+    def _shown(said: str, task: str) -> str:
+        return said.strip().lower() if task == "vqa" else said.strip()
+
+    def _say(self, states: torch.Tensor, prompt: dict[str, torch.Tensor]) -> Iterator[str]:
+        stop = Event()
+        streamer = TextIteratorStreamer(
+            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=MAX_SECONDS
+        )
+        problems: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                self.model.generate(
+                    **{name: tensor.to(self.device) for name, tensor in prompt.items()},
+                    encoder_outputs=(states.to(self.device),),
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    streamer=streamer,
+                    stopping_criteria=[_Stopped(stop)],
+                )
+            except Exception as error:
+                problems.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            stop.set()
+            thread.join()
+        if problems:
+            raise problems[0]
+
+    def explain(self, encoding: Encoding, task: str, text: str | None = None) -> Said:
+        """What the model says, how sure it is, what else it might have said, and where it looked."""
+        rows, probabilities, cross = self._explain_on_gpu(encoding.states, self.prompt(task, text))
+        texts = [self._shown(self.processor.tokenizer.decode(row, skip_special_tokens=True), task) for row in rows]
+        ranked: dict[str, float] = {}
+        for each, probability in zip(texts, probabilities):
+            ranked[each] = ranked.get(each, 0.0) + probability
+        text_said = texts[0]
+        others = sorted(((each, p) for each, p in ranked.items() if each != text_said), key=lambda pair: -pair[1])
+        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        looked, latents = cross[: side**2].reshape(side, side), cross[side**2 :]
+        experts = {name: torch.einsum("l,lhw->hw", latents, source) for name, source in encoding.sources.items()}
+        per_word = probabilities[0] ** (1 / len(rows[0]))
+        return Said(text_said, ranked[text_said], per_word, others[:NUM_OTHERS], looked, experts)
+
+    @torch.inference_mode()
+    def _explain(
+        self, states: torch.Tensor, prompt: dict[str, torch.Tensor]
+    ) -> tuple[list[list[int]], list[float], torch.Tensor]:
+        """Continuations, the greedy one first, their probabilities, and the first one's attention (tokens,)."""
+        prompt = {name: tensor.to(self.device) for name, tensor in prompt.items()}
+        encoder_outputs = (states.to(self.device),)
+        length, end = prompt["input_ids"].shape[1], self.model.config.eos_token_id
+        settings = {"encoder_outputs": encoder_outputs, "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+        greedy = self.model.generate(**prompt, **settings, num_beams=1)
+        beams = self.model.generate(**prompt, **settings, num_beams=NUM_BEAMS, num_return_sequences=NUM_BEAMS)
+        rows: list[list[int]] = []
+        for row in [*greedy[:, length:].tolist(), *beams[:, length:].tolist()]:
+            row = row[: row.index(end) + 1] if end in row else row
+            if row not in rows:
+                rows.append(row)
+        longest = max(map(len, rows))
+        padded = torch.tensor(
+            [row + [self.model.config.pad_token_id] * (longest - len(row)) for row in rows], device=self.device
+        )
+        sequences = torch.cat([prompt["input_ids"].repeat(len(rows), 1), padded], dim=1)
+        mask = torch.ones_like(sequences)
+        for number, row in enumerate(rows):
+            mask[number, length + len(row) :] = 0
+        outputs = self.model(
+            input_ids=sequences, attention_mask=mask, encoder_outputs=encoder_outputs, output_attentions=True
+        )
+        log_probabilities = outputs.logits[:, length - 1 : -1].float().log_softmax(-1)
+        of_tokens = log_probabilities.gather(2, padded[..., None])[..., 0] * mask[:, length:]
+        # where the words that say something were chosen, not the end of the text
+        chosen = slice(length - 1, length - 1 + max(1, len(rows[0]) - (end in rows[0])))
+        cross = torch.stack([layer[0, :, chosen].float().mean((0, 1)) for layer in outputs.cross_attentions]).mean(0)
+        return rows, of_tokens.sum(1).exp().tolist(), cross.cpu()
+
+    def rank(self, encoding: Encoding, labels: list[str], task: str, text: str | None = None) -> list[dict[str, Any]]:
+        """
+        Ranks labels: `{"label", "score", "share"}`, best first; `score` is the mean log-probability of the label's
+        tokens, and the shares, a softmax of the scores, sum to 1.
+        """
+        candidates = dict(self.processor.prepare_candidates(labels, task=task))
+        scores, indices = self._rank_on_gpu(encoding.states, self.prompt(task, text), candidates)
+        shares = torch.tensor(scores).softmax(0).tolist()
+        return [
+            {"label": labels[index], "score": score, "share": share}
+            for index, score, share in zip(indices, scores, shares)
+        ]
+
+    def _rank(self, states: torch.Tensor, prompt: dict, candidates: dict) -> tuple[list[float], list[int]]:
+        given = {name: tensor.to(self.device) for name, tensor in {**prompt, **candidates}.items()}
+        k = len(candidates["candidate_ids"])
+        ranking = self.model.rank_candidates(**given, k=k, encoder_outputs=(states.to(self.device),))
+        return ranking.scores[0].float().tolist(), ranking.indices[0].tolist()
+
+
+def parse_labels(text: str) -> list[str]:
+    """
+    Labels, divided by commas or new lines, each once.
+
+    Raises:
+        Refused: if there are none, too many, or one that is too long.
+    """
+    labels = list(dict.fromkeys(label.strip() for label in text.replace("\n", ",").split(",") if label.strip()))
+    if len(labels) < 2:
+        raise Refused("Please type at least two labels, divided by commas.")
+    if len(labels) > MAX_LABELS:
+        raise Refused(f"These are {len(labels)} labels; up to {MAX_LABELS} are ranked.")
+    long = next((label for label in labels if len(label) > 60), None)
+    if long is not None:
+        raise Refused(f"The label “{long[:30]}…” is too long; up to 60 letters are taken.")
+    return labels
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, stop: Event):
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
+
+
+def _sources(attentions: list[torch.Tensor], grids: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """
+    From the resampler's attention, (latents, tokens + latents) in each layer, how much each latent holds of each place
+    of each expert's map: attention rollout (Abnar and Zuidema, 2020), half of a layer's output being its input.
+    """
+    if not attentions or not grids:
+        return {}
+    num_tokens = sum(height * width for height, width in grids.values())
+    held = torch.zeros(len(attentions[0]), num_tokens)
+    for attention in attentions:
+        attention = attention.float().cpu()
+        held = 0.5 * held + 0.5 * (attention[:, :num_tokens] + attention[:, num_tokens:] @ held)
+    parts = held.split([height * width for height, width in grids.values()], dim=1)
+    return {name: part.unflatten(1, grid) for (name, grid), part in zip(grids.items(), parts)}

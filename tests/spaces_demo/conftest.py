@@ -1,0 +1,44 @@
+"""The Space's modules, which import each other as they do on the Hub, and one server for all tests."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_prismer import pretrained_path
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "spaces_demo"))
+
+
+@pytest.fixture(scope="session")
+def reader():
+    pytest.importorskip("gradio")
+    from reader import Reader
+
+    return Reader(pretrained_path("prismer-easy-vqa"), "cpu")
+
+
+@pytest.fixture(scope="session")
+def shape():
+    from PIL import Image
+
+    with Image.open(ROOT / "modeling_prismer/assets/shape.png") as image:
+        return image.convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Address of the running app, with the bundled checkpoint."""
+    pytest.importorskip("gradio")
+    import app
+
+    blocks, sessions = app.make_app(pretrained_path("prismer-easy-vqa"), "cpu")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app.launch(blocks, sessions, "127.0.0.1", port, prevent_thread_lock=True, quiet=True)
+    yield f"http://127.0.0.1:{port}"
+    blocks.close(verbose=False)

@@ -1,0 +1,218 @@
+"""The page in a real browser. Needs Playwright and Chromium; axe-core for accessibility."""
+
+import pytest
+
+
+pytest.importorskip("gradio")
+pytest.importorskip("playwright")
+
+
+from tests.spaces_demo import browsing
+from tests.spaces_demo.browsing import AXE, DESKTOP, PHONE, ask, choose_example, chromium, open_page, wait_for
+from tests.spaces_demo.conftest import ROOT
+
+
+if browsing.CHROMIUM is None:
+    pytest.skip("no Chromium: set CHROMIUM to its path", allow_module_level=True)
+
+SHAPE = "What shape is in the image?"
+# What axe-core finds in gradio's own markup
+GRADIO_OWN: set[tuple[str, str]] = set()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, server):
+    page = open_page(browser, server)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    yield page
+    page.context.close()
+    assert not problems
+
+
+def upload(page, file):
+    page.set_input_files("#picture input[type=file]", str(file))
+
+
+def test_an_uploaded_picture_is_looked_at_by_every_expert_and_answers_questions(page):
+    upload(page, ROOT / "modeling_prismer/assets/shape.png")
+    wait_for(page, "Ready")
+    for name in ("edge", "ocr"):
+        assert page.locator(f"#card-{name} img").count() == 1
+        assert " s" in page.inner_text(f"#card-{name} .card-head")
+    ask(page, "What color is the shape?")
+    assert page.locator("#chat").inner_text().strip().endswith("teal")
+    ask(page, SHAPE)
+    assert "triangle" in page.inner_text("#chat") and "teal" in page.inner_text("#chat")
+    assert page.locator("#result .version").count() == 2
+    assert page.locator("#looked img").count() == 3
+
+
+def test_a_broken_picture_gets_a_message_and_the_page_goes_on(page, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((ROOT / "modeling_prismer/assets/shape.png").read_bytes()[:70])
+    upload(page, broken)
+    page.wait_for_selector(".toast-body")
+    said = page.inner_text(".toast-body")
+    assert "no picture, or damaged" in said and "/" not in said
+    choose_example(page)
+
+
+def test_too_large_a_file_is_refused(page, tmp_path):
+    large = tmp_path / "large.bmp"
+    large.write_bytes(b"BM" + bytes(11 * 1024**2))
+    upload(page, large)
+    page.wait_for_selector(".toast-body")
+    assert str(tmp_path) not in page.content()
+
+
+def test_too_long_a_question_gets_a_message(page):
+    choose_example(page)
+    page.fill("#question textarea, #question input", "is it red and " * 20)
+    page.click("#ask")
+    page.wait_for_selector(".toast-body")
+    assert "too long" in page.inner_text(".toast-body")
+
+
+def test_switching_an_expert_off_and_to_noise_changes_the_answer_beside_the_others(page):
+    choose_example(page)
+    ask(page, SHAPE)
+    seen = page.inner_text("#result .version >> nth=0")
+    for name in ("edge", "ocr"):
+        page.click(f"#switch-{name} label:has-text('Off')")
+        wait_for(page, f"{'Edges' if name == 'edge' else 'Text'}".lower() + " off", "#result")
+        wait_for(page, "Done.")
+    assert "Switched off" in page.inner_text("#card-edge")
+    versions = [page.locator("#result .version").nth(number).inner_text() for number in range(3)]
+    assert versions[0] == seen
+    chance = [each.split("\n")[-1] for each in versions]
+    assert chance[1] == chance[2]  # everything off is as without experts
+    page.click("#switch-edge label:has-text('Noise')")
+    wait_for(page, "edges noise", "#result")
+    page.click("#restore")
+    page.wait_for_function("() => document.querySelectorAll('#result .version').length === 2")
+
+
+def test_a_changed_word_and_a_painted_map_reach_the_model(page):
+    choose_example(page)
+    ask(page, SHAPE)
+    page.click("#edit-edge")
+    page.wait_for_selector(".editor-tools select")
+    box = page.locator(".editor canvas").bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 160, steps=6)
+    page.mouse.up()
+    wait_for(page, "changed by you", "#card-edge")
+    wait_for(page, "edges changed", "#result")
+    assert page.locator("#switch-edge input:checked").get_attribute("value") == "edited"
+    page.click("#edit-ocr")
+    page.wait_for_selector("button:has-text('Add a word')")
+    page.click("button:has-text('Add a word')")
+    page.fill(".editor-items input >> nth=-1", "circle")
+    wait_for(page, "circle", "#card-ocr")
+    wait_for(page, "text changed", "#result")
+
+
+def test_the_editor_works_with_keys_alone(page):
+    choose_example(page)
+    page.focus("#edit-edge")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".editor-tools select")
+    page.wait_for_function("() => document.activeElement.tagName === 'CANVAS'")
+    for key in ("ArrowRight", "ArrowDown", "Space", "Shift+ArrowRight"):
+        page.keyboard.press(key)
+    wait_for(page, "changed by you", "#card-edge")
+
+
+def test_the_way_from_example_to_answer_needs_no_mouse(page):
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.closest('#examples') !== null"):
+            break
+    page.keyboard.press("Enter")
+    wait_for(page, "Ready")
+    page.focus("#question textarea, #question input")
+    page.keyboard.type(SHAPE)
+    page.keyboard.press("Enter")
+    wait_for(page, "triangle", "#result")
+    wait_for(page, "Done.")
+    page.focus("#switch-edge input[value=off]")
+    page.keyboard.press("Space")
+    wait_for(page, "edges off", "#result")
+
+
+def test_a_link_restores_the_session_for_somebody_else(browser, page):
+    choose_example(page)
+    ask(page, SHAPE)
+    page.click("#switch-edge label:has-text('Off')")
+    wait_for(page, "edges off", "#result")
+    page.click("#share")
+    page.wait_for_function("() => document.querySelector('#link textarea, #link input')?.value.startsWith('http')")
+    link = page.input_value("#link textarea, #link input")
+    other = browser.new_context().new_page()
+    other.goto(link)
+    wait_for(other, "edges off", "#result")
+    assert SHAPE in other.inner_text("#chat")
+    other.context.close()
+
+
+def test_labels_are_ranked_on_their_tab(page):
+    page.get_by_role("tab", name="Classify").click()
+    page.click("#rank")
+    page.wait_for_selector(".toast-body")
+    assert "choose a picture first" in page.inner_text(".toast-body")
+    page.get_by_role("tab", name="Ask").click()
+    choose_example(page)
+    page.get_by_role("tab", name="Classify").click()
+    page.get_by_label("Your labels").fill("circle, triangle, rectangle")
+    page.get_by_label("The question they answer").fill(SHAPE)
+    page.click("#rank")
+    page.wait_for_selector("#ranking .ranking")
+    assert page.inner_text("#ranking .ranking li >> nth=0").startswith("triangle")
+
+
+def test_a_new_picture_forgets_the_one_before(page):
+    choose_example(page)
+    ask(page, SHAPE)
+    page.click("#switch-edge label:has-text('Off')")
+    wait_for(page, "edges off", "#result")
+    upload(page, ROOT / "spaces_demo/examples/scene-67.png")
+    page.wait_for_function("() => document.querySelector('#result').innerText.trim() === ''")
+    wait_for(page, "Ready")
+    assert page.locator("#switch-edge input:checked").get_attribute("value") == "seen"
+    assert SHAPE not in page.inner_text("#chat")
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_hides_from_those_who_see_or_hear_otherwise(browser, server, viewport, dark):
+    if not AXE.is_file():
+        pytest.skip(f"no axe-core at {AXE}: npm install --prefix build/axe axe-core")
+    page = open_page(browser, server, viewport, dark)
+    choose_example(page)
+    ask(page, SHAPE)
+    page.click("#switch-ocr label:has-text('Off')")
+    page.click("#edit-edge")
+    page.wait_for_selector(".editor-tools select")
+    wait_for(page, "text off", "#result")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    for tab in ("Ask", "Classify", "Study", "API"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(400)
+        found = page.evaluate("() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa']})")["violations"]
+        serious = {
+            (each["id"], node["html"][:200])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        }
+        assert not serious - GRADIO_OWN, tab
+    page.context.close()

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+
+
+pytest.importorskip("gradio")
+
+from edits import apply_edit, boxes_of, check_edit, noise, tool_for
+from pictures import Refused
+
+
+DEPTH = {"name": "depth", "kind": "dense", "channels": 1}
+NORMAL = {"name": "normal", "kind": "dense", "channels": 3}
+SEGMENTS = {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": 5}
+OBJECTS = {"name": "detection", "kind": "label", "channels": 64, "num_classes": 4, "instances": True}
+WORDS = {"name": "ocr", "kind": "label", "channels": 8}
+SIX = [DEPTH, NORMAL, SEGMENTS, OBJECTS, WORDS]
+SIZE = (40, 20)  # width, height
+
+
+def encode_words(words):
+    return np.ones((len(words), 8), np.float32)
+
+
+def stroke(value, *points, width=0.1):
+    return {"strokes": [{"value": value, "width": width, "points": [list(point) for point in points]}]}
+
+
+def test_each_kind_of_map_has_its_tool():
+    assert [tool_for(each) for each in SIX] == ["paint", "paint", "paint", "boxes", "words"]
+
+
+def test_paint_changes_the_map_where_it_was_painted_and_nowhere_else():
+    label = np.full((20, 40), 7, np.uint8)
+    painted = apply_edit(label, check_edit(stroke(200, (0.25, 0.5)), DEPTH), DEPTH, SIZE, encode_words)
+    assert painted[10, 10] == 200
+    assert painted[10, 30] == 7 and painted[0, 0] == 7
+    assert label[10, 10] == 7  # what the expert saw stays
+
+
+def test_directions_are_painted_in_all_their_channels():
+    label = np.zeros((20, 40, 3), np.uint8)
+    painted = apply_edit(label, check_edit(stroke([1, 2, 3], (0.5, 0.5)), NORMAL), NORMAL, SIZE, encode_words)
+    assert painted[10, 20].tolist() == [1, 2, 3]
+
+
+def test_classes_are_painted_as_ids():
+    painted = apply_edit(None, check_edit(stroke(4, (0.5, 0.5)), SEGMENTS), SEGMENTS, SIZE, encode_words)
+    assert painted["ids"][10, 20] == 4
+    assert painted["ids"][0, 0] == 255
+
+
+def test_objects_become_boxes_and_boxes_become_objects():
+    ids = np.full((20, 40), 255, np.uint8)
+    ids[5:10, 10:20] = 0
+    boxes = boxes_of({"ids": ids, "classes": [3]})
+    assert boxes == [{"box": [0.25, 0.25, 0.5, 0.5], "class": 3}]
+    again = apply_edit(None, check_edit({"boxes": boxes}, OBJECTS), OBJECTS, SIZE, encode_words)
+    assert again["classes"] == [3]
+    np.testing.assert_array_equal(again["ids"], ids)
+
+
+def test_a_small_box_lies_over_a_large_one():
+    boxes = [{"box": [0.4, 0.4, 0.6, 0.6], "class": 1}, {"box": [0, 0, 1, 1], "class": 2}]
+    label = apply_edit(None, check_edit({"boxes": boxes}, OBJECTS), OBJECTS, SIZE, encode_words)
+    assert label["ids"][10, 20] == 0 and label["ids"][0, 0] == 1
+
+
+def test_changed_words_are_encoded_and_empty_ones_left_out():
+    boxes = [{"box": [0, 0, 0.5, 0.5], "text": " stop "}, {"box": [0, 0, 1, 1], "text": ""}]
+    label = apply_edit(None, check_edit({"boxes": boxes}, WORDS), WORDS, SIZE, encode_words)
+    assert label["words"] == ["stop"]
+    assert label["features"].shape == (1, 8)
+
+
+@pytest.mark.parametrize("description", SIX, ids=lambda each: each["name"])
+def test_noise_has_the_form_of_the_expert(description):
+    label = noise(description, SIZE, encode_words)
+    values = label["ids"] if description["kind"] == "label" else label
+    channels = (3,) if description["channels"] == 3 else ()
+    assert values.shape == (20, 40, *channels) and values.dtype == np.uint8
+    np.testing.assert_array_equal(
+        values,
+        noise(description, SIZE, encode_words)["ids"]
+        if isinstance(label, dict)
+        else noise(description, SIZE, encode_words),
+    )
+
+
+@pytest.mark.parametrize(
+    "edit, description",
+    [
+        (None, DEPTH),
+        ({"strokes": 3}, DEPTH),
+        (stroke([1, 2, 3], (0, 0)), DEPTH),
+        (stroke(1, (0, 0)), NORMAL),
+        (stroke(9, (0, 0)), SEGMENTS),
+        (stroke(1, (float("nan"), 0)), DEPTH),
+        ({"boxes": [{"box": [0, 0, 1], "class": 0}]}, OBJECTS),
+        ({"boxes": [{"box": [0, 0, 1, 1], "class": 4}]}, OBJECTS),
+        ({"boxes": [{"box": [0, 0, 1, 1], "class": 0}] * 61}, OBJECTS),
+        (stroke(1, *[(0, 0)] * 20_001), DEPTH),
+    ],
+)
+def test_what_is_no_edit_is_refused(edit, description):
+    with pytest.raises(Refused):
+        check_edit(edit, description)

@@ -1,0 +1,50 @@
+import io
+
+import pytest
+from PIL import Image
+
+
+pytest.importorskip("gradio")
+
+import pictures
+from app import sweep
+from pictures import Refused, open_picture
+
+
+def as_bytes(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_a_large_picture_is_made_smaller():
+    picture = open_picture(as_bytes(Image.new("RGBA", (3000, 1500), "red")))
+    assert picture.size == (1024, 512) and picture.mode == "RGB"
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", as_bytes(Image.new("RGB", (64, 64)))[:60]])
+def test_what_is_no_picture_is_refused_in_plain_words(content):
+    with pytest.raises(Refused, match="no picture, or damaged"):
+        open_picture(content)
+
+
+def test_bytes_and_pixels_are_bounded(monkeypatch):
+    content = as_bytes(Image.new("1", (6000, 5000)))
+    with pytest.raises(Refused, match="6000×5000 pixels; up to 25 million"):
+        open_picture(content)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 100)
+    with pytest.raises(Refused, match="MB"):
+        open_picture(content)
+
+
+def test_old_uploads_are_swept_away_and_new_ones_stay(tmp_path):
+    import os
+
+    for name, age in (("old", 500), ("new", 0)):
+        file = tmp_path / name / "picture.png"
+        file.parent.mkdir()
+        file.write_bytes(b"x")
+        time = file.stat().st_mtime - age
+        os.utime(file, (time, time))
+    sweep(tmp_path, 120)
+    assert [file.parent.name for file in tmp_path.rglob("*.png")] == ["new"]

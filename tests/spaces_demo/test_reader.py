@@ -1,0 +1,138 @@
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+
+pytest.importorskip("gradio")
+
+import drawings
+from pictures import Refused
+from reader import parse_labels
+from sessions import Session
+
+
+QUESTION = "What color is the shape?"
+
+
+@pytest.fixture(scope="module")
+def session(reader, shape):
+    session = Session(picture=shape)
+    for seen in reader.look(shape):
+        session.seen[seen.name], session.modes[seen.name] = seen.label, "seen"
+    return session
+
+
+def test_what_it_says_grows_and_ends_in_the_answer(reader, session):
+    assert list(reader.say(session.encoding("seen", reader), "vqa", QUESTION))[-1] == "teal"
+
+
+def test_who_stops_listening_stops_the_network(reader, session):
+    threads = threading.active_count()
+    saying = reader.say(session.encoding("seen", reader), "vqa", QUESTION)
+    next(saying)
+    saying.close()
+    assert threading.active_count() == threads
+
+
+def test_the_answer_has_a_probability_and_alternatives_that_are_less_probable(reader, session):
+    said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
+    assert said.text == "teal" and 0.5 < said.probability <= 1
+    probabilities = [probability for _, probability in said.others]
+    assert probabilities == sorted(probabilities, reverse=True) and max(probabilities) < said.probability
+    assert said.probability + sum(probabilities) <= 1 + 1e-5
+
+
+def test_the_probability_is_that_of_the_network(reader, session):
+    encoding = session.encoding("seen", reader)
+    labels = {name: session.seen[name] for name in reader.descriptions}
+    inputs = reader.processor(session.picture, QUESTION, expert_labels=labels, suffix="teal")
+    with torch.no_grad():
+        logits = reader.model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
+    chosen = inputs["labels"][:, 1:] != -100
+    log = logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0][chosen].sum()
+    assert reader.explain(encoding, "vqa", QUESTION).probability == pytest.approx(log.exp().item(), rel=1e-3)
+
+
+def test_attention_is_shared_by_the_picture_and_the_experts_that_are_there(reader, session):
+    said = reader.explain(session.encoding("seen", reader), "vqa", "What shape is in the image?")
+    total = said.looked.sum() + sum(each.sum() for each in said.looked_at_experts.values())
+    assert said.looked.shape == (8, 8) and set(said.looked_at_experts) == {"edge", "ocr"}
+    assert 0 < total <= 1 + 1e-5
+    none = reader.explain(session.encoding("none", reader), "vqa", "What shape is in the image?")
+    assert sum(each.sum() for each in none.looked_at_experts.values()) == 0
+
+
+def test_switching_experts_off_changes_the_answer_and_back_restores_it(reader, session):
+    question = "What shape is in the image?"
+    sure = {}
+    for modes in ({"edge": "seen", "ocr": "seen"}, {"edge": "off", "ocr": "off"}, {"edge": "noise", "ocr": "noise"}):
+        session.modes.update(modes)
+        sure[modes["edge"]] = reader.explain(session.encoding("yours", reader), "vqa", question)
+    session.modes.update({"edge": "seen", "ocr": "seen"})
+    assert sure["seen"].text == "triangle"
+    assert sure["off"].probability != sure["seen"].probability != sure["noise"].probability
+    assert reader.explain(session.encoding("yours", reader), "vqa", question).text == "triangle"
+
+
+def test_a_picture_is_encoded_once_for_all_its_questions(reader, session, monkeypatch):
+    first = session.encoding("seen", reader)
+    monkeypatch.setattr(reader, "encode", None)
+    assert session.encoding("seen", reader) is first
+
+
+def test_an_expert_that_fails_is_missing_and_the_others_go_on(reader, shape, monkeypatch):
+    def fail(images, *others):
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(reader.live["edge"], "run", fail)
+    seen = {each.name: each for each in reader.look(shape)}
+    assert seen["edge"].failed and not seen["ocr"].failed
+    labels = {name: each.label for name, each in seen.items()}
+    assert reader.explain(reader.encode(shape, labels), "vqa", QUESTION).text == "teal"
+    card = drawings.expert_card(reader, "edge", shape, None, "failed", failed=True)
+    assert "could not read the picture" in card and "secret" not in card
+
+
+@pytest.mark.parametrize(
+    "question, reason",
+    [("", "type a question"), ("?!", "type a question"), ("is it " * 20, "too long"), ("x" * 400, "too long")],
+)
+def test_questions_that_cannot_be_read_are_refused_not_cut(reader, question, reason):
+    with pytest.raises(Refused, match=reason):
+        reader.prompt("vqa", question)
+
+
+def test_labels_are_divided_by_commas_and_lines_and_bounded():
+    assert parse_labels("red, green\nblue, red,") == ["red", "green", "blue"]
+    for bad in ("", "one", ",".join(map(str, range(51))), "a, " + "b" * 61):
+        with pytest.raises(Refused):
+            parse_labels(bad)
+
+
+def test_labels_are_ranked(reader, session):
+    ranking = reader.rank(session.encoding("seen", reader), ["red", "teal", "blue"], "vqa", QUESTION)
+    assert ranking[0]["label"] == "teal"
+    assert sum(row["share"] for row in ranking) == pytest.approx(1)
+
+
+def test_what_visitors_write_is_shown_as_text(reader, session):
+    said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
+    panel = drawings.turn_panel(("vqa", "<script>alert(1)</script>"), [("With", "", said)])
+    assert "<script" not in panel and "&lt;script&gt;" in panel
+
+
+def test_every_picture_on_the_page_has_a_description(reader, session):
+    said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
+    page = drawings.looked_panel(reader, session, session.seen, said, "")
+    page += "".join(drawings.expert_card(reader, name, session.picture, session.seen[name]) for name in session.seen)
+    assert page.count("<img") == page.count('alt="') == 5
+    assert 'alt=""' not in page
+
+
+def test_the_lit_part_of_a_picture_is_where_the_weights_are():
+    weights = torch.zeros(4, 4)
+    weights[0, 0] = 1
+    lit = drawings.spotlight(Image.new("RGB", (64, 64), (200, 100, 50)), weights)
+    assert lit.getpixel((2, 2))[0] > 150 and lit.getpixel((60, 60))[0] < 60
