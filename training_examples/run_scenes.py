@@ -57,8 +57,8 @@ DEFAULTS = {
     "train_data": ["scenes"],
     "eval_data": ["scenes"],
     "num_train_epochs": 8,
-    "per_device_train_batch_size": 32,
-    "learning_rate": 8e-4,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
     "logging_steps": 50,
@@ -68,7 +68,7 @@ DEFAULTS = {
     # Left and right, and how many there are, would not be what the texts say.
     "augment": False,
 }
-TEXTS_PER_IMAGE = 4  # drawn of the captions and questions of a picture each time it is seen
+TEXTS_PER_IMAGE = 20  # drawn of the captions and questions of a picture each time it is seen
 CAPTION_PROMPT = "A picture of"
 FAMILIAR = 3000  # scenes by which the published checkpoint tells what is unlike them
 

@@ -9,12 +9,10 @@ a training that was stopped goes on from its last checkpoint.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from scenes.scene import COLORS
 from scenes.scenes import Scenes
 from tokenizers import ByteLevelBPETokenizer
 from torchvision.transforms import v2
@@ -57,17 +55,8 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     RobertaTokenizer.from_pretrained(folder, model_max_length=64).save_pretrained(folder)
 
 
-def colorless(caption: str) -> str:
-    """`an orange ball next to a sign that says zoo` as `a ball next to a sign`."""
-    return re.sub(rf"\b(?:{'|'.join(COLORS)}) | that says \w+", "", caption).replace("an ", "a ")
-
-
 class CaptionedPictures:
-    """
-    Batches for CLIP, every second one in shades of gray: colors and words on signs tell scenes apart, and with them
-    alone it would learn nothing of shapes. Its text tower knows the end of a text by a token of its own, the last of
-    the vocabulary.
-    """
+    """Batches for CLIP. Its text tower knows the end of a text by a token of its own, the last of the vocabulary."""
 
     def __init__(self, tokenizer: RobertaTokenizer):
         self.tokenizer = tokenizer
@@ -79,13 +68,10 @@ class CaptionedPictures:
         # several captions in one text tell a picture from others better than one does
         orders = [torch.randperm(len(row["captions"]))[:SPOKEN] for row in rows]
         captions = [". ".join(clean_caption(row["captions"][i]) for i in order) for row, order in zip(rows, orders)]
-        images = [row["image"] for row in rows]
-        if torch.rand(()) < 0.5:
-            captions, images = map(colorless, captions), [image.convert("L").convert("RGB") for image in images]
         texts = self.tokenizer([each.lower() for each in captions], padding=True, truncation=True, max_length=64)
         input_ids = torch.tensor(texts["input_ids"])
         input_ids[input_ids == self.tokenizer.eos_token_id] = len(self.tokenizer)
-        pixel_values = self.image_processor([self.jitter(image) for image in images])["pixel_values"]
+        pixel_values = self.image_processor([self.jitter(row["image"]) for row in rows])["pixel_values"]
         attention_mask = torch.tensor(texts["attention_mask"])
         return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
 
@@ -150,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_dir", help="where the data set is or is made")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--clip_epochs", type=float, default=12)
+    parser.add_argument("--clip_epochs", type=float, default=24)
     parser.add_argument("--roberta_epochs", type=float, default=1)
     parser.add_argument("--max_rows", type=int, help="use this many scenes only")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
