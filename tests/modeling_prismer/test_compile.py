@@ -5,7 +5,7 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from transformers import StaticCache
 
-from .tiny import EXPERTS, image_inputs, prompts, tiny_config, tiny_model
+from .tiny import EXPERTS, image_inputs, needs_traced_checks, prompts, tiny_config, tiny_model
 
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -51,6 +51,7 @@ def compiled(function, backend="aot_eager"):
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
+@needs_traced_checks
 def test_the_encoder_is_one_graph_whichever_experts_each_sample_has(full_backend):
     model = small_model([DENSE, LABEL])
     encode = compiled(model.get_image_features, full_backend)
@@ -80,6 +81,7 @@ def test_a_frozen_encoder_is_one_graph():
     torch.testing.assert_close(encode(**inputs).last_hidden_state, expected, **TOLERANCE)
 
 
+@needs_traced_checks
 def test_a_compiled_encoder_still_refuses_a_mask_that_claims_what_is_not_given():
     model = small_model([DENSE])
     images = image_inputs(experts=[])

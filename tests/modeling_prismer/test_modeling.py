@@ -15,6 +15,7 @@ from .tiny import (
     TOLERANCE,
     VOCAB_SIZE,
     image_inputs,
+    needs_traced_checks,
     pick,
     prompts,
     tiny_config,
@@ -310,6 +311,7 @@ def test_autocast_trains_and_says_about_the_same(model):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@needs_traced_checks
 def test_it_compiles_in_one_graph(model):
     inputs = training_inputs()
     inputs["expert_mask"] = torch.tensor([[True] * 6, [True, False] * 3, [False] * 6])

@@ -1,6 +1,8 @@
 """The small models and inputs that the tests of the network run on, made in one place."""
 
+import pytest
 import torch
+from packaging.version import Version
 
 from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration
 
@@ -17,6 +19,10 @@ IMAGE_SIZE = 32
 MAP_SIZE = 32
 VOCAB_SIZE = 60
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
+
+needs_traced_checks = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="before torch 2.13 a checked mask breaks a compiled graph"
+)
 
 
 def tiny_config(experts: list[dict] | None = None, image_size: int = IMAGE_SIZE, **kwargs) -> PrismerConfig:

@@ -7,9 +7,6 @@ import torch
 from tests.modeling_prismer.tiny import tiny_config, tiny_model
 
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon is in torch 2.9 and newer")
-
-
 @pytest.fixture
 def model():
     torch.manual_seed(0)
