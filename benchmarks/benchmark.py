@@ -282,9 +282,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for what is written")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names hold one of these")
     parser.add_argument("--repeats", type=int, default=5, help="runs that count, after one to warm up")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+    Setup.add_arguments(parser)
     parser.add_argument(
         "--one_process", action="store_true", help="all rows in this process: quicker, no memory a row"
     )
@@ -293,7 +291,7 @@ def main():
     if args.compare:
         print(compare(*map(read_result, args.compare)))
         return
-    setup = Setup(args.small, args.device, args.dtype)
+    setup = Setup.from_arguments(args)
     result = run(setup, args.repeats, args.only, own_processes=not args.one_process)
     write_result(args.out, result, table(result))
     chart(result, args.out / "chart.png")

@@ -315,11 +315,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for what is written")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only curves whose names hold one of these")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each point that count")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+    Setup.add_arguments(parser)
     args = parser.parse_args()
-    setup = Setup(args.small, args.device, args.dtype)
+    setup = Setup.from_arguments(args)
     result: dict[str, Any] = {
         "network": setup.network,
         "machine": machine_facts(setup.torch_device, setup.torch_dtype),

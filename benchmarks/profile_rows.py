@@ -73,12 +73,10 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/profile"), help="folder for what is written")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names hold one of these")
     parser.add_argument("--top", type=int, default=12, help="operators in a row's table")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+    Setup.add_arguments(parser)
     parser.add_argument("--one_process", action="store_true", help="all rows in this process: quicker")
     args = parser.parse_args()
-    setup = Setup(args.small, args.device, args.dtype)
+    setup = Setup.from_arguments(args)
     machine = machine_facts(setup.torch_device, setup.torch_dtype)
     result: dict[str, Any] = {"network": setup.network, "machine": machine, "rows": {}}
     for name in select(args.only, list(ROWS)):

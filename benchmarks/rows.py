@@ -4,6 +4,7 @@ What each row of the benchmark runs, and on what: random weights of the true siz
 A row is a function that prepares everything and returns what is timed, a function without arguments.
 """
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ class Setup:
     small: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+
+    @staticmethod
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("--device", default="cpu")
+        parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+        parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+
+    @classmethod
+    def from_arguments(cls, args: Namespace) -> "Setup":
+        return cls(args.small, args.device, args.dtype)
 
     @property
     def network(self) -> str:

@@ -224,11 +224,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for what is written")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+    Setup.add_arguments(parser)
     args = parser.parse_args()
-    result = run(Setup(args.small, args.device, args.dtype), args.images, args.batch_sizes)
+    result = run(Setup.from_arguments(args), args.images, args.batch_sizes)
     write_result(args.out, result, table(result))
     figure(result, args.out / "throughput.png")
 

@@ -126,7 +126,15 @@ def main() -> None:
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
     args = parser.parse_args()
-    launch(*make_app(args.model, args.device), args.host, args.port)
+    try:
+        blocks, sessions = make_app(args.model, args.device)
+    except (OSError, ValueError, RuntimeError) as error:
+        given = f"--model {args.model}" + (f" --device {args.device}" if args.device else "")
+        raise SystemExit(f"{given} cannot be used: {error}") from error
+    try:
+        launch(blocks, sessions, args.host, args.port)
+    except (OSError, OverflowError) as error:
+        raise SystemExit(f"--host {args.host} --port {args.port} cannot be used: {error}") from error
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def figure(picture: Image.Image, alt: str, caption: str = "", kind: str = "") ->
 # ---- experts ----
 
 
+def drawn_label(reader: Reader, picture: Image.Image, name: str, label: Any) -> dict[str, Any]:
+    """As [`draw_expert`], with what the checkpoint says of the expert."""
+    return draw_expert(picture, name, label, reader.descriptions[name]["kind"], reader.class_names(name) or None, SIZE)
+
+
 def expert_card(
     reader: Reader, name: str, picture: Image.Image, label: Any, note: str = "", failed: bool = False
 ) -> str:
@@ -60,8 +65,7 @@ def expert_card(
         )
         ratio = f"aspect-ratio: {picture.width} / {picture.height}"
         return f'<div class="card">{head}<div class="missing" style="{ratio}"><p>{said}</p></div></div>'
-    description = reader.descriptions[name]
-    drawn = draw_expert(picture, name, label, description["kind"], reader.class_names(name) or None, SIZE)
+    drawn = drawn_label(reader, picture, name, label)
     legend = ""
     if drawn["scale"]:
         low, colors, high = drawn["scale"]
@@ -154,9 +158,7 @@ def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], sa
     for name, share in shares.items():
         share /= total
         if name:
-            base = draw_expert(
-                session.picture, name, labels[name], reader.descriptions[name]["kind"], reader.class_names(name), SIZE
-            )["picture"]
+            base = drawn_label(reader, session.picture, name, labels[name])["picture"]
             title, weights = reader.title(name), said.looked_at_experts[name]
         else:
             base, title, weights = fit(session.picture), "The picture", said.looked
@@ -212,7 +214,7 @@ def editor_value(reader: Reader, session: Session, name: str) -> str:
     if tool == "paint":
         base = fit(session.picture)
         if label is not None:
-            base = draw_expert(session.picture, name, label, description["kind"], names or None, SIZE)["picture"]
+            base = drawn_label(reader, session.picture, name, label)["picture"]
         content |= {"picture": data_uri(base), "values": _paints(name, description, names, label)}
         content["strokes"] = edit["strokes"] if edit else []
     else:

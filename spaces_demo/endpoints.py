@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from edits import as_ids
 from page import guarded, opened
 from pictures import Refused
 from PIL import Image
@@ -101,7 +102,7 @@ class Endpoints:
         if isinstance(label, dict) and "words" in label:
             return [str(word) for word in label["words"]]
         names = self.reader.class_names(name)
-        ids = np.asarray(label["ids"] if isinstance(label, dict) else label)
+        ids = as_ids(label)
         classes = label["classes"] if isinstance(label, dict) and "classes" in label else np.unique(ids[ids != 255])
         return [names[int(index)] for index in classes]
 

@@ -21,6 +21,7 @@ from sessions import MAX_TURNS, Session, Sessions
 
 logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
+VERSIONS = {"seen": "With all experts", "yours": "With your changes", "none": "Without experts"}
 CHOICES = {"seen": "As seen", "off": "Off", "noise": "Noise", "edited": "Edited"}
 NO_PICTURE = "Please choose a picture first, under “Ask”."
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # what the page itself does; programs have endpoints.py
@@ -470,14 +471,11 @@ class Page:
         session.turns = [*before, (task, text, said or "(nothing)")][-MAX_TURNS:]
         yield {self.chat: _messages(session.turns), self.status: drawings.status(1, 2, "Comparing …")}
 
-        titles = {
-            "seen": ("With all experts", "as they saw it"),
-            "yours": ("With your changes", self._changes(session)),
-            "none": ("Without experts", "the picture alone"),
-        }
-        which = ["seen", *(["yours"] if session.changed else []), "none"] if self.names else ["seen"]
+        notes = {"seen": "as they saw it", "yours": self._changes(session), "none": "the picture alone"}
+        titles = {version: (VERSIONS[version], note) for version, note in notes.items()}
         if not self.names:
             titles["seen"] = ("The answer", "this checkpoint has no experts")
+        which = self._versions(session)
         found: dict[str, Any] = {}
         for version in sorted(which, key=["yours", "seen", "none"].index):
             found[version] = self.reader.explain(session.encoding(version, self.reader), task, text)
@@ -493,6 +491,12 @@ class Page:
             self.looked: drawings.looked_panel(self.reader, session, labels, found[shown], note),
             self.status: drawings.status(1, 1, "Done."),
         }
+
+    def _versions(self, session: Session) -> list[str]:
+        """What is shown side by side, as `Session.encoding` names it."""
+        if not self.names:
+            return ["seen"]
+        return ["seen", "yours", "none"] if session.changed else ["seen", "none"]
 
     def _changes(self, session: Session) -> str:
         said = {"off": "off", "noise": "noise", "edited": "changed"}
@@ -595,13 +599,12 @@ class Page:
             raise Refused(NO_PICTURE)
         labels = parse_labels(text)
         task = "vqa" if "vqa" in self.reader.tasks else self.reader.processor.task
-        titles = {"seen": "With all experts", "yours": "With your changes", "none": "Without experts"}
-        which = ["seen", *(["yours"] if session.changed else []), "none"] if self.names else ["seen"]
-        if not self.names:
-            titles["seen"] = "Your labels"
         rankings = [
-            (titles[each], self.reader.rank(session.encoding(each, self.reader), labels, task, prompt))
-            for each in which
+            (
+                VERSIONS[version] if self.names else "Your labels",
+                self.reader.rank(session.encoding(version, self.reader), labels, task, prompt),
+            )
+            for version in self._versions(session)
         ]
         return drawings.ranking_panel(rankings)
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.familiarity import Familiarity, image_features
+from modeling_prismer.processing.visualization import TITLES
 
 
 logger = logging.getLogger(__name__)
@@ -24,14 +25,6 @@ MAX_WORDS, MAX_TOKENS, MAX_LETTERS = 30, 35, 300  # of a question
 MAX_LABELS = 50
 MAX_NEW_TOKENS, NUM_BEAMS, NUM_OTHERS = 30, 5, 4
 MAX_SECONDS = 60.0  # to wait for the next word
-TITLES = {
-    "depth": "Depth",
-    "normal": "Surface normals",
-    "segmentation": "Segments",
-    "edge": "Edges",
-    "detection": "Objects",
-    "ocr": "Text",
-}
 
 
 @dataclass
@@ -157,17 +150,22 @@ class Reader:
     def _encode(self, picture: Image.Image, labels: dict[str, Any]) -> Encoding:
         inputs = self.processor.image_processor(picture, expert_labels=labels).to(self.device)
         vision = self.model.model.vision_model
+        layers = vision.resampler.layers if vision.resampler is not None else ()
         grids: dict[str, tuple[int, int]] = {}
         attentions: list[torch.Tensor] = []
-        hooks = [
-            stem.register_forward_hook(lambda _, __, tokens, name=name: grids.update({name: tuple(tokens.shape[2:])}))
-            for name, stem in vision.expert_stems.items()
-        ]
-        for layer in vision.resampler.layers if vision.resampler is not None else ():
-            hooks.append(
+
+        def note_grid(name: str, tokens: torch.Tensor) -> None:
+            grids[name] = tuple(tokens.shape[2:])
+
+        with self._lock:  # from the first hook to the last: another call's would hear this call's forward pass
+            hooks = [
+                stem.register_forward_hook(lambda _, __, tokens, name=name: note_grid(name, tokens))
+                for name, stem in vision.expert_stems.items()
+            ]
+            hooks += [
                 layer.latent_attn.register_forward_hook(lambda _, __, out: attentions.append(out[1].mean(1)[0]))
-            )
-        with self._lock:
+                for layer in layers
+            ]
             try:
                 encoded = self.model.get_image_features(**inputs, return_dict=True)
             finally:

@@ -1,4 +1,5 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -136,3 +137,13 @@ def test_the_lit_part_of_a_picture_is_where_the_weights_are():
     weights[0, 0] = 1
     lit = drawings.spotlight(Image.new("RGB", (64, 64), (200, 100, 50)), weights)
     assert lit.getpixel((2, 2))[0] > 150 and lit.getpixel((60, 60))[0] < 60
+
+
+def test_encodings_at_the_same_time_do_not_mix(reader, shape):
+    labels = {seen.name: seen.label for seen in reader.look(shape)}
+    alone = reader.encode(shape, labels).sources
+    with ThreadPoolExecutor(8) as pool:
+        together = [each.sources for each in pool.map(lambda _: reader.encode(shape, labels), range(8))]
+    for sources in together:
+        for name, source in alone.items():
+            torch.testing.assert_close(sources[name], source)

@@ -1,0 +1,24 @@
+"""The program itself: what it cannot use is named in one line."""
+
+import sys
+
+import pytest
+
+
+pytest.importorskip("gradio")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--model", "no/such/folder"), "--model no/such/folder cannot be used: .*no/such/folder"),
+        (("--device", "gpu"), "--device gpu cannot be used: .*gpu"),
+        (("--port", "99999"), "--port 99999 cannot be used"),
+    ],
+)
+def test_what_cannot_be_used_is_named(arguments, message, monkeypatch):
+    import app
+
+    monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        app.main()
