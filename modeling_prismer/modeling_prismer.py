@@ -671,7 +671,9 @@ def _init_vision_weights(module: nn.Module) -> None:
     elif isinstance(module, PrismerExpertStem):
         for conv in module.convs:
             init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        init.normal_(module.projection.weight, std=module.projection.in_channels**-0.5)
+        # What is the same of all channels after their ReLU is the same everywhere and in every picture: it cancels.
+        rows = torch.empty_like(module.projection.weight).normal_(std=module.projection.in_channels**-0.5)
+        init.copy_(module.projection.weight, rows - rows.mean(1, keepdim=True))
         if hasattr(module, "class_features"):
             init.copy_(module.class_features, module.initial_class_features(len(module.class_features)))
         if module.num_instance_embeddings:
@@ -686,6 +688,11 @@ def _init_vision_weights(module: nn.Module) -> None:
         width = attention.config.hidden_size
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj, module.mlp.fc2):
             init.normal_(projection.weight, std=(width * 2 * depth) ** -0.5)
+        if isinstance(module, PrismerResamplerLayer):
+            # Scores with a spread of 2: each latent starts on tokens of its own. All on the mean of all tokens would
+            # hand on next to nothing of what differs between pictures.
+            for projection in (attention.q_proj, attention.k_proj):
+                init.normal_(projection.weight, std=(2 / width) ** 0.5)
         init.normal_(attention.out_proj.weight, std=width**-0.5)
         init.normal_(module.mlp.fc1.weight, std=(2 * width) ** -0.5)
 

@@ -34,9 +34,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def _share_groups(self) -> None:  # a scheduler changes the parts' own groups
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Returns what `closure` does, which is called first, with gradients, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for part in self.parts:
             part.step()
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self.parts]}

@@ -4,8 +4,8 @@ RoBERTa that fills masked words of captions and questions.
 
     python training_examples/train_scenes_backbones.py --data_dir runs/scenes-data --output_dir runs/scenes/backbones
 
-writes `clip/`, `roberta/` and the tokenizer of both, `tokenizer/`. Each part that is there already is left as it is;
-a training that was stopped goes on from its last checkpoint.
+writes `clip/`, `roberta/` and the tokenizer of both, `tokenizer/` (and `clip-strong/`, which `clip/` is made from).
+Each part that is there already is left as it is; a training that was stopped goes on from its last checkpoint.
 """
 
 import argparse
@@ -36,6 +36,7 @@ IMAGE_SIZE, PATCH_SIZE = 128, 16
 WIDTH, HEADS, INITIALIZER_RANGE = 192, 6, 0.04  # 0.02 is made for a width of 768
 VISION_LAYERS, TEXT_LAYERS = 6, 4
 SPOKEN = 3  # captions in one text for CLIP
+BRANCHES = 0.2  # by how much CLIP's layers are weakened after its training, before it is trained a little more
 
 
 def texts_of(rows: Dataset) -> list[str]:
@@ -119,6 +120,20 @@ def new_roberta(tokenizer: RobertaTokenizer) -> RobertaForMaskedLM:
     return RobertaForMaskedLM(config)
 
 
+@torch.no_grad()
+def weaken_branches(clip: CLIPModel) -> None:
+    """
+    Makes what each layer of the vision tower adds to a token small against the token.
+
+    A CLIP as small as this one ends up with tokens of which nine tenths were added on the way. Frozen, it would do so
+    to a Prismer's latents as well, and drown what the experts saw. A few more epochs bring its loss down again.
+    """
+    for layer in clip.vision_model.encoder.layers:
+        for projection in (layer.self_attn.out_proj, layer.mlp.fc2):
+            projection.weight.mul_(BRANCHES)
+            projection.bias.mul_(BRANCHES)
+
+
 class ClipTrainer(Trainer):
     """Trainer for a model whose loss is that of the whole batch."""
 
@@ -178,18 +193,25 @@ def main() -> None:
         trainer = Trainer(new_roberta(tokenizer), arguments, collator, train_dataset=encoded)
         train(trainer, args.output_dir / "roberta")
 
-    if not (args.output_dir / "clip").is_dir():
+    def train_clip(clip: CLIPModel, name: str, epochs: float, learning_rate: float) -> None:
         arguments = TrainingArguments(
-            args.output_dir / "clip-training",
+            args.output_dir / f"{name}-training",
             per_device_train_batch_size=128,
-            num_train_epochs=args.clip_epochs,
-            learning_rate=1e-3,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
             dataloader_num_workers=1,
             **shared,
         )
         pictures = rows.select_columns(["image", "captions"])
-        trainer = ClipTrainer(new_clip(tokenizer), arguments, CaptionedPictures(tokenizer), train_dataset=pictures)
-        train(trainer, args.output_dir / "clip")
+        trainer = ClipTrainer(clip, arguments, CaptionedPictures(tokenizer), train_dataset=pictures)
+        train(trainer, args.output_dir / name)
+
+    if not (args.output_dir / "clip").is_dir():
+        if not (args.output_dir / "clip-strong").is_dir():
+            train_clip(new_clip(tokenizer), "clip-strong", args.clip_epochs, 1e-3)
+        clip = CLIPModel.from_pretrained(args.output_dir / "clip-strong", attn_implementation="eager")
+        weaken_branches(clip)
+        train_clip(clip, "clip", args.clip_epochs / 6, 5e-4)
 
 
 if __name__ == "__main__":

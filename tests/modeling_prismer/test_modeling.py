@@ -402,7 +402,8 @@ def test_adaptors_start_as_the_identity():
         ("vision_model.expert_stems.depth.convs.3", (2 / (9 * 256)) ** 0.5),
         ("vision_model.expert_stems.ocr.convs.3", (2 / (9 * 256)) ** 0.5),
         ("vision_model.expert_stems.depth.projection", 256**-0.5),
-        ("vision_model.resampler.layers.1.latent_attn.q_proj", (2 * 2 * 256) ** -0.5),
+        ("vision_model.resampler.layers.1.latent_attn.q_proj", (2 / 256) ** 0.5),
+        ("vision_model.resampler.layers.1.latent_attn.v_proj", (2 * 2 * 256) ** -0.5),
         ("vision_model.resampler.layers.1.latent_attn.out_proj", 256**-0.5),
         ("vision_model.layers.0.self_attn.k_proj", (2 * 3 * 256) ** -0.5),
         ("vision_model.layers.0.mlp.fc1", (2 * 256) ** -0.5),
@@ -438,6 +439,18 @@ def test_a_fresh_model_is_calm():
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any() or "adaptor.down_proj" in name or "adaptor.layer_norm" in name, name
+
+
+def test_a_fresh_resampler_hands_on_what_differs_between_pictures():
+    torch.manual_seed(0)
+    vision_model = PrismerForConditionalGeneration(tiny_config()).model.vision_model.train()
+    for stem in vision_model.expert_stems.values():
+        torch.testing.assert_close(stem.projection.weight.mean(1), torch.zeros(32, 1, 1), atol=1e-6, rtol=0)
+    tokens = torch.randn(8, 96, 32, generator=torch.Generator().manual_seed(0))
+    latents = vision_model.resampler(tokens)
+    of_a_picture = latents - latents.mean(0)
+    of_its_own = of_a_picture - of_a_picture.mean(1, keepdim=True)
+    assert of_a_picture.std() > 0.2 * latents.std() and of_its_own.std() > 0.15 * latents.std()
 
 
 # ---- resizing

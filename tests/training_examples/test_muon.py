@@ -56,3 +56,16 @@ def test_goes_on_from_its_state_as_if_never_stopped(model, tmp_path):
     train(again, resumed, 2)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(again.get_parameter(name), parameter, rtol=0, atol=0)
+
+
+def test_a_closure_is_called_once_with_gradients(model):
+    optimizer = muon.muon_for(model, lr=1e-3, weight_decay=0.0)
+    called = []
+
+    def closure():
+        called.append(torch.is_grad_enabled())
+        return torch.tensor(2.5)
+
+    with torch.no_grad():
+        assert optimizer.step(closure) == 2.5
+    assert called == [True] and optimizer.step() is None

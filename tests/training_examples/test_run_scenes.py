@@ -3,11 +3,14 @@
 import json
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import run_scenes
+import torch
 import train_scenes_backbones
 from scenes.scenes import Scenes
+from transformers import CLIPModel
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.familiarity import Familiarity
@@ -37,6 +40,20 @@ def backbones(data_dir, tmp_path_factory):
             monkeypatch.setattr(train_scenes_backbones, name, value)
         folder = tmp_path_factory.mktemp("backbones")
         return run(train_scenes_backbones, data_dir, folder, "--clip_epochs", 1, "--roberta_epochs", 1)
+
+
+def test_the_layers_of_the_frozen_clip_add_little(backbones):
+    clip = CLIPModel.from_pretrained(backbones / "clip-strong").vision_model.eval()
+    pixel_values = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+
+    def added():
+        states = clip(pixel_values, output_hidden_states=True).hidden_states
+        return (states[-1] - states[0]).std().item()
+
+    before = added()
+    train_scenes_backbones.weaken_branches(SimpleNamespace(vision_model=clip))
+    assert 0.1 * before < added() < 0.3 * before
+    assert CLIPModel.from_pretrained(backbones / "clip").config.vision_config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize(
