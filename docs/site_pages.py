@@ -1,11 +1,14 @@
 """
-What the site has besides docs/ (a hook of mkdocs): pages made of Markdown that lies elsewhere in the repository, links
-that work on GitHub as well as here, and the package in the shape in which it is installed, for mkdocstrings to read.
+What the site has besides docs/ (a hook of mkdocs): pages made of Markdown that lies elsewhere in the repository, the
+options of the command line, links that work on GitHub as well as here, and the package in the shape in which it is
+installed, for mkdocstrings to read.
 """
 
 import posixpath
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from mkdocs.plugins import event_priority
@@ -39,7 +42,16 @@ def on_config(config):
 def on_files(files, config):
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "api/command_line.md", content=command_line()))
     return files
+
+
+def command_line() -> str:
+    """What `prismer --help` and the help of its commands say, as a page."""
+    # the file, not the module: without torch, which the package would import
+    command = [sys.executable, "-m", "typer", str(ROOT / "modeling_prismer" / "cli.py"), "utils", "docs"]
+    command += ["--name", "prismer", "--title", "Command line"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
 
 
 def on_page_markdown(markdown, page, config, files):

@@ -6,14 +6,27 @@ say.
 import importlib.util
 import inspect
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    RobertaForMaskedLM,
+    TrainingArguments,
+)
 
 import modeling_prismer
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
 from modeling_prismer.processing.experts import Expert
 from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessorTorchvision
+from modeling_prismer.processing.labels import label_images
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -65,6 +78,87 @@ def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, tmp_p
             exec(block, namespace)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in printed] == printed
+
+
+def given_experts(folder):
+    config = AutoConfig.for_model("roberta", vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+    vision = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    return {
+        "path": pretrained_path("prismer-easy-vqa"),
+        "image": Image.open("modeling_prismer/assets/shape.png"),
+        "question": "What color is the shape?",
+        "vision": CLIPVisionModel(CLIPVisionConfig(**vision)),
+        "text": RobertaForMaskedLM(config),
+        "trained_model": PrismerForConditionalGeneration.from_pretrained(pretrained_path("prismer-easy-vqa")),
+    }
+
+
+def given_peft(folder):
+    row = {"image": Image.open("modeling_prismer/assets/shape.png"), "text": "What color is it?", "suffix": "teal"}
+    training_args = TrainingArguments(
+        "runs/adapter", max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False, disable_tqdm=True
+    )
+    return {"checkpoint": pretrained_path("prismer-easy-vqa"), "rows": [row] * 2, "training_args": training_args}
+
+
+def write_photos(folder):
+    for name in ("summer/beach.jpg", "beach.jpg", "cats/torn.jpg"):
+        path = folder / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open("modeling_prismer/assets/shape.png").convert("RGB").save(path)
+
+
+def given_own_data(folder):
+    write_photos(folder)
+    (folder / "photos/cats/torn.jpg").write_bytes(b"torn")
+    label_images("photos", "offline", "photo_labels")
+    shutil.copytree(pretrained_path("prismer-easy-vqa"), "runs/answers")
+    return {}
+
+
+def given_label_store(folder):
+    write_photos(folder)
+    keys = ["beach.jpg", "summer/beach.jpg"]
+    processor = PrismerProcessor.from_pretrained(pretrained_path("prismer-easy-vqa"))
+    return {
+        "keys": keys,
+        "dataset": Dataset.from_dict({"file_name": keys}),
+        "args": SimpleNamespace(labels="photo_labels"),
+        "processor": processor,
+        "experts": processor.image_processor.experts,
+        "images": [f"photos/{key}" for key in keys],
+        "questions": ["What color is the shape?"] * 2,
+        "answers": ["teal"] * 2,
+    }
+
+
+# what a machine without a card and a network has in place of what a guide names
+AT_HAND = {'"fast"': '"offline"', '"cuda"': '"cpu"', '["depth", "ocr"]': '["edge", "ocr"]'}
+
+
+@pytest.mark.parametrize(
+    "given, printed",
+    [
+        (given_experts, r"edge.*ocr"),
+        (given_peft, r"train_runtime"),
+        (given_own_data, r"\{'cats/torn.jpg': .*\}\n\['[a-z]+'\]\n"),
+        (given_label_store, r"3 0 [\d.]+ \{'edge': [\d.]+, 'ocr': [\d.]+\}\n"),
+    ],
+)
+def test_python_blocks_of_a_guide_run_with_what_they_take_as_given(monkeypatch, tmp_path, capsys, given, printed):
+    for module in ("datasets", "peft", "pyarrow", "rapidocr"):
+        pytest.importorskip(module)
+    (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Expert, "registry", dict(Expert.registry))
+    names = {"__name__": "guide", **given(tmp_path)}
+    capsys.readouterr()
+    guide = given.__name__.removeprefix("given_")
+    for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / f"docs/{guide}.md").read_text(), flags=re.DOTALL):
+        for named, at_hand in AT_HAND.items():
+            block = block.replace(named, at_hand)
+        exec(block, names)
+    assert re.search(printed, capsys.readouterr().out, flags=re.DOTALL)
 
 
 def test_the_guide_to_deployment_runs_as_far_as_its_libraries_are_there(monkeypatch, tmp_path, capsys):

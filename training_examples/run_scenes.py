@@ -141,7 +141,7 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
             folder / "roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ),
         experts=descriptions,
-        num_latents=32,
+        num_latents=64,
         resampler_layers=2,
     )
     if descriptions:

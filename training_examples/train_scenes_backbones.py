@@ -12,7 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from muon import muon_for
+from scenes.language import article, phrase
 from scenes.scenes import Scenes
 from tokenizers import ByteLevelBPETokenizer
 from torchvision.transforms import v2
@@ -57,7 +60,13 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 class CaptionedPictures:
-    """Batches for CLIP. Its text tower knows the end of a text by a token of its own, the last of the vocabulary."""
+    """
+    Batches for CLIP: pictures with their captions, and regions with their phrases, `a large shiny red cone`.
+
+    In `regions`, `(number of regions, number of patches)`, are the shares of a region's object in the patches that
+    show most of it; `region_pictures` and `region_phrases` say which picture of the batch each region is of, and which
+    of the phrases it has. CLIP's text tower knows the end of a text by a token of its own, the last of the vocabulary.
+    """
 
     def __init__(self, tokenizer: RobertaTokenizer):
         self.tokenizer = tokenizer
@@ -69,12 +78,40 @@ class CaptionedPictures:
         # several captions in one text tell a picture from others better than one does
         orders = [torch.randperm(len(row["captions"]))[:SPOKEN] for row in rows]
         captions = [". ".join(clean_caption(row["captions"][i]) for i in order) for row, order in zip(rows, orders)]
-        texts = self.tokenizer([each.lower() for each in captions], padding=True, truncation=True, max_length=64)
-        input_ids = torch.tensor(texts["input_ids"])
+        seen = [
+            (picture, thing)
+            for picture, row in enumerate(rows)
+            for thing in row["facts"]["objects"]
+            if thing["visible_share"] > 0.5
+        ]
+        named = [article(phrase(thing, ("size", "material", "color"))) for _, thing in seen]
+        phrases = sorted(set(named))
+        return {
+            "pixel_values": self.image_processor([self.jitter(row["image"]) for row in rows])["pixel_values"],
+            **self._tokens([each.lower() for each in captions]),
+            **{f"phrase_{name}": tensor for name, tensor in self._tokens(phrases).items()},
+            "regions": torch.stack([patches_of(thing["box"]) for _, thing in seen]),
+            "region_pictures": torch.tensor([picture for picture, _ in seen]),
+            "region_phrases": torch.tensor([phrases.index(name) for name in named]),
+        }
+
+    def _tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")
+        input_ids = tokens["input_ids"]
         input_ids[input_ids == self.tokenizer.eos_token_id] = len(self.tokenizer)
-        pixel_values = self.image_processor([self.jitter(row["image"]) for row in rows])["pixel_values"]
-        attention_mask = torch.tensor(texts["attention_mask"])
-        return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        return {"input_ids": input_ids, "attention_mask": tokens["attention_mask"]}
+
+
+def patches_of(box: list[int]) -> torch.Tensor:
+    """Shares of a box `(left, top, right, bottom)` in the patches, in sum 1; none in those that hold little of it."""
+    edges = torch.arange(0, IMAGE_SIZE, PATCH_SIZE)
+
+    def covered(start: int, end: int) -> torch.Tensor:
+        return ((edges + PATCH_SIZE).clamp(max=end) - edges.clamp(min=start)).clamp(min=0)
+
+    shares = (covered(box[1], box[3])[:, None] * covered(box[0], box[2])).flatten().float()
+    shares[shares < 0.3 * shares.max()] = 0
+    return shares / shares.sum()
 
 
 def new_clip(tokenizer: RobertaTokenizer) -> CLIPModel:
@@ -135,11 +172,23 @@ def weaken_branches(clip: CLIPModel) -> None:
 
 
 class ClipTrainer(Trainer):
-    """Trainer for a model whose loss is that of the whole batch."""
+    """
+    Trainer for CLIP on pictures and captions, and on regions and phrases, as in RegionCLIP (arXiv 2112.09106): from
+    captions alone so few pictures teach it colors, but next to nothing of shapes. Either loss is the whole batch's.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, return_loss=True)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        names = ("pixel_values", "input_ids", "attention_mask")
+        outputs = model(**{name: inputs[name] for name in names}, return_loss=True)
+        patches = outputs.vision_model_output.last_hidden_state[inputs["region_pictures"], 1:]
+        patches = model.vision_model.post_layernorm(patches)
+        regions = model.visual_projection((inputs["regions"][..., None] * patches).sum(1))
+        phrases = model.text_model(inputs["phrase_input_ids"], inputs["phrase_attention_mask"]).pooler_output
+        phrases = model.text_projection(phrases)
+        similarities = F.normalize(regions.float(), dim=-1) @ F.normalize(phrases.float(), dim=-1).T
+        region_loss = F.cross_entropy(model.logit_scale.exp() * similarities, inputs["region_phrases"])
+        loss = outputs.loss + region_loss
+        return (loss, outputs) if return_outputs else loss
 
 
 def train(trainer: Trainer, folder: Path) -> None:
@@ -159,7 +208,7 @@ def main() -> None:
     set_seed(0)
     builder = Scenes(cache_dir=args.data_dir)
     builder.download_and_prepare()
-    rows = builder.as_dataset(split="train").select_columns(["image", "captions", "questions"])
+    rows = builder.as_dataset(split="train").select_columns(["image", "captions", "questions", "facts"])
     if args.max_rows:
         rows = rows.select(range(args.max_rows))
     texts = texts_of(rows.select_columns(["captions", "questions"]))
@@ -202,8 +251,13 @@ def main() -> None:
             dataloader_num_workers=1,
             **shared,
         )
-        pictures = rows.select_columns(["image", "captions"])
-        trainer = ClipTrainer(clip, arguments, CaptionedPictures(tokenizer), train_dataset=pictures)
+        trainer = ClipTrainer(
+            clip,
+            arguments,
+            CaptionedPictures(tokenizer),
+            train_dataset=rows.select_columns(["image", "captions", "facts"]),
+            optimizer_cls_and_kwargs=(lambda: muon_for, {"lr": learning_rate, "weight_decay": 0.05}),
+        )
         train(trainer, args.output_dir / name)
 
     if not (args.output_dir / "clip").is_dir():

@@ -10,7 +10,7 @@ import run_scenes
 import torch
 import train_scenes_backbones
 from scenes.scenes import Scenes
-from transformers import CLIPModel
+from transformers import CLIPModel, RobertaTokenizer, TrainingArguments
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.familiarity import Familiarity
@@ -40,6 +40,30 @@ def backbones(data_dir, tmp_path_factory):
             monkeypatch.setattr(train_scenes_backbones, name, value)
         folder = tmp_path_factory.mktemp("backbones")
         return run(train_scenes_backbones, data_dir, folder, "--clip_epochs", 1, "--roberta_epochs", 1)
+
+
+def test_a_region_is_the_patches_that_hold_most_of_its_object():
+    shares = train_scenes_backbones.patches_of([12, 32, 48, 47]).view(8, 8)
+    assert shares.nonzero().tolist() == [[2, 1], [2, 2]]  # a quarter of a patch to the left is left out
+    torch.testing.assert_close(shares[2, 1:3], torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(train_scenes_backbones.patches_of([100, 100, 128, 128]).sum(), torch.tensor(1.0))
+
+
+def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir):
+    tokenizer = RobertaTokenizer.from_pretrained(backbones / "tokenizer")
+    rows = list(Scenes(cache_dir=data_dir, train=26, validation=2, test=2).as_dataset(split="train").select(range(4)))
+    batch = train_scenes_backbones.CaptionedPictures(tokenizer)(rows)
+    things = [(i, thing) for i, row in enumerate(rows) for thing in row["facts"]["objects"]]
+    things = [(i, thing) for i, thing in things if thing["visible_share"] > 0.5]
+    assert batch["region_pictures"].tolist() == [i for i, _ in things]
+    said = tokenizer.batch_decode(batch["phrase_input_ids"].clamp(max=len(tokenizer) - 1), skip_special_tokens=True)
+    for (_, thing), index in zip(things, batch["region_phrases"], strict=True):
+        assert f"{thing['size']} {thing['material']} {thing['color']} {thing['shape']}" in said[index]
+    clip = CLIPModel.from_pretrained(backbones / "clip")
+    trainer = train_scenes_backbones.ClipTrainer(clip, TrainingArguments(use_cpu=True, report_to="none"))
+    loss = trainer.compute_loss(clip, batch)
+    batch["region_phrases"] = (batch["region_phrases"] + 1) % len(said)
+    assert loss != trainer.compute_loss(clip, batch)
 
 
 def test_the_layers_of_the_frozen_clip_add_little(backbones):
