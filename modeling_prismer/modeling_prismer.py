@@ -672,8 +672,9 @@ def _init_vision_weights(module: nn.Module) -> None:
         for conv in module.convs:
             init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         # What is the same of all channels after their ReLU is the same everywhere and in every picture: it cancels.
-        rows = torch.empty_like(module.projection.weight).normal_(std=module.projection.in_channels**-0.5)
-        init.copy_(module.projection.weight, rows - rows.mean(1, keepdim=True))
+        weight = module.projection.weight
+        init.normal_(weight, std=module.projection.in_channels**-0.5)
+        init.copy_(weight, weight - weight.mean(1, keepdim=True))
         if hasattr(module, "class_features"):
             init.copy_(module.class_features, module.initial_class_features(len(module.class_features)))
         if module.num_instance_embeddings:

@@ -123,7 +123,7 @@ class Reader:
             try:
                 label = self._experts_on_gpu(name, picture, known) if name in self.live else None
                 failed = label is None
-            except Exception:
+            except Exception:  # whatever it is: the page shows this expert as failed, and the others run
                 logger.exception("the expert %s failed", name)
                 label, failed = None, True
             known[name] = label
@@ -232,7 +232,7 @@ class Reader:
                     streamer=streamer,
                     stopping_criteria=[_Stopped(stop)],
                 )
-            except Exception as error:
+            except Exception as error:  # of a thread: raised below, in that of who reads
                 problems.append(error)
                 streamer.end()
 

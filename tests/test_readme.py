@@ -30,13 +30,25 @@ from modeling_prismer.processing.labels import label_images
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), flags=re.DOTALL)
+
+
+BLOCKS = python_blocks("README.md")
 OFFLINE_BLOCKS = [block for block in BLOCKS if "openai/clip" not in block]
 
 
-def test_python_blocks_run_and_print_what_they_say(monkeypatch, tmp_path, capsys):
+@pytest.fixture(autouse=True)
+def in_a_folder_with_the_package(monkeypatch, tmp_path):
+    """As the reader's: paths in the texts begin at the top of the repository. Experts that a text adds go again."""
     (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Expert, "registry", dict(Expert.registry))
+
+
+def test_python_blocks_run_and_print_what_they_say(capsys):
     namespace = {}
     assert len(OFFLINE_BLOCKS) == len(BLOCKS) - 1 >= 3
     for block in OFFLINE_BLOCKS:
@@ -65,22 +77,19 @@ def test_python_blocks_run_and_print_what_they_say(monkeypatch, tmp_path, capsys
         ("convert.md", ["['teal']", "left over in the checkpoint (79):", "  expert_encoder.resampler.*"]),
     ],
 )
-def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, tmp_path, capsys, guide, printed):
-    (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
-    monkeypatch.chdir(tmp_path)
+def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, capsys, guide, printed):
     classes = [cls for cls in vars(modeling_prismer).values() if inspect.isclass(cls) and hasattr(cls, "_auto_class")]
     for cls in [*classes, PrismerImageProcessorTorchvision]:  # what sharing.md changes is put back
         monkeypatch.setattr(cls, "_auto_class", cls._auto_class)
-    monkeypatch.setattr(Expert, "registry", dict(Expert.registry))  # and what own_expert.md adds to it
     namespace = {"__name__": "guide"}
-    for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / guide).read_text(), flags=re.DOTALL):
+    for block in python_blocks(f"docs/{guide}"):
         if "trl" not in block or importlib.util.find_spec("trl"):
             exec(block, namespace)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in printed] == printed
 
 
-def given_experts(folder):
+def given_experts():
     config = AutoConfig.for_model("roberta", vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
     vision = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     return {
@@ -93,7 +102,7 @@ def given_experts(folder):
     }
 
 
-def given_peft(folder):
+def given_peft():
     row = {"image": Image.open("modeling_prismer/assets/shape.png"), "text": "What color is it?", "suffix": "teal"}
     training_args = TrainingArguments(
         "runs/adapter", max_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False, disable_tqdm=True
@@ -101,23 +110,23 @@ def given_peft(folder):
     return {"checkpoint": pretrained_path("prismer-easy-vqa"), "rows": [row] * 2, "training_args": training_args}
 
 
-def write_photos(folder):
+def write_photos():
     for name in ("summer/beach.jpg", "beach.jpg", "cats/torn.jpg"):
-        path = folder / "photos" / name
+        path = Path("photos", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.open("modeling_prismer/assets/shape.png").convert("RGB").save(path)
 
 
-def given_own_data(folder):
-    write_photos(folder)
-    (folder / "photos/cats/torn.jpg").write_bytes(b"torn")
+def given_own_data():
+    write_photos()
+    Path("photos/cats/torn.jpg").write_bytes(b"torn")
     label_images("photos", "offline", "photo_labels")
     shutil.copytree(pretrained_path("prismer-easy-vqa"), "runs/answers")
     return {}
 
 
-def given_label_store(folder):
-    write_photos(folder)
+def given_label_store():
+    write_photos()
     keys = ["beach.jpg", "summer/beach.jpg"]
     processor = PrismerProcessor.from_pretrained(pretrained_path("prismer-easy-vqa"))
     return {
@@ -145,26 +154,19 @@ AT_HAND = {'"fast"': '"offline"', '"cuda"': '"cpu"', '["depth", "ocr"]': '["edge
         (given_label_store, r"3 0 [\d.]+ \{'edge': [\d.]+, 'ocr': [\d.]+\}\n"),
     ],
 )
-def test_python_blocks_of_a_guide_run_with_what_they_take_as_given(monkeypatch, tmp_path, capsys, given, printed):
-    for module in ("datasets", "peft", "pyarrow", "rapidocr"):
-        pytest.importorskip(module)
-    (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Expert, "registry", dict(Expert.registry))
-    names = {"__name__": "guide", **given(tmp_path)}
+def test_python_blocks_of_a_guide_run_with_what_they_take_as_given(capsys, given, printed):
+    names = {"__name__": "guide", **given()}
     capsys.readouterr()
     guide = given.__name__.removeprefix("given_")
-    for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / f"docs/{guide}.md").read_text(), flags=re.DOTALL):
+    for block in python_blocks(f"docs/{guide}.md"):
         for named, at_hand in AT_HAND.items():
             block = block.replace(named, at_hand)
         exec(block, names)
     assert re.search(printed, capsys.readouterr().out, flags=re.DOTALL)
 
 
-def test_the_guide_to_deployment_runs_as_far_as_its_libraries_are_there(monkeypatch, tmp_path, capsys):
-    (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "deploy.md").read_text(), flags=re.DOTALL)
+def test_the_guide_to_deployment_runs_as_far_as_its_libraries_are_there(capsys):
+    blocks = python_blocks("docs/deploy.md")
     optional = ("torchao", "bitsandbytes", "modeling_prismer.conversion", "onnxruntime")
     libraries = {name: "onnxscript" if name == "modeling_prismer.conversion" else name for name in optional}
     there = [b for b in blocks if all(importlib.util.find_spec(libraries[name]) for name in optional if name in b)]

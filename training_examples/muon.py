@@ -53,6 +53,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+def muon_with(lr: float, weight_decay: float) -> tuple[Callable[[], Callable], dict[str, float]]:
+    """[`muon_for`] as `optimizer_cls_and_kwargs` of a `Trainer`, which calls a factory for what takes the model."""
+    return (lambda: muon_for), {"lr": lr, "weight_decay": weight_decay}
+
+
 def muon_for(model: nn.Module, lr: float, weight_decay: float) -> MuonAndAdamW:
     """Muon for the weights of a model's linear layers but the last, AdamW for all else that is trained."""
     last = model.get_output_embeddings()

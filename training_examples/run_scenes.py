@@ -23,7 +23,7 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
-from muon import muon_for
+from muon import muon_with
 from PIL import Image
 from scenes.language import true_share
 from scenes.render import CLASSES
@@ -273,10 +273,7 @@ def main() -> None:
         train_rows,
         labels_for=labels_for,
         texts_per_image=TEXTS_PER_IMAGE,
-        optimizer_cls_and_kwargs=(
-            lambda: muon_for,
-            {"lr": training_args.learning_rate, "weight_decay": training_args.weight_decay},
-        ),
+        optimizer_cls_and_kwargs=muon_with(training_args.learning_rate, training_args.weight_decay),
     )
     if args.blind:
         trainer.data_collator.augmentation = trainer.eval_collator.augmentation = hide

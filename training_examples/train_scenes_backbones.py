@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from muon import muon_for
+from muon import muon_with
 from scenes.language import article, phrase
 from scenes.scenes import Scenes
 from tokenizers import ByteLevelBPETokenizer
@@ -256,7 +256,7 @@ def main() -> None:
             arguments,
             CaptionedPictures(tokenizer),
             train_dataset=rows.select_columns(["image", "captions", "facts"]),
-            optimizer_cls_and_kwargs=(lambda: muon_for, {"lr": learning_rate, "weight_decay": 0.05}),
+            optimizer_cls_and_kwargs=muon_with(learning_rate, arguments.weight_decay),
         )
         train(trainer, args.output_dir / name)
 

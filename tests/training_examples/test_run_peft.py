@@ -98,7 +98,7 @@ def test_the_merged_model_says_the_same(trained):
     merged = trained.model.merge_and_unload()
     assert type(merged) is PrismerForConditionalGeneration
     difference = (merged(**trained.batch).logits - trained.logits).abs().max()
-    assert difference < 1e-4 * trained.logits.abs().max()
+    assert difference < 5e-5 * trained.logits.abs().max()
 
 
 def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(command_line, picture_folder, tmp_path):
@@ -110,7 +110,7 @@ def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(comman
     processor = PrismerProcessor.from_pretrained(tmp_path / "merged")
     inputs = processor(picture_folder / "00.png", return_tensors="pt")
     logits = merged(**inputs).logits
-    assert (adapted(**inputs).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (adapted(**inputs).logits - logits).abs().max() < 1e-5 * logits.abs().max()
     assert any("lora_" in name for name in adapted.state_dict())
     assert not any("lora_" in name for name in merged.state_dict())
     assert PrismerProcessor.from_pretrained(folder).task == processor.task == "caption"

@@ -49,7 +49,7 @@ def test_a_region_is_the_patches_that_hold_most_of_its_object():
     torch.testing.assert_close(train_scenes_backbones.patches_of([100, 100, 128, 128]).sum(), torch.tensor(1.0))
 
 
-def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir):
+def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir, tmp_path):
     tokenizer = RobertaTokenizer.from_pretrained(backbones / "tokenizer")
     rows = list(Scenes(cache_dir=data_dir, train=26, validation=2, test=2).as_dataset(split="train").select(range(4)))
     batch = train_scenes_backbones.CaptionedPictures(tokenizer)(rows)
@@ -60,7 +60,7 @@ def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir):
     for (_, thing), index in zip(things, batch["region_phrases"], strict=True):
         assert f"{thing['size']} {thing['material']} {thing['color']} {thing['shape']}" in said[index]
     clip = CLIPModel.from_pretrained(backbones / "clip")
-    trainer = train_scenes_backbones.ClipTrainer(clip, TrainingArguments(use_cpu=True, report_to="none"))
+    trainer = train_scenes_backbones.ClipTrainer(clip, TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
     loss = trainer.compute_loss(clip, batch)
     batch["region_phrases"] = (batch["region_phrases"] + 1) % len(said)
     assert loss != trainer.compute_loss(clip, batch)
