@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_dir", help="where the data set is or is made")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--clip_epochs", type=float, default=24)
+    parser.add_argument("--clip_epochs", type=float, default=24, help="and a sixteenth of it once weakened")
     parser.add_argument("--roberta_epochs", type=float, default=1)
     parser.add_argument("--max_rows", type=int, help="use this many scenes only")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
@@ -242,7 +242,7 @@ def main() -> None:
         trainer = Trainer(new_roberta(tokenizer), arguments, collator, train_dataset=encoded)
         train(trainer, args.output_dir / "roberta")
 
-    def train_clip(clip: CLIPModel, name: str, epochs: float, learning_rate: float) -> None:
+    def train_clip(clip: CLIPModel, name: str, epochs: float, learning_rate: float, muon: bool) -> None:
         arguments = TrainingArguments(
             args.output_dir / f"{name}-training",
             per_device_train_batch_size=128,
@@ -256,16 +256,17 @@ def main() -> None:
             arguments,
             CaptionedPictures(tokenizer),
             train_dataset=rows.select_columns(["image", "captions", "facts"]),
-            optimizer_cls_and_kwargs=muon_with(learning_rate, arguments.weight_decay),
+            optimizer_cls_and_kwargs=muon_with(learning_rate, arguments.weight_decay) if muon else None,
         )
         train(trainer, args.output_dir / name)
 
     if not (args.output_dir / "clip").is_dir():
         if not (args.output_dir / "clip-strong").is_dir():
-            train_clip(new_clip(tokenizer), "clip-strong", args.clip_epochs, 1e-3)
+            train_clip(new_clip(tokenizer), "clip-strong", args.clip_epochs, 1e-3, muon=True)
         clip = CLIPModel.from_pretrained(args.output_dir / "clip-strong", attn_implementation="eager")
         weaken_branches(clip)
-        train_clip(clip, "clip", args.clip_epochs / 6, 5e-4)
+        # little, and gently: what was weakened grows again
+        train_clip(clip, "clip", args.clip_epochs / 16, 1.5e-4, muon=False)
 
 
 if __name__ == "__main__":
