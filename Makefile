@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-DEMO_PICTURE ?= modeling_prismer/assets/shape.png
-DEMO_QUESTION ?= What color is the shape?
+DEMO_PICTURE ?= modeling_prismer/assets/scene.png
+DEMO_QUESTIONS ?= "What shape is the shiny red object?" "How many blue objects are there?" "What does the sign say?"
 DEMO_OUTPUT ?= demo_output
 EASY_VQA_OUTPUT ?= runs/easy-vqa
 EASY_VQA_CHECKPOINT ?= modeling_prismer/checkpoints/prismer-easy-vqa
@@ -76,10 +76,11 @@ $(VENV)/.test-space-ready: setup.cfg pyproject.toml | $(VENV)/.created
 
 # ---- what people run ----
 
-demo: $(VENV)/.demo-ready  ## ask the bundled checkpoint about a bundled picture, its experts running live
-	@echo 'Picture:  $(DEMO_PICTURE)'
-	@echo 'Question: $(DEMO_QUESTION)'
-	@HF_HUB_OFFLINE=1 $(BIN)/prismer ask $(DEMO_PICTURE) "$(DEMO_QUESTION)"
+demo: $(VENV)/.demo-ready  ## caption a bundled picture and ask about it, the experts running live
+	@echo 'Picture:   $(DEMO_PICTURE)'
+	@HF_HUB_OFFLINE=1 $(BIN)/prismer caption $(DEMO_PICTURE)
+	@echo 'Questions: $(DEMO_QUESTIONS)'
+	@HF_HUB_OFFLINE=1 $(BIN)/prismer ask $(DEMO_PICTURE) $(DEMO_QUESTIONS)
 	@HF_HUB_OFFLINE=1 $(BIN)/prismer experts $(DEMO_PICTURE) --out $(DEMO_OUTPUT)
 	@echo "What each expert saw: $$(ls -d $(DEMO_OUTPUT)/*)"
 

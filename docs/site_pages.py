@@ -21,6 +21,7 @@ PAGES = {  # a file of the repository: its page
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "modeling_prismer/checkpoints/prismer-scenes/README.md": "prismer-scenes.md",
     "modeling_prismer/checkpoints/prismer-easy-vqa/README.md": "prismer-easy-vqa.md",
 }
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(((?!\w+:|#)[^)#\s]+)((?:#[^)]*)?)\)")

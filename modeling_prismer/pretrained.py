@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
-DEFAULT_CHECKPOINT = "prismer-easy-vqa"
+DEFAULT_CHECKPOINT = "prismer-scenes"
 
 
 def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
@@ -12,7 +12,7 @@ def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
     The folder of a checkpoint that is shipped with the package, for `from_pretrained`.
 
     Args:
-        name (`str`, *optional*, defaults to `"prismer-easy-vqa"`): the checkpoint.
+        name (`str`, *optional*, defaults to `"prismer-scenes"`): the checkpoint.
 
     Raises:
         ValueError: if there is none of that name; the message lists those there are.

@@ -54,8 +54,8 @@ def test_python_blocks_run_and_print_what_they_say(capsys):
     for block in OFFLINE_BLOCKS:
         exec(block, namespace)
     printed = capsys.readouterr().out
-    assert "['teal']" in printed and "['triangle', 'no']" in printed
-    assert printed.splitlines()[2].startswith("[2,")  # a triangle is the best of the three
+    assert "['frog']" in printed and "['ring', 'frog']" in printed
+    assert printed.splitlines()[3].startswith("[2,")  # of the three words the one on the sign
 
 
 @pytest.mark.parametrize(

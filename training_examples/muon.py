@@ -11,23 +11,46 @@ from typing import Any
 import torch
 from torch import nn
 
+from modeling_prismer.modeling_prismer import PrismerAdaptor, PrismerResampler
+
 
 FASTER = 3
+# Of what has a squared ReLU, whose output grows with the third power of the weights: at full speed, what the
+# resampler's MLP adds to all latents alike soon drowns what differs between pictures.
+SLOWER = 0.1
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
     """
     Args:
-        matrices, others (`list[nn.Parameter]`): what Muon changes, and what AdamW does.
+        matrices, others (`dict[float, list[nn.Parameter]]`): what Muon changes, and what AdamW does, by the factor of
+            their learning rate.
         lr (`float`): of AdamW; Muon has [`FASTER`] times as much, its updates being scaled to the size of AdamW's.
         weight_decay (`float`): of both.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float):
-        super().__init__([*matrices, *others], {"lr": lr})
+    def __init__(
+        self,
+        matrices: dict[float, list[nn.Parameter]],
+        others: dict[float, list[nn.Parameter]],
+        lr: float,
+        weight_decay: float,
+    ):
+        super().__init__(
+            [each for part in (matrices, others) for group in part.values() for each in group], {"lr": lr}
+        )
+
+        def groups(part: dict[float, list[nn.Parameter]], lr: float) -> list[dict[str, Any]]:
+            return [{"params": group, "lr": factor * lr} for factor, group in part.items()]
+
         self.parts = [
-            torch.optim.Muon(matrices, FASTER * lr, weight_decay / FASTER, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr, weight_decay=weight_decay),
+            torch.optim.Muon(
+                groups(matrices, FASTER * lr),
+                FASTER * lr,
+                weight_decay / FASTER,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(groups(others, lr), lr, weight_decay=weight_decay),
         ]
         self._share_groups()
 
@@ -59,13 +82,17 @@ def muon_with(lr: float, weight_decay: float) -> tuple[Callable[[], Callable], d
 
 
 def muon_for(model: nn.Module, lr: float, weight_decay: float) -> MuonAndAdamW:
-    """Muon for the weights of a model's linear layers but the last, AdamW for all else that is trained."""
+    """
+    Muon for the weights of a model's linear layers but the last, AdamW for all else that is trained; the resampler and
+    the adaptors at [`SLOWER`] times the speed.
+    """
     last = model.get_output_embeddings()
-    matrices = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not last and module.weight.requires_grad
-    ]
-    ids = set(map(id, matrices))
-    others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in ids]
-    return MuonAndAdamW(matrices, others, lr, weight_decay)
+    matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not last}
+    squaring = [module for module in model.modules() if isinstance(module, (PrismerAdaptor, PrismerResampler))]
+    slow = {parameter for module in squaring for parameter in module.parameters()}
+    parts: list[dict[float, list[nn.Parameter]]] = [{}, {}]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            part = parts[0 if parameter in matrices else 1]
+            part.setdefault(SLOWER if parameter in slow else 1.0, []).append(parameter)
+    return MuonAndAdamW(*parts, lr, weight_decay)

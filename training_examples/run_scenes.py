@@ -2,16 +2,18 @@
 Trains a Prismer on Scenes, and measures what it takes from its experts.
 
     python training_examples/run_scenes.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
-        --labels runs/scenes/labels --data_dir runs/scenes-data --freeze both --num_train_epochs 8 \\
-        --do_train --output_dir runs/scenes/stage-1
+        --labels runs/scenes/labels --data_dir runs/scenes-data --freeze both --texts signs --max_steps 300 \\
+        --per_device_train_batch_size 48 --do_train --output_dir runs/scenes/signs
+    python training_examples/run_scenes.py --model runs/scenes/signs --labels runs/scenes/labels \\
+        --data_dir runs/scenes-data --freeze both --num_train_epochs 8 --do_train --output_dir runs/scenes/stage-1
     python training_examples/run_scenes.py --model runs/scenes/stage-1 --labels runs/scenes/labels \\
         --data_dir runs/scenes-data --freeze vision --num_train_epochs 4 --do_train --do_eval \\
         --output_dir runs/scenes/stage-2
 
 puts the experts of train_scenes_experts.py between the backbones of train_scenes_backbones.py, both frozen, and trains
-what is new to caption scenes and to answer questions about them; then the language backbone as well. `--labels true`
-gives it true labels instead of what the experts saw, `--suite none` makes a PrismerZ, and `--blind` shows it a grey
-picture and no expert: how far the questions alone lead.
+what is new: first to read signs, then to caption scenes and to answer questions about them; then the language backbone
+as well. `--labels true` gives it true labels instead of what the experts saw, `--suite none` makes a PrismerZ, and
+`--blind` shows it a grey picture and no expert: how far the questions alone lead.
 """
 
 import json
@@ -19,6 +21,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import evaluate
 import numpy as np
 import torch
@@ -32,7 +35,12 @@ from tqdm import tqdm
 from training import RecipeArguments, load_checkpoint, make_trainer, parse_arguments, run, write_json
 from transformers import AutoTokenizer, CLIPModel, RobertaForMaskedLM
 
-from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
+from modeling_prismer import (
+    DataCollatorForPrismer,
+    PrismerForConditionalGeneration,
+    PrismerImageProcessor,
+    PrismerProcessor,
+)
 from modeling_prismer.conversion import class_features_from_names
 from modeling_prismer.familiarity import Familiarity, image_features
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
@@ -68,7 +76,8 @@ DEFAULTS = {
     # Left and right, and how many there are, would not be what the texts say.
     "augment": False,
 }
-TEXTS_PER_IMAGE = 20  # drawn of the captions and questions of a picture each time it is seen
+TEXTS_PER_IMAGE = {"all": 20, "signs": 3}  # drawn of a picture's captions and questions each time it is seen
+WEIGHTS = {"sign": 3.0}  # of a question's loss, by type: one question a picture is all that asks for one of 200 words
 CAPTION_PROMPT = "A picture of"
 FAMILIAR = 3000  # scenes by which the published checkpoint tells what is unlike them
 
@@ -82,26 +91,46 @@ class ScenesArguments(RecipeArguments):
         default="none",
         metadata={"help": "Folder of train_scenes_experts.py; `true` without live experts; `none`."},
     )
+    texts: str = field(
+        default="all",
+        metadata={"help": "all; or signs: of scenes with a sign the question what it says, and two other texts."},
+    )
+    photographs: str | None = field(
+        default=None,
+        metadata={"help": "Folder of pictures that are no scenes: how many of them a published --model warns of."},
+    )
     blind: bool = field(default=False, metadata={"help": "Show a grey picture and no expert."})
 
 
 # ---- data ----
 
 
-def training_rows(scenes: Dataset) -> Dataset:
-    """A row is a picture with all its questions and captions."""
+def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
+    """
+    A row is a picture with all its questions and captions; or, of `signs` only, of a picture with a sign, with the
+    question what it says and two other texts.
+    """
+    random = np.random.default_rng(0)
 
     def texts(row):
-        questions, answers = zip(*((each["question"], each["answer"]) for each in row["questions"]))
-        captions = row["captions"]
-        return {
-            "text": [*questions, *[CAPTION_PROMPT] * len(captions)],
-            "suffix": [*answers, *captions],
-            "task": [*["vqa"] * len(questions), *["caption"] * len(captions)],
-        }
+        found = [
+            {"text": q["question"], "suffix": q["answer"], "task": "vqa", "type": q["type"]} for q in row["questions"]
+        ]
+        found += [
+            {"text": CAPTION_PROMPT, "suffix": caption, "task": "caption", "type": "caption"}
+            for caption in row["captions"]
+        ]
+        if only == "signs":
+            signs = [text for text in found if text["type"] == "sign"]
+            others = [text for text in found if text["type"] != "sign"]
+            drawn = random.permutation(len(others))[: TEXTS_PER_IMAGE["signs"] - 1]
+            found = [*signs[:1], *(others[i] for i in drawn)] if signs else []
+        columns = {name: [text[name] for text in found] for name in ("text", "suffix", "task")}
+        return columns | {"weight": [WEIGHTS.get(text["type"], 1.0) for text in found]}
 
     rows = scenes.select_columns(["image_id", "image", "questions", "captions"])
-    return rows.map(texts, remove_columns=["questions", "captions"], desc="texts")
+    rows = rows.map(texts, remove_columns=["questions", "captions"], desc="texts")
+    return rows.select([i for i, found in enumerate(rows["text"]) if found])
 
 
 class TrueLabels:
@@ -249,8 +278,36 @@ def features_of(model, scenes, collator, batch_size=64) -> torch.Tensor:
     return torch.cat(features)
 
 
+def measure_familiarity(args: ScenesArguments, model, processor, scenes: dict[str, Dataset], collator) -> dict:
+    """
+    Of `test`, `held_out` and `--photographs` the share of the pictures that `prismer` warns of, and how far they are:
+    the nearest, the median, the farthest.
+    """
+    familiarity = args.model and Familiarity.from_pretrained(args.model)
+    if not familiarity:
+        raise SystemExit("--photographs: it needs a --model that says what it knows, as --publish_to writes it")
+    known = Image.registered_extensions()
+    paths = sorted(str(path) for path in Path(args.photographs).iterdir() if path.suffix.lower() in known)
+    if not paths:
+        raise SystemExit(f"--photographs {args.photographs}: no picture is there")
+    photographs = Dataset.from_dict({"image_id": paths, "image": paths})
+    photographs = photographs.cast_column("image", datasets.Image(mode="RGB"))
+    live = DataCollatorForPrismer(processor, with_suffix=False)
+    pictures = {name: (scenes[name], collator) for name in ("test", "held_out") if name in scenes}
+    results = {}
+    for name, (rows, labelled) in {**pictures, "photographs": (photographs, live)}.items():
+        labelled.with_suffix = False
+        distance = familiarity.distance(features_of(model, rows, labelled))
+        spread = torch.quantile(distance, torch.tensor([0.0, 0.5, 1.0])).tolist()
+        warned = (distance > familiarity.limit).float().mean().item()
+        results[name] = {"warned": warned, **dict(zip(("nearest", "median", "farthest"), spread))}
+    return {"limit": familiarity.limit, **results}
+
+
 def main() -> None:
     args, training_args = parse_arguments(ScenesArguments, **DEFAULTS)
+    if args.texts not in TEXTS_PER_IMAGE:
+        raise SystemExit(f"--texts {args.texts}: {' or '.join(TEXTS_PER_IMAGE)} is needed")
     output_dir = Path(training_args.output_dir)
     builder = Scenes(cache_dir=args.data_dir, config_name=args.data_config)
     builder.download_and_prepare()
@@ -261,7 +318,7 @@ def main() -> None:
     train_rows = None
     if training_args.do_train:
         scenes = splits["train"].select(range(min(args.max_train_rows or len(splits["train"]), len(splits["train"]))))
-        train_rows = training_rows(scenes)
+        train_rows = training_rows(scenes, args.texts)
     labels_for = no_labels if args.blind else None
     if args.labels == "true":
         labels_for = TrueLabels(*splits.values())
@@ -272,7 +329,7 @@ def main() -> None:
         training_args,
         train_rows,
         labels_for=labels_for,
-        texts_per_image=TEXTS_PER_IMAGE,
+        texts_per_image=TEXTS_PER_IMAGE[args.texts],
         optimizer_cls_and_kwargs=muon_with(training_args.learning_rate, training_args.weight_decay),
     )
     if args.blind:
@@ -286,8 +343,11 @@ def main() -> None:
         Familiarity.fit(*features).save_pretrained(args.publish_to)
     if training_args.do_eval:
         results = {}
-        for name, scenes in evaluation_splits(splits, args.max_eval_rows).items():
-            results[name] = measure(model, processor, scenes, trainer.eval_collator)
+        scenes = evaluation_splits(splits, args.max_eval_rows)
+        if args.photographs:
+            results["familiarity"] = measure_familiarity(args, model, processor, scenes, trainer.eval_collator)
+        for name, rows in scenes.items():
+            results[name] = measure(model, processor, rows, trainer.eval_collator)
         write_json(output_dir / "scenes_results.json", results)
         print(json.dumps(results, indent=2))
 

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from muon import muon_with
 from PIL import Image
 from run_scenes import (
     DEFAULTS,
@@ -224,6 +225,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
         training_rows(rows),
         labels_for=lambda image_ids: [labels[image_id] for image_id in image_ids],
         texts_per_image=args.texts_per_image,
+        optimizer_cls_and_kwargs=muon_with(training_args.learning_rate, training_args.weight_decay),
     )
 
 

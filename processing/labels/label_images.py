@@ -45,7 +45,7 @@ class LabelReport:
 
     >>> report = label_images("modeling_prismer/assets", [CannyEdges()], "my_labels", progress=False)
     >>> report.images, report.failed, list(report.expert_seconds)
-    (1, 0, ['edge'])
+    (2, 0, ['edge'])
     ```
     """
 

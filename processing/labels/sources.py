@@ -294,7 +294,7 @@ def open_source(
 
     >>> source = open_source("modeling_prismer/assets")
     >>> [key for key, image in source]
-    ['shape.png']
+    ['scene.png', 'shape.png']
     ```
     """
     if isinstance(source, ImageSource):

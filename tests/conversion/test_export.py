@@ -52,7 +52,7 @@ def with_experts(tmp_path_factory):
     model = small_model(SOME_EXPERTS)
     model.generation_config.update(max_new_tokens=7, min_new_tokens=3)
     model.save_pretrained(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(pretrained_path())
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_path("prismer-easy-vqa"))
     PrismerProcessor(image_processor(SOME_EXPERTS), tokenizer, task="vqa").save_pretrained(folder / "model")
     result = CliRunner().invoke(app, ["export", str(folder / "model"), str(folder / "onnx")])
     assert result.exit_code == 0, result.output
@@ -269,7 +269,7 @@ def test_what_lies_in_the_folder_is_not_overwritten_unasked(with_experts):
     model, _, folder = with_experts
     with pytest.raises(FileExistsError, match="is not empty"):
         conversion.export_onnx(model, image_processor(SOME_EXPERTS), folder)
-    result = CliRunner().invoke(app, ["export", pretrained_path(), str(folder)])
+    result = CliRunner().invoke(app, ["export", pretrained_path("prismer-easy-vqa"), str(folder)])
     assert result.exit_code == 1 and "is not empty" in result.stderr
 
 

@@ -50,7 +50,7 @@ def test_classify_ranks_the_labels_best_first(picture):
 
 
 def test_experts_writes_a_panel_and_prints_where_it_is(picture, tmp_path):
-    result = run("experts", picture, "--out", tmp_path / "new" / "folder")
+    result = run("experts", picture, "--out", tmp_path / "new" / "folder", "--model", EASY_VQA)
     assert result.exit_code == 0, result.output
     path = tmp_path / "new" / "folder" / "circle_experts.png"
     assert result.stdout.replace("\n", "") == str(path)

@@ -183,7 +183,7 @@ def test_a_new_picture_forgets_the_one_before(page):
     ask(page, SHAPE)
     page.click("#switch-edge label:has-text('Off')")
     wait_for(page, "edges off", "#result")
-    upload(page, ROOT / "spaces_demo/examples/scene-67.png")
+    upload(page, ROOT / "spaces_demo/examples/scene-104.png")
     page.wait_for_function("() => document.querySelector('#result').innerText.trim() === ''")
     wait_for(page, "Ready")
     assert page.locator("#switch-edge input:checked").get_attribute("value") == "seen"

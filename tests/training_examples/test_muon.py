@@ -35,6 +35,18 @@ def test_linear_layers_get_muon_and_all_else_that_is_trained_adamw(model):
     assert not any("embed" in name or "lm_head.decoder" in name or "convs" in name for name in found)
 
 
+def test_what_squares_learns_at_a_tenth_of_the_speed(model):
+    rates = {}
+    for part in muon.muon_for(model, lr=1e-3, weight_decay=0.0).parts:
+        rates |= {id(parameter): group["lr"] for group in part.param_groups for parameter in group["params"]}
+    rate = {name: rates[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert rate["model.vision_model.resampler.layers.0.mlp.fc1.weight"] == pytest.approx(3e-4)
+    assert rate["model.text_model.layers.0.adaptor.down_proj.weight"] == pytest.approx(3e-4)
+    assert rate["model.vision_model.resampler.latents"] == pytest.approx(1e-4)
+    assert rate["model.text_model.layers.0.cross_attn.q_proj.weight"] == pytest.approx(3e-3)
+    assert rate["model.text_model.embeddings.word_embeddings.weight"] == pytest.approx(1e-3)
+
+
 def test_a_schedule_reaches_both(model):
     optimizer = muon.muon_for(model, lr=1e-3, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)

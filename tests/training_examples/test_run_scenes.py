@@ -9,6 +9,7 @@ import pytest
 import run_scenes
 import torch
 import train_scenes_backbones
+from PIL import Image
 from scenes.scenes import Scenes
 from transformers import CLIPModel, RobertaTokenizer, TrainingArguments
 
@@ -80,8 +81,30 @@ def test_the_layers_of_the_frozen_clip_add_little(backbones):
     assert CLIPModel.from_pretrained(backbones / "clip").config.vision_config.num_hidden_layers == 1
 
 
+def test_signs_come_with_two_other_texts_and_weigh_more(data_dir):
+    scenes = Scenes(cache_dir=data_dir, train=26, validation=2, test=2)
+    scenes.download_and_prepare()
+    scenes = scenes.as_dataset(split="train")
+    rows = run_scenes.training_rows(scenes, "signs")
+    said = {row["image_id"]: [q["answer"] for q in row["questions"] if q["type"] == "sign"] for row in scenes}
+    assert rows["image_id"][:] == [image_id for image_id, answers in said.items() if answers]
+    assert 0 < len(rows) < len(scenes)
+    for row in rows:
+        assert row["suffix"][0] in said[row["image_id"]] and row["text"][0].startswith(("What does the", "What word"))
+        assert row["weight"] == [3, 1, 1] and len(row["text"]) == len(row["suffix"]) == len(row["task"]) == 3
+    all_rows = run_scenes.training_rows(scenes)
+    assert all_rows["image_id"][:] == scenes["image_id"][:]
+    assert [len(texts) for texts in all_rows["text"]] == [len(questions) + 5 for questions in scenes["questions"]]
+
+
 @pytest.mark.parametrize(
-    "way, experts", [(("--suite", "true", "--labels", "true"), 6), (("--suite", "none"), 0), (("--blind",), 0)]
+    "way, experts",
+    [
+        (("--suite", "true", "--labels", "true"), 6),
+        (("--suite", "none"), 0),
+        (("--blind",), 0),
+        (("--suite", "none", "--texts", "signs"), 0),
+    ],
 )
 def test_each_way_trains_and_is_measured_by_type_of_question(backbones, data_dir, tmp_path, way, experts):
     arguments = ("--backbones", backbones, "--do_train", "--do_eval", "--max_steps", 1, "--dataloader_num_workers", 0)
@@ -105,6 +128,26 @@ def test_what_is_published_knows_scenes_when_it_sees_them(backbones, data_dir, t
     width = model.config.vision_config.hidden_size
     assert familiarity.mean.shape == (width,) and 0 < familiarity.limit < float("inf")
     assert familiarity.distance(familiarity.mean[None] + 100).item() > familiarity.limit
+
+
+def test_photographs_are_told_from_scenes(backbones, data_dir, tmp_path):
+    arguments = ("--backbones", backbones, "--do_train", "--max_steps", 1, "--per_device_train_batch_size", 4)
+    run(run_scenes, data_dir, tmp_path / "run", *arguments, "--publish_to", tmp_path / "published")
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for name, color in (("a.png", (255, 0, 255)), ("b.jpg", (0, 255, 0))):
+        Image.new("RGB", (40, 30), color).save(photographs / name)
+    (photographs / "text.txt").write_text("no picture")
+    arguments = ("--model", tmp_path / "published", "--do_eval", "--photographs", photographs)
+    run(run_scenes, data_dir, tmp_path / "evaluation", *arguments)
+    found = json.loads((tmp_path / "evaluation" / "scenes_results.json").read_text())["familiarity"]
+    assert found["photographs"]["warned"] == 1.0 and found["photographs"]["nearest"] > found["limit"]
+    assert found["test"].keys() == found["photographs"].keys() == {"warned", "nearest", "median", "farthest"}
+
+
+def test_other_texts_are_refused(backbones, data_dir, tmp_path):
+    with pytest.raises(SystemExit, match="--texts words: all or signs is needed"):
+        run(run_scenes, data_dir, tmp_path, "--backbones", backbones, "--do_train", "--texts", "words")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--backbones", "nowhere")])
