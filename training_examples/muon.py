@@ -45,12 +45,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
         self.parts = [
             torch.optim.Muon(
-                groups(matrices, FASTER * lr),
-                FASTER * lr,
-                weight_decay / FASTER,
-                adjust_lr_fn="match_rms_adamw",
+                groups(matrices, FASTER * lr), weight_decay=weight_decay / FASTER, adjust_lr_fn="match_rms_adamw"
             ),
-            torch.optim.AdamW(groups(others, lr), lr, weight_decay=weight_decay),
+            torch.optim.AdamW(groups(others, lr), weight_decay=weight_decay),
         ]
         self._share_groups()
 

@@ -5,9 +5,9 @@ Trains a Prismer on Scenes, and measures what it takes from its experts.
         --labels runs/scenes/labels --data_dir runs/scenes-data --freeze both --texts signs --max_steps 300 \\
         --per_device_train_batch_size 48 --do_train --output_dir runs/scenes/signs
     python training_examples/run_scenes.py --model runs/scenes/signs --labels runs/scenes/labels \\
-        --data_dir runs/scenes-data --freeze both --num_train_epochs 8 --do_train --output_dir runs/scenes/stage-1
+        --data_dir runs/scenes-data --freeze both --max_steps 2200 --do_train --output_dir runs/scenes/stage-1
     python training_examples/run_scenes.py --model runs/scenes/stage-1 --labels runs/scenes/labels \\
-        --data_dir runs/scenes-data --freeze vision --num_train_epochs 4 --do_train --do_eval \\
+        --data_dir runs/scenes-data --freeze vision --max_steps 1000 --learning_rate 5e-4 --do_train --do_eval \\
         --output_dir runs/scenes/stage-2
 
 puts the experts of train_scenes_experts.py between the backbones of train_scenes_backbones.py, both frozen, and trains
@@ -21,7 +21,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import evaluate
 import numpy as np
 import torch
@@ -44,6 +43,7 @@ from modeling_prismer import (
 from modeling_prismer.conversion import class_features_from_names
 from modeling_prismer.familiarity import Familiarity, image_features
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
+from modeling_prismer.processing.labels import open_source
 
 
 IMAGE_SIZE = 128
@@ -286,17 +286,12 @@ def measure_familiarity(args: ScenesArguments, model, processor, scenes: dict[st
     familiarity = args.model and Familiarity.from_pretrained(args.model)
     if not familiarity:
         raise SystemExit("--photographs: it needs a --model that says what it knows, as --publish_to writes it")
-    known = Image.registered_extensions()
-    paths = sorted(str(path) for path in Path(args.photographs).iterdir() if path.suffix.lower() in known)
-    if not paths:
-        raise SystemExit(f"--photographs {args.photographs}: no picture is there")
-    photographs = Dataset.from_dict({"image_id": paths, "image": paths})
-    photographs = photographs.cast_column("image", datasets.Image(mode="RGB"))
-    live = DataCollatorForPrismer(processor, with_suffix=False)
+    found = open_source(args.photographs)
+    photographs = Dataset.from_list([{"image_id": key, "image": image} for key, image in found])
     pictures = {name: (scenes[name], collator) for name in ("test", "held_out") if name in scenes}
+    pictures["photographs"] = photographs, DataCollatorForPrismer(processor, with_suffix=False)
     results = {}
-    for name, (rows, labelled) in {**pictures, "photographs": (photographs, live)}.items():
-        labelled.with_suffix = False
+    for name, (rows, labelled) in pictures.items():
         distance = familiarity.distance(features_of(model, rows, labelled))
         spread = torch.quantile(distance, torch.tensor([0.0, 0.5, 1.0])).tolist()
         warned = (distance > familiarity.limit).float().mean().item()
