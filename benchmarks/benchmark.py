@@ -17,6 +17,7 @@ import gc
 import json
 import statistics
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,13 @@ def peak_memory_of_all(setup: Setup) -> int:
 
 def run(setup: Setup, repeats: int = 5, only: list[str] | None = None, own_processes: bool = True) -> dict[str, Any]:
     """All rows, or those whose names hold a word of `only`; see `measure_row`."""
-    call = in_own_process if own_processes else lambda function, *args: function(*args)
+    call = partial(in_own_process, first=setup.prepare_process) if own_processes else lambda work, *args: work(*args)
     names = select(only, [*ROWS, *SIZES])
     result: dict[str, Any] = {
         "network": setup.network,
         "machine": machine_facts(setup.torch_device, setup.torch_dtype),
         "own_processes": own_processes,
+        "keep_memory": setup.keep_memory,
         "rows": {},
         "sizes": {},
     }

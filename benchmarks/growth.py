@@ -318,6 +318,7 @@ def main():
     Setup.add_arguments(parser)
     args = parser.parse_args()
     setup = Setup.from_arguments(args)
+    setup.prepare_process()
     result: dict[str, Any] = {
         "network": setup.network,
         "machine": machine_facts(setup.torch_device, setup.torch_dtype),

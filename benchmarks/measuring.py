@@ -215,9 +215,9 @@ def _cpu_name() -> str:
     return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
-def in_own_process(function: Callable, *args) -> Any:
-    """`function(*args)` in a new process: its memory, caches and threads are nobody else's."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def in_own_process(function: Callable, *args, first: Callable[[], Any] | None = None) -> Any:
+    """`function(*args)`, after `first()`, in a new process: its memory, caches and threads are nobody else's."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=first) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -232,6 +232,7 @@ def main():
     parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
     args = parser.parse_args()
     setup = Setup(args.small, args.device)
+    setup.prepare_process()
     names, note = installed_variants()
     names = select(args.only, names)
     result: dict[str, Any] = {

@@ -81,8 +81,10 @@ def main():
     result: dict[str, Any] = {"network": setup.network, "machine": machine, "rows": {}}
     for name in select(args.only, list(ROWS)):
         print(f"{name} …", flush=True)
-        call = (profile_row, name, setup)
-        result["rows"][name] = profile_row(*call[1:]) if args.one_process else in_own_process(*call)
+        if args.one_process:
+            result["rows"][name] = profile_row(name, setup)
+        else:
+            result["rows"][name] = in_own_process(profile_row, name, setup, first=setup.prepare_process)
     write_result(args.out, result, report(result, args.top))
 
 

@@ -16,7 +16,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration, PrismerImageProcessor
+from modeling_prismer import (
+    PrismerConfig,
+    PrismerForConditionalGeneration,
+    PrismerImageProcessor,
+    keep_freed_memory,
+)
 
 
 EXPERT_SIZE = 224  # side of the experts' maps, whatever the size of the image (of smaller images, theirs)
@@ -26,21 +31,33 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """Which network runs where. `small` is a tiny one, to try a program in seconds."""
+    """
+    Which network runs where. `small` is a tiny one, to try a program in seconds; without `keep_memory` what a process
+    frees goes back to the system.
+    """
 
     small: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    keep_memory: bool = True
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument("--device", default="cpu")
         parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
         parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
+        parser.add_argument(
+            "--give_memory_back", action="store_true", help="do not call keep_freed_memory first, as is done on a CPU"
+        )
 
     @classmethod
     def from_arguments(cls, args: Namespace) -> "Setup":
-        return cls(args.small, args.device, args.dtype)
+        return cls(args.small, args.device, args.dtype, not args.give_memory_back)
+
+    def prepare_process(self) -> None:
+        """What a process does first."""
+        if self.keep_memory and self.device == "cpu":
+            keep_freed_memory()
 
     @property
     def network(self) -> str:

@@ -226,7 +226,9 @@ def main():
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     Setup.add_arguments(parser)
     args = parser.parse_args()
-    result = run(Setup.from_arguments(args), args.images, args.batch_sizes)
+    setup = Setup.from_arguments(args)
+    setup.prepare_process()
+    result = run(setup, args.images, args.batch_sizes)
     write_result(args.out, result, table(result))
     figure(result, args.out / "throughput.png")
 

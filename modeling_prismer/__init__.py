@@ -2,6 +2,7 @@
 
 from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .memory import keep_freed_memory
 from .modeling_prismer import (
     PrismerForConditionalGeneration,
     PrismerModel,
@@ -27,6 +28,7 @@ __all__ = [
     "PrismerTextModel",
     "PrismerVisionConfig",
     "PrismerVisionModel",
+    "keep_freed_memory",
     "pretrained_path",
     "register_for_auto_class",
 ]

@@ -38,6 +38,8 @@ class Run:
         freeze (`str`): backbones that stay as they are: `"both"`, `"vision"` or `"none"`.
         resampler (`bool`): `False` hands all tokens of the experts on, 64 of each, instead of 32 latents.
         adaptation (`str`): what adapts frozen backbones: the paper's `"adaptors"`, or peft's `"lora"` or `"dora"`.
+        renewed (`str`, *optional*): part that starts anew where all else starts as it was trained: `"adaptors"` or
+            `"resampler"`.
     """
 
     experts: tuple[str, ...] = EXPERTS
@@ -46,6 +48,7 @@ class Run:
     freeze: str = "both"
     resampler: bool = True
     adaptation: str = "adaptors"
+    renewed: str | None = None
 
     @property
     def name(self) -> str:
@@ -155,7 +158,7 @@ def freezing(seed: int) -> list[Cell]:
 
 
 def resampler(seed: int) -> list[Cell]:
-    return [Cell("with", Run()), Cell("without", Run(resampler=False))]
+    return [Cell("with", Run(renewed="resampler")), Cell("without", Run(resampler=False))]
 
 
 def single(seed: int) -> list[Cell]:
@@ -163,8 +166,12 @@ def single(seed: int) -> list[Cell]:
 
 
 def adaptation(seed: int) -> list[Cell]:
-    methods = {"adaptors": Run(), "LoRA": Run(adaptation="lora"), "DoRA": Run(adaptation="dora")}
-    methods["everything"] = Run(freeze="none")
+    methods = {
+        "adaptors": Run(renewed="adaptors"),
+        "LoRA": Run(adaptation="lora", renewed="adaptors"),
+        "DoRA": Run(adaptation="dora", renewed="adaptors"),
+        "everything": Run(freeze="none", renewed="adaptors"),
+    }
     return [Cell(name, run) for name, run in methods.items()]
 
 
@@ -206,7 +213,7 @@ STUDIES = {
     ),
     "freezing": Study(
         "Frozen against fully trained",
-        "Which backbones stay as they are. What is new is always trained.",
+        "Which backbones stay as they are. What a Prismer adds to them is always trained.",
         "frozen backbones",
         freezing,
         ("all", "cider", "exact_attributes", *COSTS),
@@ -214,7 +221,8 @@ STUDIES = {
     ),
     "resampler": Study(
         "With and without the resampler",
-        "Without it, the encoder gets all 64 tokens of each expert instead of 32 latents for all.",
+        "Without it, the encoder gets all 64 tokens of each expert instead of 64 latents for all. The resampler "
+        "starts anew.",
         "resampler",
         resampler,
         ("all", "relation", "cider", *COSTS),
@@ -224,8 +232,8 @@ STUDIES = {
     "adaptation": Study(
         "Adaptors against LoRA, DoRA and full fine-tuning",
         "What adapts the backbones: the paper's adaptors, both backbones frozen; LoRA or DoRA in all their linear "
-        "layers instead, with as many trained weights; or the training of everything, adaptors included. What is new "
-        "is always trained.",
+        "layers instead, with as many trained weights; or the training of everything, adaptors included. Adaptors "
+        "start anew; what a Prismer adds to the backbones besides is always trained.",
         "adapted by",
         adaptation,
         ("all", "cider", "exact_attributes", *COSTS),

@@ -13,10 +13,10 @@ that there are; what is missing is said.
 
 All models start from the backbones of train_scenes_backbones.py and see the same scenes; they are trained as in the
 first stage of run_scenes.py, but shorter. With `--start` they also have the weights of a model that run_scenes.py
-trained without experts, and learn what experts add to it in less time. One model, with six experts, their predicted
-labels, both backbones frozen and no expert dropout, is what all others are compared with: each differs from it in one
-thing. A seed decides about the new weights, the order of the scenes, which of their texts are drawn, and about what is
-random in a study.
+trained with six experts, as far as they have the same parts, and each learns in less time to make do with what it is
+given. One model, with six experts, their predicted labels, both backbones frozen and no expert dropout, is what all
+others are compared with: each differs from it in one thing. A seed decides about the new weights, the order of the
+scenes, which of their texts are drawn, and about what is random in a study.
 
 Labels are `predicted`, what the trained experts see, from `--labels`; or `true`; or `coarse`, predicted ones spoilt:
 maps are reduced to 8x8 and enlarged again, so that what is smaller than a sixteenth of the picture's width mostly
@@ -177,12 +177,15 @@ def put_lora_in_place_of_adaptors(model: PrismerForConditionalGeneration, use_do
         parameter.requires_grad_(parameter.requires_grad or name in trained)
 
 
-def start_from(model: PrismerForConditionalGeneration, folder: Path) -> None:
-    """Takes over the weights of a trained model without experts: all but those of the stems and the resampler."""
-    started = PrismerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    if started.config.experts:
-        raise SystemExit(f"--start {folder} has experts; a model without them is needed (run_scenes.py --suite none)")
-    model.load_state_dict(started.state_dict(), strict=False)
+PARTS = {"adaptors": ".adaptor.", "resampler": ".resampler."}  # what a run may renew, and names of weights
+
+
+def start_from(model: PrismerForConditionalGeneration, folder: Path, renewed: str | None) -> None:
+    """Takes over the weights of a trained model, of all parts that both have but the one that is renewed."""
+    trained = PrismerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    if renewed:
+        trained = {name: weights for name, weights in trained.items() if PARTS[renewed] not in name}
+    model.load_state_dict(trained, strict=False)
 
 
 def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, labels: Labels) -> PrismerTrainer:
@@ -211,7 +214,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
     set_seed(seed)
     model, processor = new_model(recipe_args)
     if args.start:
-        start_from(model, args.start)
+        start_from(model, args.start, run.renewed)
     choose_attention(model)
     if not run.resampler:
         model.model.vision_model.resampler = AllTokens()
@@ -332,7 +335,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What must be the same in all runs that are compared."""
     return {
         **{name: getattr(args, name) for name in SETTINGS},
-        "start": "a trained model without experts" if args.start else "backbones",
+        "start": "a Prismer that was trained with six experts" if args.start else "the backbones",
         "label_store": "true labels" if args.labels == "true" else "experts",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
@@ -395,7 +398,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data_dir", help="where the data set is or is made")
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="studies to run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--start", type=Path, help="a trained model without experts, whose weights all start with")
+    parser.add_argument("--start", type=Path, help="a trained model, whose weights all start with")
     parser.add_argument("--train_rows", type=int, default=1600, help="scenes to train on")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch_size", type=int, default=16, help="pictures in a step")

@@ -186,7 +186,7 @@ def report(output_dir: Path, folder: Path, seeds: int) -> None:
     results = load_results(output_dir)
     settings = next(iter(results.values()))["settings"]
     folder.mkdir(parents=True, exist_ok=True)
-    start_argument = "" if settings["start"] == "backbones" else " --start runs/scenes/prismerz"
+    start_argument = "" if settings["start"] == "the backbones" else " --start runs/scenes/stage-1"
     numbers = {**settings, "runs": len(results), "seeds": seeds, "start_argument": start_argument}
     parts = ["# Results of the study", INTRODUCTION.format(**numbers)]
     if settings["label_store"] != "experts":

@@ -27,6 +27,7 @@ from modeling_prismer import (
     DataCollatorForPrismer,
     PrismerForConditionalGeneration,
     PrismerProcessor,
+    keep_freed_memory,
     pretrained_path,
 )
 from modeling_prismer.processing import JointAugmentation
@@ -434,6 +435,8 @@ def run(
     """
     training_args = trainer.args
     if training_args.do_train:
+        if training_args.device.type == "cpu":
+            keep_freed_memory()
         checkpoint = training_args.resume_from_checkpoint
         if checkpoint == "last":  # from the beginning, if there is none
             checkpoint = last_checkpoint(training_args.output_dir)

@@ -186,6 +186,16 @@ def test_the_parts_run_by_themselves(model):
     torch.testing.assert_close(model.lm_head(decoded), expected.logits, **TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2), (12, 1), (5, 3), (16, 1)])
+def test_the_head_scores_many_places_as_it_does_each_alone(model, shape):
+    states = torch.randn(*shape, 24)
+    logits = model.lm_head(states)
+    assert logits.shape == (*shape, VOCAB_SIZE)
+    alone = torch.stack([model.lm_head(row[None])[0] for row in states.flatten(0, 1)])
+    torch.testing.assert_close(logits.flatten(0, 1), alone, **TOLERANCE)
+
+
 # ---- attention, memory, number types
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import study_experts
 import study_report
+import torch
 import train_scenes_backbones
 from filelock import FileLock
 from PIL import Image
@@ -107,9 +108,12 @@ RUNS = [
     Run(expert_dropout=EXPERT_DROPOUT),
     Run(freeze="vision"),
     Run(freeze="none"),
+    Run(renewed="resampler"),
     Run(resampler=False),
-    Run(adaptation="lora"),
-    Run(adaptation="dora"),
+    Run(renewed="adaptors"),
+    Run(adaptation="lora", renewed="adaptors"),
+    Run(adaptation="dora", renewed="adaptors"),
+    Run(freeze="none", renewed="adaptors"),
 ]
 
 
@@ -177,19 +181,34 @@ def test_lora_replaces_the_adaptors_with_about_as_many_weights(prepared, adaptat
     assert not any(".adaptor." in name or "base_layer" in name for name in changed)
 
 
-def test_all_can_start_with_what_a_model_without_experts_has_learned(prepared, tmp_path):
+@pytest.mark.parametrize("trained, run", [(Run(), only("ocr")), (Run(), NONE), (NONE, Run())])
+def test_all_can_start_with_what_another_model_has_learned(prepared, tmp_path, trained, run):
     rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
-    start = study_experts.trainer_of(NONE, 5, prepared, rows, {}).model
-    start.save_pretrained(tmp_path / "none")
-    args = argparse.Namespace(**{**vars(prepared), "start": tmp_path / "none"})
-    model = study_experts.trainer_of(Run(), 0, args, rows, {}).model
-    weights = model.state_dict()
-    for name, expected in start.state_dict().items():
-        assert weights[name].equal(expected), name
-    assert {name.split(".")[2] for name in weights.keys() - start.state_dict().keys()} == {"expert_stems", "resampler"}
-    model.save_pretrained(tmp_path / "all")
-    with pytest.raises(SystemExit, match="--start .* has experts; a model without them is needed"):
-        study_experts.trainer_of(NONE, 0, argparse.Namespace(**{**vars(args), "start": tmp_path / "all"}), rows, {})
+    labels = dict.fromkeys(rows["image_id"], {})
+    start = study_experts.trainer_of(trained, 5, prepared, rows, labels).model
+    start.save_pretrained(tmp_path)
+    args = argparse.Namespace(**{**vars(prepared), "start": tmp_path})
+    found, expected = study_experts.trainer_of(run, 0, args, rows, labels).model.state_dict(), start.state_dict()
+    shared = found.keys() & expected.keys()
+    assert all(found[name].equal(expected[name]) for name in shared)
+    assert {name.split(".")[2] for name in found.keys() ^ shared} <= {"expert_stems", "resampler"}
+    assert any("adaptor" in name for name in shared)
+    assert any("resampler" in name for name in shared) == bool(trained.experts and run.experts)
+
+
+@pytest.mark.parametrize("part", ["adaptors", "resampler"])
+def test_a_part_can_start_anew(prepared, tmp_path, part):
+    rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
+    labels = dict.fromkeys(rows["image_id"], {})
+    start = study_experts.trainer_of(Run(), 5, prepared, rows, labels).model
+    with torch.no_grad():
+        for weights in start.parameters():
+            weights.add_(1.0)
+    start.save_pretrained(tmp_path)
+    args = argparse.Namespace(**{**vars(prepared), "start": tmp_path})
+    found = study_experts.trainer_of(Run(renewed=part), 0, args, rows, labels).model
+    renewed = {name for name, weights in start.named_parameters() if not weights.equal(found.get_parameter(name))}
+    assert renewed == {name for name, _ in start.named_parameters() if part.removesuffix("s") in name}
 
 
 # ---- labels and conditions ----
@@ -426,7 +445,7 @@ def test_each_seed_adds_experts_in_an_order_of_its_own():
 def test_studies_share_their_runs():
     cells = [cell for study in STUDIES.values() for cell in study.cells(0)]
     runs = runs_of(list(STUDIES), 0)
-    assert len(runs) == len({run.name for run in runs}) == 20 < len(cells)
+    assert len(runs) == len({run.name for run in runs}) == 23 < len(cells)
     assert all(len(set(conditions_of(run, 0))) == len(conditions_of(run, 0)) for run in runs)
 
 
