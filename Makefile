@@ -79,7 +79,7 @@ $(VENV)/.test-space-ready: setup.cfg pyproject.toml | $(VENV)/.created
 demo: $(VENV)/.demo-ready  ## caption a bundled picture and ask about it, the experts running live
 	@echo 'Picture:   $(DEMO_PICTURE)'
 	@HF_HUB_OFFLINE=1 $(BIN)/prismer caption $(DEMO_PICTURE)
-	@echo 'Questions: $(DEMO_QUESTIONS)'
+	@echo 'Questions:' && printf '  %s\n' $(DEMO_QUESTIONS)
 	@HF_HUB_OFFLINE=1 $(BIN)/prismer ask $(DEMO_PICTURE) $(DEMO_QUESTIONS)
 	@HF_HUB_OFFLINE=1 $(BIN)/prismer experts $(DEMO_PICTURE) --out $(DEMO_OUTPUT)
 	@echo "What each expert saw: $$(ls -d $(DEMO_OUTPUT)/*)"

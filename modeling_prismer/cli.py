@@ -23,7 +23,7 @@ err = Console(stderr=True)
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="A folder or a Hub id.", show_default="the checkpoint that is shipped with the package"),
+    typer.Option(help="A folder, a Hub id or the name of a shipped checkpoint.", show_default="prismer-scenes"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
 Image = Annotated[str, typer.Argument(help="A picture: a file or a URL.", metavar="IMAGE")]
@@ -56,7 +56,12 @@ def _device(device: str) -> str:
 def _path(model: str | None) -> str:
     from modeling_prismer import pretrained_path
 
-    return pretrained_path() if model is None else model
+    if model is None:
+        return pretrained_path()
+    try:
+        return model if Path(model).is_dir() else pretrained_path(model)
+    except ValueError:  # none that is shipped
+        return model
 
 
 def _load(model: str | None, device: str, with_network: bool = True) -> tuple[Any, Any]:
@@ -183,6 +188,8 @@ def experts(
         from modeling_prismer.processing.image_loading import load_image
         from modeling_prismer.processing.visualization import experts_panel
 
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--out {output} is a file; a folder is needed")
         picture = load_image(image)
         if suite is None:
             processor, _ = _load(model, device, with_network=False)

@@ -432,6 +432,11 @@ class PrismerProcessor(ProcessorMixin):
         limits = [max_length or (MAX_QUESTION_TOKENS if task == "vqa" else MAX_CAPTION_TOKENS) for task in tasks]
         if truncation:
             for i, (task, limit) in enumerate(zip(tasks, limits)):
+                if len(rows[i]) > limit and suffixes is None:
+                    logger.warning_once(
+                        f"a text of {len(rows[i])} tokens is read to its first {limit} only: {prompts[i][:60]!r}…; "
+                        "`max_length` sets how many, `truncation=False` reads all"
+                    )
                 if suffixes is None or (task == "vqa" and questions_with_answers):
                     rows[i] = rows[i][:limit]
                     continue

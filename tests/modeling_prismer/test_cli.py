@@ -41,6 +41,12 @@ def test_ask_answers_with_the_bundled_checkpoint(picture, question, answer):
     assert result.stdout.strip() == answer
 
 
+def test_a_shipped_checkpoint_is_known_by_its_name(picture):
+    result = run("ask", picture, "what color is the shape?", "--model", "prismer-easy-vqa")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == "red"
+
+
 def test_classify_ranks_the_labels_best_first(picture):
     labels = ("triangle", "circle", "rectangle")
     result = run("classify", picture, *labels, "--question", "what shape is in the image?", "--model", EASY_VQA)
@@ -97,6 +103,7 @@ def test_features_of_too_few_names_ask_for_an_analysis(clip_folder, tmp_path):
         (("ask", "{picture}", " "), "a question is empty"),
         (("caption", "{picture}", "--model", EASY_VQA), "made for vqa"),
         (("classify", "{picture}", "circle", "--model", EASY_VQA), "needs a question"),
+        (("experts", "{picture}", "--out", "{picture}", "--model", EASY_VQA), "is a file; a folder is needed"),
         (("convert", "missing.bin", "out", "--variant", "prismer_tiny"), "prismer_tiny"),
     ],
 )

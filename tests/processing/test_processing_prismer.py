@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.auto import processing_auto
+from transformers.testing_utils import CaptureLogger
 
 from modeling_prismer import PrismerForConditionalGeneration
 from modeling_prismer.processing import (
@@ -75,7 +76,9 @@ def test_a_question_is_cleaned_and_has_no_end(make_processor, image):
 def test_a_question_has_at_most_35_tokens(make_processor, image, tokenizer):
     question = "zzqx " * 30
     tokens = tokenizer(clean_question(question), add_special_tokens=False)["input_ids"]
-    inputs = make_processor("vqa")(images=image, text=question)
+    with CaptureLogger(processing_prismer.logger) as log:
+        inputs = make_processor("vqa")(images=image, text=question)
+    assert f"a text of {len(tokens) + 1} tokens is read to its first 35 only: 'Zzqx zzqx" in log.out
     assert len(tokens) > 35 and inputs["input_ids"].tolist() == [[0, *tokens][:35]]
     assert make_processor("vqa")(images=image, text=question, max_length=12)["input_ids"].shape == (1, 12)
     assert make_processor("vqa")(images=image, text=question, truncation=False)["input_ids"].shape[1] > 35
