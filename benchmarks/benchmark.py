@@ -16,7 +16,7 @@ import argparse
 import gc
 import json
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,12 @@ def run(setup: Setup, repeats: int = 5, only: list[str] | None = None, own_proce
     names = select(only, [*ROWS, *SIZES])
     result: dict[str, Any] = {
         "network": setup.network,
-        "machine": machine_facts(setup.torch_device, setup.torch_dtype),
+        "machine": {
+            **machine_facts(setup.torch_device, setup.torch_dtype),
+            "freed_memory": "kept" if own_processes and setup.keep_memory else "given back",
+            "encoder": "compiled" if setup.compiled else "eager",
+        },
         "own_processes": own_processes,
-        "keep_memory": setup.keep_memory,
         "rows": {},
         "sizes": {},
     }
@@ -288,12 +291,13 @@ def main():
     parser.add_argument(
         "--one_process", action="store_true", help="all rows in this process: quicker, no memory a row"
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile, of the rows that encode")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two result.json; runs nothing")
     args = parser.parse_args()
     if args.compare:
         print(compare(*map(read_result, args.compare)))
         return
-    setup = Setup.from_arguments(args)
+    setup = replace(Setup.from_arguments(args), compiled=args.compile)
     result = run(setup, args.repeats, args.only, own_processes=not args.one_process)
     write_result(args.out, result, table(result))
     chart(result, args.out / "chart.png")

@@ -106,7 +106,8 @@ def flop_counter() -> FlopCounterMode:
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    with flop_counter() as counter:
+    """Of `work` as it is without compilation, which counters cannot look into."""
+    with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
         work()
     return counter.get_total_flops()
 

@@ -33,13 +33,14 @@ Work = Callable[[], Any]
 class Setup:
     """
     Which network runs where. `small` is a tiny one, to try a program in seconds; without `keep_memory` what a process
-    frees goes back to the system.
+    frees goes back to the system; with `compiled` the encoder is.
     """
 
     small: bool = False
     device: str = "cpu"
     dtype: str = "float32"
     keep_memory: bool = True
+    compiled: bool = False
 
     @staticmethod
     def add_arguments(parser: ArgumentParser) -> None:
@@ -167,9 +168,12 @@ def make_image_processor(config: PrismerConfig) -> PrismerImageProcessor:
 # ---- the rows ----
 
 
-def encode(model: PrismerForConditionalGeneration, images: int) -> Work:
-    """The vision encoder with all experts' stems and the resampler."""
-    return torch.no_grad()(partial(model.get_image_features, **image_inputs(model, images)))
+def encode(model: PrismerForConditionalGeneration, images: int, compiled: bool = False) -> Work:
+    """The vision encoder with all experts' stems and the resampler. Compiled, the weights are its constants."""
+    features = model.get_image_features
+    if compiled:
+        features = torch.compile(features, fullgraph=True, options={"freezing": True})
+    return torch.no_grad()(partial(features, **image_inputs(model, images)))
 
 
 def caption(model: PrismerForConditionalGeneration, images: int, beams: int = 3) -> Work:
@@ -254,8 +258,8 @@ def labels_to_inputs(setup: Setup) -> Work:
 
 
 ROWS: dict[str, Callable[[Setup], Work]] = {
-    "encode 1 image": lambda setup: encode(make_model(setup), images=1),
-    "encode 4 images": lambda setup: encode(make_model(setup), images=4),
+    "encode 1 image": lambda setup: encode(make_model(setup), images=1, compiled=setup.compiled),
+    "encode 4 images": lambda setup: encode(make_model(setup), images=4, compiled=setup.compiled),
     "caption 1 image": lambda setup: caption(make_model(setup), images=1),
     "caption 4 images": lambda setup: caption(make_model(setup), images=4),
     "rank 128 candidates": lambda setup: rank(make_model(setup), candidates=128),

@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ HERE = Path(__file__).parent
 VERSIONS = {"seen": "With all experts", "yours": "With your changes", "none": "Without experts"}
 CHOICES = {"seen": "As seen", "off": "Off", "noise": "Noise", "edited": "Edited"}
 NO_PICTURE = "Please choose a picture first, under “Ask”."
+STOPPED = drawings.status(1, 1, "Stopped.")
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # what the page itself does; programs have endpoints.py
 BUSY: dict[str, Any] = {**PRIVATE, "concurrency_id": "network", "show_progress": "hidden"}
 
@@ -281,25 +283,23 @@ class Page:
         experts = [*self.cards.values(), *self.switches.values()]
         editor = [self.editor_place] if self.names else []
         everything = [*shown, *experts, *editor, self.link]
-        busy = []
+        stoppable = self._stoppable
 
-        taken = self.picture.input(guarded(self._take_picture), self.picture, everything, preprocess=False, **BUSY)
-        busy.append(taken)
-        self.picture.clear(guarded(self._forget), None, everything, **PRIVATE, queue=False, cancels=[taken])
-        example = self.thumbs.click(guarded(self._take_example), None, [self.picture, *everything], **BUSY)
-        busy.append(example)
+        self.picture.input(stoppable(self._take_picture), self.picture, everything, preprocess=False, **BUSY)
+        self.picture.clear(guarded(self._forget), None, everything, **PRIVATE, queue=False)
+        self.thumbs.click(stoppable(self._take_example), None, [self.picture, *everything], **BUSY)
 
         asked = [self.status, self.chat, self.question, self.result, self.looked, self.bar]
         for trigger in (self.question.submit, self.ask.click):
-            busy.append(trigger(guarded(self._ask), self.question, asked, **BUSY))
-        busy.append(self.suggestions.click(guarded(self._ask_suggested), None, asked, **BUSY))
-        busy.append(self.rank.click(guarded(self._rank), [self.labels, self.class_prompt], self.ranking, **BUSY))
+            trigger(stoppable(self._ask), self.question, asked, **BUSY)
+        self.suggestions.click(stoppable(self._ask_suggested), None, asked, **BUSY)
+        self.rank.click(guarded(self._rank), [self.labels, self.class_prompt], self.ranking, **BUSY)
 
         again = [self.status, self.chat, self.result, self.looked, self.bar]
         for name in self.names:
             outputs = [*again, self.cards[name], self.switches[name]]
-            changed = self.switches[name].input(
-                guarded(self._switch(name)), self.switches[name], outputs, trigger_mode="always_last", **BUSY
+            self.switches[name].input(
+                stoppable(self._switch(name)), self.switches[name], outputs, trigger_mode="always_last", **BUSY
             )
             self.edit_buttons[name].click(
                 guarded(self._open_editor(name)),
@@ -308,15 +308,14 @@ class Page:
                 **PRIVATE,
                 show_progress="hidden",
             )
-            busy.append(changed)
         if self.names:
             outputs = [*again, *experts]
-            busy.append(self.editor.edit(guarded(self._edit), None, outputs, trigger_mode="always_last", **BUSY))
-            busy.append(self.editor.reset(guarded(self._reset), None, outputs, trigger_mode="always_last", **BUSY))
+            self.editor.edit(stoppable(self._edit), None, outputs, trigger_mode="always_last", **BUSY)
+            self.editor.reset(stoppable(self._reset), None, outputs, trigger_mode="always_last", **BUSY)
             self.close_editor.click(lambda: gr.update(visible=False), None, self.editor_place, **PRIVATE, queue=False)
-            busy.append(self.restore_all.click(guarded(self._restore_all), None, [*outputs, *editor], **BUSY))
+            self.restore_all.click(stoppable(self._restore_all), None, [*outputs, *editor], **BUSY)
 
-        self.stop.click(guarded(self._stopped), None, self.status, cancels=busy, **PRIVATE, queue=False)
+        self.stop.click(guarded(self._stop), None, self.status, **PRIVATE, queue=False)
         self.chat.clear(guarded(self._clear_chat), None, [self.result, self.looked], **PRIVATE, queue=False)
         self.share.click(guarded(self._share), None, self.link, **PRIVATE, show_progress="hidden").then(
             None,
@@ -327,7 +326,7 @@ class Page:
         )
         blocks = gr.context.Context.root_block
         blocks.load(
-            guarded(self._open_link),
+            stoppable(self._open_link),
             self.fragment,
             [self.picture, *everything],
             js="() => location.hash.slice(1)",
@@ -353,8 +352,32 @@ class Page:
         self._session(request).turns.clear()
         return "", ""
 
-    def _stopped(self) -> str:
-        return drawings.status(1, 1, "Stopped.")
+    def _stoppable(self, function: Callable) -> Callable:
+        """
+        A guarded generator that ends with the step during which its visitor presses Stop, or without a trace when they
+        take the picture away. Gradio's own way, `cancels`, now and then leaves "Error" where the answer would stand.
+        """
+
+        @functools.wraps(function)
+        def steps(*args: Any) -> Iterator[Any]:
+            request = next(arg for arg in args if isinstance(arg, gr.Request))
+            session = self._session(request)
+            session.stopped = False
+            with closing(guarded(function)(*args)) as running:
+                for step in running:
+                    if session.forgotten:  # gradio sends what came last once more
+                        yield {self.status: drawings.status(1, 1, "")}
+                        return
+                    yield step
+                    if session.stopped:
+                        yield {self.status: STOPPED}
+                        return
+
+        return steps
+
+    def _stop(self, request: gr.Request) -> str:
+        self._session(request).stopped = True
+        return STOPPED
 
     def _nothing(self) -> dict:
         """The page without a picture."""
@@ -385,7 +408,7 @@ class Page:
         self._session(request).take(None)
         picture = opened(payload)
         if picture is None:
-            yield self._forget(request)
+            yield self._nothing()
             return
         self._session(request).take(picture)
         yield from self._look(self._session(request))

@@ -29,6 +29,8 @@ class Session:
     notes: dict[str, tuple[str, bool]] = field(default_factory=dict)  # how long each expert took, whether it failed
     encodings: OrderedDict = field(default_factory=OrderedDict)
     used: float = field(default_factory=time.monotonic)
+    stopped: bool = False  # the visitor has pressed Stop
+    forgotten: bool = False
 
     def take(self, picture: Image.Image | None, source: str | None = None) -> None:
         """A new picture: everything about the one before is forgotten."""
@@ -100,7 +102,9 @@ class Sessions:
 
     def forget(self, key: str) -> None:
         with self._lock:
-            self._sessions.pop(key, None)
+            session = self._sessions.pop(key, None)
+            if session is not None:
+                session.forgotten = True
 
     def sweep(self) -> None:
         with self._lock:

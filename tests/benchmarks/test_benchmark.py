@@ -146,6 +146,21 @@ def test_rows_can_be_chosen(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
 
 
+def test_the_encoder_can_be_compiled(monkeypatch, tmp_path):
+    compiled = []
+
+    def compile_nothing(function, fullgraph, options):
+        compiled.append((function.__name__, fullgraph, options))
+        return function
+
+    monkeypatch.setattr("torch.compile", compile_nothing)
+    arguments = ["--small", "--one_process", "--repeats", "1", "--only", "encode 1", "--compile"]
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments, "--out", str(tmp_path)])
+    benchmark.main()
+    assert compiled == [("get_image_features", True, {"freezing": True})]
+    assert json.loads((tmp_path / "result.json").read_text())["machine"]["encoder"] == "compiled"
+
+
 def test_a_row_that_does_not_exist_is_an_error_that_says_which_do():
     with pytest.raises(SystemExit, match="--only sing: nothing is called so; there are encode, caption"):
         select(["sing"], ["encode", "caption"])

@@ -1,5 +1,7 @@
 """The page in a real browser. Needs Playwright and Chromium; axe-core for accessibility."""
 
+import time
+
 import pytest
 
 
@@ -70,6 +72,39 @@ def test_too_large_a_file_is_refused(page, tmp_path):
     upload(page, large)
     page.wait_for_selector(".toast-body")
     assert str(tmp_path) not in page.content()
+
+
+@pytest.fixture
+def slow_experts(reader, monkeypatch):
+    look = type(reader).look
+
+    def slowly(self, picture):
+        for seen in look(self, picture):
+            time.sleep(1.5)
+            yield seen
+
+    monkeypatch.setattr(type(reader), "look", slowly)
+
+
+def test_stop_ends_the_looking_after_the_expert_that_runs(page, slow_experts):
+    upload(page, ROOT / "modeling_prismer/assets/shape.png")
+    wait_for(page, "expert 1 of 2")
+    page.click("#stop")
+    wait_for(page, "Stopped.")
+    page.wait_for_timeout(4000)  # as long as the other one would take
+    assert page.locator("#card-edge img").count() == 1 and page.locator("#card-ocr img").count() == 0
+    assert "Stopped." in page.inner_text("#status") and "Error" not in page.inner_text("body")
+    ask(page, "What color is the shape?")
+    assert page.locator("#chat").inner_text().strip().endswith("teal")
+
+
+def test_a_picture_that_is_taken_away_leaves_nothing_behind(page, slow_experts):
+    upload(page, ROOT / "modeling_prismer/assets/shape.png")
+    wait_for(page, "expert 1 of 2")
+    page.click("#picture button[aria-label='Remove Image']")
+    page.wait_for_timeout(4000)
+    assert page.locator("#card-edge img").count() == 0 and page.inner_text("#status").strip() == ""
+    assert "Error" not in page.inner_text("body")
 
 
 def test_too_long_a_question_gets_a_message(page):
