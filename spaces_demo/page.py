@@ -285,7 +285,9 @@ class Page:
         everything = [*shown, *experts, *editor, self.link]
         stoppable = self._stoppable
 
-        self.picture.input(stoppable(self._take_picture), self.picture, everything, preprocess=False, **BUSY)
+        # the last of them: a picture that is pasted or taken by the camera comes right after an empty one
+        took = stoppable(self._take_picture)
+        self.picture.input(took, self.picture, everything, preprocess=False, trigger_mode="always_last", **BUSY)
         self.picture.clear(guarded(self._forget), None, everything, **PRIVATE, queue=False)
         self.thumbs.click(stoppable(self._take_example), None, [self.picture, *everything], **BUSY)
 

@@ -150,7 +150,7 @@ def figure(study: Study, rows: Rows, path: Path) -> None:
             axis.set_ylim(len(labels) - 0.5, -0.5)
             axis.margins(x=0.1)
             if METRICS[name].path[0] == "training":
-                axis.set_xlim(left=0)
+                axis.set_xlim(0, 1.08 * axis.dataLim.x1)
     handles, names = panels[0, 0].get_legend_handles_labels()
     if len(names) > 1:
         picture.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
@@ -171,7 +171,7 @@ python training_examples/study_experts.py --backbones runs/scenes/backbones --su
 python training_examples/study_experts.py --output_dir runs/study --report docs/study --seeds {seeds}
 ```
 
-Each model started from {start}, saw {train_rows} scenes {epochs:g} times, and was asked all questions about
+Each model started from {start}, saw {train_rows:,} scenes {times}, and was asked all questions about
 {eval_rows} others ({device}). Numbers are mean ± standard deviation over the seeds; in the figures full marks are
 means, bars standard deviations, and white marks the seeds.
 
@@ -187,7 +187,8 @@ def report(output_dir: Path, folder: Path, seeds: int) -> None:
     settings = next(iter(results.values()))["settings"]
     folder.mkdir(parents=True, exist_ok=True)
     start_argument = "" if settings["start"] == "the backbones" else " --start runs/scenes/stage-1"
-    numbers = {**settings, "runs": len(results), "seeds": seeds, "start_argument": start_argument}
+    times = "once" if settings["epochs"] == 1 else f"{settings['epochs']:g} times"
+    numbers = {**settings, "runs": len(results), "seeds": seeds, "start_argument": start_argument, "times": times}
     parts = ["# Results of the study", INTRODUCTION.format(**numbers)]
     if settings["label_store"] != "experts":
         parts.append("**A trial: true labels stand for those of the experts.**")

@@ -1,5 +1,6 @@
 """The page in a real browser. Needs Playwright and Chromium; axe-core for accessibility."""
 
+import base64
 import time
 
 import pytest
@@ -54,6 +55,32 @@ def test_an_uploaded_picture_is_looked_at_by_every_expert_and_answers_questions(
     assert "triangle" in page.inner_text("#chat") and "teal" in page.inner_text("#chat")
     assert page.locator("#result .version").count() == 2
     assert page.locator("#looked img").count() == 3
+
+
+PASTE = """async (data) => {
+    const picture = await (await fetch('data:image/png;base64,' + data)).blob();
+    await navigator.clipboard.write([new ClipboardItem({'image/png': picture})]);
+}"""
+
+
+def test_a_picture_can_be_pasted(page):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    picture = (ROOT / "modeling_prismer/assets/shape.png").read_bytes()
+    page.evaluate(PASTE, base64.b64encode(picture).decode())
+    page.click("#picture button[aria-label='Paste from clipboard']")
+    wait_for(page, "Ready")
+    ask(page, "What color is the shape?")
+    assert page.locator("#chat").inner_text().strip().endswith("teal")
+
+
+def test_a_picture_can_be_taken_by_the_camera(page):
+    page.context.grant_permissions(["camera"])
+    page.click("#picture button[aria-label='Capture from camera']")
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("() => document.querySelector('#picture video')?.videoWidth > 0")
+    page.click("#picture button[aria-label='capture photo']")
+    wait_for(page, "Ready")
+    assert page.locator("#card-edge img").count() == 1
 
 
 def test_a_broken_picture_gets_a_message_and_the_page_goes_on(page, tmp_path):
