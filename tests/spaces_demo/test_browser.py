@@ -11,7 +11,7 @@ pytest.importorskip("playwright")
 
 
 from tests.spaces_demo import browsing
-from tests.spaces_demo.browsing import AXE, DESKTOP, PHONE, ask, choose_example, chromium, open_page, wait_for
+from tests.spaces_demo.browsing import AXE, DESKTOP, PHONE, WAIT, ask, choose_example, chromium, open_page, wait_for
 from tests.spaces_demo.conftest import ROOT
 
 
@@ -219,6 +219,7 @@ def test_a_link_restores_the_session_for_somebody_else(browser, page):
     page.wait_for_function("() => document.querySelector('#link textarea, #link input')?.value.startsWith('http')")
     link = page.input_value("#link textarea, #link input")
     other = browser.new_context().new_page()
+    other.set_default_timeout(WAIT)
     other.goto(link)
     wait_for(other, "edges off", "#result")
     assert SHAPE in other.inner_text("#chat")
