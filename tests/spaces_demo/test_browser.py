@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
 
-
 from tests.spaces_demo import browsing
 from tests.spaces_demo.browsing import AXE, DESKTOP, PHONE, WAIT, ask, choose_example, chromium, open_page, wait_for
 from tests.spaces_demo.conftest import ROOT
@@ -239,6 +238,16 @@ def test_labels_are_ranked_on_their_tab(page):
     page.click("#rank")
     page.wait_for_selector("#ranking .ranking")
     assert page.inner_text("#ranking .ranking li >> nth=0").startswith("triangle")
+
+
+def test_each_figure_of_the_study_stands_with_what_came_out(page):
+    from page import FINDINGS
+
+    page.get_by_role("tab", name="Study").click()
+    page.wait_for_selector("figure.study")
+    captions = page.locator("figure.study figcaption").all_inner_texts()
+    assert captions == list(FINDINGS.values()) and page.locator("figure.study img").count() == len(captions)
+    assert {path.stem for path in (ROOT / "docs/study").glob("*.png")} == set(FINDINGS)
 
 
 def test_a_new_picture_forgets_the_one_before(page):
