@@ -8,6 +8,7 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="prismer-tests-")
+os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(os.environ["HF_HOME"], "torch_extensions")  # peft's BOFT builds one
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
