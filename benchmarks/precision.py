@@ -231,7 +231,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
     args = parser.parse_args()
-    setup = Setup(args.small, args.device)
+    setup = Setup(args.small, args.device, keep_memory=args.device == "cpu")
     setup.prepare_process()
     names, note = installed_variants()
     names = select(args.only, names)

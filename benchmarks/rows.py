@@ -53,11 +53,11 @@ class Setup:
 
     @classmethod
     def from_arguments(cls, args: Namespace) -> "Setup":
-        return cls(args.small, args.device, args.dtype, not args.give_memory_back)
+        return cls(args.small, args.device, args.dtype, args.device == "cpu" and not args.give_memory_back)
 
     def prepare_process(self) -> None:
         """What a process does first."""
-        if self.keep_memory and self.device == "cpu":
+        if self.keep_memory:
             keep_freed_memory()
 
     @property

@@ -54,14 +54,9 @@ def _device(device: str) -> str:
 
 
 def _path(model: str | None) -> str:
-    from modeling_prismer import pretrained_path
+    from modeling_prismer.pretrained import find_checkpoint, pretrained_path
 
-    if model is None:
-        return pretrained_path()
-    try:
-        return model if Path(model).is_dir() else pretrained_path(model)
-    except ValueError:  # none that is shipped
-        return model
+    return pretrained_path() if model is None else find_checkpoint(model)
 
 
 def _load(model: str | None, device: str, with_network: bool = True) -> tuple[Any, Any]:

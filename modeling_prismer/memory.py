@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     again at its next layer, and waits until the system has made every page of it zero. It costs that the process
     holds as much as it ever needed at a time, plus what no later block fits into.
 
-    Does nothing but on Linux with glibc. `prismer`, the training scripts and the Space call it when they run on a CPU;
-    docs/speed.md says what it gains.
+    Does nothing but on Linux with glibc. The recipes and the benchmarks call it on a CPU; docs/speed.md says what it
+    gains.
 
     Returns:
         `bool`: whether it is so now.

@@ -330,13 +330,11 @@ class PrismerMLP(nn.Module):
 
 def _may_take_rows_apart(hidden_states: torch.Tensor) -> bool:
     """Long rows on a CPU: one at a time, what is between two layers stays in the cache, and in memory at hand."""
-    return (
-        hidden_states.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and len(hidden_states) > 1
-        and hidden_states.shape[1] >= 256
-    )
+    return _is_eager_cpu_inference(hidden_states) and len(hidden_states) > 1 and hidden_states.shape[1] >= 256
+
+
+def _is_eager_cpu_inference(hidden_states: torch.Tensor) -> bool:
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class PrismerAdaptor(nn.Module):
@@ -1371,10 +1369,8 @@ class PrismerLMHead(nn.Module):
 def _are_few_rows(hidden_states: torch.Tensor) -> bool:
     """One place each of the beams of a few images, on a CPU: MKL takes up to twice as long with them row by row."""
     return (
-        hidden_states.device.type == "cpu"
+        _is_eager_cpu_inference(hidden_states)
         and hidden_states.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and hidden_states.shape[1:-1].numel() == 1
         and 7 <= len(hidden_states) < 16
     )

@@ -31,3 +31,11 @@ def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
     if name not in shipped:
         raise ValueError(f"no checkpoint {name!r} is shipped; there are: {', '.join(shipped) or 'none'}")
     return str(_CHECKPOINTS / name)
+
+
+def find_checkpoint(model: str) -> str:
+    """A folder of the user's as it is; that of a shipped checkpoint for its name; else as it is, an id of the Hub."""
+    try:
+        return model if Path(model).is_dir() else pretrained_path(model)
+    except ValueError:  # none that is shipped
+        return model

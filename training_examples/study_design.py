@@ -36,7 +36,7 @@ class Run:
         labels (`str`): `"predicted"`, `"true"` or `"coarse"`, to train and to evaluate with.
         expert_dropout (`float`): probability with which a training sample lacks an expert, for each expert.
         freeze (`str`): backbones that stay as they are: `"both"`, `"vision"` or `"none"`.
-        resampler (`bool`): `False` hands all tokens of the experts on, 64 of each, instead of 32 latents.
+        resampler (`bool`): `False` hands all tokens of the experts on, 64 of each, instead of 64 latents.
         adaptation (`str`): what adapts frozen backbones: the paper's `"adaptors"`, or peft's `"lora"` or `"dora"`.
         renewed (`str`, *optional*): part that starts anew where all else starts as it was trained: `"adaptors"` or
             `"resampler"`.

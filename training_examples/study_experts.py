@@ -410,6 +410,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if not args.report and not (args.backbones and args.labels):
         parser.error("--backbones and --labels are missing: they are needed to train (or --report)")
+    if args.start and not args.start.is_dir():
+        parser.error(f"--start {args.start}: there is no such folder")
     return args
 
 

@@ -28,8 +28,8 @@ from modeling_prismer import (
     PrismerForConditionalGeneration,
     PrismerProcessor,
     keep_freed_memory,
-    pretrained_path,
 )
+from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing import JointAugmentation
 from modeling_prismer.processing.labels import label_images, label_source
 
@@ -171,10 +171,7 @@ def load_checkpoint(args: RecipeArguments, task: str) -> tuple[PrismerForConditi
     """The checkpoint of `--model` for a task, at the resolution of `--image_size`."""
     if args.model is None:
         raise SystemExit("--model is missing: a folder, a Hub id or the name of a shipped checkpoint")
-    try:
-        path = pretrained_path(args.model)
-    except (FileNotFoundError, ValueError):
-        path = args.model
+    path = find_checkpoint(args.model)
     processor = PrismerProcessor.from_pretrained(path)
     model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32, image_size=args.image_size)
     processor.task = task

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from modeling_prismer import pretrained_path
 from modeling_prismer.cli import app
 from modeling_prismer.conversion import read_feature_tables
+from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing.labels import LabelStore
 
 
@@ -133,3 +134,10 @@ def test_experts_of_a_suite_by_name(picture, tmp_path):
     assert (tmp_path / "circle_experts.png").is_file()
     result = run("experts", str(picture), "--out", str(tmp_path), "--experts", "best")
     assert result.exit_code == 1 and "no suite of experts 'best'" in result.stderr
+
+
+def test_a_folder_comes_before_a_shipped_checkpoint_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("prismer-easy-vqa") == EASY_VQA and find_checkpoint("me/mine") == "me/mine"
+    (tmp_path / "prismer-easy-vqa").mkdir()
+    assert find_checkpoint("prismer-easy-vqa") == "prismer-easy-vqa"
