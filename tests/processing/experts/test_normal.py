@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.expert_memory import HeldBytes
+from benchmarks.measuring import HeldBytes
 from modeling_prismer.processing.experts import (
     DepthEstimator,
     ExpertError,
