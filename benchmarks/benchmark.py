@@ -31,6 +31,7 @@ from measuring import (
     markdown_table,
     matrix_product_gflops,
     peak_memory,
+    positive,
     size_text,
     spread_text,
     time_repeatedly,
@@ -286,12 +287,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for what is written")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names hold one of these")
-    parser.add_argument("--repeats", type=int, default=5, help="runs that count, after one to warm up")
+    parser.add_argument("--repeats", type=positive, default=5, help="runs that count, after one to warm up")
     Setup.add_arguments(parser)
     parser.add_argument(
         "--one_process", action="store_true", help="all rows in this process: quicker, no memory a row"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile, of the rows that encode")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, of encoding and the training step")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two result.json; runs nothing")
     args = parser.parse_args()
     if args.compare:

@@ -17,7 +17,7 @@ from typing import Any
 
 import easy_vqa
 import torch
-from measuring import machine_facts, machine_text, markdown_table, write_result
+from measuring import machine_facts, machine_text, markdown_table, positive, write_result
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
@@ -115,7 +115,7 @@ def size(network: Any, folder: Path) -> int:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/deployed_answers"), help="folder for what is written")
-    parser.add_argument("--images", type=int, default=200, help="of easy-VQA's 1,000 test images")
+    parser.add_argument("--images", type=positive, default=200, help="of easy-VQA's 1,000 test images")
     parser.add_argument("--only", nargs="+", metavar="FORM", choices=FORMS, help="these forms; float32 always")
     args = parser.parse_args()
 

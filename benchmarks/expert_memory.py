@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from measuring import HeldBytes, write_result
+from measuring import HeldBytes, positive, write_result
 from PIL import Image
 
 from modeling_prismer.processing.experts import DexiNedEdges, Expert, ExpertSuite, PretrainedExpert
@@ -251,8 +251,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="published", help="a suite of experts by its name")
     parser.add_argument("--only", nargs="*", help="only the experts of these names")
-    parser.add_argument("--image_size", type=int, default=640, help="width and height of the pictures")
-    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1], help="besides each expert's own")
+    parser.add_argument("--image_size", type=positive, default=640, help="width and height of the pictures")
+    parser.add_argument("--batch_sizes", type=positive, nargs="*", default=[1], help="besides each expert's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/expert_memory"), help="folder for result.json, table.md"

@@ -28,6 +28,7 @@ from measuring import (
     machine_text,
     machine_title,
     markdown_table,
+    positive,
     seconds,
     spread_text,
     time_repeatedly,
@@ -314,7 +315,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for what is written")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only curves whose names hold one of these")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each point that count")
+    parser.add_argument("--repeats", type=positive, default=2, help="runs of each point that count")
     Setup.add_arguments(parser)
     args = parser.parse_args()
     setup = Setup.from_arguments(args)

@@ -1,5 +1,6 @@
 """How the programs of this folder measure: time, floating-point operations, memory, and the machine itself."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -165,7 +166,14 @@ def storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor)]
 
 
-# ---- the machine, processes, and what is written ----
+# ---- the command line, the machine, processes, and what is written ----
+
+
+def positive(text: str) -> int:
+    """The type of arguments that count something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more is needed")
+    return int(text)
 
 
 def machine_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from measuring import (
     machine_text,
     markdown_table,
     matrix_product_gflops,
+    positive,
     spread_text,
     time_repeatedly,
     write_result,
@@ -223,8 +224,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/precision"), help="folder for what is written")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only variants whose names hold one of these")
-    parser.add_argument("--repeats", type=int, default=3, help="runs that count, after one to warm up")
-    parser.add_argument("--images", type=int, default=4, help="random images whose texts are compared")
+    parser.add_argument("--repeats", type=positive, default=3, help="runs that count, after one to warm up")
+    parser.add_argument("--images", type=positive, default=4, help="random images whose texts are compared")
     parser.add_argument("--checkpoint", help="a folder, or the name of a shipped checkpoint: its outputs, no times")
     parser.add_argument("--pictures", nargs="+", default=[], metavar="FILE", help="for --checkpoint")
     parser.add_argument("--text", nargs="+", help="for --checkpoint: prompts or questions about every picture")

@@ -33,7 +33,7 @@ Work = Callable[[], Any]
 class Setup:
     """
     Which network runs where. `small` is a tiny one, to try a program in seconds; without `keep_memory` what a process
-    frees goes back to the system; with `compiled` the encoder is.
+    frees goes back to the system; with `compiled` the encoder is, and the model in the training step.
     """
 
     small: bool = False
@@ -210,13 +210,14 @@ def training_step(setup: Setup) -> Work:
     """
     model = make_model(setup, setup.train_size, dtype=torch.float32).train()
     model.freeze_backbones(vision=True, language=True)
+    forward = torch.compile(model) if setup.compiled else model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5, fused=True)
     inputs = image_inputs(model, images=4)
     inputs["input_ids"] = inputs["labels"] = random_words(model, (4, 20)).to(model.device)
 
     def step():
         with torch.autocast(setup.torch_device.type, setup.torch_dtype, enabled=setup.dtype != "float32"):
-            loss = model(**inputs).loss
+            loss = forward(**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

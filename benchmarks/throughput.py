@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine_facts, machine_text, machine_title, markdown_table, synchronize, write_result
+from measuring import machine_facts, machine_text, machine_title, markdown_table, positive, synchronize, write_result
 from rows import Setup, make_image_processor, make_model, picture_and_labels
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -222,8 +222,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for what is written")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--images", type=positive, default=64)
+    parser.add_argument("--batch_sizes", type=positive, nargs="+", default=[1, 4, 16])
     Setup.add_arguments(parser)
     args = parser.parse_args()
     setup = Setup.from_arguments(args)

@@ -223,8 +223,8 @@ class PrismerAttention(nn.Module):
     """
     Multi-head attention of `hidden_states` over themselves or over other states of width `key_value_size`.
 
-    In cross-attention the keys and values may have fewer rows than the queries, one for each image: rows that follow
-    each other (the beams, candidates or questions of one image) then share theirs.
+    Those are given as `states`, or projected already as `keys_values`. They may have fewer rows than the queries, one
+    for each image: rows that follow each other (the beams, candidates or questions of one image) then share theirs.
     """
 
     def __init__(
@@ -261,11 +261,16 @@ class PrismerAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows, length, _ = hidden_states.shape
+        if keys_values is None and states is not None and self.need_no_keys(hidden_states, states):
+            return self.attend_without_keys(hidden_states, states, attention_mask), None
         query = self.split_heads(self.q_proj(hidden_states))
-        key, value = keys_values if keys_values is not None else self.project_keys_values(hidden_states)
+        if keys_values is None:
+            keys_values = self.project_keys_values(hidden_states if states is None else states)
+        key, value = keys_values
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -290,6 +295,76 @@ class PrismerAttention(nn.Module):
         if attn_weights is not None and images != rows:
             attn_weights = attn_weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return attn_output, attn_weights
+
+    def need_no_keys(self, hidden_states: torch.Tensor, states: torch.Tensor) -> bool:
+        """
+        Whether `attend_without_keys` gives the same for less: on a CPU, where no attention kernel saves as much, and
+        where an image has fewer queries than a head has elements.
+        """
+        return (
+            not torch.compiler.is_exporting()  # for any number of queries
+            and self.config._attn_implementation == "sdpa"
+            and _are_plain_on_cpu(states, self.k_proj, self.v_proj)
+            and hidden_states.shape[:2].numel() // states.shape[0] < self.head_dim
+        )
+
+    def attend_without_keys(
+        self, hidden_states: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Attention to states that are many by queries that are few, without making keys and values of all states: with
+        `k = W_k s + b_k`, the score `q·k` is `(W_kᵀ q)·s + q·b_k`, and the sum of values is `W_v` times that of
+        states. As DeepSeek-V2 takes projections into its queries (arXiv 2405.04434, 2.1.2).
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(rows, length, hidden_size)`)
+            states (`torch.FloatTensor` of shape `(images, num_states, key_value_size)`)
+            attention_mask (`torch.Tensor` of shape `(images, 1, queries, num_states)`, *optional*): for `sdpa`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(rows, length, hidden_size)`.
+        """
+        query = (self.q_proj(hidden_states) * self.scaling).view(states.shape[0], -1, self.config.hidden_size)
+        query = self.split_heads(query)  # (images, heads, queries, head_dim)
+        heads, queries = query.shape[1:3]
+        key_weight, key_bias, value_weight, value_bias = (
+            weight.unflatten(0, (heads, -1))
+            for projection in (self.k_proj, self.v_proj)
+            for weight in (projection.weight, projection.bias)
+        )
+        bias = torch.einsum("bhqd,hd->bhq", query, key_bias).flatten(1)[..., None]
+        query = torch.einsum("bhqd,hdc->bhqc", query, key_weight).flatten(1, 2)
+        scores = torch.baddbmm(bias, query, states.transpose(1, 2))  # (images, heads * queries, num_states)
+        if attention_mask is not None:
+            scores = scores.unflatten(1, (heads, queries))
+            if attention_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attention_mask, -torch.inf).flatten(1, 2)
+            else:
+                scores = (scores + attention_mask).flatten(1, 2)
+        weights = F.dropout(F.softmax(scores, dim=-1), p=self.dropout, training=self.training)
+        output = torch.einsum("bhqc,hdc->bqhd", (weights @ states).unflatten(1, (heads, queries)), value_weight)
+        total = weights.sum(dim=-1).unflatten(1, (heads, queries)).transpose(1, 2)[..., None]  # not 1 after dropout
+        return self.out_proj((output + total * value_bias).reshape(hidden_states.shape))
+
+
+def _are_plain_on_cpu(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
+    """
+    Whether these modules, called with float32 on a CPU, do what their classes and weights say and no more: no
+    autocast, adapter, hook or other storage. Only then may their weights be used without calling them.
+    """
+    return (
+        hidden_states.device.type == "cpu"
+        and hidden_states.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            type(module) in (nn.Linear, PrismerQuickGELU)
+            and all(type(parameter) is nn.Parameter for parameter in module.parameters())
+            and "forward" not in vars(module)
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            and not (module._backward_hooks or module._backward_pre_hooks)
+            for module in modules
+        )
+    )
 
 
 class PrismerQuickGELU(nn.Module):
@@ -324,8 +399,44 @@ class PrismerMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if _may_take_rows_apart(hidden_states):
-            return torch.cat([self.fc2(self.activation(self.fc1(row))) for row in hidden_states.split(1)])
-        return self.fc2(self.activation(self.fc1(hidden_states)))
+            return torch.cat([self.forward_rows(row) for row in hidden_states.split(1)])
+        return self.forward_rows(hidden_states)
+
+    def forward_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if type(self.activation) is PrismerQuickGELU and _may_reorder(
+            hidden_states, self.fc1, self.activation, self.fc2
+        ):
+            # QuickGELU's scale goes where there is a pass anyway: the bias's, and the product's.
+            inner = hidden_states @ self.fc1.weight.t()
+            inner = torch.add(self.fc1.bias * 1.702, inner, alpha=1.702, out=inner)
+            inner = F.silu(inner, inplace=True).flatten(0, -2)
+            output = torch.addmm(self.fc2.bias, inner, self.fc2.weight.t(), alpha=1 / 1.702)
+            return output.unflatten(0, hidden_states.shape[:-1])
+        return _project(self.fc2, self.activation(_project(self.fc1, hidden_states)))
+
+
+def _project(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    `projection(hidden_states)`. Of 7 to 15 rows, such as the beams of a few images, MKL makes `x Wᵀ` up to twice as
+    slowly as `(W xᵀ)ᵀ`; that lies in memory one column after the other.
+    """
+    rows = hidden_states.shape[:-1]
+    if _may_reorder(hidden_states, projection) and 7 <= rows.numel() < 16:
+        columns = hidden_states.flatten(0, -2).t()
+        return torch.addmm(projection.bias[:, None], projection.weight, columns).t().unflatten(0, rows)
+    return projection(hidden_states)
+
+
+def _may_reorder(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
+    """
+    Whether what these modules do may be done in another order, which is quicker. In training not even without
+    gradients: gradient checkpointing does the same once more with them.
+    """
+    return (
+        _is_eager_cpu_inference(hidden_states)
+        and not any(module.training for module in modules)
+        and _are_plain_on_cpu(hidden_states, *modules)
+    )
 
 
 def _may_take_rows_apart(hidden_states: torch.Tensor) -> bool:
@@ -555,12 +666,7 @@ class PrismerResamplerLayer(GradientCheckpointingLayer):
         normed_latents = self.latents_layer_norm(latents)
         # The latents are the last keys: flash attention takes the end of the keys' mask for that of the queries.
         states = torch.cat([self.tokens_layer_norm(tokens), normed_latents], dim=1)
-        attn_output, _ = self.latent_attn(
-            normed_latents,
-            attention_mask=attention_mask,
-            keys_values=self.latent_attn.project_keys_values(states),
-            **kwargs,
-        )
+        attn_output, _ = self.latent_attn(normed_latents, attention_mask=attention_mask, states=states, **kwargs)
         latents = latents + attn_output
         return latents + self.mlp(self.mlp_layer_norm(latents))
 
@@ -1002,14 +1108,15 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         hidden_states = self.self_attn_layer_norm(self.dropout(attn_output) + hidden_states)
 
         if self.cross_attn is not None and self.adaptor is not None:
-            if cross_keys_values is None and encoder_hidden_states is not None:
-                cross_keys_values = self.cross_attn.project_keys_values(encoder_hidden_states)
-                if past_key_values is not None:  # every step reads them: each head's side by side in memory
-                    key, value = cross_keys_values
-                    cross_keys_values = key.contiguous(), value.contiguous()
-                    past_key_values.cross_keys_values[self.cross_attn.layer_idx] = cross_keys_values
-            if cross_keys_values is not None:
-                attn_output, _ = self.cross_attn(hidden_states, keys_values=cross_keys_values, **kwargs)
+            if cross_keys_values is None and encoder_hidden_states is not None and past_key_values is not None:
+                # Every step reads them: each head's side by side in memory.
+                key, value = self.cross_attn.project_keys_values(encoder_hidden_states)
+                cross_keys_values = key.contiguous(), value.contiguous()
+                past_key_values.cross_keys_values[self.cross_attn.layer_idx] = cross_keys_values
+            if cross_keys_values is not None or encoder_hidden_states is not None:
+                attn_output, _ = self.cross_attn(
+                    hidden_states, keys_values=cross_keys_values, states=encoder_hidden_states, **kwargs
+                )
                 hidden_states = self.cross_attn_layer_norm(self.dropout(attn_output) + hidden_states)
             hidden_states = self.adaptor(hidden_states)
 
@@ -1361,19 +1468,7 @@ class PrismerLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.layer_norm(self.activation(self.dense(hidden_states)))
-        if _are_few_rows(hidden_states):  # the same numbers, one column after the other in memory
-            hidden_states = hidden_states.transpose(0, -1).contiguous().transpose(0, -1)
-        return self.decoder(hidden_states)
-
-
-def _are_few_rows(hidden_states: torch.Tensor) -> bool:
-    """One place each of the beams of a few images, on a CPU: MKL takes up to twice as long with them row by row."""
-    return (
-        _is_eager_cpu_inference(hidden_states)
-        and hidden_states.dtype == torch.float32
-        and hidden_states.shape[1:-1].numel() == 1
-        and 7 <= len(hidden_states) < 16
-    )
+        return _project(self.decoder, hidden_states).contiguous()
 
 
 def sample_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:

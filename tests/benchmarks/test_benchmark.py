@@ -166,6 +166,13 @@ def test_a_row_that_does_not_exist_is_an_error_that_says_which_do():
         select(["sing"], ["encode", "caption"])
 
 
+def test_no_runs_at_all_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "--repeats", "0"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "--repeats: 0: 1 or more is needed" in capsys.readouterr().err
+
+
 def test_another_precision_is_measured():
     row = benchmark.measure_row("encode 1 image", Setup(small=True, dtype="bfloat16"), repeats=1)
     assert row["flops"] > 0 and row["peak_gflops"] != row["gemm_gflops"]
