@@ -60,7 +60,7 @@ class Familiarity:
         features = features.double()
         variances, axes = torch.linalg.eigh(torch.cov(features.T))
         variances = variances.clamp(min=1e-4 * variances.mean())  # directions that hardly vary must not decide alone
-        known = cls(features.mean(0).float(), (axes * variances.rsqrt()).float(), float("inf"))
+        known = cls(features.mean(0).float(), (axes * variances.rsqrt()).float().contiguous(), float("inf"))
         known.limit = torch.quantile(known.distance(others), share).item()
         return known
 
@@ -71,7 +71,7 @@ class Familiarity:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         path = Path(folder, self.FILE)
         temporary = path.with_suffix(".tmp")
-        tensors = {"mean": self.mean, "whitening": self.whitening.contiguous()}
+        tensors = {"mean": self.mean, "whitening": self.whitening}
         save_file(tensors, temporary, metadata={"limit": str(self.limit)})
         temporary.replace(path)
 

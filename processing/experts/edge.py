@@ -85,12 +85,15 @@ class CannyEdges(Expert):
         for image in images:
             size = size_within(image.size, self.max_pixels)
             reduced.append(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
-        indices_by_size: dict[tuple[int, int], list[int]] = {}
+        # on a CPU one by one: quicker there, and a convolution that rounds differently for a batch would turn what is
+        # just at a threshold over
+        one_by_one = self.device.type == "cpu"
+        batches: dict[tuple[int, int] | int, list[int]] = {}
         for index, image in enumerate(reduced):
-            indices_by_size.setdefault(image.size, []).append(index)
+            batches.setdefault(index if one_by_one else image.size, []).append(index)
 
         labels: list[np.ndarray] = [np.empty(0)] * len(images)
-        for indices in indices_by_size.values():
+        for indices in batches.values():
             pixels = np.stack([np.asarray(reduced[index]) for index in indices])
             for index, edges in zip(indices, self._edges(pixels)):
                 labels[index] = _enlarge(edges, images[index].size)

@@ -134,4 +134,6 @@ def test_all_scenes_are_labelled_by_their_image_id(trained, splits, tmp_path):
     assert set(store) == {*splits["train"]["image_id"], *splits["validation"]["image_id"]}
     label = store["scenes/validation/000001"]
     (expected,) = suite([splits["validation"][1]["image"]])
-    assert np.array_equal(label["depth"], expected["depth"]) and label["ocr"]["words"] == expected["ocr"]["words"]
+    # labelled in a batch: rounded differently, by one of 255 at most
+    assert np.abs(label["depth"].astype(int) - expected["depth"]).max() <= 1
+    assert label["ocr"]["words"] == expected["ocr"]["words"]
