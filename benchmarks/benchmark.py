@@ -7,9 +7,9 @@ Times Prismer on random weights of the true size, beside the recorded times of t
     python benchmarks/benchmark.py --compare old/result.json new/result.json
 
 What a row runs is in rows.py. Each has a process of its own: one run to warm up, `--repeats` that count, and one under
-torch's counter of floating-point operations. Before and after, a matrix product measures how fast the machine is just
-then. The reference was recorded beside the same product, so that times are compared in units of it: seconds times
-GFLOP/s. docs/speed.md says how to read what comes out: result.json, table.md and chart.png.
+torch's counter of floating-point operations. Before and after each run that counts, a matrix product measures how fast
+the machine is just then. The reference was recorded beside the same product, so that times are compared in units of
+it: seconds times GFLOP/s. docs/speed.md says how to read what comes out: result.json, table.md and chart.png.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import statistics
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from measuring import (
     machine_title,
     markdown_table,
     matrix_product_gflops,
+    onednn_product_gflops,
     peak_memory,
     positive,
     size_text,
@@ -52,17 +54,26 @@ def measure_row(name: str, setup: Setup, repeats: int) -> dict[str, Any]:
     """One row, in the process that calls this: times, speed of the machine, peak memory, and operations."""
     device = setup.torch_device
     torch.manual_seed(0)
-    speeds = [machine_speed(setup)]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     work = ROWS[name](setup)
-    timing = time_repeatedly(work, repeats, device, at_least=0 if setup.small else 1)
-    memory = peak_memory(device)
-    speeds.append(machine_speed(setup))
+    speeds: list[tuple[float, float]] = []
+    memory = 0
+
+    def between() -> None:
+        nonlocal memory
+        memory = max(memory, peak_memory(device))
+        speeds.append(machine_speed(setup))
+        if device.type == "cuda":  # what the product took
+            torch.cuda.reset_peak_memory_stats(device)
+
+    if "gemm_gflop" in json.loads(REFERENCE.read_text())["rows"][name]:
+        timing = time_repeatedly(work, repeats, device, between=between)
+    else:  # milliseconds, compared in seconds
+        timing = time_repeatedly(work, repeats, device, at_least=0 if setup.small else 1)
+        between()
     gemm, peak = zip(*speeds)
     return {
         **asdict(timing),
-        "gemm_gflops": gemm,  # before and after
+        "gemm_gflops": gemm,  # before and after each run
         "peak_gflops": peak,
         "peak_memory": memory,
         "flops": count_flops(work),
@@ -76,8 +87,8 @@ def machine_speed(setup: Setup) -> tuple[float, float]:
     """
     device, dtype = setup.torch_device, setup.torch_dtype
     gemm = matrix_product_gflops(device, torch.float32, setup.product_size)
-    if device.type == "cpu" and dtype == torch.float32:
-        return gemm, gemm
+    if device.type == "cpu" and dtype == torch.float32:  # which of the libraries is faster, the processor decides
+        return gemm, max(gemm, onednn_product_gflops(setup.product_size))
     return gemm, matrix_product_gflops(device, dtype, setup.product_size if device.type == "cpu" else 8192)
 
 
@@ -121,13 +132,18 @@ def run(setup: Setup, repeats: int = 5, only: list[str] | None = None, own_proce
 # ---- reading ----
 
 
-def gemm_gflop(row: dict[str, Any]) -> float:
-    """The row's time in units of the matrix product: what the machine could have multiplied meanwhile."""
-    return statistics.median(row["seconds"]) * statistics.mean(row["gemm_gflops"])
+def gemm_gflop(row: dict[str, Any], speeds: str = "gemm_gflops") -> float:
+    """
+    The row's time in units of the matrix product: what the machine could have multiplied meanwhile. The median of all
+    runs, each by the speed just before and after it, as a machine's speed may change within seconds.
+    """
+    return statistics.median(
+        seconds * statistics.mean(around) for seconds, around in zip(row["seconds"], pairwise(row[speeds]))
+    )
 
 
 def share_of_peak(row: dict[str, Any]) -> float:
-    return row["flops"] / statistics.median(row["seconds"]) / statistics.mean(row["peak_gflops"]) / 1e9
+    return row["flops"] / gemm_gflop(row, "peak_gflops") / 1e9
 
 
 def times_better(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:

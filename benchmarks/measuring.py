@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,6 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+# which the network calls as well, and torch counts nothing of; `None` in a build of torch without oneDNN
+ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
 
 # ---- time ----
@@ -56,11 +61,22 @@ class Timing:
         return spread_text(self.seconds)
 
 
-def time_repeatedly(work: Callable[[], Any], repeats: int, device: torch.device, at_least: float = 0.0) -> Timing:
-    """`repeats` runs after one to warm up; of quick work more, until they have taken `at_least` so many seconds."""
+def time_repeatedly(
+    work: Callable[[], Any],
+    repeats: int,
+    device: torch.device,
+    at_least: float = 0.0,
+    between: Callable[[], Any] = lambda: None,
+) -> Timing:
+    """
+    `repeats` runs after one to warm up; of quick work more, until they have taken `at_least` so many seconds. Around
+    each run that counts `between` is called.
+    """
     timing = Timing(seconds(work, device), [])
+    between()
     while len(timing.seconds) < repeats or (sum(timing.seconds) < at_least and len(timing.seconds) < 1000):
         timing.seconds.append(seconds(work, device))
+        between()
     return timing
 
 
@@ -79,6 +95,15 @@ def matrix_product_gflops(device: torch.device, dtype: torch.dtype, size: int) -
     return 2 * size**3 / time_repeatedly(lambda: a @ b, 5, device).median / 1e9
 
 
+def onednn_product_gflops(size: int) -> float:
+    """The same of float32 on a CPU, where `@` is MKL's, by oneDNN; 0 in a build of torch without it."""
+    if ONEDNN_LINEAR is None:
+        return 0.0
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    timing = time_repeatedly(lambda: ONEDNN_LINEAR(a, b, None, "none", [], ""), 5, torch.device("cpu"))
+    return 2 * size**3 / timing.median / 1e9
+
+
 # ---- floating-point operations ----
 
 
@@ -90,16 +115,22 @@ def _attention_backward(grad_out, query, key, value, *args, **kwargs) -> int:
     return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
-# torch counts attention on CUDA only
-_ATTENTION_ON_CPU = {
+def _linear(states, weight, *args, **kwargs) -> int:
+    return 2 * math.prod(states) * weight[0]
+
+
+# torch counts attention on CUDA only, and no linear layers of oneDNN
+_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+if ONEDNN_LINEAR is not None:
+    _ON_CPU[ONEDNN_LINEAR] = _linear
 
 
 def flop_counter() -> FlopCounterMode:
     """Counts what matrix products, convolutions and attention do, a multiplication and an addition as two."""
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
+    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
     # Not by module: the hooks for that fail on a view of a parameter that is made without gradients.
     counter.mod_tracker = nullcontext()
     counter.mod_tracker.parents = {"Global"}

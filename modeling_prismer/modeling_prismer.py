@@ -253,7 +253,7 @@ class PrismerAttention(nn.Module):
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, length, head_dim)
 
     def project_keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.split_heads(self.k_proj(states)), self.split_heads(self.v_proj(states))
+        return self.split_heads(_project(self.k_proj, states)), self.split_heads(_project(self.v_proj, states))
 
     def forward(
         self,
@@ -267,7 +267,7 @@ class PrismerAttention(nn.Module):
         rows, length, _ = hidden_states.shape
         if keys_values is None and states is not None and self.need_no_keys(hidden_states, states):
             return self.attend_without_keys(hidden_states, states, attention_mask), None
-        query = self.split_heads(self.q_proj(hidden_states))
+        query = self.split_heads(_project(self.q_proj, hidden_states))
         if keys_values is None:
             keys_values = self.project_keys_values(hidden_states if states is None else states)
         key, value = keys_values
@@ -291,7 +291,7 @@ class PrismerAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        attn_output = self.out_proj(attn_output.reshape(rows, length, -1))
+        attn_output = _project(self.out_proj, attn_output.reshape(rows, length, -1))
         if attn_weights is not None and images != rows:
             attn_weights = attn_weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return attn_output, attn_weights
@@ -324,7 +324,9 @@ class PrismerAttention(nn.Module):
         Returns:
             `torch.FloatTensor` of shape `(rows, length, hidden_size)`.
         """
-        query = (self.q_proj(hidden_states) * self.scaling).view(states.shape[0], -1, self.config.hidden_size)
+        query = (_project(self.q_proj, hidden_states) * self.scaling).view(
+            states.shape[0], -1, self.config.hidden_size
+        )
         query = self.split_heads(query)  # (images, heads, queries, head_dim)
         heads, queries = query.shape[1:3]
         key_weight, key_bias, value_weight, value_bias = (
@@ -344,7 +346,41 @@ class PrismerAttention(nn.Module):
         weights = F.dropout(F.softmax(scores, dim=-1), p=self.dropout, training=self.training)
         output = torch.einsum("bhqc,hdc->bqhd", (weights @ states).unflatten(1, (heads, queries)), value_weight)
         total = weights.sum(dim=-1).unflatten(1, (heads, queries)).transpose(1, 2)[..., None]  # not 1 after dropout
-        return self.out_proj((output + total * value_bias).reshape(hidden_states.shape))
+        return _project(self.out_proj, (output + total * value_bias).reshape(hidden_states.shape))
+
+
+# oneDNN's linear layer, which torch.compile calls on a CPU; `None` in a build of torch without oneDNN.
+_onednn_linear: Any = None
+if torch.backends.mkldnn.is_available():
+    _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _project(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    `projection(hidden_states)`, in inference in float32 on a CPU by oneDNN. A linear layer of torch is MKL's product
+    there, which reads weights slowly where rows are few, as in a caption; on AMD's processors it is the slower one of
+    any number of rows.
+    """
+    if _are_onednns(hidden_states, projection):
+        return _onednn_linear(hidden_states, projection.weight, projection.bias, "none", [], "")
+    return projection(hidden_states)
+
+
+def _are_onednns(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
+    """
+    Whether oneDNN may take what these modules do. In training not even without gradients: gradient checkpointing does
+    the same once more with them.
+    """
+    return (
+        _onednn_linear is not None
+        and _is_eager_cpu_inference(hidden_states)
+        and not any(module.training for module in modules)
+        and _are_plain_on_cpu(hidden_states, *modules)
+    )
+
+
+def _is_eager_cpu_inference(hidden_states: torch.Tensor) -> bool:
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _are_plain_on_cpu(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
@@ -358,7 +394,7 @@ def _are_plain_on_cpu(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and all(
             type(module) in (nn.Linear, PrismerQuickGELU)
-            and all(type(parameter) is nn.Parameter for parameter in module.parameters())
+            and all(type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in module.parameters())
             and "forward" not in vars(module)
             and not (module._forward_hooks or module._forward_pre_hooks)
             and not (module._backward_hooks or module._backward_pre_hooks)
@@ -403,49 +439,19 @@ class PrismerMLP(nn.Module):
         return self.forward_rows(hidden_states)
 
     def forward_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if type(self.activation) is PrismerQuickGELU and _may_reorder(
+        if type(self.activation) is PrismerQuickGELU and _are_onednns(
             hidden_states, self.fc1, self.activation, self.fc2
         ):
-            # QuickGELU's scale goes where there is a pass anyway: the bias's, and the product's.
-            inner = hidden_states @ self.fc1.weight.t()
-            inner = torch.add(self.fc1.bias * 1.702, inner, alpha=1.702, out=inner)
-            inner = F.silu(inner, inplace=True).flatten(0, -2)
-            output = torch.addmm(self.fc2.bias, inner, self.fc2.weight.t(), alpha=1 / 1.702)
-            return output.unflatten(0, hidden_states.shape[:-1])
+            # oneDNN's swish is `x · sigmoid(x)`: QuickGELU's scale goes into what is narrow.
+            inner = _onednn_linear(hidden_states * 1.702, self.fc1.weight, self.fc1.bias * 1.702, "swish", [], "")
+            output = _onednn_linear(inner, self.fc2.weight, None, "none", [], "")
+            return torch.add(self.fc2.bias, output, alpha=1 / 1.702, out=output)
         return _project(self.fc2, self.activation(_project(self.fc1, hidden_states)))
-
-
-def _project(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """
-    `projection(hidden_states)`. Of 7 to 15 rows, such as the beams of a few images, MKL makes `x Wᵀ` up to twice as
-    slowly as `(W xᵀ)ᵀ`; that lies in memory one column after the other.
-    """
-    rows = hidden_states.shape[:-1]
-    if _may_reorder(hidden_states, projection) and 7 <= rows.numel() < 16:
-        columns = hidden_states.flatten(0, -2).t()
-        return torch.addmm(projection.bias[:, None], projection.weight, columns).t().unflatten(0, rows)
-    return projection(hidden_states)
-
-
-def _may_reorder(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
-    """
-    Whether what these modules do may be done in another order, which is quicker. In training not even without
-    gradients: gradient checkpointing does the same once more with them.
-    """
-    return (
-        _is_eager_cpu_inference(hidden_states)
-        and not any(module.training for module in modules)
-        and _are_plain_on_cpu(hidden_states, *modules)
-    )
 
 
 def _may_take_rows_apart(hidden_states: torch.Tensor) -> bool:
     """Long rows on a CPU: one at a time, what is between two layers stays in the cache, and in memory at hand."""
     return _is_eager_cpu_inference(hidden_states) and len(hidden_states) > 1 and hidden_states.shape[1] >= 256
-
-
-def _is_eager_cpu_inference(hidden_states: torch.Tensor) -> bool:
-    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class PrismerAdaptor(nn.Module):
@@ -464,7 +470,7 @@ class PrismerAdaptor(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = self.layer_norm(hidden_states) if self.norm_first else hidden_states
-        hidden_states = hidden_states + self.up_proj(self.activation(self.down_proj(inner)))
+        hidden_states = hidden_states + _project(self.up_proj, self.activation(_project(self.down_proj, inner)))
         return hidden_states if self.norm_first else self.layer_norm(hidden_states)
 
 
@@ -1433,6 +1439,13 @@ class PrismerModel(PrismerPreTrainedModel):
             raise ValueError(f"{', '.join(given)} given without pixel_values")
         if isinstance(encoder_outputs, torch.Tensor):
             encoder_outputs = (encoder_outputs,)
+        encoder_hidden_states = encoder_outputs[0] if encoder_outputs is not None else None
+        width = self.config.vision_config.hidden_size
+        if encoder_hidden_states is not None and encoder_hidden_states.shape[-1] != width:
+            raise ValueError(
+                f"encoder_outputs has the shape {tuple(encoder_hidden_states.shape)}; (images, tokens, {width}) is "
+                "needed"
+            )
 
         outputs = self.text_model(
             input_ids=input_ids,
@@ -1440,7 +1453,7 @@ class PrismerModel(PrismerPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_outputs[0] if encoder_outputs is not None else None,
+            encoder_hidden_states=encoder_hidden_states,
             use_cache=use_cache,
             **kwargs,
         )
@@ -1450,7 +1463,7 @@ class PrismerModel(PrismerPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
+            encoder_last_hidden_state=encoder_hidden_states,
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
@@ -1467,8 +1480,8 @@ class PrismerLMHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.layer_norm(self.activation(self.dense(hidden_states)))
-        return _project(self.decoder, hidden_states).contiguous()
+        hidden_states = self.layer_norm(self.activation(_project(self.dense, hidden_states)))
+        return _project(self.decoder, hidden_states)
 
 
 def sample_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:

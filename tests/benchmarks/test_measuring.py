@@ -15,6 +15,8 @@ from measuring import (
     time_repeatedly,
 )
 
+from modeling_prismer.modeling_prismer import _project
+
 
 CPU = torch.device("cpu")
 
@@ -24,6 +26,11 @@ def test_a_matrix_product_counts_two_operations_for_each_product_of_numbers():
     assert count_flops(lambda: a @ b) == 2 * 3 * 5 * 7
     layer = torch.nn.Linear(5, 7)
     assert count_flops(lambda: layer(a)) == 2 * 3 * 5 * 7  # the bias counts for nothing
+
+
+@torch.no_grad()
+def test_a_linear_layer_of_the_network_is_counted():
+    assert count_flops(lambda: _project(torch.nn.Linear(5, 7).eval(), torch.rand(2, 3, 5))) == 2 * 2 * 3 * 5 * 7
 
 
 def test_attention_on_a_cpu_is_counted():

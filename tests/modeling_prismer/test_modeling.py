@@ -8,9 +8,15 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 from transformers.masking_utils import flash_attention_mask
 
-from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration, PrismerModel
+from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration, PrismerModel, modeling_prismer
 from modeling_prismer.configuration_prismer import PrismerVisionConfig
-from modeling_prismer.modeling_prismer import PrismerAdaptor, PrismerAttention, PrismerLayerNorm, PrismerMLP
+from modeling_prismer.modeling_prismer import (
+    PrismerAdaptor,
+    PrismerAttention,
+    PrismerLayerNorm,
+    PrismerMLP,
+    _project,
+)
 
 from .tiny import (
     TOLERANCE,
@@ -163,6 +169,7 @@ def test_rows_of_text_may_be_a_multiple_of_the_images(model):
         ({"inputs_embeds": torch.zeros(3, 5, 24)}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": prompts(4)}, "4 rows of text for 3 images"),
         ({"encoder_outputs": (torch.zeros(3, TOKENS, 32),)}, "pixel_values or encoder_outputs, not both"),
+        ({**dict.fromkeys(image_inputs()), "encoder_outputs": torch.zeros(3, TOKENS, 30)}, r"22, 30\); .* 32\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, changes, message):
@@ -197,15 +204,56 @@ def test_the_head_scores_many_places_as_it_does_each_alone(model, shape):
     torch.testing.assert_close(logits.flatten(0, 1), alone, **TOLERANCE)
 
 
+@pytest.fixture
+def onednn(monkeypatch):
+    """The calls of oneDNN's linear layer."""
+    calls, function = [], modeling_prismer._onednn_linear
+    if function is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(modeling_prismer, "_onednn_linear", lambda *args: calls.append(args) or function(*args))
+    return calls
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(12, 1), (1, 9), (3, 2), (16, 1)])
-def test_few_rows_go_through_an_mlp_as_each_alone(shape):
-    mlp, states = PrismerMLP(24, 48, "gelu").eval(), torch.randn(*shape, 24)
-    alone = torch.stack([mlp(row[None])[0] for row in states.flatten(0, 1)])
-    torch.testing.assert_close(mlp(states).flatten(0, 1), alone, **TOLERANCE)
-    doubled = mlp.fc2.register_forward_hook(lambda module, inputs, output: 2 * output)
-    torch.testing.assert_close(mlp(states).flatten(0, 1), 2 * alone, **TOLERANCE)
-    doubled.remove()
+@pytest.mark.parametrize(
+    "states",
+    [
+        torch.randn(16),
+        torch.randn(3, 16),
+        torch.randn(2, 1, 3, 16),
+        torch.randn(0, 4, 16),
+        torch.randn(3, 2, 16).transpose(0, 1),
+        torch.randn(2, 3, 32)[..., ::2],
+        torch.randn(1, 1, 16).expand(4, 3, 16),
+    ],
+    ids=lambda states: "×".join(map(str, states.shape)),
+)
+def test_without_gradients_a_linear_layer_is_onednns(onednn, states):
+    layer = torch.nn.Linear(16, 20).eval()
+    torch.testing.assert_close(_project(layer, states), layer(states), **TOLERANCE)
+    layer.bias = None
+    torch.testing.assert_close(_project(layer, states), layer(states), **TOLERANCE)
+    assert len(onednn) == 2
+
+
+def test_a_linear_layer_is_torchs_where_it_is_more_than_a_product_of_float32(onednn):
+    layer, states = torch.nn.Linear(16, 20).eval(), torch.randn(3, 16)
+    assert _project(layer, states).requires_grad
+    with torch.no_grad():
+        assert _project(layer.train(), states).shape == (3, 20)  # gradient checkpointing does it again with gradients
+        layer.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _project(layer, states).dtype == torch.bfloat16
+        assert _project(copy.deepcopy(layer).bfloat16(), states.bfloat16()).dtype == torch.bfloat16
+        assert _project(copy.deepcopy(layer).double(), states.double()).dtype == torch.float64
+        hooked = copy.deepcopy(layer)
+        hooked.register_forward_hook(lambda module, inputs, output: 0 * output)
+        assert not _project(hooked, states).any()
+        adapted = torch.nn.Sequential(layer, torch.nn.Linear(20, 5))  # such as LoRA puts around one
+        assert _project(adapted, states).shape == (3, 5)
+        torch.nn.utils.parametrizations.weight_norm(layer)  # a weight that is computed
+        torch.testing.assert_close(_project(layer, states), layer(states), **TOLERANCE)
+    assert not onednn
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 300), (7,)])
