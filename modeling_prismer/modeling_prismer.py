@@ -349,9 +349,9 @@ class PrismerAttention(nn.Module):
         return _project(self.out_proj, (output + total * value_bias).reshape(hidden_states.shape))
 
 
-# oneDNN's linear layer, which torch.compile calls on a CPU; `None` in a build of torch without oneDNN.
+# oneDNN's linear layer, which torch.compile calls on a CPU; `None` in a build of torch without oneDNN, or without MKL.
 _onednn_linear: Any = None
-if torch.backends.mkldnn.is_available():
+if torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
     _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -361,14 +361,14 @@ def _project(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor
     there, which reads weights slowly where rows are few, as in a caption; on AMD's processors it is the slower one of
     any number of rows.
     """
-    if _are_onednns(hidden_states, projection):
+    if _onednn_takes(hidden_states, projection):
         return _onednn_linear(hidden_states, projection.weight, projection.bias, "none", [], "")
     return projection(hidden_states)
 
 
-def _are_onednns(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
+def _onednn_takes(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
     """
-    Whether oneDNN may take what these modules do. In training not even without gradients: gradient checkpointing does
+    Whether oneDNN is to do what these modules do. In training not even without gradients: gradient checkpointing does
     the same once more with them.
     """
     return (
@@ -439,7 +439,7 @@ class PrismerMLP(nn.Module):
         return self.forward_rows(hidden_states)
 
     def forward_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if type(self.activation) is PrismerQuickGELU and _are_onednns(
+        if type(self.activation) is PrismerQuickGELU and _onednn_takes(
             hidden_states, self.fc1, self.activation, self.fc2
         ):
             # oneDNN's swish is `x · sigmoid(x)`: QuickGELU's scale goes into what is narrow.
