@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache
 
-from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
+from modeling_prismer.modeling_prismer import CACHE_NAME, PrismerForConditionalGeneration
 
 from .output_folder import check_output_dir, written_whole
 
@@ -53,8 +53,8 @@ class DecoderGraph(nn.Module):
         for index, (keys, values) in enumerate(past):
             cache.update(keys, values, index)
         cache.cross_keys_values = dict(enumerate(cross))
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        present = outputs.past_key_values.layers
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=True)
+        present = outputs[CACHE_NAME].layers
         return outputs.logits, *(tensor for layer in present for tensor in (layer.keys, layer.values))
 
 

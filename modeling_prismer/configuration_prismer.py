@@ -253,7 +253,8 @@ class PrismerConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=PrismerTextConfig),
     }
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        "cache",
+        "past_key_values",  # before transformers 5.24
         "loss_per_sample",
         "hidden_states",
         "attentions",

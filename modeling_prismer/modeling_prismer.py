@@ -22,10 +22,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithCrossAttentions,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import torch_compilable_check
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -35,6 +40,16 @@ from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisi
 
 
 logger = logging.get_logger(__name__)
+
+# transformers 5.24 renamed `past_key_values` to `cache`. This keeps 5.23 working, whose `generate` and peft pass and
+# expect the old name; without a warning there, as it is the right one.
+CACHE_NAME = (
+    "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
+)
+accept_past_key_values = deprecate_kwarg(
+    "past_key_values", "5.40.0" if CACHE_NAME == "cache" else "5.23.0", new_name="cache"
+)
+
 register_adapter_targets()  # here, so that a saved folder that brings its code has them too
 
 ModelType = TypeVar("ModelType", bound="PrismerPreTrainedModel")
@@ -91,14 +106,14 @@ def is_expert_input(key: str) -> bool:
 
 
 @dataclass
-class PrismerModelOutput(ModelOutput):
+class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
     """
     What [`PrismerModel`] returns.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Output of the text decoder.
-        past_key_values (`Cache`, *optional*):
+        cache (`Cache`, *optional*):
             The decoder's self-attention keys and values; the image's cross-attention keys and values hang on it.
         hidden_states, attentions, cross_attentions (`tuple[torch.FloatTensor]`, *optional*):
             Of the text decoder.
@@ -112,22 +127,17 @@ class PrismerModelOutput(ModelOutput):
     ```python
     >>> outputs = model.model(**processor(images=image, text="What color is the shape?"))
     >>> list(outputs)
-    ['last_hidden_state', 'past_key_values', 'encoder_last_hidden_state']
+    ['last_hidden_state', 'cache', 'encoder_last_hidden_state']
     ```
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
-class PrismerCausalLMOutput(ModelOutput):
+class PrismerCausalLMOutput(CausalLMOutputWithCrossAttentions):
     """
     What [`PrismerForConditionalGeneration`] returns.
 
@@ -138,7 +148,7 @@ class PrismerCausalLMOutput(ModelOutput):
             Scores of the next token before softmax.
         loss_per_sample (`torch.FloatTensor` of shape `(batch_size,)`, *optional*, returned with `labels`):
             Sum of a sample's token losses, before weighting.
-        past_key_values, hidden_states, attentions, cross_attentions, encoder_last_hidden_state,
+        cache, hidden_states, attentions, cross_attentions, encoder_last_hidden_state,
         encoder_hidden_states, encoder_attentions:
             See [`PrismerModelOutput`].
 
@@ -151,13 +161,7 @@ class PrismerCausalLMOutput(ModelOutput):
     ```
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     loss_per_sample: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -260,7 +264,7 @@ class PrismerAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -271,8 +275,8 @@ class PrismerAttention(nn.Module):
         if keys_values is None:
             keys_values = self.project_keys_values(hidden_states if states is None else states)
         key, value = keys_values
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         images = key.shape[0]
         if images != rows:  # queries of one image side by side: (images, heads, rows_per_image * length, head_dim)
@@ -836,7 +840,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
         "PrismerTextEmbeddings",
         "PrismerTextLayer",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -1099,26 +1103,25 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         self.mlp_layer_norm = PrismerLayerNorm(size, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    @accept_past_key_values
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         cross_keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_output, _ = self.self_attn(
-            hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        attn_output, _ = self.self_attn(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
         hidden_states = self.self_attn_layer_norm(self.dropout(attn_output) + hidden_states)
 
         if self.cross_attn is not None and self.adaptor is not None:
-            if cross_keys_values is None and encoder_hidden_states is not None and past_key_values is not None:
+            if cross_keys_values is None and encoder_hidden_states is not None and cache is not None:
                 # Every step reads them: each head's side by side in memory.
                 key, value = self.cross_attn.project_keys_values(encoder_hidden_states)
                 cross_keys_values = key.contiguous(), value.contiguous()
-                past_key_values.cross_keys_values[self.cross_attn.layer_idx] = cross_keys_values
+                cache.cross_keys_values[self.cross_attn.layer_idx] = cross_keys_values
             if cross_keys_values is not None or encoder_hidden_states is not None:
                 attn_output, _ = self.cross_attn(
                     hidden_states, keys_values=cross_keys_values, states=encoder_hidden_states, **kwargs
@@ -1188,25 +1191,26 @@ class PrismerTextModel(PrismerPreTrainedModel):
         return torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
 
     def cross_keys_values(
-        self, encoder_hidden_states: torch.Tensor | None, past_key_values: Cache | None, past_length: int
+        self, encoder_hidden_states: torch.Tensor | None, cache: Cache | None, past_length: int
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """
         The cross-attention's keys and values of each layer, projected once for each image: they hang on the cache, one
         row an image, and are replaced when other encoder states come.
         """
-        if past_key_values is None:
+        if cache is None:
             return {}
-        known = getattr(past_key_values, "cross_keys_values", {})
+        known = getattr(cache, "cross_keys_values", {})
         if encoder_hidden_states is None:
             if torch.compiler.is_compiling():  # a static cache's length is a tensor, which must not be looked at here
                 return known
             return {} if past_length == 0 else known  # a cache that was cleared keeps no image
-        if getattr(past_key_values, "encoded", None) is encoder_hidden_states:
+        if getattr(cache, "encoded", None) is encoder_hidden_states:
             return known
-        past_key_values.encoded = encoder_hidden_states
-        past_key_values.cross_keys_values = {}  # each layer adds its own: its weights may be elsewhere until it runs
-        return past_key_values.cross_keys_values
+        cache.encoded = encoder_hidden_states
+        cache.cross_keys_values = {}  # each layer adds its own: its weights may be elsewhere until it runs
+        return cache.cross_keys_values
 
+    @accept_past_key_values
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -1214,7 +1218,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -1223,8 +1227,8 @@ class PrismerTextModel(PrismerPreTrainedModel):
         r"""
         Args:
             encoder_hidden_states (`torch.FloatTensor` of shape `(num_images, num_tokens, encoder_hidden_size)`):
-                Left out, cross-attention takes what hangs on `past_key_values`, or is skipped.
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
+                Left out, cross-attention takes what hangs on `cache`, or is skipped.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache:
                 See [`PrismerModel.forward`].
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -1237,9 +1241,9 @@ class PrismerTextModel(PrismerPreTrainedModel):
                 f"{rows} rows of text for {encoder_hidden_states.shape[0]} images: the rows must be a multiple of the "
                 "images, those of one image following each other"
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past_length = cache.get_seq_length() if cache is not None else 0
         if isinstance(past_length, int) and past_length + length > self.embeddings.max_length:
             raise ValueError(
                 f"{past_length + length} tokens; this model takes at most {self.embeddings.max_length} "
@@ -1249,25 +1253,18 @@ class PrismerTextModel(PrismerPreTrainedModel):
             position_ids = self.make_position_ids(input_ids, inputs_embeds, attention_mask, past_length)
 
         hidden_states = self.embeddings(inputs_embeds, position_ids)
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
-        cross_keys_values = self.cross_keys_values(encoder_hidden_states, past_key_values, past_length)
+        attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
+        cross_keys_values = self.cross_keys_values(encoder_hidden_states, cache, past_length)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 cross_keys_values=cross_keys_values.get(index),
                 **kwargs,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPastAndCrossAttentions(hidden_states, cache if use_cache else None)
 
 
 class PrismerModel(PrismerPreTrainedModel):
@@ -1385,13 +1382,14 @@ class PrismerModel(PrismerPreTrainedModel):
         outputs.pooler_output = outputs.last_hidden_state
         return outputs
 
+    @accept_past_key_values
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         expert_mask: torch.BoolTensor | None = None,
@@ -1451,7 +1449,7 @@ class PrismerModel(PrismerPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             use_cache=use_cache,
@@ -1459,7 +1457,7 @@ class PrismerModel(PrismerPreTrainedModel):
         )
         return PrismerModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -1562,13 +1560,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
 
     get_image_features.__doc__ = PrismerModel.get_image_features.__doc__
 
+    @accept_past_key_values
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         depth_values: torch.FloatTensor | None = None,
@@ -1618,7 +1617,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             depth_values=depth_values,
@@ -1668,7 +1667,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             loss_per_sample=loss_per_sample,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -1818,7 +1817,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             return_dict=True,
             **image_inputs,
         )
-        prompt_cache = outputs.past_key_values
+        prompt_cache = getattr(outputs, CACHE_NAME)
         last = (attention_mask * torch.arange(prompt_length, device=input_ids.device)).argmax(dim=-1)
         first_logits = self.lm_head(outputs.last_hidden_state[torch.arange(rows, device=last.device), last])
         first_logits = first_logits.to(input_ids.device)
@@ -1839,7 +1838,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
                 hidden_states = self.model(
                     input_ids=ids[:, :-1],
                     attention_mask=torch.cat([attention_mask.repeat_interleave(each, dim=0), mask[:, :-1]], dim=1),
-                    past_key_values=_repeat_cache(prompt_cache, each, self.config.text_config),
+                    cache=_repeat_cache(prompt_cache, each, self.config.text_config),
                     use_cache=True,
                     return_dict=True,
                 ).last_hidden_state.to(input_ids.device)

@@ -100,14 +100,14 @@ def test_a_step_over_a_static_cache_is_one_graph_for_all_places_and_images(full_
         images = image_inputs(experts=[DENSE], seed=seed)
         expected = model(input_ids=text, **images).logits
         cache.reset()
-        model(input_ids=text[:, :LENGTH], past_key_values=cache, **images)
+        model(input_ids=text[:, :LENGTH], cache=cache, **images)
         for place in range(LENGTH, text.shape[1]):
             first = (seed, place) == (0, LENGTH)
             with torch.compiler.set_stance("default" if first else "fail_on_recompile"):
                 logits = step(
                     input_ids=text[:, place : place + 1],
                     position_ids=torch.full((3, 1), place),
-                    past_key_values=cache,
+                    cache=cache,
                 ).logits
             torch.testing.assert_close(logits[:, 0], expected[:, place], **TOLERANCE)
 
@@ -117,5 +117,5 @@ def test_the_prompt_and_its_images_are_one_graph_over_a_static_cache():
     forward = compiled(model.forward)
     cache = StaticCache(config=model.config.text_config, max_cache_len=16)
     expected = model(input_ids=prompts(), **images).logits
-    logits = forward(input_ids=prompts(), past_key_values=cache, **images).logits
+    logits = forward(input_ids=prompts(), cache=cache, **images).logits
     torch.testing.assert_close(logits, expected, **TOLERANCE)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from modeling_prismer.modeling_prismer import CACHE_NAME
+
 from .tiny import TOLERANCE, VOCAB_SIZE, image_inputs, pick, prompts, tiny_config, tiny_model, without
 
 
@@ -77,7 +79,7 @@ def test_cached_and_uncached_are_equal(model, search):
 def test_a_static_cache_gives_what_a_dynamic_one_gives(model, search):
     inputs = {"input_ids": prompts(), **image_inputs()}
     static = model.generate(**inputs, cache_implementation="static", return_dict_in_generate=True, **search)
-    assert isinstance(static.past_key_values, StaticCache)
+    assert isinstance(static[CACHE_NAME], StaticCache)
     assert torch.equal(static.sequences, model.generate(**inputs, **search))
 
 
@@ -86,7 +88,7 @@ def test_a_static_cache_can_be_used_for_the_next_images(model):
     for seed in (0, 1):
         inputs = {"input_ids": prompts(), **image_inputs(seed=seed)}
         cache.reset()
-        again = model.generate(**inputs, past_key_values=cache, **GREEDY)
+        again = model.generate(**inputs, **{CACHE_NAME: cache}, **GREEDY)
         assert torch.equal(again, model.generate(**inputs, **GREEDY))
 
 
@@ -258,7 +260,7 @@ def test_a_generation_can_be_continued(model, images_again):
     )
     rest = model.generate(
         input_ids=first.sequences,
-        past_key_values=first.past_key_values,
+        **{CACHE_NAME: first[CACHE_NAME]},
         **(images if images_again else {}),
         do_sample=False,
         max_new_tokens=5,
@@ -272,26 +274,26 @@ def test_a_prompt_can_be_run_in_parts(model):
     with torch.no_grad():
         whole = model(input_ids=prompt, **images).logits
         first = model(input_ids=prompt[:, :4], **images, use_cache=True)
-        second = model(input_ids=prompt[:, 4:], past_key_values=first.past_key_values)
+        second = model(input_ids=prompt[:, 4:], cache=first[CACHE_NAME])
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, **TOLERANCE)
 
 
 def test_a_copied_cache_goes_on_by_itself(model):
     images, prompt = image_inputs(), prompts(length=6)
     with torch.no_grad():
-        cache = model(input_ids=prompt[:, :4], **images, use_cache=True).past_key_values
+        cache = model(input_ids=prompt[:, :4], **images, use_cache=True)[CACHE_NAME]
         expected = model(input_ids=prompt, **images).logits[:, 4:]
         for _ in range(2):
-            outputs = model(input_ids=prompt[:, 4:], past_key_values=copy.deepcopy(cache))
+            outputs = model(input_ids=prompt[:, 4:], cache=copy.deepcopy(cache))
             torch.testing.assert_close(outputs.logits, expected, **TOLERANCE)
 
 
 def test_other_images_replace_those_of_a_cache(model):
     prompt, cache = prompts(), DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model(input_ids=prompt, **image_inputs(seed=1), past_key_values=cache)
+        model(input_ids=prompt, **image_inputs(seed=1), cache=cache)
         cache.reset()
-        again = model(input_ids=prompt, **image_inputs(seed=0), past_key_values=cache)
+        again = model(input_ids=prompt, **image_inputs(seed=0), cache=cache)
         expected = model(input_ids=prompt, **image_inputs(seed=0))
     torch.testing.assert_close(again.logits, expected.logits, **TOLERANCE)
 
@@ -303,9 +305,9 @@ def test_text_alone_does_not_see_the_images_of_a_cleared_cache(model, kind):
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=20)
     with torch.no_grad():
         expected = model(input_ids=prompt).logits
-        model(input_ids=prompt, **image_inputs(), past_key_values=cache)
+        model(input_ids=prompt, **image_inputs(), cache=cache)
         cache.reset()
-        again = model(input_ids=prompt, past_key_values=cache).logits
+        again = model(input_ids=prompt, cache=cache).logits
     torch.testing.assert_close(again, expected, **TOLERANCE)
 
 

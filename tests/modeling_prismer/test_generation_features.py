@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration
+from modeling_prismer.modeling_prismer import CACHE_NAME
 
 from .test_generation import BEAMS, EOS, GREEDY, PAD, Calls, cross_projections, strip
 from .tiny import (
@@ -185,12 +186,12 @@ def test_a_search_of_ones_own(model, inputs):
         for _ in range(generation_config.max_new_tokens):
             if cache is None:
                 outputs = model(**model.prepare_inputs_for_generation(input_ids, **kwargs))
-                cache = outputs.past_key_values
+                cache = outputs[CACHE_NAME]
             else:
                 cache.batch_repeat_interleave(2)
                 last = input_ids[:, -1:].repeat_interleave(2, dim=0)
                 last[1::2] = 7  # the other candidate, which is always thrown away
-                outputs = model(input_ids=last, past_key_values=cache, use_cache=True)
+                outputs = model(input_ids=last, cache=cache, use_cache=True)
                 cache.batch_select_indices(torch.arange(0, len(last), 2))
                 outputs.logits = outputs.logits[::2]
             token = outputs.logits[:, -1:].argmax(dim=-1)
@@ -287,9 +288,9 @@ def test_where_it_looked_is_seen_by_running_the_finished_text(model, search):
         looked = model(input_ids=generated, encoder_outputs=encoded, output_attentions=True).cross_attentions
         cache, steps = None, []
         for token in generated.split(1, dim=1):
-            given = {"past_key_values": cache} if cache is not None else {"encoder_outputs": encoded}
+            given = {"cache": cache} if cache is not None else {"encoder_outputs": encoded}
             outputs = model(input_ids=token, **given, use_cache=True, output_attentions=True)
-            cache = outputs.past_key_values
+            cache = outputs[CACHE_NAME]
             steps.append(outputs.cross_attentions)
     assert len(looked) == 2  # the output layer does not look
     for layer, attention in enumerate(looked):

@@ -11,6 +11,7 @@ from transformers.masking_utils import flash_attention_mask
 from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration, PrismerModel, modeling_prismer
 from modeling_prismer.configuration_prismer import PrismerVisionConfig
 from modeling_prismer.modeling_prismer import (
+    CACHE_NAME,
     PrismerAdaptor,
     PrismerAttention,
     PrismerLayerNorm,
@@ -45,10 +46,10 @@ def test_the_shapes_of_what_comes_out(model):
     assert outputs.encoder_last_hidden_state.shape == (3, TOKENS, 32)
     assert [states.shape for states in outputs.hidden_states] == [(3, 7, 24)] * 4
     assert [states.shape for states in outputs.encoder_hidden_states] == [(3, TOKENS, 32)] * 3
-    assert outputs.past_key_values is None  # there is nothing to continue after a loss
+    assert CACHE_NAME not in outputs  # there is nothing to continue after a loss
     outputs = model(input_ids=prompts(), **image_inputs())
     assert outputs.loss is None and outputs.hidden_states is None and outputs.attentions is None
-    assert outputs.past_key_values.get_seq_length() == 5
+    assert outputs[CACHE_NAME].get_seq_length() == 5
 
 
 def test_the_shapes_of_attentions(model):
