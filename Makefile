@@ -1,5 +1,5 @@
-# Every target makes the environment it needs in .venv and uses it again the next time;
-# after a change of setup.cfg it is brought up to date.
+# Every target makes the environment it needs in .venv, with the versions in constraints.txt, and uses it again the next
+# time. After a change of setup.cfg or constraints.txt it is brought up to date.
 
 SHELL := bash
 PYTHON ?= python3
@@ -16,12 +16,18 @@ EASY_VQA_CHECKPOINT ?= modeling_prismer/checkpoints/prismer-easy-vqa
 comma := ,
 # more arguments for pytest or for the training: make test ARGS="-k golden --no-cov" (a part covers less than 90 %)
 ARGS ?=
-# versions for the tests' environment: what `make test-oldest` sets
+# the exact versions that were tested; empty: the newest that setup.cfg allows
+CONSTRAINTS ?= constraints.txt
+# more arguments for pip in the tests' environment (`make test-oldest` sets it)
 PINS ?=
+AXE_VERSION := 4.14.1
+EXTRAS := experts$(comma)train$(comma)ray$(comma)export$(comma)docs$(comma)dev
 
-# $(call install,PACKAGES,HOW LONG): pip, one line for each file of 10 MB or more instead of a line for everything
+# $(call install,PACKAGES,HOW LONG): pip, one line for each file of 10 MB or more instead of a line for everything.
+# The constraints hold for build environments too; newer versions of pip read them from PIP_BUILD_CONSTRAINT.
 define install
 set -eo pipefail; \
+$(if $(CONSTRAINTS),export PIP_CONSTRAINT="$(abspath $(CONSTRAINTS))" PIP_BUILD_CONSTRAINT="$(abspath $(CONSTRAINTS))";) \
 echo "Installing $(1) into $(VENV)$(2)"; \
 $(BIN)/python -m pip install --progress-bar off $(1) | while read -r line; do \
 	case "$$line" in \
@@ -33,7 +39,7 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest conformance style quality types docs train-easy-vqa evaluate-easy-vqa benchmark benchmark-all \
+.PHONY: help demo test test-oldest test-newest constraints conformance style quality types docs train-easy-vqa evaluate-easy-vqa benchmark benchmark-all \
 	space space-folder test-space dist clean
 
 help:  ## list the targets
@@ -42,36 +48,36 @@ help:  ## list the targets
 # ---- environments ----
 
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed (make PYTHON=python3.12 ...)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.11 or newer is needed (make PYTHON=python3.12 ...)"; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.demo-ready: setup.cfg pyproject.toml | $(VENV)/.created
+$(VENV)/.demo-ready: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	@$(call install,-e '.[experts]', $(FIRST_TIME))
 	@touch $@
 
-$(VENV)/.test-ready: setup.cfg pyproject.toml | $(VENV)/.created
-	@$(call install,-e '.[experts$(comma)train$(comma)ray$(comma)export$(comma)docs$(comma)dev]' $(PINS), $(FIRST_TIME))
+$(VENV)/.test-ready: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
+	@$(call install,-e '.[$(EXTRAS)]' $(PINS), $(FIRST_TIME))
 	@touch $@ $(VENV)/.demo-ready $(VENV)/.docs-ready $(VENV)/.ruff-ready
 
 # ruff alone, in the version that setup.cfg names: a matter of seconds
-$(VENV)/.ruff-ready: setup.cfg | $(VENV)/.created
+$(VENV)/.ruff-ready: setup.cfg $(CONSTRAINTS) | $(VENV)/.created
 	@$(call install,'$(shell sed -n 's/^ *\(ruff[<>=].*\)/\1/p' setup.cfg)')
 	@touch $@
 
 # what builds the pages reads the sources and imports nothing: a matter of seconds, too
-$(VENV)/.docs-ready: setup.cfg | $(VENV)/.created
+$(VENV)/.docs-ready: setup.cfg $(CONSTRAINTS) | $(VENV)/.created
 	@$(call install,$(shell sed -n "/^docs =/,/^[^ ]/s/^ \+\(.*\)/'\1'/p" setup.cfg))
 	@touch $@
 
-$(VENV)/.space-ready: setup.cfg pyproject.toml | $(VENV)/.created
+$(VENV)/.space-ready: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	@$(call install,-e '.[experts$(comma)demo]', $(FIRST_TIME))
 	@touch $@ $(VENV)/.demo-ready
 
-$(VENV)/.test-space-ready: setup.cfg pyproject.toml | $(VENV)/.created
+$(VENV)/.test-space-ready: setup.cfg pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	@$(call install,-e '.[experts$(comma)demo$(comma)dev]' playwright, $(FIRST_TIME))
-	@npm install --silent --no-save --prefix build/axe axe-core > /dev/null 2>&1 || echo "No axe-core: its tests are skipped"
+	@npm install --silent --no-save --prefix build/axe axe-core@$(AXE_VERSION) > /dev/null 2>&1 || echo "No axe-core: its tests are skipped"
 	@touch $@ $(VENV)/.space-ready $(VENV)/.demo-ready $(VENV)/.ruff-ready
 
 # ---- what people run ----
@@ -88,9 +94,22 @@ test: $(VENV)/.test-ready  ## run the tests and print the coverage of the three 
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
-test-oldest:  ## the tests with the lowest transformers, torch and peft that setup.cfg claims, in .venv-oldest
-	@$(MAKE) test VENV=.venv-oldest ARGS="--no-cov $(ARGS)" \
+test-oldest:  ## the tests with the lowest transformers, torch and peft that setup.cfg allows, in .venv-oldest
+	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS= ARGS="--no-cov $(ARGS)" \
 		PINS="$$(sed -nE "s/^ +(transformers|torch|torchvision|peft)>=([0-9.]+).*/'\1==\2.*'/p" setup.cfg | tr '\n' ' ')"
+
+# pip warns that transformers or peft is above our upper bound, where it is: that is the point
+test-newest:  ## the tests and the demo with the newest versions on PyPI, above the upper bounds too, in .venv-newest
+	@$(MAKE) .venv-newest/.test-ready VENV=.venv-newest CONSTRAINTS=
+	@.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]'
+	@.venv-newest/bin/python -m pip install --quiet --upgrade transformers peft
+	@.venv-newest/bin/python -m pip freeze | grep -E '^(transformers|torch|torchvision|peft|accelerate|datasets|kornia|timm)=='
+	@$(MAKE) demo VENV=.venv-newest CONSTRAINTS=
+	@$(MAKE) test VENV=.venv-newest CONSTRAINTS= ARGS="--no-cov $(ARGS)"
+
+constraints: $(VENV)/.created  ## write constraints.txt anew: the newest versions that setup.cfg allows. Then run make test
+	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report - -e '.[$(EXTRAS)$(comma)demo]' playwright \
+		| $(BIN)/python .ci/constraints.py constraints.txt
 
 conformance: $(VENV)/.test-ready  ## run the library's own common tests on Prismer (ARGS=--compare: and on two of its models)
 	$(BIN)/python tests/conformance/conformance.py $(ARGS)

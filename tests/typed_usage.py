@@ -3,12 +3,11 @@ How a typed program uses this package. It is not run: `make types` has mypy read
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import numpy as np
 import torch
 from PIL import Image
-from typing_extensions import assert_type
 
 from modeling_prismer import (
     DataCollatorForPrismer,

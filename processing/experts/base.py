@@ -15,7 +15,7 @@ from PIL import Image
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 BACKGROUND = 255  # in every map of ids
 MAX_REGIONS = 254  # ids 0 to 253: words or instances of one image

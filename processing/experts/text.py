@@ -14,7 +14,7 @@ from .word_features import HashedNgrams, WordFeatures
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 @dataclass
