@@ -1,6 +1,8 @@
 """Configuration of Prismer: a vision encoder that looks through experts, and a causal text decoder."""
 
 import copy
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -41,41 +43,112 @@ _VARIANTS = {
 }
 VARIANTS = tuple(f"{family}_{size}" for family in ("prismer", "prismerz") for size in _VARIANTS)
 
-_EXPERT_FIELDS = {"name", "kind", "channels", "num_classes", "instances"}
-# `<name>_ids` or `<name>_values` is an input of the network itself.
-_RESERVED_NAMES = ("input", "position", "token_type", "task", "pixel", "past_key")
+_EXPERT_FIELDS = ("name", "kind", "channels", "num_classes", "class_names", "instances")
+# `<name>_ids`, `<name>_values` or `<name>_features` is an input of models in transformers.
+_RESERVED_NAMES = (
+    *("input", "decoder_input", "position", "decoder_position", "token_type", "mm_token_type", "task", "prompt"),
+    *("pixel", "past_key"),
+)
+
+_COUNT = ("a positive integer", lambda value: value >= 1)
+_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+# What each field may be, in whichever of the three configurations it is.
+_ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "encoder_hidden_size"), _COUNT),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_channels"), _COUNT),
+    **dict.fromkeys(("image_size", "patch_size"), _COUNT),
+    **dict.fromkeys(("num_latents", "resampler_layers", "resampler_attention_heads"), _COUNT),
+    **dict.fromkeys(("vocab_size", "type_vocab_size", "max_position_embeddings"), _COUNT),
+    **dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"), _SHARE),
+    "label_smoothing": _SHARE,
+    "layer_norm_eps": ("a positive number", lambda value: 0 < value < math.inf),
+    "num_instance_embeddings": ("at least 2", lambda value: value >= 2),
+    "initializer_range": ("0 or a positive number", lambda value: 0 <= value < math.inf),
+}
 
 
-def validate_experts(experts: list[dict]) -> None:
+def validate_fields(config: PreTrainedConfig) -> None:
+    """
+    Checks every single field of a configuration of Prismer.
+
+    Raises:
+        ValueError: naming the field, its value and what is accepted.
+    """
+    from transformers.activations import ACT2FN
+
+    for field, (accepted, is_accepted) in _ACCEPTED.items():
+        value = getattr(config, field, None)
+        if value is not None and not is_accepted(value):
+            raise ValueError(f"{field}={value}; accepted is {accepted}")
+    activation = getattr(config, "hidden_act", None)
+    if activation is not None and activation not in ACT2FN:
+        raise ValueError(f"hidden_act={activation!r}; accepted are {', '.join(sorted(ACT2FN))}")
+
+
+def _require_multiple(config: PreTrainedConfig, heads: str) -> None:
+    if config.hidden_size % getattr(config, heads):
+        raise ValueError(f"hidden_size={config.hidden_size} is not a multiple of {heads}={getattr(config, heads)}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def validate_experts(experts: list[dict[str, Any]]) -> None:
     """
     Checks a list of expert descriptions.
 
     Raises:
         ValueError: naming the entry, what is wrong with it and what is accepted.
     """
+    from torch import nn
+
+    if not isinstance(experts, list | tuple):
+        raise ValueError(
+            f"experts is a {type(experts).__name__}; a list of descriptions is needed, one dict an expert"
+        )
     names = []
     for expert in experts:
+        if not isinstance(expert, dict):
+            raise ValueError(f"experts has the entry {expert!r}; a dict such as {PUBLISHED_EXPERTS[0]} is needed")
         name = expert.get("name")
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"expert {expert} has the name {name!r}; a name is an identifier such as 'depth'")
         if name in _RESERVED_NAMES:
             raise ValueError(
-                f"an expert cannot be named {name!r}: its tensors would be taken for the network's own input"
+                f"an expert cannot be named {name!r}: its tensors would be taken for another input of the network"
             )
+        if hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"an expert cannot be named {name!r}: torch's ModuleDict has an attribute of that name")
         if name in names:
             raise ValueError(f"expert '{name}' is described twice")
         names.append(name)
+        if unknown := [field for field in expert if field not in _EXPERT_FIELDS]:
+            raise ValueError(
+                f"expert '{name}' has unknown fields {sorted(map(str, unknown))}; known: {sorted(_EXPERT_FIELDS)}"
+            )
         if expert.get("kind") not in ("dense", "label"):
             raise ValueError(f"expert '{name}' has the kind {expert.get('kind')!r}; accepted are 'dense' and 'label'")
-        if not isinstance(expert.get("channels"), int) or expert["channels"] < 1:
+        if not _is_count(expert.get("channels")):
             raise ValueError(f"expert '{name}' has channels={expert.get('channels')!r}; a positive integer is needed")
-        num_classes = expert.get("num_classes")
-        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        num_classes, instances = expert.get("num_classes"), expert.get("instances")
+        if num_classes is not None and not _is_count(num_classes):
             raise ValueError(f"expert '{name}' has num_classes={num_classes!r}; a positive integer or None is needed")
-        if unknown := set(expert) - _EXPERT_FIELDS:
-            raise ValueError(f"expert '{name}' has unknown fields {sorted(unknown)}; known: {sorted(_EXPERT_FIELDS)}")
-        if expert["kind"] == "dense" and (expert.get("instances") or num_classes is not None):
-            raise ValueError(f"expert '{name}' is dense: 'num_classes' and 'instances' belong to the kind 'label'")
+        if instances not in (None, True, False):
+            raise ValueError(f"expert '{name}' has instances={instances!r}; True or False is needed")
+        class_names = expert.get("class_names")
+        if expert["kind"] == "dense" and (instances or num_classes is not None or class_names is not None):
+            raise ValueError(
+                f"expert '{name}' is dense: 'num_classes', 'class_names' and 'instances' belong to the kind 'label'"
+            )
+        if class_names is not None and not (
+            isinstance(class_names, list | tuple) and all(isinstance(text, str) for text in class_names)
+        ):
+            raise ValueError(f"expert '{name}' has class_names={class_names!r}; a list of strings is needed")
+        if class_names is not None and len(class_names) != (num_classes or 0):
+            raise ValueError(
+                f"expert '{name}' has {len(class_names)} class_names; num_classes={num_classes} needs as many"
+            )
 
 
 @strict
@@ -140,14 +213,15 @@ class PrismerVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
+        validate_fields(self)
         validate_experts(self.experts)
-        for field in ("num_attention_heads", "resampler_attention_heads"):
-            if (field == "num_attention_heads" or self.experts) and self.hidden_size % getattr(self, field):
-                raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of {field}={getattr(self, field)}")
+        _require_multiple(self, "num_attention_heads")
+        if self.experts:
+            _require_multiple(self, "resampler_attention_heads")
+            if self.hidden_size < 8:
+                raise ValueError(f"hidden_size={self.hidden_size}; the experts' stems need at least 8")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size={self.image_size} is smaller than patch_size={self.patch_size}")
-        if self.num_instance_embeddings < 2:
-            raise ValueError(f"num_instance_embeddings={self.num_instance_embeddings}; at least 2 are needed")
 
 
 @strict
@@ -200,12 +274,35 @@ class PrismerTextConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
-            )
+        validate_fields(self)
+        _require_multiple(self, "num_attention_heads")
         if self.num_hidden_layers < 2:
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers}; at least 2 (the last is the output layer)")
+        if self.pad_token_id is None or not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id}; an id of the vocabulary is needed, 0 to {self.vocab_size - 1}"
+            )
+        if self.max_position_embeddings < self.pad_token_id + 2:
+            raise ValueError(
+                f"max_position_embeddings={self.max_position_embeddings}; with pad_token_id={self.pad_token_id} at "
+                f"least {self.pad_token_id + 2} are needed: positions start after that of padding"
+            )
+
+
+class _NoProblemType:
+    """
+    The `problem_type` of a [`PrismerConfig`]: none. If `label_smoothing_factor` is set, `Trainer` compares it with
+    `"multi_label_classification"`, and then replaces the model's loss by one that neither shifts logits against labels
+    nor averages over samples. This comparison is the only place where a model can refuse that.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if other == "multi_label_classification":
+            raise ValueError(
+                "TrainingArguments(label_smoothing_factor=…) would replace Prismer's loss by another one, which does "
+                "not shift logits against labels. Leave it at 0 and set config.label_smoothing instead"
+            )
+        return isinstance(other, _NoProblemType)
 
 
 @strict
@@ -222,10 +319,11 @@ class PrismerConfig(PreTrainedConfig):
         experts (`list[dict]`, *optional*):
             One description for each expert, in the order of `expert_mask`. Its fields: `name`; `kind`: `"dense"` (a
             map of values) or `"label"` (a map of ids that are painted with features); `channels` of the map or of the
-            features; and for labels `num_classes`, the size of the table of class features that is saved with the
-            model (left out: the features come with each sample, as for the words of OCR), and `instances=True` where
-            the ids count instances, whose classes come with the sample, as for a detector. No experts gives the
-            network that the paper calls PrismerZ. Kept in `vision_config`, as are the next three.
+            features. For labels also `num_classes`, the size of the table of class features that is saved with the
+            model (without it the features come with each sample, as for the words of OCR); `class_names`, a list of
+            as many strings; and `instances=True` if the ids count instances, whose classes come with the sample, as
+            for a detector. No experts gives the network that the paper calls PrismerZ. Kept in `vision_config`, as
+            are the next two.
         num_latents (`int`, *optional*, defaults to 64):
             Number of latents of the resampler.
         resampler_layers (`int`, *optional*, defaults to 4):
@@ -279,6 +377,7 @@ class PrismerConfig(PreTrainedConfig):
         vision_config: dict | PrismerVisionConfig | None = None
         text_config: dict | PrismerTextConfig | None = None
 
+    problem_type = _NoProblemType()
     label_smoothing: float | int = 0.1
     strict_experts: bool = True
     initializer_range: float = 0.02
@@ -291,13 +390,27 @@ class PrismerConfig(PreTrainedConfig):
         vision_fields = ("experts", "num_latents", "resampler_layers", "resampler_attention_heads")
         given = {field: kwargs.pop(field) for field in vision_fields if field in kwargs}
         given = {field: value for field, value in given.items() if value is not None}
+        vocab_size = kwargs.pop("vocab_size", None)
         super().__post_init__(**kwargs)
         if given:
             self.vision_config = PrismerVisionConfig(**{**self.vision_config.to_dict(), **given})
+        if vocab_size is not None:
+            self.vocab_size = vocab_size
+        if self.problem_type is None:
+            del self.problem_type  # that of the class shows
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, token) is None:
                 setattr(self, token, getattr(self.text_config, token))
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`-powered validation."""
+        validate_fields(self)
+        vocab_size = self.text_config.vocab_size
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id}; an id of the vocabulary is needed, 0 to {vocab_size - 1}"
+            )
 
     @property
     def experts(self) -> list[dict]:
@@ -325,8 +438,22 @@ class PrismerConfig(PreTrainedConfig):
         self.vision_config.resampler_layers = resampler_layers
 
     @property
+    def vocab_size(self) -> int:
+        """That of `text_config`. peft compares it with the base model's to see whether new tokens must be saved."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, vocab_size: int) -> None:
+        self.text_config.vocab_size = vocab_size
+
+    @property
     def expert_names(self) -> list[str]:
         return [expert["name"] for expert in self.experts]
+
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        """The names of each expert's classes, for the experts whose class names are known."""
+        return {expert["name"]: expert["class_names"] for expert in self.experts if expert.get("class_names")}
 
     @classmethod
     def from_variant(cls, variant: str, image_size: int = 224, **kwargs: Any) -> "PrismerConfig":

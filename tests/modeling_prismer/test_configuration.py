@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from modeling_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from modeling_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig, pretrained_path
 from modeling_prismer.configuration_prismer import PUBLISHED_EXPERTS, VARIANTS
 
 from .tiny import EXPERTS, tiny_config
@@ -75,6 +75,17 @@ def test_an_unknown_variant_is_refused_with_the_known_ones():
         ([dense(instances=True)], "belong to the kind 'label'"),
         ([dense(name="pixel")], "cannot be named 'pixel'"),
         ([label(name="input")], "cannot be named 'input'"),
+        ([label(name="mm_token_type")], "cannot be named 'mm_token_type'"),
+        ([dense(name="items")], "cannot be named 'items'"),
+        ([dense(channels=True)], "channels=True; a positive integer"),
+        ([dense(channels=float("nan"))], "channels=nan; a positive integer"),
+        ([label(num_classes=True)], "num_classes=True; a positive integer or None"),
+        ([label(instances="no")], "instances='no'; True or False"),
+        ([dense(class_names=["cat"])], "belong to the kind 'label'"),
+        ([label(num_classes=3, class_names=["cat", "dog"])], "has 2 class_names; num_classes=3 needs as many"),
+        ([label(class_names=["cat"])], "has 1 class_names; num_classes=None needs as many"),
+        ([label(num_classes=3, class_names="cat")], "class_names='cat'; a list of strings"),
+        ([label(num_classes=1, class_names=[7])], r"class_names=\[7\]; a list of strings"),
     ],
 )
 def test_a_wrong_description_of_an_expert_is_refused(experts, message):
@@ -94,7 +105,7 @@ def test_a_wrong_description_of_an_expert_is_refused(experts, message):
             "hidden_size=30 is not a multiple of num_attention_heads=4",
         ),
         ({"image_size": 8}, {}, "image_size=8 is smaller than patch_size=16"),
-        ({"num_instance_embeddings": 1}, {}, "at least 2"),
+        ({"num_instance_embeddings": 1}, {}, "num_instance_embeddings=1; accepted is at least 2"),
         ({}, {"hidden_size": 30, "num_attention_heads": 4}, "not a multiple"),
         ({}, {"num_hidden_layers": 1}, "at least 2"),
         (
@@ -107,6 +118,101 @@ def test_a_wrong_description_of_an_expert_is_refused(experts, message):
 def test_a_network_that_cannot_be_is_refused(vision, text, message):
     with pytest.raises(StrictDataclassError, match=message):
         PrismerConfig(vision_config=vision, text_config=text)
+
+
+WITH_EXPERT = {"experts": [dense()]}
+COUNTS = {
+    "vision_config": (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels"),
+        *("image_size", "patch_size", "num_latents", "resampler_layers", "resampler_attention_heads"),
+    ),
+    "text_config": (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        *("max_position_embeddings", "type_vocab_size", "encoder_hidden_size"),
+    ),
+}
+SHARES = {
+    "vision_config": ["attention_dropout"],
+    "text_config": ["hidden_dropout_prob", "attention_probs_dropout_prob"],
+}
+
+
+@pytest.mark.parametrize("value", [0, -16])
+@pytest.mark.parametrize("part, field", [(part, field) for part, fields in COUNTS.items() for field in fields])
+def test_sizes_and_counts_must_be_positive(part, field, value):
+    with pytest.raises(StrictDataclassError, match=f"{field}={value}; accepted is a positive integer"):
+        PrismerConfig(**{part: {field: value}})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("part, field", [(part, field) for part, fields in SHARES.items() for field in fields])
+def test_dropout_must_be_a_probability_below_one(part, field, value):
+    with pytest.raises(StrictDataclassError, match=f"{field}={value}; accepted is at least 0 and below 1"):
+        PrismerConfig(**{part: {field: value}})
+
+
+@pytest.mark.parametrize("value", [5, 1, -0.1, float("nan"), float("inf")])
+def test_label_smoothing_must_be_below_one(value):
+    with pytest.raises(StrictDataclassError, match=f"label_smoothing={value}; accepted is at least 0 and below 1"):
+        PrismerConfig(label_smoothing=value)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"vision_config": {"hidden_act": "gleu"}}, "hidden_act='gleu'; accepted are gelu, .*quick_gelu, .*relu"),
+        ({"text_config": {"hidden_act": "gleu"}}, "hidden_act='gleu'; accepted are gelu"),
+        ({"vision_config": {"layer_norm_eps": 0.0}}, "layer_norm_eps=0.0; accepted is a positive number"),
+        ({"text_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps=nan; accepted is a positive number"),
+        ({"vision_config": {"initializer_range": -0.1}}, "initializer_range=-0.1; accepted is 0 or a positive"),
+        ({"vision_config": {"hidden_size": 4, "num_attention_heads": 2}}, None),
+        (
+            {"vision_config": {"hidden_size": 4, "num_attention_heads": 2, "resampler_attention_heads": 2}}
+            | WITH_EXPERT,
+            "hidden_size=4; the experts' stems need at least 8",
+        ),
+        (
+            {"text_config": {"pad_token_id": 50265}},
+            "pad_token_id=50265; an id of the vocabulary is needed, 0 to 50264",
+        ),
+        ({"text_config": {"pad_token_id": -1}}, "pad_token_id=-1; an id of the vocabulary"),
+        ({"text_config": {"pad_token_id": None}}, "pad_token_id=None; an id of the vocabulary"),
+        ({"pad_token_id": 50265}, "pad_token_id=50265; an id of the vocabulary"),
+        ({"text_config": {"max_position_embeddings": 2}}, "max_position_embeddings=2; with pad_token_id=1 at least 3"),
+        ({"text_config": {"max_position_embeddings": 3}}, None),
+        ({"vision_config": {"patch_size": 2.5}}, "'patch_size' expected int, got float"),
+        ({"vision_config": {"num_latents": "64"}}, "'num_latents' expected int, got str"),
+        ({"vision_config": "base"}, "'vision_config'"),
+        ({"vision_config": PrismerTextConfig()}, "'vision_config'"),
+        ({"text_config": PrismerVisionConfig()}, "'text_config'"),
+        ({"experts": "depth"}, "'experts'"),
+        ({"experts": ["depth"]}, "'experts'"),
+    ],
+)
+def test_a_field_out_of_range_is_named(fields, message):
+    if message is None:
+        PrismerConfig(**fields)
+        return
+    with pytest.raises(StrictDataclassError, match=message):
+        PrismerConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["prismer-scenes", "prismer-easy-vqa"])
+def test_configs_of_the_shipped_checkpoints_load(name):
+    assert PrismerConfig.from_pretrained(pretrained_path(name)).experts
+
+
+@pytest.mark.parametrize("experts", ["depth", ["depth"], [None], {"depth": 1}])
+def test_experts_set_later_must_be_a_list_of_dicts(experts):
+    with pytest.raises(ValueError, match="experts (is a|has the entry) "):
+        PrismerConfig().experts = experts
+
+
+def test_class_names_are_saved_and_may_repeat(tmp_path):
+    config = PrismerConfig(experts=[dense(), label(num_classes=3, class_names=["bat", "cat", "bat"])])
+    assert config.class_names == {"segmentation": ["bat", "cat", "bat"]}
+    config.save_pretrained(tmp_path)
+    assert PrismerConfig.from_pretrained(tmp_path).class_names == config.class_names
 
 
 def test_experts_and_the_resampler_are_fields_of_the_config_and_of_its_vision_part():
