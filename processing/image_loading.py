@@ -1,4 +1,4 @@
-"""Whatever a person calls an image, opened as an upright RGB picture of 8 bits a channel."""
+"""Opens an image, wherever it comes from, as an upright RGB image of 8 bits a channel."""
 
 import base64
 import io
@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import get_session, is_offline_mode
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension
+
+from .image_fetching import fetch_url
 
 
 # Pillow's own limit, above which it takes a file for a decompression bomb
 MAX_IMAGE_PIXELS = 178_956_970
+MAX_BYTES = 100_000_000
 
 ACCEPTED_IMAGES = (
     "accepted are a path, an http(s) URL, a data: URI, the bytes of an image file, a PIL image, and a NumPy array or "
@@ -32,14 +34,20 @@ def load_image(
     input_data_format: str | ChannelDimension | None = None,
     timeout: float | None = 30.0,
     name: str | None = None,
+    max_bytes: int | None = MAX_BYTES,
+    allow_private: bool | None = None,
 ) -> Image.Image:
     """
     Opens one image.
 
-    The picture is turned as its EXIF orientation says. Transparent pixels are laid on white. Of an animation the
-    first frame is taken (of a PIL image the frame it stands at). Values that are not 8 bit are scaled: 16-bit ones by
+    The image is turned as its EXIF orientation says. Transparent pixels are laid on white. Of an animation the first
+    frame is taken (of a PIL image the frame it stands at). Values that are not 8 bit are scaled: 16-bit ones by
     255/65535, floats of which none is above 1 by 255. Wider integers and floats above 1 are read as 0 to 255, or as
     0 to 65535 if an integer is above 255.
+
+    A URL may come from a stranger: the download ends at `timeout` and `max_bytes`, follows at most five redirects,
+    and connects to public addresses only. Loopback, private, link-local, reserved and multicast addresses are
+    refused, in any notation and also behind a name or a redirect.
 
     Args:
         image (`str`, `os.PathLike`, `bytes`, `dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
@@ -53,16 +61,21 @@ def load_image(
             `"channels_first"` or `"channels_last"` for arrays. Left out, it is inferred; where both ends fit, three
             channels are preferred to one or four, then the last axis for arrays and the first for tensors.
         timeout (`float`, *optional*, defaults to 30.0):
-            Seconds to wait for a URL.
+            Seconds for a URL, from the first connection to the last byte. `None` sets no limit.
         name (`str`, *optional*):
             What error messages call the image. Defaults to its path or a description.
+        max_bytes (`int`, *optional*, defaults to 100,000,000):
+            Refuse a URL or a `data:` URI with more bytes than this. `None` sets no limit.
+        allow_private (`bool`, *optional*):
+            Whether a URL may lead to an address that is not public, such as 127.0.0.1 or 10.0.0.1. Left out, only if
+            the environment variable `PRISMER_ALLOW_PRIVATE_URLS` is 1.
 
     Returns:
         `PIL.Image.Image`: an image in mode RGB.
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        OSError: if a URL cannot be fetched, and always when offline (`HF_HUB_OFFLINE`).
+        OSError: if a URL cannot be fetched or is refused, and always when offline (`HF_HUB_OFFLINE`).
         ValueError: if the image is empty, damaged, no image at all, too large, or of unknown shape or values.
         TypeError: if the argument is none of the accepted types.
 
@@ -80,7 +93,7 @@ def load_image(
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str | os.PathLike | bytes):
         name = name or ("image file" if isinstance(image, bytes) else _shorten(os.fspath(image)))
-        with _open(image, name, timeout, max_pixels) as opened:
+        with _open(image, name, max_pixels, timeout, max_bytes, allow_private) as opened:
             return _to_rgb(_decode(opened, name, max_pixels), name)
     if isinstance(image, Image.Image):
         name = name or getattr(image, "filename", None) or f"PIL image ({image.mode}, {image.width}×{image.height})"
@@ -141,28 +154,38 @@ def _shorten(name: str, length: int = 120) -> str:
     return name if len(name) <= length else f"{name[:length]}…"
 
 
-def _open(source: str | os.PathLike | bytes, name: str, timeout: float | None, max_pixels: int | None) -> Image.Image:
+def _open(
+    source: str | os.PathLike | bytes,
+    name: str,
+    max_pixels: int | None,
+    timeout: float | None,
+    max_bytes: int | None,
+    allow_private: bool | None,
+) -> Image.Image:
     """Reads an image's header."""
     file: io.BytesIO | str | os.PathLike
+    start = str(source)[:8].lower() if isinstance(source, str) else ""
     if isinstance(source, bytes):
         file, size = io.BytesIO(source), len(source)
-    elif str(source).startswith(("http://", "https://")):
-        content = _fetch(str(source), timeout)
-        file, size = io.BytesIO(content), len(content)
-    elif str(source).startswith("data:"):
-        content = _decode_data_uri(str(source), name)
+    elif start.startswith(("http://", "https://")):
+        file = fetch_url(str(source), name, timeout, max_bytes, allow_private)
+        size = file.getbuffer().nbytes
+    elif start.startswith("data:"):
+        content = _decode_data_uri(str(source), name, max_bytes)
         file, size = io.BytesIO(content), len(content)
     elif not os.path.exists(source):
         raise FileNotFoundError(f"there is no file '{name}'; {ACCEPTED_IMAGES}")
-    elif not os.path.isfile(source):
+    elif os.path.isdir(source):
         raise ValueError(f"'{name}' is a folder, not an image file; {ACCEPTED_IMAGES}")
+    elif not os.path.isfile(source):  # a pipe or a device never ends
+        raise ValueError(f"'{name}' is not a regular file; {ACCEPTED_IMAGES}")
     else:
         file, size = source, os.path.getsize(source)
 
     if size == 0:
         raise ValueError(f"'{name}' is empty (0 bytes); {_ACCEPTED_FILES}")
     try:
-        return Image.open(file)
+        image = Image.open(file)
     except UnidentifiedImageError as error:
         raise ValueError(f"'{name}' is not an image, or damaged at its beginning; {_ACCEPTED_FILES}") from error
     except Image.DecompressionBombError as error:
@@ -171,23 +194,18 @@ def _open(source: str | os.PathLike | bytes, name: str, timeout: float | None, m
             f"'{name}' is refused as too large ({error}); the limit is max_pixels={limit}, and Pillow refuses images "
             "of more than twice PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
+    if image.format == "EPS":  # a program, which Pillow would hand to Ghostscript to run
+        image.close()
+        raise ValueError(f"'{name}' is PostScript, which is not opened; {_ACCEPTED_FILES}")
+    return image
 
 
-def _fetch(url: str, timeout: float | None) -> bytes:
-    if is_offline_mode():
-        raise OSError(f"'{_shorten(url)}' cannot be fetched: HF_HUB_OFFLINE is set. Pass a local file instead")
-    try:
-        response = get_session().get(url, follow_redirects=True, timeout=timeout)
-        response.raise_for_status()
-    except Exception as error:  # the client's own exceptions, which differ between versions of huggingface_hub
-        raise OSError(f"'{_shorten(url)}' cannot be fetched: {error}") from error
-    return response.content
-
-
-def _decode_data_uri(uri: str, name: str) -> bytes:
+def _decode_data_uri(uri: str, name: str, max_bytes: int | None) -> bytes:
     head, _, body = uri.partition(",")
-    if not head.endswith(";base64"):
+    if not head.lower().endswith(";base64"):
         raise ValueError(f"'{name}' is not base64; a data: URI looks like 'data:image/png;base64,…'")
+    if max_bytes is not None and len(body) * 3 // 4 > max_bytes:
+        raise ValueError(f"'{name}' has more than max_bytes={max_bytes:,} bytes; raise the limit if you trust it")
     try:
         return base64.b64decode(body, validate=True)
     except ValueError as error:
@@ -210,7 +228,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Imag
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # a picture is not lost because its EXIF data is
+    except Exception:  # an image is not lost because its EXIF data is
         return image
 
 

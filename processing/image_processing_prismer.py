@@ -12,7 +12,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, logging
 
-from .image_loading import MAX_IMAGE_PIXELS, load_images
+from .image_loading import MAX_IMAGE_PIXELS, load_image, load_images
 
 
 logger = logging.get_logger(__name__)
@@ -75,6 +75,14 @@ class _ImageAndExpertMaps(_Backend):
         for expert in self.experts:
             names += [f"{expert['name']}_{suffix}" for suffix in _tensor_suffixes(expert)]
         return names + ["expert_mask"] if self.experts else names
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Opens URLs and paths by [`load_image`], within its limits; images in memory are handed on."""
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(each) for each in image_url_or_urls]
+        if isinstance(image_url_or_urls, str):
+            return load_image(image_url_or_urls, max_pixels=self.max_image_pixels)
+        return super().fetch_images(image_url_or_urls)
 
     if TYPE_CHECKING:
 

@@ -32,7 +32,7 @@ from .tiny import image_inputs, prompts, tiny_model
 
 
 CODE = {"configuration_prismer.py", "modeling_prismer.py", "adapter_targets.py"}
-PROCESSOR_CODE = {"processing_prismer.py", "image_processing_prismer.py", "image_loading.py"}
+PROCESSOR_CODE = {"processing_prismer.py", "image_processing_prismer.py", "image_loading.py", "image_fetching.py"}
 SHAPE = Path(modeling_prismer.__file__).parent / "assets" / "shape.png"
 QUESTION = "What shape is in the image?"
 MODELS = {"six experts": None, "no experts": []}
