@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from modeling_prismer.configuration_prismer import VARIANTS, PrismerConfig
+from modeling_prismer.configuration_prismer import VARIANTS, PrismerConfig, update_classes
 from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
 
-from .feature_tables import BACKGROUND_KEY, read_feature_tables
+from .clip_pca import read_clip_pca
+from .feature_tables import BACKGROUND_KEY, ClassTable, read_class_tables
 from .original_names import EXPERT_NAMES, IGNORED_NAMES, POSITION_IDS, TIED_NAMES, original_names
 from .output_folder import check_output_dir, written_whole
 from .tensor_files import find_checkpoint, load_state_dict
@@ -34,6 +36,7 @@ GENERATION_SETTINGS: dict[str, dict[str, Any]] = {
 }
 TOKENIZERS = {768: "FacebookAI/roberta-base", 1024: "FacebookAI/roberta-large"}  # by the width of the text decoder
 
+CLIP_PCA = "clip_pca"
 _POSITIONS = "expert_encoder.positional_embedding"
 _EMBEDDINGS = "model.text_model.embeddings.word_embeddings.weight"
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -45,7 +48,7 @@ def convert_original_checkpoint(
     checkpoint: str | Path,
     config: PrismerConfig | str,
     output_dir: str | Path | None = None,
-    feature_tables: Mapping[str, torch.Tensor | str | Path] | str | Path | None = None,
+    feature_tables: Mapping[str, Any] | str | Path | None = None,
     *,
     image_size: int | None = None,
     task: str | None = None,
@@ -71,9 +74,11 @@ def convert_original_checkpoint(
         output_dir (`str` or `Path`, *optional*):
             Where to save model, processor and tokenizer. The folder appears when it is complete.
         feature_tables (`dict`, `str` or `Path`, *optional*):
-            The tables with which label experts' classes are painted, which are no part of a checkpoint: see
-            [`read_feature_tables`] for what they may be, and [`class_features_from_names`] to make them. A label
-            expert without a table loses its `num_classes`: the features of its ids must come with each sample.
+            The tables with which label experts' classes are painted, which are no part of a checkpoint: the folder
+            of the published ones, or whatever else [`read_class_tables`] takes. [`class_features_from_names`] makes
+            new ones. The names of the classes are saved in the configuration. A `clip_pca.pkl` in the folder is
+            saved as `clip_pca.safetensors`, for the words of the text detector. A label expert without a table loses
+            its `num_classes`: the features of its ids must come with each sample.
         image_size (`int`, *optional*):
             Side of the image in pixels. If the checkpoint has another one, its position embeddings are resized, as
             by `resize_position_embeddings`. Left out: that of a `config` that is given, or that of the checkpoint.
@@ -122,6 +127,7 @@ def convert_original_checkpoint(
     if output_dir is not None:
         output_dir = check_output_dir(output_dir, overwrite)
     tables, without_table = _set_tables(config, feature_tables)
+    analysis = _find_analysis(feature_tables)
     path = find_checkpoint(checkpoint, revision)
     if output_dir is not None:  # after the rest has been looked at: without a connection it takes a while to give up
         loaded_tokenizer = _load_tokenizer(tokenizer, config)
@@ -138,7 +144,7 @@ def convert_original_checkpoint(
         model.generation_config.update(**GENERATION_SETTINGS[task])
     model.eval()
     if output_dir is not None:
-        _save(model, output_dir, loaded_tokenizer, task, max_shard_size)
+        _save(model, output_dir, loaded_tokenizer, task, max_shard_size, analysis)
     return model
 
 
@@ -198,20 +204,29 @@ def _read_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _set_tables(
-    config: PrismerConfig, feature_tables: Mapping[str, torch.Tensor | str | Path] | str | Path | None
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Reads the tables and brings the number of classes in line; returns also whose table is wanting."""
-    tables = {} if feature_tables is None else read_feature_tables(feature_tables, config.experts)
+    config: PrismerConfig, feature_tables: Mapping[str, Any] | str | Path | None
+) -> tuple[dict[str, ClassTable], list[str]]:
+    """Reads the tables and brings the classes in line; returns also the experts whose table is missing."""
+    tables = {} if feature_tables is None else read_class_tables(feature_tables, config.experts)
     without = []
     for expert in config.experts:
         if expert["name"] in tables:
-            expert["num_classes"] = len(tables[expert["name"]])
-        elif expert.pop("num_classes", None) is not None:
+            update_classes(expert, len(tables[expert["name"]].features), tables[expert["name"]].class_names)
+        elif expert.get("num_classes"):
+            update_classes(expert, 0)
             without.append(expert["name"])
     return tables, without
 
 
-def _warn_about_tables(config: PrismerConfig, tables: dict[str, torch.Tensor], without: list[str]) -> None:
+def _find_analysis(feature_tables: Mapping[str, Any] | str | Path | None) -> dict[str, torch.Tensor] | None:
+    """The published analysis of CLIP's embeddings, where it lies beside the tables."""
+    if not isinstance(feature_tables, str | Path):
+        return None
+    path = Path(feature_tables).expanduser() / f"{CLIP_PCA}.pkl"
+    return read_clip_pca(path) if path.is_file() else None
+
+
+def _warn_about_tables(config: PrismerConfig, tables: dict[str, ClassTable], without: list[str]) -> None:
     if without:
         logger.warning(
             f"No table of class features for {', '.join(without)}: the features of their ids have to come with each "
@@ -354,7 +369,7 @@ def _similar_variant(tensors: dict[str, torch.Tensor]) -> str | None:
 def _fill(
     model: PrismerForConditionalGeneration,
     tensors: dict[str, torch.Tensor],
-    tables: dict[str, torch.Tensor],
+    tables: dict[str, ClassTable],
     dtype: torch.dtype,
 ) -> None:
     """Gives the checkpoint's tensors to the model, which lies on the meta device; they are taken out of `tensors`."""
@@ -376,11 +391,11 @@ def _fill(
     tensors.clear()
     for expert in model.config.experts:
         if expert["kind"] == "label":
-            background = tables.get(BACKGROUND_KEY, torch.zeros(expert["channels"]))
-            table = tables.get(expert["name"], torch.empty(0, expert["channels"]))
+            background = tables.get(BACKGROUND_KEY, ClassTable(torch.zeros(1, expert["channels"])))
+            table = tables.get(expert["name"], ClassTable(torch.empty(0, expert["channels"])))
             give(
                 f"model.vision_model.expert_stems.{expert['name']}.class_features",
-                torch.cat([table, background[None]]),
+                torch.cat([table.features, background.features]),
             )
     state["lm_head.decoder.weight"] = state[_EMBEDDINGS]
     model.load_state_dict(state, strict=True, assign=True)
@@ -435,6 +450,7 @@ def _save(
     tokenizer: PreTrainedTokenizerBase | None,
     task: str | None,
     max_shard_size: int | str,
+    analysis: dict[str, torch.Tensor] | None,
 ) -> None:
     """Saves everything beside `output_dir`, and moves it there when it is complete."""
     from modeling_prismer.processing import PrismerImageProcessor, PrismerProcessor
@@ -448,3 +464,5 @@ def _save(
     with written_whole(output_dir) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
+        if analysis is not None:
+            save_file(analysis, folder / f"{CLIP_PCA}.safetensors")

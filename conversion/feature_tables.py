@@ -1,29 +1,51 @@
 """The features with which label experts' classes are painted: from the published tables, or from class names."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.utils import logging
 
+from .output_folder import file_written_whole
 from .tensor_files import load_tensors
 
 
+logger = logging.get_logger(__name__)
+
 BACKGROUND_KEY = "background"
 TABLE_SUFFIXES = (".pt", ".pth", ".safetensors")
+PUBLISHED_TABLES = ("coco_features", "ade_features")  # of segmentation: which one, the number of classes tells
+MAX_BYTES = 1 << 28
 
 
-def read_feature_tables(
-    feature_tables: Mapping[str, torch.Tensor | str | Path] | str | Path, experts: list[dict[str, Any]]
-) -> dict[str, torch.Tensor]:
+class ClassTable(NamedTuple):
     """
-    The tables of class features of label experts, from wherever they are.
+    What the classes of a label expert are painted with.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(classes, channels)`): one row for each class.
+        class_names (`list[str]`, *optional*): the names of the classes, if the file has them.
+    """
+
+    features: torch.Tensor
+    class_names: list[str] | None = None
+
+
+def read_class_tables(
+    feature_tables: Mapping[str, Any] | str | Path, experts: list[dict[str, Any]]
+) -> dict[str, ClassTable]:
+    """
+    The tables of class features of label experts, from wherever they are, with the names of the classes.
 
     A file of a table is a safetensors file with one tensor, or a file of `torch.save` with one of:
 
+    - a published table, `{"labels": list of names, "features": tensor}`;
     - a tensor (classes, channels);
     - a list of vectors (channels,), in the order of the classes;
     - a dict from class number to vector, or from class name to vector in the order of the classes. A vector may be
@@ -31,20 +53,80 @@ def read_feature_tables(
 
     Args:
         feature_tables (`dict`, `str` or `Path`):
-            - a dict {expert: table, …, "background": vector}, with tensors or files as values;
-            - a safetensors file with such names;
-            - a folder. A file whose name (without suffix) is an expert's or `background` is taken for that; of the
-              others, one vector is the background, and a table is that of the expert with as many classes in the
-              configuration.
+            - a dict {expert: table, …, "background": vector}, with any of these forms or files as values;
+            - a safetensors file with such names, as [`save_class_features`] writes it;
+            - a folder, such as the published `dataset`. A file called `<expert>` or `<expert>_features` belongs to
+              that expert, `background` or `background_features` is the background. Of the others, one vector is the
+              background, and a table is that of the expert with as many classes in the configuration. A warning names
+              the files that could not be read, and those not used if an expert has no table in the end.
         experts (`list[dict]`): the configuration's descriptions of the experts.
+
+    Returns:
+        `dict[str, ClassTable]`: for each label expert that has a table (classes, channels) in float32, and
+        `background` with one row.
+
+    Raises:
+        ValueError: if a table belongs to no label expert, does not fit its description, is damaged or not finite, or
+            if there is no background.
+        FileNotFoundError: if there is no such file.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_prismer import PrismerConfig
+    >>> from modeling_prismer.conversion import read_class_tables
+
+    >>> experts = [{"name": "parts", "kind": "label", "channels": 64, "num_classes": 2}]
+    >>> torch.save({"labels": ["head", "tail"], "features": torch.randn(2, 64)}, "parts_features.pt")
+    >>> tables = read_class_tables({"parts": "parts_features.pt", "background": torch.zeros(64)}, experts)
+    >>> tables["parts"].class_names
+    ['head', 'tail']
+    ```
+    """
+    described = {expert["name"]: expert for expert in experts if expert["kind"] == "label"}
+    if not isinstance(feature_tables, Mapping):
+        feature_tables = _tables_at(Path(feature_tables).expanduser(), list(described.values()))
+    tables = {}
+    for name, given in feature_tables.items():
+        if name != BACKGROUND_KEY and name not in described:
+            raise ValueError(
+                f"feature_tables has '{name}'; accepted are the label experts of the config "
+                f"({', '.join(described) or 'none'}) and '{BACKGROUND_KEY}'"
+            )
+        where = f"the table of '{name}'"
+        if isinstance(given, str | Path):
+            where = f"{given} (for '{name}')"
+            given = _load_table(_existing(Path(given).expanduser()))
+        table = _to_table(given, where)
+        rows, channels = table.features.shape
+        if name == BACKGROUND_KEY and rows != 1:
+            raise ValueError(f"{where} has {rows} rows; the background is one vector")
+        for expert in described.values() if name == BACKGROUND_KEY else [described[name]]:
+            if channels != expert["channels"]:
+                raise ValueError(
+                    f"{where} has {channels} channels; the config's expert '{expert['name']}' has {expert['channels']}"
+                )
+        if name != BACKGROUND_KEY:
+            _require_same_classes(table, described[name], where)
+        tables[name] = table
+    if described and BACKGROUND_KEY not in tables:
+        raise ValueError(
+            f"feature_tables has no '{BACKGROUND_KEY}', the feature of every pixel where {', '.join(described)} saw "
+            f"nothing; it has {', '.join(tables) or 'nothing'}"
+        )
+    return tables
+
+
+def read_feature_tables(
+    feature_tables: Mapping[str, Any] | str | Path, experts: list[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """
+    The features alone of [`read_class_tables`], whose arguments and errors it has.
 
     Returns:
         `dict[str, torch.Tensor]`: for each label expert that has a table (classes, channels) in float32, and
         `background` (channels,).
-
-    Raises:
-        ValueError: if a table belongs to no label expert or has another width, or if there is no background.
-        FileNotFoundError: if there is no such file.
 
     Example:
 
@@ -59,35 +141,8 @@ def read_feature_tables(
     {'segmentation': (133, 64), 'background': (64,)}
     ```
     """
-    channels = {expert["name"]: expert["channels"] for expert in experts if expert["kind"] == "label"}
-    if not isinstance(feature_tables, Mapping):
-        feature_tables = _tables_at(Path(feature_tables).expanduser(), experts)
-    tables = {}
-    for name, table in feature_tables.items():
-        if name != BACKGROUND_KEY and name not in channels:
-            raise ValueError(
-                f"feature_tables has '{name}'; accepted are the label experts of the config "
-                f"({', '.join(channels) or 'none'}) and '{BACKGROUND_KEY}'"
-            )
-        where = f"the table of '{name}'"
-        if isinstance(table, str | Path):
-            where = f"{table} (for '{name}')"
-            table = _load_table(_existing(Path(table).expanduser()))
-        table = _to_matrix(table, where)
-        if name == BACKGROUND_KEY and len(table) != 1:
-            raise ValueError(f"{where} has {len(table)} rows; the background is one vector")
-        for expert in channels if name == BACKGROUND_KEY else [name]:
-            if table.shape[1] != channels[expert]:
-                raise ValueError(
-                    f"{where} has {table.shape[1]} channels; the config's expert '{expert}' has {channels[expert]}"
-                )
-        tables[name] = table[0] if name == BACKGROUND_KEY else table
-    if channels and BACKGROUND_KEY not in tables:
-        raise ValueError(
-            f"feature_tables has no '{BACKGROUND_KEY}', the feature of every pixel where {', '.join(channels)} saw "
-            f"nothing; it has {', '.join(tables) or 'nothing'}"
-        )
-    return tables
+    tables = read_class_tables(feature_tables, experts)
+    return {name: table.features[0] if name == BACKGROUND_KEY else table.features for name, table in tables.items()}
 
 
 def class_features_from_names(
@@ -140,7 +195,7 @@ def save_class_features(
 ) -> dict[str, torch.Tensor]:
     """
     Builds the tables of [`class_features_from_names`] and writes them to a safetensors file that `feature_tables` of
-    [`convert_original_checkpoint`] and [`read_feature_tables`] take. The names lie in its metadata, as JSON.
+    [`convert_original_checkpoint`] and [`read_class_tables`] take. The names lie in its metadata, as JSON.
 
     Args:
         names, text_features, background: see [`class_features_from_names`]; `suite.class_names` are the names of a
@@ -162,10 +217,9 @@ def save_class_features(
     ```
     """
     tables = class_features_from_names(names, text_features, background)
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {name: json.dumps(list(classes)) for name, classes in names.items()}
-    save_file({name: table.contiguous() for name, table in tables.items()}, path, metadata=metadata)
+    with file_written_whole(path) as file:
+        save_file({name: table.contiguous() for name, table in tables.items()}, file, metadata=metadata)
     return tables
 
 
@@ -177,9 +231,26 @@ def _existing(path: Path) -> Path:
 
 def _load_table(path: Path) -> Any:
     table = load_tensors(path)
-    if path.suffix == ".safetensors" and len(table) != 1:
-        raise ValueError(f"{path} has {len(table)} tensors; a safetensors file of one table has one")
+    if path.suffix == ".safetensors":
+        if len(table) != 1:
+            raise ValueError(f"{path} has {len(table)} tensors; a safetensors file of one table has one")
+        (table,) = _with_names(table, path).values()
     return table
+
+
+def _with_names(tables: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """Tables of a safetensors file, in the published form if its metadata names their classes."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    named: dict[str, Any] = {}
+    for name, table in tables.items():
+        named[name] = table
+        if name in metadata:
+            try:
+                named[name] = {"labels": json.loads(metadata[name]), "features": table}
+            except (ValueError, RecursionError):
+                raise ValueError(f"{path}: the names of '{name}' in its metadata are no JSON") from None
+    return named
 
 
 def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -188,9 +259,9 @@ def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
         tables = load_tensors(_existing(path))
         if not isinstance(tables, dict) or BACKGROUND_KEY not in tables:
             raise ValueError(f"{path} is no file of {{expert: table, …, '{BACKGROUND_KEY}': vector}}")
-        return tables
+        return _with_names(tables, path) if path.suffix == ".safetensors" else tables
 
-    names = [expert["name"] for expert in experts if expert["kind"] == "label"] + [BACKGROUND_KEY]
+    names = [expert["name"] for expert in experts] + [BACKGROUND_KEY]
     files = [file for file in sorted(path.iterdir()) if file.suffix in TABLE_SUFFIXES and file.is_file()]
     found: dict[str, Path] = {}
     tables = {}
@@ -203,60 +274,116 @@ def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
             )
         found[name], tables[name] = file, table
 
+    for ending in ("", "_features"):
+        by_name = set(found)
+        for file in files:
+            name = file.stem.removesuffix(ending)
+            if file.stem == f"{name}{ending}" and name in names and name not in by_name:
+                take(name, file, _to_table(_load_table(file), str(file)))
+
+    classes = {expert["name"]: expert.get("num_classes") for expert in experts}
+    counts = Counter(classes.values())
+    by_count = {count: name for name, count in classes.items() if count and counts[count] == 1}
+    by_name, unused, unread = set(found), {}, {}
     for file in files:
-        if file.stem in names:
-            take(file.stem, file, _load_table(file))
-    by_name = set(found)
-    counts = [expert.get("num_classes") for expert in experts]
-    by_count = {count: expert["name"] for count, expert in zip(counts, experts) if count and counts.count(count) == 1}
-    for file in files:
-        if file.stem in names:
+        if file.stem.removesuffix("_features") in names:
             continue
         try:
-            table = _to_matrix(_load_table(file), str(file))
-        except ValueError:  # something else that lies in the folder
+            table = _to_table(_load_table(file), str(file))
+        except ValueError as error:
+            if file.stem in PUBLISHED_TABLES:
+                raise
+            unread[file] = str(error)  # something else that lies in the folder
             continue
-        name = BACKGROUND_KEY if len(table) == 1 else by_count.get(len(table))
-        if name is not None and name not in by_name:
-            take(name, file, table)
+        rows = len(table.features)
+        expert = BACKGROUND_KEY if rows == 1 else by_count.get(rows)
+        if file.stem == "coco_features" and "segmentation" in names and not classes["segmentation"]:
+            expert = "segmentation"  # of a published model that was converted without tables
+        if expert is not None and expert not in by_name:
+            take(expert, file, table)
+        else:
+            unused[file] = f"{file} has {rows} classes"
     if not tables:
         raise ValueError(
             f"no table of class features in {path}: it has {', '.join(file.name for file in files) or 'none'}; "
             f"one is needed for each of {', '.join(names)}, with that name or the right number of classes"
         )
+    without = [f"{name} ({count} classes)" for name, count in classes.items() if count and name not in found]
+    message = f"no table of class features for {', '.join(without)}: {'; '.join([*unused.values(), *unread.values()])}"
+    if classes.get("segmentation") and "segmentation" not in found and any(f.stem in PUBLISHED_TABLES for f in unused):
+        raise ValueError(message)
+    if without and (unused or unread):
+        logger.warning(message)
+    elif unread:
+        logger.warning(f"not taken for tables of class features: {'; '.join(unread.values())}")
     return tables
 
 
-def _to_matrix(table: Any, where: str) -> torch.Tensor:
-    """Any of the forms of a table as (classes, channels) float32."""
+def _require_same_classes(table: ClassTable, expert: dict[str, Any], where: str) -> None:
+    """Refuses a table that would give an expert's ids other features than those of their classes, or none."""
+    rows, num_classes, known = len(table.features), expert.get("num_classes") or 0, expert.get("class_names")
+    if rows < num_classes:
+        raise ValueError(
+            f"{where} has {rows} rows; the config's expert '{expert['name']}' has num_classes={num_classes}"
+        )
+    if known and table.class_names and list(known) != table.class_names[: len(known)]:
+        index = next(i for i, name in enumerate(known) if name != table.class_names[i])
+        raise ValueError(
+            f"{where} calls class {index} '{table.class_names[index]}'; the config's expert '{expert['name']}' calls "
+            f"it '{known[index]}'"
+        )
+
+
+def _require_few_numbers(num_bytes: int, where: str) -> None:
+    """A small file can describe tensors of any size."""
+    if num_bytes > MAX_BYTES:
+        raise ValueError(f"{where} would take {num_bytes:,} bytes; a table takes at most {MAX_BYTES:,}")
+
+
+def _to_table(table: Any, where: str) -> ClassTable:
+    """Any of the forms of a table as (classes, channels) float32, and the classes' names where it has them."""
+    if isinstance(table, ClassTable):
+        return table
+    names = None
     if isinstance(table, np.ndarray):
         table = torch.from_numpy(table)
     if isinstance(table, Mapping):
-        if all(_is_number(key) for key in table):
+        if table.keys() == {"labels", "features"} and isinstance(table["labels"], list | tuple):
+            names, table = list(table["labels"]), table["features"]
+        elif all(_is_number(key) for key in table):
             table = {int(key): value for key, value in table.items()}
             if sorted(table) != list(range(len(table))):
                 raise ValueError(f"{where} is a dict of class numbers, but not of all from 0 to {len(table) - 1}")
             table = [table[number] for number in range(len(table))]
+        elif len(table) == 1 and getattr(next(iter(table.values())), "ndim", 0) == 2:
+            (table,) = table.values()
         else:
-            table = list(table.values())
-        if len(table) == 1 and isinstance(table[0], torch.Tensor):
-            table = table[0]
+            names, table = list(table), list(table.values())
     if isinstance(table, list | tuple):
-        vectors = [vector["features"] if isinstance(vector, Mapping) else vector for vector in table]
+        vectors = [vector.get("features") if isinstance(vector, Mapping) else vector for vector in table]
+        _require_few_numbers(sum(getattr(vector, "nbytes", 0) for vector in vectors), where)
         try:
             table = torch.stack([torch.as_tensor(vector, dtype=torch.float32).flatten() for vector in vectors])
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is no list of vectors of one length: {error}") from None
     if not isinstance(table, torch.Tensor):
         raise ValueError(f"{where} is a {type(table).__name__}; a tensor, a list or a dict of vectors is needed")
-    table = table.detach().float()
     if table.ndim == 3 and table.shape[1] == 1:
         table = table[:, 0]
     if table.ndim == 1:
         table = table[None]
     if table.ndim != 2:
         raise ValueError(f"{where} has the shape {tuple(table.shape)}; (classes, channels) is needed")
-    return table
+    if table.layout != torch.strided or table.is_complex():
+        raise ValueError(f"{where} is a tensor of {table.dtype}, {table.layout}; plain numbers are needed")
+    _require_few_numbers(table.nbytes, where)
+    table = table.detach().float()
+    finite = torch.isfinite(table).all(dim=1)
+    if not finite.all():
+        raise ValueError(f"{where} has numbers that are not finite, first in row {int(finite.long().argmin())}")
+    if names is not None and (len(names) != len(table) or not all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{where} has {len(table)} rows and {len(names)} names; a string for each row is needed")
+    return ClassTable(table, names)
 
 
 def _is_number(key: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: looked at before the work starts, and there in the end whole or not at all."""
+"""What a conversion writes: looked at before the work starts, and there in the end whole or not at all."""
 
 import os
 import tempfile
@@ -51,3 +51,14 @@ def written_whole(output_dir: Path) -> Iterator[Path]:
             if replaced.exists():
                 os.rename(replaced, output_dir)
             raise
+
+
+@contextmanager
+def file_written_whole(path: str | Path) -> Iterator[Path]:
+    """A file to write to, which takes the place and name of `path` once it is complete."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        complete = Path(scratch, path.name)
+        yield complete
+        os.replace(complete, path)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # The experts of the paper (arXiv 2303.02506, section 3.2): what each hands to the network. The class counts are those
 # of the published feature tables (COCO panoptic, and the label space of the detector).
@@ -145,10 +148,49 @@ def validate_experts(experts: list[dict[str, Any]]) -> None:
             isinstance(class_names, list | tuple) and all(isinstance(text, str) for text in class_names)
         ):
             raise ValueError(f"expert '{name}' has class_names={class_names!r}; a list of strings is needed")
-        if class_names is not None and len(class_names) != (num_classes or 0):
+        if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
                 f"expert '{name}' has {len(class_names)} class_names; num_classes={num_classes} needs as many"
             )
+
+
+def update_classes(expert: dict[str, Any], num_rows: int, class_names: list[str] | None = None) -> None:
+    """
+    Brings a label expert's description in line with a new table of class features. A table that cannot be meant for
+    the expert's classes is refused, unless `class_names` says which classes these are.
+
+    Args:
+        expert (`dict`): the description, which is changed.
+        num_rows (`int`): rows of the table, one for each class; without any, the features come with each sample.
+        class_names (`list[str]`, *optional*): the classes' names; left out, the classes stay as they are.
+
+    Raises:
+        ValueError: naming the expert, its classes and what is needed.
+    """
+    name, num_classes = expert["name"], expert.get("num_classes") or 0
+    remedy = "Give one row for each class; if these are other classes, give their class_names too"
+    if class_names is not None and len(class_names) != num_rows:
+        raise ValueError(f"{len(class_names)} class_names for the {num_rows} rows of features for '{name}'")
+    if num_rows and class_names is None:
+        if num_rows < num_classes:
+            raise ValueError(
+                f"{num_rows} rows of features for '{name}', whose ids go up to {num_classes - 1} "
+                f"(num_classes={num_classes}): an id without a row is background. {remedy}"
+            )
+        if expert.get("class_names") and num_rows != num_classes:
+            raise ValueError(f"{num_rows} rows of features for the {num_classes} class_names of '{name}'. {remedy}")
+        if 0 < num_classes < num_rows:
+            logger.warning(
+                f"{num_rows} rows of features for '{name}', which has num_classes={num_classes}: num_classes is "
+                f"{num_rows} from now on."
+            )
+        class_names = expert.get("class_names")
+    expert.pop("num_classes", None)
+    expert.pop("class_names", None)
+    if num_rows:
+        expert["num_classes"] = num_rows
+    if class_names:
+        expert["class_names"] = list(class_names)
 
 
 @strict
