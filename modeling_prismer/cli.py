@@ -1,4 +1,4 @@
-"""The command line: `prismer ask`, `caption`, `classify`, `experts`, `label`, `features`, `convert` and `export`."""
+"""The command line: `prismer ask`, `caption`, `classify`, `experts`, `label`, `convert`, `check` and others."""
 
 import sys
 import time
@@ -11,6 +11,7 @@ import typer
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 app = typer.Typer(
@@ -216,29 +217,59 @@ def experts(
 @app.command()
 def label(
     images: Annotated[
-        str, typer.Argument(metavar="IMAGES", help="A folder, file, glob, webdataset tars, or a data set on disk.")
+        str,
+        typer.Argument(
+            metavar="IMAGES",
+            help="Images, webdataset tars or Parquet files: a folder, a file or a glob in quotes; or a saved data set.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("--out", help="The label store; gone on with if it exists.")],
-    experts: Annotated[str, typer.Option(help="A suite by name, or the folder of a checkpoint.")] = "offline",
-    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
-    shard: Annotated[str | None, typer.Option(help="Do this part of the images: 0/8 is the first of eight.")] = None,
+    output: Annotated[Path, typer.Option("--out", help="The label store, a folder. It is continued if it exists.")],
+    experts: Annotated[
+        str, typer.Option(help="A suite by name (offline, fast, published), or the folder of a checkpoint.")
+    ] = "offline",
+    engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    shard: Annotated[str | None, typer.Option(help="Label one part of the images; 0/8 is the first of eight.")] = None,
     map_size: Annotated[
-        int | None, typer.Option(min=1, help="Store maps at this size; 224 is what the network reads.")
+        int | None,
+        typer.Option(min=1, help="Reduce maps to this many pixels square; the network reads 224."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images handed to the experts together.")] = 32,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads (local) or actors (ray).")] = None,
-    image_column: Annotated[str | None, typer.Option(help="The images' column of a data set.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images that the experts get together.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of threads (local) or actors (ray).")] = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(help="The images' column in a data set, or their type in tars (jpg)."),
+    ] = None,
     key_column: Annotated[str | None, typer.Option(help="The column that names each image of a data set.")] = None,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each Ray actor, fractions too.")] = 0.0,
+    allow_other_versions: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-versions", help="Continue a store that other versions of the libraries have begun."
+        ),
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set unreadable files of the store aside and label their images again.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Label the images again that failed before.")
+    ] = False,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each Ray actor; 0.25 shares one.")] = 0.0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Runs experts over many images once and keeps what they saw; resumes after any interruption."""
+    """
+    Runs experts over many images once and stores their labels.
+
+    Run the same command again after an interruption or a full disk: it labels the images that are left.
+    """
     with _clear_errors():
         from modeling_prismer.processing.experts import ExpertSuite
-        from modeling_prismer.processing.labels import label_images, parse_shard
+        from modeling_prismer.processing.labels import forget_failed, label_images, parse_shard, set_aside_damaged
 
         is_folder = Path(experts).is_dir()
         suite = ExpertSuite.from_pretrained(experts) if is_folder else ExpertSuite.from_name(experts)
+        if retry_failed:
+            if repair:
+                set_aside_damaged(output)
+            forget_failed(output)
         report = label_images(
             images,
             suite.to(_device(device)),
@@ -250,8 +281,14 @@ def label(
             image_column=image_column,
             key_column=key_column,
             map_size=map_size,
+            allow_other_versions=allow_other_versions,
             gpus_per_worker=gpus_per_worker,
+            repair=repair,
         )
+        for key, error in list(report.errors.items())[:10]:
+            err.print(f"damaged: {key}: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if report.failed > 10:
+            err.print(f"and {report.failed - 10} more; LabelStore({str(output)!r}).errors lists all", highlight=False)
         rate = f"{report.images_per_second:.1f} images/s, {report.bytes / max(1, report.images) / 1000:.1f} kB each"
         err.print(f"{report.images} images labelled, {report.failed} of them damaged; {rate}", highlight=False)
         print(output)
@@ -328,6 +365,35 @@ def export(
 
         processor, network = _load(model, "cpu")
         print(export_onnx(network, processor, output, opset_version=opset, overwrite=overwrite))
+
+
+@app.command()
+def check(
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Tests this installation: runs a small recorded network on a device and compares what comes out."""
+    with _clear_errors():
+        import torch
+        from transformers import logging
+
+        from modeling_prismer.self_check import SelfCheck, environment
+
+        logging.disable_progress_bar()
+        device = _device(device)
+        for name, version in environment(device).items():
+            out.print(f"{name}: {version}", markup=False, highlight=False, soft_wrap=True)
+        self_check = SelfCheck(device, getattr(torch, dtype, dtype))
+        table = Table("check", "holds", "what was found", "seconds", title=f"{dtype} on {device}")
+        failed = []
+        for result in self_check.run():
+            holds = {True: "yes", False: "NO", None: "not available"}[result.holds]
+            table.add_row(result.name, holds, Text(result.detail), f"{result.seconds:.1f}")
+            if result.holds is False:
+                failed.append(result.name)
+        out.print(table)
+        if failed:
+            raise ValueError(f"{len(failed)} of the checks failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
