@@ -1,4 +1,4 @@
-"""The label store: what frozen experts saw in many images, made once, kept compactly, and read back."""
+"""The label store: the labels of frozen experts for many images, made once, kept compactly, and read back."""
 
 try:
     import datasets
@@ -8,15 +8,15 @@ except ImportError as error:
 from .label_images import LabelReport, label_images, parse_shard
 from .manifest import make_manifest, read_manifest
 from .published_layout import read_published_layout, write_published_layout
-from .shards import LabelWriter, forget_failed
+from .shards import DamagedShardError, LabelWriter, StoreInUseError, forget_failed, set_aside_damaged
 from .sources import (
-    IMAGE_SUFFIXES,
     KEY_COLUMNS,
-    TAR_SUFFIXES,
     DatasetImages,
     ImageSource,
     ListedImages,
     StreamedImages,
+    TarImages,
     open_source,
 )
 from .store import LabelStore, label_source
+from .tars import IMAGE_SUFFIXES, TAR_SUFFIXES

@@ -17,7 +17,7 @@ PNG_COMPRESSION = 3
 
 
 def label_parts(description: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an expert's label has beside its map: nothing, `("classes",)` or `("words", "features")`."""
+    """The parts of an expert's label beside its map: none, `("classes",)` or `("words", "features")`."""
     if description["kind"] == "dense":
         return ()
     if description.get("instances"):
@@ -33,8 +33,8 @@ def label_features(descriptions: list[dict[str, Any]]) -> Features:
         descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
 
     Returns:
-        `datasets.Features`: `key`; `error`, null unless something failed; and one column an expert, null where it is
-        missing: an image for a dense expert, `{"ids": image, …}` for a label expert.
+        `datasets.Features`: `key`; `error`, null unless something failed; and one column for each expert, null where
+        its label is missing: an image for a dense expert, `{"ids": image, …}` for a label expert.
     """
     parts = {"classes": List(Value("int32")), "words": List(Value("string"))}
     columns: dict[str, Any] = {"key": Value("string"), "error": Value("string")}
@@ -54,11 +54,11 @@ def encode_labels(
     labels: Mapping[str, Any], descriptions: list[dict[str, Any]], map_size: int | None = None
 ) -> dict[str, Any]:
     """
-    Makes the expert columns of one row.
+    Encodes the labels of one image.
 
     Args:
-        labels (`dict`): from an expert's name to its label, as experts return them; `None` or absent = missing. Maps
-            are uint8 (H, W), or (H, W, C) for dense experts of C channels.
+        labels (`dict`): each expert's label by its name, as experts return them; `None` or absent if it is missing.
+            Maps are uint8 (H, W), or (H, W, C) for dense experts of C channels.
         descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
         map_size (`int`, *optional*): reduce every map to this many pixels square, by nearest neighbour.
 
@@ -66,7 +66,7 @@ def encode_labels(
         `dict`: a value for each expert's column, maps as the bytes of a PNG.
 
     Raises:
-        ValueError: naming the expert, what does not fit its description and what is accepted.
+        ValueError: if a label does not fit the description of its expert.
     """
     return {
         description["name"]: _encode(labels.get(description["name"]), description, map_size)
@@ -114,7 +114,7 @@ def _to_array(values: Any, name: str) -> np.ndarray:
 
 
 def _encode_map(values: np.ndarray, description: Mapping[str, Any], map_size: int | None) -> dict[str, Any]:
-    """uint8 (H, W) or (H, W, C) to a PNG; channels that a PNG cannot hold lie below each other, in grey."""
+    """uint8 (H, W) or (H, W, C) as a PNG; other than 3 channels are stacked vertically in a grey one."""
     channels = description["channels"]
     values = values[..., None] if values.ndim == 2 else values
     if values.shape[2] != channels:
@@ -136,18 +136,29 @@ def _encode_map(values: np.ndarray, description: Mapping[str, Any], map_size: in
 
 def decode_labels(row: Mapping[str, pa.Scalar], descriptions: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    The labels of one row, as the experts returned them.
+    Decodes the labels of one row, to what the experts returned.
 
     Args:
         row (`dict`): a pyarrow scalar for each expert's column.
         descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
 
     Returns:
-        `dict`: for each expert `None` where it is missing; uint8 (H, W), or (H, W, C) for C > 1 channels, if dense;
-        else `{"ids": uint8 (H, W)}` with `classes` (`list[int]`), or with `words` (`list[str]`) and `features`
-        (float32 (words, channels)). The arrays are writable.
+        `dict`: for each expert `None` where its label is missing; uint8 (H, W), or (H, W, C) for C > 1 channels, if
+        it is dense; else `{"ids": uint8 (H, W)}` with `classes` (`list[int]`), or with `words` (`list[str]`) and
+        `features` (float32 (words, channels)). The arrays are writable.
+
+    Raises:
+        ValueError: if a column is damaged or does not fit the description of its expert.
     """
-    return {description["name"]: _decode(row[description["name"]], description) for description in descriptions}
+    labels = {}
+    for description in descriptions:
+        name = description["name"]
+        try:
+            labels[name] = _decode(row[name], description)
+        except Exception as error:  # a damaged row can fail at any step
+            key = row["key"].as_py() if "key" in row else None
+            raise ValueError(f"the label of '{name}' for '{key}' cannot be decoded: {error}") from error
+    return labels
 
 
 def _decode(stored: pa.Scalar, description: Mapping[str, Any]) -> Any:
@@ -167,7 +178,11 @@ def _decode(stored: pa.Scalar, description: Mapping[str, Any]) -> Any:
 
 
 def _decode_map(stored: pa.Scalar, channels: int) -> np.ndarray:
-    with Image.open(io.BytesIO(stored["bytes"].as_buffer())) as image:
+    # PNG alone: no other decoder of Pillow is offered the bytes of a file that may come from anywhere
+    with Image.open(io.BytesIO(stored["bytes"].as_buffer()), formats=["PNG"]) as image:
+        needed = "RGB" if channels == 3 else "L"
+        if image.mode != needed or image.height % (1 if channels == 3 else channels):
+            raise ValueError(f"its PNG is {image.mode} of {image.width}×{image.height}; {needed} is needed")
         values = np.array(image)
     if channels in (1, 3):
         return values

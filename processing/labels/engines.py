@@ -1,4 +1,4 @@
-"""What runs the labelling of many images: this process, or the machines of a Ray cluster."""
+"""The engines that label many images: this process, or the machines of a Ray cluster."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from .labelling import Labeller
 from .sources import ImageSource
 
 
-# pieces of work that a Ray cluster is given, at most, if the source can be cut as finely as that
+# the largest number of pieces of work for a Ray cluster
 MAX_PARTS = 20_000
 
 
@@ -23,7 +23,7 @@ def label_locally(source: ImageSource, labeller: Labeller, batch_size: int, num_
 
     Args:
         source ([`ImageSource`]): the images.
-        labeller ([`Labeller`]): what to do with them.
+        labeller ([`Labeller`]): opens, sees and encodes them.
         batch_size (`int`): images that the experts get at a time.
         num_threads (`int`): threads that open images and encode labels while the experts run.
 
@@ -46,11 +46,11 @@ def label_on_ray(
     gpus_per_worker: float = 0.0,
 ) -> Iterator[pa.Table]:
     """
-    Labels images with Ray Data, by actors that keep their experts loaded. An actor that dies is replaced, and the
-    piece of work at which it was is done again. Labels come to this process, in any order, each image's once.
+    Labels images with Ray Data, by actors that keep their experts loaded. If an actor dies, another one takes its
+    place and repeats its piece of work. Each image's labels come to this process once, in any order.
 
-    A cluster that `ray.init` has connected to is used, or that of `RAY_ADDRESS`; else one is started here. Actors open
-    the images themselves: files must have the same paths, or URLs, on all machines.
+    The cluster is the one that `ray.init` has connected to, or that of `RAY_ADDRESS`, or a new one on this machine.
+    Actors open the images themselves: files must have the same paths, or URLs, on all machines.
 
     Args:
         source, labeller, batch_size: as for [`label_locally`]. A piece of work is eight batches, or a tar.
@@ -65,7 +65,7 @@ def label_on_ray(
     Raises:
         ImportError: if Ray is not installed.
     """
-    # an environment variable, since the cluster's processes decide about it, too
+    # an environment variable, because the cluster's processes read it, too
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -103,7 +103,7 @@ def label_on_ray(
 
 
 class _LabelParts:
-    """From numbers of parts to tables of labels; it lives in Ray's actors, its experts loaded."""
+    """Turns numbers of parts into tables of labels. It lives in Ray's actors and keeps its experts loaded."""
 
     def __init__(self, parts: list[Any], labeller: Labeller, batch_size: int, num_threads: int):
         self.parts = parts

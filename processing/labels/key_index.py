@@ -6,6 +6,23 @@ from hashlib import blake2b
 import numpy as np
 
 
+def as_text(name: str) -> str:
+    """
+    A name that can be stored. Names on a disk, in a tar or in JSON may contain bytes that are not text: they become
+    `\\xff`.
+    """
+    try:
+        name.encode()
+        return name
+    except UnicodeEncodeError:
+        pass
+    try:
+        raw = name.encode(errors="surrogateescape")  # bytes, as Python reads them from a disk
+    except UnicodeEncodeError:
+        raw = name.encode(errors="surrogatepass")
+    return raw.decode(errors="backslashreplace")
+
+
 def key_digests(keys: Iterable[str]) -> np.ndarray:
     """
     128-bit hashes of keys, by which they are compared.
@@ -17,7 +34,7 @@ def key_digests(keys: Iterable[str]) -> np.ndarray:
         `np.ndarray` of shape `(keys,)`, of 16-byte strings.
     """
     # "S16" drops zeros at the end, alike for all: equal hashes stay equal, different ones different
-    return np.array([blake2b(key.encode(), digest_size=16).digest() for key in keys], dtype="S16")
+    return np.array([blake2b(as_text(key).encode(), digest_size=16).digest() for key in keys], dtype="S16")
 
 
 class KeyIndex:

@@ -1,13 +1,14 @@
-"""Runs experts over many images and keeps what they saw."""
+"""Runs experts over many images and keeps their labels."""
 
 import copy
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
@@ -17,25 +18,29 @@ from ..image_loading import MAX_IMAGE_PIXELS
 from .engines import label_locally, label_on_ray
 from .labelling import Labeller
 from .manifest import make_manifest
-from .shards import LabelWriter
+from .shards import LabelWriter, set_aside_damaged
 from .sources import ImageSource, open_source
 
 
 ENGINES = ("local", "ray")
+# failed images that a report names
+MAX_ERRORS = 100
 
 
 @dataclass
 class LabelReport:
     """
-    What a run of [`label_images`] did.
+    The result of [`label_images`].
 
     Attributes:
-        images (`int`): images labelled by this process, failed ones included.
-        failed (`int`): images among them that have an `error`.
-        seconds (`float`): how long it took.
+        images (`int`): number of images that this process labelled, failed ones included.
+        failed (`int`): number of those that have an `error`.
+        seconds (`float`): duration of the run.
         bytes (`int`): size of the shards written.
         expert_seconds (`dict[str, float]`):
-            How long each expert ran, without loading; of the engine `"local"` only.
+            How long each expert ran, without loading; known for the engine `"local"` only.
+        errors (`dict[str, str]`):
+            What went wrong, by key, for the first 100 failed images. `LabelStore(folder).errors` has all of them.
 
     Example:
 
@@ -54,6 +59,7 @@ class LabelReport:
     seconds: float
     bytes: int
     expert_seconds: dict[str, float]
+    errors: dict[str, str] = field(default_factory=dict)
 
     @property
     def images_per_second(self) -> float:
@@ -80,46 +86,50 @@ def label_images(
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float = 0.0,
     progress: bool = True,
+    repair: bool = False,
 ) -> LabelReport:
     """
     Runs experts over images and writes their labels into a store: a folder of Parquet files, one row an image, that
     [`LabelStore`] and `datasets.load_dataset` read.
 
-    Call it again to go on after any interruption, `kill -9` included: images that have a row are left out. Images that
-    cannot be opened get a row with their `error` and no labels.
+    Call it again to continue after any interruption, `kill -9` and a full disk included: images that have a row are
+    left out. Images that cannot be opened get a row with their `error` and no labels.
 
-    Several processes share the images out among them: those that `torchrun` or `accelerate launch` started, found by
+    Several processes share the images: those that `torchrun` or `accelerate launch` started, found by
     `accelerate.PartialState`, or those that `shard` names. They write into one store and never wait for each other.
 
     Args:
         source: images: a folder, files, a glob, tars, a data set, …; see [`open_source`].
         suite ([`ExpertSuite`], `list[Expert]` or `str`): the experts, or the name of a suite.
-        output (`str` or `Path`): the store; made if it does not exist, and gone on with if it does.
+        output (`str` or `Path`): the store. It is made if it does not exist, and continued if it does.
         engine (`str`, *optional*, defaults to `"local"`):
             `"local"` runs the experts in this process, `"ray"` on a Ray cluster; see [`label_on_ray`].
         batch_size (`int`, *optional*, defaults to 32):
-            Images that are handed to the experts together; they run them by their own `batch_size`.
+            Number of images that the experts get together; an expert splits them by its own `batch_size`.
         num_workers (`int`, *optional*):
-            `"local"`: threads that open images and encode labels, by default one a core, at most 8. `"ray"`: number
-            of actors, by default 1.
+            `"local"`: threads that open images and encode labels, by default one for each core, at most 8. `"ray"`:
+            number of actors, by default 1.
         shard (`tuple[int, int]`, *optional*):
-            Which part of the images to do, the first of n being `(0, n)`. By default as launched, else all.
+            The part of the images to label; `(0, n)` is the first of n. By default as launched, else all.
         image_column, key_column, root (*optional*): see [`open_source`].
         map_size (`int`, *optional*):
-            Store every map reduced to this many pixels square, by nearest neighbour, as the image processor reduces
-            it for the network: with its `expert_size` here, the network sees the same, and the store is much smaller.
-            By default maps have the size of their image.
+            Reduce every map to this many pixels square, by nearest neighbour. With the image processor's
+            `expert_size`, the network sees the same as without, and the store is much smaller. By default maps have
+            the size of their image.
         on_expert_error (`str`, *optional*, defaults to `"record"`):
-            Where an expert fails on an image, `"record"` leaves its label out and writes the `error` down, unless it
-            fails on 100 images in a row; `"raise"` ends the run.
+            If an expert fails on an image, `"record"` leaves its label out and stores the `error`, unless it fails on
+            100 images in a row; `"raise"` ends the run.
         max_image_pixels (`int`, *optional*, defaults to 178,956,970): larger images count as damaged.
         allow_other_versions (`bool`, *optional*, defaults to `False`):
-            Go on with a store that other versions of the libraries have begun.
+            Continue a store that was begun with other versions of the libraries.
         rows_per_shard (`int`, *optional*, defaults to 1024):
-            Images in a file of the store. An interruption costs the file at which a process was.
+            Images in a file of the store. An interruption costs the labels of the unfinished file.
         cpus_per_worker, gpus_per_worker (`float`, *optional*, defaults to 1 and 0):
-            Of an actor of `"ray"`. With a share of a GPU its experts run there.
+            Cores and GPUs of each actor of `"ray"`. With a share of a GPU its experts run there.
         progress (`bool`, *optional*, defaults to `True`): show a bar with rate and time left.
+        repair (`bool`, *optional*, defaults to `False`):
+            First read the whole store and set its unreadable shards aside, see [`set_aside_damaged`]. Their images
+            are labelled again.
 
     Returns:
         [`LabelReport`]
@@ -127,8 +137,10 @@ def label_images(
     Raises:
         FileNotFoundError, ValueError, TypeError: about the source, see [`open_source`], or the settings.
         ValueError: if the store was made with other experts, settings or versions; it names each difference.
+        DamagedShardError: if a shard of the store cannot be read and `repair` is `False`.
+        OSError: if a shard cannot be written, for example because the disk is full. Finished shards are kept.
         ExpertError: see `on_expert_error`.
-        RuntimeError: if another run writes into the store.
+        StoreInUseError: if another run writes into the store.
         ImportError: if `engine` is `"ray"` and Ray is not installed.
 
     Example:
@@ -159,7 +171,7 @@ def label_images(
     images = open_source(source, image_column, key_column, root)
     process = _place_among_processes(suite) if shard is None else (int(shard[0]), int(shard[1]))
     if engine == "ray" and gpus_per_worker and _is_on_cpu(suite):
-        # the actors' GPUs; this process may have none, and a copy has nothing loaded that would have to move
+        # on the actors' GPUs; this process may have none, so the copy has nothing loaded that would move there
         suite = copy.deepcopy(suite).to("cuda")
     manifest = make_manifest(suite, suite.descriptions, {"map_size": map_size, "max_image_pixels": max_image_pixels})
     labeller = Labeller(suite, map_size, on_expert_error, max_image_pixels)
@@ -168,21 +180,30 @@ def label_images(
     )
 
     start, failed = time.perf_counter(), 0
+    errors: dict[str, str] = {}
     seconds_before = {name: expert.seconds for name, expert in suite.items()}
     with writer:
-        # shared out first: the shares must not depend on what other processes have finished meanwhile
+        if repair:
+            set_aside_damaged(output)
+        # shared before: the shares must not depend on what other processes have finished meanwhile
         images = images.share(*process).without(writer.done)
         with _bar(images, process, progress) as bar:
             if engine == "local":
                 num_workers = num_workers or min(8, os.cpu_count() or 1)
                 for row in label_locally(images, labeller, batch_size, num_workers):
-                    failed += row["error"] is not None
+                    if row["error"] is not None:
+                        failed += 1
+                        if len(errors) < MAX_ERRORS:
+                            errors[row["key"]] = row["error"]
                     writer.write_row(row)
                     _advance(bar, images, 1)
             else:
                 tables = label_on_ray(images, labeller, batch_size, num_workers or 1, cpus_per_worker, gpus_per_worker)
                 for table in tables:
-                    failed += len(table) - table["error"].null_count
+                    wrong = table.filter(pc.is_valid(table["error"])).select(["key", "error"])
+                    failed += len(wrong)
+                    for row in wrong.slice(0, MAX_ERRORS - len(errors)).to_pylist():
+                        errors[row["key"]] = row["error"]
                     writer.write_table(table)
                     _advance(bar, images, len(table))
     return LabelReport(
@@ -191,6 +212,7 @@ def label_images(
         seconds=time.perf_counter() - start,
         bytes=writer.bytes_written,
         expert_seconds={name: expert.seconds - seconds_before[name] for name, expert in suite.items()},
+        errors=errors,
     )
 
 
@@ -219,14 +241,14 @@ def _is_on_cpu(suite: ExpertSuite) -> bool:
 
 def _bar(images: ImageSource, process: tuple[int, int], progress: bool) -> tqdm:
     name = "labels" if process[1] == 1 else f"labels, process {process[0]} of {process[1]}"
-    # of the processes of a machine, one bar is enough
+    # one bar is enough for the processes of a machine
     is_shown = progress and int(os.environ.get("LOCAL_RANK", "0")) == 0
     return tqdm(total=images.num_images, desc=name, unit="image", disable=not is_shown)
 
 
 def _advance(bar: tqdm, images: ImageSource, number: int) -> None:
     reading = images.progress()
-    if reading is not None and reading[0]:  # guessed from the files so far
+    if reading is not None and reading[0]:  # estimated from the files so far
         files_read, files = reading
         bar.total = max(bar.n + number, round((bar.n + number) * files / files_read))
     bar.update(number)
@@ -237,7 +259,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     `"0/8"`, the first of eight parts, as `(0, 8)`.
 
     Raises:
-        ValueError: if it is none of that form, or not from `0/n` to `n-1/n`.
+        ValueError: if the text has another form, or is not between `0/n` and `n-1/n`.
 
     Example:
 

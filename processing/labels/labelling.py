@@ -1,4 +1,4 @@
-"""From images to rows of labels: opened, seen by the experts, encoded; whichever engine runs the steps."""
+"""From images to rows of labels in three steps, open, see and encode, which both engines run."""
 
 import itertools
 from collections import deque
@@ -13,11 +13,12 @@ from ..experts.base import ExpertError
 from ..experts.suite import ExpertSuite
 from ..image_loading import MAX_IMAGE_PIXELS, load_image
 from .encoding import encode_labels
+from .key_index import as_text
 
 
 logger = logging.get_logger(__name__)
 
-# an expert that has failed on so many images one after the other is not at odds with an image
+# an expert that fails on this many images in a row is broken; the images are not
 MAX_FAILURES_IN_A_ROW = 100
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Labeller:
         suite ([`ExpertSuite`]): the experts.
         map_size (`int`, *optional*): reduce every map to this many pixels square; see [`encode_labels`].
         on_expert_error (`str`, *optional*, defaults to `"record"`):
-            `"record"`: where an expert fails on an image its label is missing, and `error` says so; `"raise"`.
+            `"record"`: if an expert fails on an image, its label is missing and `error` says why; or `"raise"`.
         max_image_pixels (`int`, *optional*): images of more pixels count as damaged.
     """
 
@@ -44,7 +45,7 @@ class Labeller:
     ):
         if on_expert_error not in ("record", "raise"):
             raise ValueError(f"on_expert_error is {on_expert_error!r}; accepted are 'record' and 'raise'")
-        # another one of the same experts: what to do about failures is decided here
+        # a suite of its own with the same experts, since failures are handled here
         self.suite = suite.only(*suite)
         self.suite.on_error = "raise"
         self.descriptions = suite.descriptions
@@ -60,7 +61,7 @@ class Labeller:
             return str(image)
         try:
             return load_image(image, max_pixels=self.max_image_pixels, name=key)
-        except Exception as error:  # a run of a month does not end because of one image
+        except Exception as error:  # one image does not end a run of a month
             return f"{type(error).__name__}: {error}"
 
     def see(self, images: list[Image.Image | str]) -> list[tuple[dict[str, Any], str | None]]:
@@ -94,7 +95,7 @@ class Labeller:
         labels: dict[str, Any] = {}
         errors: list[str] = []
         for name in self.suite:
-            try:  # what others have seen, or failed to see, is given to those that need it
+            try:  # the labels of the experts so far, missing ones too, go to those that need them
                 (own,) = self.suite.only(name)([image], [labels])
                 labels[name] = own[name]
                 self._failures_in_a_row[name] = 0
@@ -109,12 +110,13 @@ class Labeller:
 
     def encode(self, key: str, labels: dict[str, Any], error: str | None) -> dict[str, Any]:
         """A row for [`LabelWriter.write_row`]."""
+        error = error if error is None else as_text(error)
         return {"key": key, "error": error, **encode_labels(labels, self.descriptions, self.map_size)}
 
     def rows(self, images: Iterable[tuple[str, Any]], batch_size: int, pool: ThreadPoolExecutor) -> Iterator[dict]:
         """
-        The rows of images, in their order. While the experts see a batch, a pool's threads open the next one and
-        encode the labels of the last.
+        The rows of images, in their order. While the experts see a batch, the pool's threads open the next one and
+        encode the labels of the previous one.
 
         Args:
             images (`Iterable[tuple[str, Any]]`): keys, and what [`Labeller.open`] takes.
@@ -148,7 +150,7 @@ class Labeller:
 
 
 def _ahead(items: Iterable[T], number: int) -> Iterator[T]:
-    """The same items, so many of them made before they are needed."""
+    """The same items, `number` of them made before they are needed."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)

@@ -1,17 +1,19 @@
-"""With what the labels of a store were made, and the refusal to go on with anything else."""
+"""How the labels of a store were made, and the refusal to mix them with labels that were made otherwise."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from transformers.utils import logging
 
+from ...configuration_prismer import validate_experts
 from ..experts.base import Expert, FrozenModel
 from ..experts.suite import ExpertSuite
+from .durable_files import write_durably
 
 
 logger = logging.get_logger(__name__)
@@ -19,7 +21,9 @@ logger = logging.get_logger(__name__)
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 
-# libraries that what an expert sees may depend on
+# what a manifest holds beside its version
+_FIELDS: dict[str, type] = {"experts": dict, "descriptions": dict, "settings": dict, "versions": dict, "hash": str}
+# libraries that an expert's labels may depend on
 _LIBRARIES = (
     "kornia",
     "modeling-prismer",
@@ -33,7 +37,7 @@ _LIBRARIES = (
     "torchvision",
     "transformers",
 )
-# settings of experts that change how fast they are, not what they see
+# settings that change the speed of an expert, not its labels
 _SETTINGS_OF_SPEED = ("batch_size", "num_threads")
 
 
@@ -52,6 +56,9 @@ def make_manifest(
         `dict`: `format_version`, `experts` (each with its settings; a file of weights by its SHA-256 instead of its
         path), `descriptions`, `settings`, `versions` of the libraries, and `hash`, the SHA-256 of all that.
 
+    Raises:
+        ValueError: if an expert's entry is not one that `PrismerConfig.experts` accepts.
+
     Example:
 
     ```python
@@ -63,6 +70,7 @@ def make_manifest(
     {'thermal': {'name': 'thermal', 'kind': 'dense', 'channels': 1}}
     ```
     """
+    validate_experts([dict(description) for description in descriptions])
     manifest = {
         "format_version": FORMAT_VERSION,
         "experts": {name: _describe(expert) for name, expert in _running(suite)},
@@ -83,7 +91,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def _running(suite: ExpertSuite | None) -> Iterator[tuple[str, Expert]]:
-    """The experts of a suite, and those that were left out of it but run because others need them."""
+    """The experts of a suite, and those that were left out of it but still run because others need them."""
     left_out = {} if suite is None else dict(suite._left_out)
     waiting = [] if suite is None else list(suite.items())
     while waiting:
@@ -123,8 +131,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     The manifest of a store.
 
     Raises:
-        FileNotFoundError: if the folder is no store.
-        ValueError: if it was written by a newer version of this package.
+        FileNotFoundError: if the folder is not a label store.
+        ValueError: if the manifest is damaged, or was written by another version of this package; it names the file.
 
     Example:
 
@@ -140,14 +148,36 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a label store: there is no {MANIFEST_FILE} in it")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format_version") != FORMAT_VERSION:
+        raise FileNotFoundError(f"{folder} is not a label store: it has no {MANIFEST_FILE}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        _check_manifest(manifest)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Restore it from a copy, or use another folder") from error
+    if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"the label store {folder} has the format {manifest.get('format_version')}; this version of "
-            f"modeling-prismer reads {FORMAT_VERSION}"
+            f"{path} has the format {manifest['format_version']}; this version of modeling-prismer reads the format "
+            f"{FORMAT_VERSION}"
         )
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    if not isinstance(manifest, dict):
+        raise ValueError(f"it holds a {type(manifest).__name__}; a JSON object is needed")
+    number = manifest.get("format_version")
+    if type(number) is not int:
+        raise ValueError(f"its format_version is {_brief(number)}; a number is needed")
+    if number != FORMAT_VERSION:  # other formats have fields of their own
+        return
+    for field, kind in _FIELDS.items():
+        if not isinstance(manifest.get(field), kind):
+            needed = "a JSON object" if kind is dict else "a text"
+            raise ValueError(f"its {field} is {_brief(manifest.get(field))}; {needed} is needed")
+    for name, description in manifest["descriptions"].items():
+        if not isinstance(description, dict) or description.get("name") != name:
+            raise ValueError(f"its description of '{name}' is {_brief(description)}")
+    validate_experts(list(manifest["descriptions"].values()))
 
 
 def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_versions: bool = False) -> None:
@@ -158,25 +188,27 @@ def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_ve
         folder (`str` or `Path`): made if it does not exist.
         manifest (`dict`): from [`make_manifest`].
         allow_other_versions (`bool`, *optional*, defaults to `False`):
-            Only warn if the labels that are there were made with other versions of the libraries.
+            Only warn if the labels in the folder were made with other versions of the libraries.
 
     Raises:
-        ValueError: if the folder's labels were made otherwise; it names each difference.
+        NotADirectoryError: if the folder is a file.
+        ValueError: if the folder's labels were made otherwise; it names each difference. Also if the folder has
+            labels but no manifest.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; the label store needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST_FILE
     if not path.exists():
-        # complete before it has its name, and never over another one's
-        temporary = folder / f".{MANIFEST_FILE}-{os.getpid()}-{os.urandom(4).hex()}"
-        write_durably(temporary, json.dumps(manifest, indent=2) + "\n")
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.replace(temporary, path)
-        temporary.unlink(missing_ok=True)
+        with FileLock(folder / f".{MANIFEST_FILE}.lock"):  # one process writes it, the others wait for that
+            if not path.exists():
+                if shard := next(folder.glob("labels-*.parquet"), None):
+                    raise ValueError(
+                        f"{folder} holds labels ({shard.name}) but no {MANIFEST_FILE}, so nobody knows how they were "
+                        "made. Restore it from a copy, or use another folder"
+                    )
+                write_durably(path, json.dumps(manifest, indent=2) + "\n")
     there = read_manifest(folder)
     differences = list(_differences(there, manifest))
     versions = [line for name, line in differences if name.startswith("versions.")]
@@ -185,7 +217,7 @@ def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_ve
         logger.warning(f"The labels in {folder} were made with other versions: {'; '.join(versions)}")
         versions = []
     if others or versions:
-        hint = "" if others else ". To go on all the same: allow_other_versions=True"
+        hint = "" if others else ". To mix them nevertheless: allow_other_versions=True, --allow-other-versions"
         raise ValueError(
             f"{folder} holds labels that were made otherwise, and one store does not mix them: "
             f"{'; '.join(others + versions)}. Use another folder, or the same settings{hint}"
@@ -209,11 +241,3 @@ def _brief(value: Any) -> str:
         return f"'{value['type']}'"
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a file so that it is on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

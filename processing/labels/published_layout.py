@@ -1,4 +1,4 @@
-"""The labels of the published checkpoints on the disk, `<folder>/<expert>/<image>.png` and more, read and written."""
+"""Labels in the layout of the published checkpoints, `<folder>/<expert>/<image>.png` and more, read and written."""
 
 import io
 import json
@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import logging
 
+from ...configuration_prismer import validate_experts
 from .encoding import label_parts
+from .tars import IMAGE_SUFFIXES
 
 
-# the folders of the experts, where their names differ
-PUBLISHED_FOLDERS = {"detection": "obj_detection", "ocr": "ocr_detection"}
+logger = logging.get_logger(__name__)
+
+# the published folders whose names are not those of the experts
+PUBLISHED_FOLDERS = {"segmentation": "seg_coco", "detection": "obj_detection", "ocr": "ocr_detection"}
+# a map has 8 bits, and 255 is its background
+_MAX_ITEMS = 255
 PUBLISHED_EXPERTS: list[dict[str, Any]] = [
     {"name": "depth", "kind": "dense", "channels": 1},
     {"name": "normal", "kind": "dense", "channels": 3},
@@ -25,7 +32,7 @@ PUBLISHED_EXPERTS: list[dict[str, Any]] = [
 ]
 
 _REBUILDERS: tuple[Any, ...] = (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0])
-# what NumPy's arrays and numbers consist of in a file that torch saved, under their old and their new names
+# what torch.load needs for NumPy's arrays and numbers, whose functions NumPy 2 has moved
 _NUMPY_ARRAYS = [
     np.ndarray,
     np.dtype,
@@ -49,22 +56,25 @@ def read_published_layout(
     with the class of each, for words also `.pt` with their texts and features.
 
     Args:
-        folder (`str` or `Path`): the folder of the experts' folders.
-        experts (`list[dict]`, *optional*): the experts' entries as in `PrismerConfig.experts`; by default the six
-            published ones, as far as they have a folder.
+        folder (`str` or `Path`): the folder that contains the experts' folders.
+        experts (`list[dict]`, *optional*):
+            The experts' entries as in `PrismerConfig.experts`. By default those of the six published ones that have
+            a folder; a warning names the folders that are not read.
         keys (`Iterable[str]`, *optional*):
-            Images, `<data set>/<image path>`, with their suffixes or without. By default all that any expert has a
-            file for, without suffixes.
+            Images, `<data set>/<image path>`, with their suffixes or without. By default every image for which any
+            expert has a file, without suffixes.
         folders (`dict[str, str]`, *optional*):
-            Experts' folders that are not called like the expert; `detection` is `obj_detection` and `ocr` is
-            `ocr_detection` unless given.
+            Folders by the expert's name. By default they are called like the expert, or as published: `seg_coco` for
+            segmentation, `obj_detection` for detection and `ocr_detection` for OCR.
 
     Returns:
-        `Iterator[tuple[str, dict]]`: key and labels, as [`LabelWriter.write`] takes them. A map without a file and one
-        of zero bytes are `None`; a map of words without `.pt` has no words.
+        `Iterator[tuple[str, dict]]`: key and labels, as [`LabelWriter.write`] takes them.
+
+        - A map without a file, or with one of zero bytes, is `None`: its label is missing.
+        - OCR has no file for an image without words. If another expert has one, the label of OCR is an empty map.
 
     Raises:
-        FileNotFoundError: if the folder has none of the experts.
+        FileNotFoundError: if a folder of the experts does not exist.
         ValueError: if a file is damaged, or does not fit the expert's entry; it names the file.
 
     Example:
@@ -81,45 +91,106 @@ def read_published_layout(
     ```
     """
     folder = Path(folder)
-    names = {**PUBLISHED_FOLDERS, **(folders or {})}
     entries = PUBLISHED_EXPERTS if experts is None else experts
-    places = {entry["name"]: folder / names.get(entry["name"], entry["name"]) for entry in entries}
+    validate_experts(entries)
+    places = {entry["name"]: _place(folder, entry["name"], folders) for entry in entries}
+    lacking = [place.name for place in places.values() if not place.is_dir()]
+    if len(lacking) == len(places) or (lacking and experts is not None):
+        raise FileNotFoundError(f"{folder} has no folder {', '.join(lacking)}; it has {_listed(folder, ())}")
+    if experts is None and (others := _listed(folder, [place.name for place in places.values()])):
+        logger.warning(
+            f"{folder} has folders that are no published expert's and are not read: {others}. Name the experts' "
+            "folders by the argument folders, or give the argument experts"
+        )
     entries = [entry for entry in entries if places[entry["name"]].is_dir()]
-    lacking = [] if experts is None else [entry["name"] for entry in experts if entry not in entries]
-    if not entries or lacking:
-        looked_for = ", ".join(places[name].name for name in (lacking or places))
-        raise FileNotFoundError(f"{folder} has no folder {looked_for}")
+    published = [_place(folder, entry["name"], folders) for entry in PUBLISHED_EXPERTS]
+    return _read_images(entries, places, [*places.values(), *published], keys)
+
+
+def _place(folder: Path, name: str, folders: Mapping[str, str] | None) -> Path:
+    """The folder of an expert: as given, as published, or called like the expert."""
+    if folders and name in folders:
+        return folder / folders[name]
+    published = folder / PUBLISHED_FOLDERS.get(name, name)
+    return folder / name if (folder / name).is_dir() and not published.is_dir() else published
+
+
+def _listed(folder: Path, without: Iterable[str]) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return ", ".join(name for name in names if name not in without and not name.startswith("."))
+
+
+def _read_images(
+    entries: list[dict[str, Any]], places: Mapping[str, Path], all_places: list[Path], keys: Iterable[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     if keys is None:
         found = {
-            path.relative_to(place).with_suffix("").as_posix()
-            for place in places.values()
-            for path in place.rglob("*.png")
+            path.relative_to(places[entry["name"]]).with_suffix("").as_posix()
+            for entry in entries
+            for path in places[entry["name"]].rglob("*.png")
+            if not path.name.startswith(".")
         }
         keys = sorted(found)
     for key in keys:
-        yield key, {entry["name"]: _read(places[entry["name"]], key, entry) for entry in entries}
+        labels = {}
+        for entry in entries:
+            path = _find_map(places[entry["name"]], key)
+            if path is not None:
+                labels[entry["name"]] = _read(path, entry)
+            elif "words" in label_parts(entry) and (size := _map_size(all_places, key)):
+                empty = {"ids": np.full(size, 255, np.uint8), "words": [], "features": _no_words(entry["channels"])}
+                labels[entry["name"]] = empty
+            else:
+                labels[entry["name"]] = None
+        yield key, labels
 
 
-def _read(place: Path, key: str, entry: Mapping[str, Any]) -> Any:
-    # the image's suffix is replaced; a key without one can have a dot in its name
-    path = next((path for path in (place / f"{key}.png", (place / key).with_suffix(".png")) if path.is_file()), None)
-    if path is None or path.stat().st_size == 0:
-        return None
+def _find_map(place: Path, key: str) -> Path | None:
+    path = PurePosixPath(key)
+    names = [key, path.with_suffix("").as_posix()] if path.suffix.lower() in IMAGE_SUFFIXES else [key]
+    return next((place / f"{name}.png" for name in names if (place / f"{name}.png").is_file()), None)
+
+
+def _map_size(places: Iterable[Path], key: str) -> tuple[int, int] | None:
+    """The height and width of the first map that an image has."""
+    for place in places:
+        path = _find_map(place, key)
+        if path is not None and path.stat().st_size:
+            with _open_map(path) as image:
+                return image.height, image.width
+    return None
+
+
+def _no_words(channels: int) -> np.ndarray:
+    return np.zeros((0, channels), np.float32)
+
+
+def _open_map(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            values = np.array(image)
+        return Image.open(path, formats=["PNG"])
     except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if values.ndim == 3 and entry["channels"] != values.shape[2]:
-        values = values[..., : entry["channels"]] if entry["kind"] == "dense" else values[..., 0]
-    if values.dtype != np.uint8 or values.ndim not in (2, 3):
-        raise ValueError(f"{path} holds {values.dtype} {values.shape}; a map of 8 bits is needed")
+        raise ValueError(f"{path} is damaged or not a PNG: {error}") from error
+
+
+def _read(path: Path, entry: Mapping[str, Any]) -> Any:
+    if path.stat().st_size == 0:
+        return None
+    with _open_map(path) as image:
+        try:
+            values = np.array(image)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    channels = entry["channels"] if entry["kind"] == "dense" else 1
+    if values.ndim == 3 and values.shape[2] > channels:
+        values = values[..., 0] if channels == 1 else values[..., :channels]
+    if values.dtype != np.uint8 or values.shape[2:] != ((channels,) if channels > 1 else ()):
+        raise ValueError(f"{path} is {values.dtype} {values.shape}; a map of {channels} × 8 bits is needed")
     if entry["kind"] == "dense":
         return values
     parts = label_parts(entry)
     label: dict[str, Any] = {"ids": values}
     if "classes" in parts:
-        label["classes"] = _read_classes(path.with_suffix(".json"))
+        label["classes"] = _read_classes(path.with_suffix(".json"), entry.get("num_classes"))
     elif "words" in parts:
         label["words"], label["features"] = _read_words(path.with_suffix(".pt"), entry["channels"])
     items = label.get("classes", label.get("words"))
@@ -130,30 +201,41 @@ def _read(place: Path, key: str, entry: Mapping[str, Any]) -> Any:
     return label
 
 
-def _read_classes(path: Path) -> list[int]:
+def _read_classes(path: Path, num_classes: int | None) -> list[int]:
     if not path.is_file() or path.stat().st_size == 0:
         return []
     try:
-        classes = {int(number): int(kind) for number, kind in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        classes = {_number(number, _MAX_ITEMS): _number(kind, num_classes) for number, kind in content.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not {{instance number: class}}: {error}") from error
     return [classes.get(number, 0) for number in range(max(classes, default=-1) + 1)]
 
 
+def _number(value: Any, end: int | None) -> int:
+    number = int(value)
+    if number != float(value) or number < 0 or (end is not None and number >= end):
+        raise ValueError(f"{value} is no whole number from 0 to {'…' if end is None else end - 1}")
+    return number
+
+
 def _read_words(path: Path, channels: int) -> tuple[list[str], np.ndarray]:
     if not path.is_file() or path.stat().st_size == 0:
-        return [], np.zeros((0, channels), np.float32)
+        return [], _no_words(channels)
     try:
         with torch.serialization.safe_globals(_NUMPY_ARRAYS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        words = {int(number): word for number, word in content.items()}
+        words = {_number(number, _MAX_ITEMS): word for number, word in content.items()}
         number_of_words = max(words, default=-1) + 1
         features = np.zeros((number_of_words, channels), np.float32)
         for number, word in words.items():
             features[number] = torch.as_tensor(word["features"], dtype=torch.float32).reshape(channels).numpy()
+        if not np.isfinite(features).all():
+            raise ValueError("a feature is not finite")
+        return [str(words[number]["text"]) if number in words else "" for number in range(number_of_words)], features
     except Exception as error:
-        raise ValueError(f"{path} is not {{word number: {{features: {channels} numbers, text}}}}: {error}") from error
-    return [str(words[number]["text"]) if number in words else "" for number in range(number_of_words)], features
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not {{word number: {{features: {channels} numbers, text}}}}: {reason}") from error
 
 
 def write_published_layout(
@@ -163,11 +245,12 @@ def write_published_layout(
     folders: Mapping[str, str] | None = None,
 ) -> int:
     """
-    Writes labels as they were published; see [`read_published_layout`]. A missing label becomes a png of zero bytes.
+    Writes labels as they were published; see [`read_published_layout`]. A missing label becomes a PNG of zero bytes.
 
     Args:
-        labels (`Iterable[tuple[str, dict]]`): keys, `<data set>/<image path>`, whose suffixes become `.png`, and
-            labels as experts return them; `store.items()` of a [`LabelStore`].
+        labels (`Iterable[tuple[str, dict]]`):
+            Keys, `<data set>/<image path>`, and labels as experts return them; `store.items()` of a [`LabelStore`].
+            `.png` takes the place of an image's suffix.
         folder (`str` or `Path`): made if it does not exist.
         experts (`list[dict]`): the experts' entries as in `PrismerConfig.experts`; `store.descriptions`.
         folders (`dict[str, str]`, *optional*): as in [`read_published_layout`].
@@ -176,8 +259,8 @@ def write_published_layout(
         `int`: the number of images.
 
     Raises:
-        ValueError: if two keys differ in their suffix alone, if a key leads out of the folder, or if a label has
-            neither one nor three channels.
+        ValueError: if two keys would be one file, if a key leads out of the folder, or if a label has neither one
+            channel nor three.
 
     Example:
 
@@ -191,16 +274,17 @@ def write_published_layout(
     ```
     """
     folder = Path(folder)
+    validate_experts(experts)
     names = {**PUBLISHED_FOLDERS, **(folders or {})}
     written: dict[str, str] = {}
     for key, own in labels:
         path = PurePosixPath(key)
-        stem = path.with_suffix("").as_posix()
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"the key '{key}' leads out of {folder}")
-        if stem in written:
-            raise ValueError(f"the labels of '{key}' and '{written[stem]}' would be one file")
-        written[stem] = key
+        stem = path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path
+        if not stem.name or path.is_absolute() or ".." in path.parts or Path(key).drive:
+            raise ValueError(f"the key '{key}' leads out of {folder}, or to no file")
+        if stem.as_posix() in written:
+            raise ValueError(f"the labels of '{key}' and '{written[stem.as_posix()]}' would be one file")
+        written[stem.as_posix()] = key
         for entry in experts:
             target = folder / names.get(entry["name"], entry["name"]) / f"{stem}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,27 +298,32 @@ def _write(path: Path, label: Any, entry: Mapping[str, Any]) -> None:
     label = label if isinstance(label, Mapping) else {"ids": label}
     values = np.asarray(label["ids"])
     if values.ndim == 3 and values.shape[2] != 3:
-        raise ValueError(f"the label of '{entry['name']}' has {values.shape[2]} channels; a png has 1 or 3")
+        raise ValueError(f"the label of '{entry['name']}' has {values.shape[2]} channels; a PNG has 1 or 3")
     parts = label_parts(entry)
-    path.with_suffix(".pt").unlink(missing_ok=True)
+    words = path.with_suffix(".pt")
     if "classes" in parts:
         classes = {str(number): int(kind) for number, kind in enumerate(label["classes"])}
         _write_file(path.with_suffix(".json"), json.dumps(classes).encode())
     elif "words" in parts and len(label["features"]):
-        words = label.get("words") or [""] * len(label["features"])
+        texts = label.get("words") or [""] * len(label["features"])
         features = torch.from_numpy(np.array(label["features"], np.float32))
         content = {
-            i: {"features": feature.clone(), "text": word} for i, (feature, word) in enumerate(zip(features, words))
+            i: {"features": feature.clone(), "text": text} for i, (feature, text) in enumerate(zip(features, texts))
         }
         file = io.BytesIO()
         torch.save(content, file)
-        _write_file(path.with_suffix(".pt"), file.getvalue())
+        _write_file(words, file.getvalue())
+    else:
+        words.unlink(missing_ok=True)
     file = io.BytesIO()
     Image.fromarray(values).save(file, "PNG")
-    _write_file(path, file.getvalue())  # the last: a map is never there without its words
+    _write_file(path, file.getvalue())  # the last: a new map is never there without its words
 
 
 def _write_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,10 +1,12 @@
 """A store's Parquet files: written whole or not at all, by any number of processes."""
 
+import errno
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from transformers.utils import logging
 
-from .encoding import encode_labels, label_features
-from .key_index import KeyIndex, key_digests
-from .manifest import claim_folder, read_manifest, write_durably
+from .durable_files import publish, write_durably
+from .encoding import decode_labels, encode_labels, label_features
+from .key_index import KeyIndex, as_text, key_digests
+from .manifest import claim_folder, read_manifest
 
+
+logger = logging.get_logger(__name__)
 
 # rows that are read together to get at one of them
 ROW_GROUP_SIZE = 32
@@ -30,7 +36,37 @@ configs:
 ---
 Labels of frozen experts, one row an image; manifest.json says how they were made.
 """
-_SHARD_NAME = re.compile(r"labels-(\d{5})-of-(\d{5})-(\d{6})\.parquet")
+_SHARD_NAME = re.compile(r"labels-(\d{5,})-of-(\d{5,})-(\d{6,})\.parquet")
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what set_aside_damaged adds to the name of a shard
+_DAMAGED = ".damaged"
+
+
+class DamagedShardError(ValueError):
+    """
+    A shard of a label store cannot be read.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from modeling_prismer.processing.experts import CannyEdges
+    >>> from modeling_prismer.processing.labels import DamagedShardError, LabelStore, label_images
+
+    >>> report = label_images("modeling_prismer/assets", [CannyEdges()], "my_labels", progress=False)
+    >>> _ = Path("my_labels/labels-00000-of-00001-000000.parquet").write_bytes(b"PAR1")
+    >>> try:
+    ...     LabelStore("my_labels")
+    ... except DamagedShardError:
+    ...     report = label_images("modeling_prismer/assets", [CannyEdges()], "my_labels", progress=False, repair=True)
+    >>> report.images
+    2
+    ```
+    """
+
+
+class StoreInUseError(RuntimeError, OSError):
+    """Another run writes into the label store."""
 
 
 def shard_files(folder: str | Path) -> list[Path]:
@@ -38,11 +74,52 @@ def shard_files(folder: str | Path) -> list[Path]:
     return sorted(path for path in Path(folder).glob("labels-*.parquet") if _SHARD_NAME.fullmatch(path.name))
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether a file of this name belongs to a label store: a shard, also one that was set aside."""
+    return _SHARD_NAME.fullmatch(name.removesuffix(_DAMAGED)) is not None
+
+
+@contextmanager
+def naming_the_shard(path: Path) -> Iterator[None]:
+    """
+    Turns errors of reading a shard into one that names it.
+
+    Raises:
+        DamagedShardError: for all errors, except that the file is gone or that this user may not read it.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, MemoryError, DamagedShardError):
+        raise
+    except Exception as error:  # a damaged file can fail at any step of reading
+        raise DamagedShardError(
+            f"{path} is damaged: {' '.join(str(error).split())}. `prismer label IMAGES --out {path.parent} --repair` "
+            "sets it aside and labels its images again"
+        ) from error
+
+
+def open_shard(path: Path, columns: Iterable[str] = ("key", "error"), memory_map: bool = False) -> pq.ParquetFile:
+    """Opens a shard; what is read from it is compared with its checksums."""
+    with naming_the_shard(path):
+        file = pq.ParquetFile(path, memory_map=memory_map, page_checksum_verification=True)
+        if missing := [name for name in columns if name not in file.schema_arrow.names]:
+            raise ValueError(f"it has no column '{missing[0]}'")
+        return file
+
+
+def read_columns(path: Path, columns: list[str]) -> pa.Table:
+    """Some columns of a shard."""
+    with open_shard(path, columns) as file, naming_the_shard(path):
+        return file.read(columns=columns, use_threads=False)
+
+
 def read_key_digests(files: Iterable[Path]) -> list[np.ndarray]:
     """The hashes of the keys of each shard; only the column `key` is read."""
 
-    def read(file: Path) -> np.ndarray:
-        return key_digests(pq.ParquetFile(file).read(columns=["key"], use_threads=False)["key"].to_pylist())
+    def read(path: Path) -> np.ndarray:
+        keys = read_columns(path, ["key"])["key"].to_pylist()
+        with naming_the_shard(path):
+            return key_digests(keys)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(read, files))
@@ -57,9 +134,9 @@ class LabelWriter:
     """
     Writes labels into a store, for as many images as there are, shard by shard.
 
-    A shard gets its name, `labels-<process>-of-<processes>-<number>.parquet`, when it is complete and on the disk: a
-    process that is killed loses the labels of the shard at which it was, and leaves nothing half-written. Rows do not
-    wait in memory: they go to the unfinished file in groups of 32.
+    A shard gets its name, `labels-<process>-of-<processes>-<number>.parquet`, when it is complete and on the disk. A
+    process that is killed, or whose disk is full, loses the labels of its unfinished shard and leaves nothing
+    half-written. Rows do not wait in memory: they go to the unfinished file in groups of 32.
 
     Args:
         folder (`str` or `Path`): the store; made if it does not exist.
@@ -72,7 +149,8 @@ class LabelWriter:
 
     Raises:
         ValueError: if the store holds labels that were made otherwise.
-        RuntimeError: if another process writes in its place, or one of another number of processes.
+        StoreInUseError: if another process writes in its place, or one of another number of processes.
+        OSError: if a shard cannot be written. It says how many labels are lost; those of finished shards are kept.
 
     Example:
 
@@ -126,20 +204,24 @@ class LabelWriter:
     def __enter__(self) -> "LabelWriter":
         claim_folder(self.folder, self._manifest, self._allow_other_versions)
         self._lock = lock_place(self.folder, self._process)
-        for left_over in self.folder.glob(f".{self._prefix}*"):
-            left_over.unlink()
-        if not (self.folder / README_FILE).exists():
-            write_durably(self.folder / README_FILE, _README)
+        try:
+            for left_over in self.folder.glob(f".{self._prefix}*"):
+                left_over.unlink()
+            if not (self.folder / README_FILE).exists():
+                write_durably(self.folder / README_FILE, _README)
+        except BaseException:
+            self._lock.release()
+            raise
         numbers = [
             int(match[3])
-            for path in shard_files(self.folder)
-            if path.name.startswith(self._prefix) and (match := _SHARD_NAME.fullmatch(path.name))
+            for path in self.folder.glob(f"{self._prefix}*")
+            if (match := _SHARD_NAME.fullmatch(path.name.removesuffix(_DAMAGED)))
         ]
         self._number = max(numbers, default=-1) + 1
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        # what is labelled is kept, whatever has ended the run
+        # finished labels are kept, whatever ended the run
         try:
             self.finish_shard()
         finally:
@@ -163,9 +245,12 @@ class LabelWriter:
 
         Args:
             key (`str`): its name.
-            labels (`dict`): from an expert's name to its label, `None` or absent = missing; see [`encode_labels`].
+            labels (`dict`): each expert's label by its name, `None` or absent if it is missing; see
+                [`encode_labels`].
             error (`str`, *optional*): what went wrong with it.
         """
+        error = error if error is None else as_text(error)
+        key = as_text(key)
         self.write_row({"key": key, "error": error, **encode_labels(labels or {}, self.descriptions, self.map_size)})
 
     def write_row(self, row: dict[str, Any]) -> None:
@@ -182,15 +267,14 @@ class LabelWriter:
     def write_table(self, table: pa.Table) -> None:
         """Adds the rows of a table with the columns of `schema`."""
         self._write_waiting_rows()
-        if self._file is None:
-            self._temporary = self.folder / f".{self._prefix}{self._number:06d}.parquet.unfinished"
-            self._opened = time.monotonic()
-            self._file = pq.ParquetWriter(self._temporary, self.schema, compression="zstd")
-        try:
+        with self._discarding_on_failure(len(table)):
+            if self._file is None:
+                self._temporary = self.folder / f".{self._prefix}{self._number:06d}.parquet.unfinished"
+                self._opened = time.monotonic()
+                self._file = pq.ParquetWriter(
+                    self._temporary, self.schema, compression="zstd", write_page_checksum=True
+                )
             self._file.write_table(table, row_group_size=ROW_GROUP_SIZE)
-        except BaseException:  # the disk is full, or Ctrl-C: half a group is in the file
-            self._file, self._rows_in_file = None, 0
-            raise
         self._rows_in_file += len(table)
         full = self._rows_in_file >= self.rows_per_shard
         if full or time.monotonic() - self._opened > self.seconds_per_shard:
@@ -199,32 +283,46 @@ class LabelWriter:
     def finish_shard(self) -> None:
         """Completes the shard with the rows that it has, if any."""
         self._write_waiting_rows()
-        if self._file is not None:
-            self._publish()
+        self._publish()
 
     def _publish(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        if self._file is None:
+            return
         path = self.folder / f"{self._prefix}{self._number:06d}.parquet"
-        publish(self._temporary, path)
+        with self._discarding_on_failure():
+            self._file.close()
+            rows = pq.read_metadata(self._temporary).num_rows
+            if rows != self._rows_in_file:
+                raise OSError(f"{rows} of {self._rows_in_file} rows have reached the disk")
+            publish(self._temporary, path)
         self.rows_written += self._rows_in_file
         self.bytes_written += path.stat().st_size
         self._number += 1
-        self._rows_in_file = 0
+        self._file, self._rows_in_file = None, 0
 
-
-def publish(temporary: Path, path: Path) -> None:
-    """Gives a complete file its name, once its content is on the disk."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the new name, too
-        folder = os.open(path.parent, os.O_RDONLY)
+    @contextmanager
+    def _discarding_on_failure(self, rows: int = 0) -> Iterator[None]:
+        """A failed write costs the unfinished shard: its file is removed and never gets a name."""
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            yield
+        except BaseException as error:
+            lost = rows + self._rows_in_file
+            file, self._file, self._rows_in_file = self._file, None, 0
+            with suppress(Exception):  # the disk is still full
+                if file is not None:
+                    file.close()
+            with suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            failure = OSError(
+                f"the label store {self.folder} cannot be written: {reason}. {lost} labels of an unfinished shard are "
+                f"lost, all finished shards are kept. {'Make room, then run' if error.errno in _FULL_DISK else 'Run'} "
+                "the same command again"
+            )
+            failure.errno = error.errno
+            raise failure from error
 
 
 def lock_place(folder: Path, process: tuple[int, int]) -> FileLock:
@@ -232,14 +330,14 @@ def lock_place(folder: Path, process: tuple[int, int]) -> FileLock:
     Takes the place of one of n writing processes, until it is released or the process ends, however it ends.
 
     Raises:
-        RuntimeError: if the place is taken, or if processes write that are not of the same n.
+        StoreInUseError: if the place is taken, or if processes of another n are writing.
     """
     own = f".lock-{process[0]:05d}-of-{process[1]:05d}"
     lock = FileLock(folder / own)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RuntimeError(
+        raise StoreInUseError(
             f"another run writes into {folder} as process {process[0]} of {process[1]}; wait until it ends"
         ) from error
     for path in folder.glob(".lock-*-of-*"):
@@ -250,7 +348,7 @@ def lock_place(folder: Path, process: tuple[int, int]) -> FileLock:
                 pass
         except Timeout as error:
             lock.release()
-            raise RuntimeError(
+            raise StoreInUseError(
                 f"a run of {int(path.name[-5:])} processes writes into {folder}; this one, of {process[1]}, would "
                 "share the images out in another way. Wait until it ends"
             ) from error
@@ -268,7 +366,8 @@ def forget_failed(folder: str | Path) -> int:
         `int`: how many there were.
 
     Raises:
-        RuntimeError: if a run writes into the store.
+        StoreInUseError: if a run writes into the store.
+        DamagedShardError: if a shard cannot be read.
 
     Example:
 
@@ -289,17 +388,79 @@ def forget_failed(folder: str | Path) -> int:
     lock = lock_place(folder, (0, 1))
     try:
         for path in shard_files(folder):
-            if pq.ParquetFile(path).read(columns=["error"])["error"].null_count == pq.read_metadata(path).num_rows:
+            errors = read_columns(path, ["error"])["error"]
+            if errors.null_count == len(errors):
                 continue
-            table = pq.read_table(path)
+            with open_shard(path) as file, naming_the_shard(path):
+                table = file.read()
             kept = table.filter(pc.is_null(table["error"]))
-            forgotten += len(table) - len(kept)
             if len(kept):
-                temporary = path.with_name(f".{path.name}.unfinished")
-                pq.write_table(kept, temporary, compression="zstd", row_group_size=ROW_GROUP_SIZE)
-                publish(temporary, path)
+                _replace_shard(path, kept)
             else:
                 path.unlink()
+            forgotten += len(table) - len(kept)
     finally:
         lock.release()
     return forgotten
+
+
+def _replace_shard(path: Path, table: pa.Table) -> None:
+    temporary = path.with_name(f".{path.name}.unfinished")
+    try:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP_SIZE, write_page_checksum=True)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def set_aside_damaged(folder: str | Path) -> list[Path]:
+    """
+    Renames each shard that cannot be read to `<name>.damaged`, so that the store opens and the next run labels the
+    images of these shards again. Every label is read for that. Runs may be writing meanwhile.
+
+    Args:
+        folder (`str` or `Path`): the store.
+
+    Returns:
+        `list[Path]`: the shards that were set aside, under their old names.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from modeling_prismer.processing.experts import CannyEdges
+    >>> from modeling_prismer.processing.labels import label_images, set_aside_damaged
+
+    >>> report = label_images("modeling_prismer/assets", [CannyEdges()], "my_labels", progress=False)
+    >>> _ = Path("my_labels/labels-00000-of-00001-000000.parquet").write_bytes(b"PAR1")
+    >>> [path.name for path in set_aside_damaged("my_labels")]
+    ['labels-00000-of-00001-000000.parquet']
+    ```
+    """
+    descriptions = list(read_manifest(folder)["descriptions"].values())
+
+    def set_aside(path: Path) -> bool:
+        try:
+            _check_shard(path, descriptions)
+            return False
+        except FileNotFoundError:  # another process was faster
+            return False
+        except DamagedShardError as error:
+            logger.warning(str(error.__cause__ or error))
+            os.replace(path, path.with_name(path.name + _DAMAGED))
+            return True
+
+    files = shard_files(folder)
+    with ThreadPoolExecutor() as pool:
+        return [path for path, damaged in zip(files, pool.map(set_aside, files)) if damaged]
+
+
+def _check_shard(path: Path, descriptions: list[dict[str, Any]]) -> None:
+    """Reads every label of a shard."""
+    names = ["key", "error", *(description["name"] for description in descriptions)]
+    with open_shard(path, names) as file, naming_the_shard(path):
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, use_threads=False)
+            key_digests(table["key"].to_pylist())
+            for row in range(len(table)):
+                decode_labels({name: table[name][row] for name in names}, descriptions)

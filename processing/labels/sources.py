@@ -1,29 +1,26 @@
-"""Where images come from: folders, files, data sets and tars; each image under a key that stays the same."""
+"""Where images come from: folders, files, data sets and tars. An image keeps its key from run to run."""
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import datasets
 import numpy as np
+from transformers.utils import logging
 
-from .key_index import KeyIndex, key_digests
+from .key_index import KeyIndex, as_text, key_digests
+from .manifest import MANIFEST_FILE
+from .shards import README_FILE, is_shard_name
+from .tars import IMAGE_SUFFIXES, TAR_SUFFIXES, read_tar
 
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
-    ".pcx .ico".split()
-)
-"""What a file in a folder must end in, in any case, to be taken for an image."""
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-"""What a file must end in to be taken for a webdataset tar."""
+logger = logging.get_logger(__name__)
 
 KEY_COLUMNS = ("key", "id", "image_id", "file_name", "__key__")
-"""Columns of a data set of which the first that there is names the images, if `key_column` is not given."""
+"""Columns that may name a data set's images if `key_column` is not given; the first one that exists does."""
 
 ACCEPTED_SOURCES = (
     "accepted are a folder of images, of webdataset tars or of a data set that was saved, a file or a glob of them, a "
@@ -33,7 +30,7 @@ ACCEPTED_SOURCES = (
 
 class ImageSource:
     """
-    Images by their keys. Iterating gives `(key, image)`, an image being anything that [`load_image`] takes, not yet
+    Images by their keys. Iterating gives `(key, image)`. The image is anything that [`load_image`] takes, not yet
     opened, or an exception that says why there is none.
 
     Example:
@@ -53,19 +50,19 @@ class ImageSource:
         raise NotImplementedError
 
     def share(self, process: int, num_processes: int) -> "ImageSource":
-        """What one of several processes has to do: every n-th image, or every n-th file of a stream."""
+        """The share of one of several processes: every n-th image, or every n-th file of a stream."""
         raise NotImplementedError
 
     def without(self, done: KeyIndex) -> "ImageSource":
-        """What is left when some keys are done."""
+        """The images whose keys are not done."""
         raise NotImplementedError
 
     def parts(self, images: int) -> list["ImageSource"]:
-        """The same images in pieces of about so many, each small to send to another process."""
+        """The same images in parts of about this many, each small to send to another process."""
         raise NotImplementedError
 
     def progress(self) -> tuple[int, int] | None:
-        """Of a stream, (files read, files); `None` if `num_images` is known."""
+        """(files read, all files) of a stream; `None` if `num_images` is known."""
         return None
 
 
@@ -74,8 +71,8 @@ class ListedImages(ImageSource):
     Images whose keys are all known: files, or rows of a data set.
 
     Args:
-        keys (`Sequence[str]`): of an image that comes twice, the first counts.
-        images (`Sequence`): as many; anything that [`load_image`] takes.
+        keys (`Sequence[str]`): if a key comes twice, its first image counts.
+        images (`Sequence`): one for each key; anything that [`load_image`] takes.
 
     Example:
 
@@ -113,14 +110,14 @@ class ListedImages(ImageSource):
 
 class DatasetImages(ListedImages):
     """
-    The images of a `datasets.Dataset`, one a key.
+    The images of a `datasets.Dataset`, one for each key.
 
     Args:
         dataset (`datasets.Dataset`): with a column of images, or of paths to them.
         image_column (`str`, *optional*): by default the first column of images.
         key_column (`str`, *optional*):
             The column with the images' names, texts or numbers. By default the first of `key`, `id`, `image_id`,
-            `file_name` and `__key__` that there is; if none, the number of the row, of 12 digits.
+            `file_name` and `__key__` that exists; without one, the number of the row, in 12 digits.
 
     Example:
 
@@ -140,7 +137,7 @@ class DatasetImages(ListedImages):
         if key_column is None:
             keys = [f"{row:012d}" for row in range(len(dataset))]
         else:
-            keys = [str(key) for key in dataset.with_format(None).select_columns(key_column)[:][key_column]]
+            keys = [as_text(str(key)) for key in dataset.with_format(None).select_columns(key_column)[:][key_column]]
         super().__init__(keys, _undecoded(dataset, image_column))
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -156,18 +153,18 @@ class DatasetImages(ListedImages):
 
 class StreamedImages(ImageSource):
     """
-    Images that are read from the beginning of a file to its end, such as webdataset tars.
+    Images that are read from the beginning of a file to its end.
 
-    Where a file cannot be read, or not any further, its name stands among the keys with the error, and the rest of it
-    is left out.
+    If a file cannot be read to its end, the rest of it is left out and the file's name is among the keys, with the
+    error.
 
     Args:
-        files (`Sequence[tuple[str, Callable]]`): the name of each file, and what opens it: a function without
-            arguments that gives a `datasets.IterableDataset`.
+        files (`Sequence[tuple[str, Callable]]`):
+            The name of each file, and a function without arguments that opens it as a `datasets.IterableDataset`.
         image_column (`str`, *optional*): by default the first column of images.
         key_column (`str`, *optional*):
             The column with the images' names. By default the first of `key`, `id`, `image_id`, `file_name` and
-            `__key__` that there is.
+            `__key__` that exists.
         files_in_keys (`bool`, *optional*, defaults to `False`):
             Put the file's name, without its suffix, and a `/` before the images' names.
 
@@ -189,7 +186,7 @@ class StreamedImages(ImageSource):
 
     def __init__(
         self,
-        files: Sequence[tuple[str, Callable[[], datasets.IterableDataset]]],
+        files: Sequence[tuple[str, Any]],
         image_column: str | None = None,
         key_column: str | None = None,
         files_in_keys: bool = False,
@@ -205,33 +202,35 @@ class StreamedImages(ImageSource):
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         process, num_processes = self._every
         position = -1
-        for number, (name, open_file) in enumerate(self.files):
+        for number, (name, file) in enumerate(self.files):
             self._files_read = number
-            for key, image in self._read(name, open_file):
+            for key, image in self._read(name, file):
                 position += 1
                 if position % num_processes == process and (self._done is None or self._done.find([key])[0] < 0):
                     yield key, image
         self._files_read = len(self.files)
 
-    def _read(self, name: str, open_file: Callable[[], datasets.IterableDataset]) -> Iterator[tuple[str, Any]]:
+    def _read(self, name: str, file: Any) -> Iterator[tuple[str, Any]]:
         try:
-            dataset = open_file()
+            dataset: datasets.IterableDataset = file()
         except Exception as error:  # every reader fails in its own way
             yield name, OSError(f"{name} cannot be read: {error}")
             return
         image_column, key_column = _image_column(dataset, self.image_column), _key_column(dataset, self.key_column)
         if key_column is None:
             raise ValueError(f"no column of {name} names the images; give key_column, one of {_columns(dataset)}")
-        prefix = f"{_without_suffix(name)}/" if self.files_in_keys else ""
         seen: set[str] = set()
         try:
             for row in _undecoded(dataset, image_column, key_column):
-                key = f"{prefix}{row[key_column]}"
+                key = self._key(name, row[key_column])
                 if key not in seen:
                     seen.add(key)
                     yield key, row[image_column]
         except Exception as error:
             yield name, OSError(f"{name} cannot be read to its end: {error}")
+
+    def _key(self, name: str, image: Any) -> str:
+        return as_text(f"{_without_suffix(name)}/{image}" if self.files_in_keys else str(image))
 
     def share(self, process: int, num_processes: int) -> "StreamedImages":
         if len(self.files) >= num_processes:
@@ -255,18 +254,57 @@ class StreamedImages(ImageSource):
         return changed
 
 
-# ---- what a person gives ----
+class TarImages(StreamedImages):
+    """
+    The images of webdataset tars, under the keys `<name of the tar without suffix>/<name of the sample>`.
+
+    A damaged sample costs only itself: its key has the error. Of a sample's other files nothing is read, so they may
+    be damaged, in any order, or missing. If a tar is damaged, the tar's name is among the keys too, with the error.
+
+    Args:
+        files (`Sequence[tuple[str, str]]`): the name of each tar, and its path or URL.
+        image_type (`str`, *optional*):
+            The type of the images, such as `jpg` or `seg.png`. By default each sample's first image counts, and
+            `SAMPLE.MORE.png` belongs to the image of `SAMPLE`. If there is none, its sample is `SAMPLE.MORE`.
+
+    Example:
+
+    ```python
+    >>> import tarfile
+    >>> from modeling_prismer.processing.labels import TarImages
+
+    >>> with tarfile.open("a.tar", "w") as tar:
+    ...     tar.add("modeling_prismer/assets/shape.png", "triangle.png")
+
+    >>> [key for key, image in TarImages([("a.tar", "a.tar")])]
+    ['a/triangle']
+    ```
+    """
+
+    def __init__(self, files: Sequence[tuple[str, str]], image_type: str | None = None):
+        super().__init__(files, image_type, files_in_keys=True)
+
+    def _read(self, name: str, file: str) -> Iterator[tuple[str, Any]]:
+        try:
+            for sample, image in read_tar(file, self.image_column):
+                yield self._key(name, sample), image
+        except Exception as error:
+            yield as_text(name), OSError(f"{name} cannot be read to its end: {error}")
+
+
+# ---- what a user gives ----
 
 
 def open_source(
     source: Any, image_column: str | None = None, key_column: str | None = None, root: str | Path | None = None
 ) -> ImageSource:
     """
-    The images that are meant.
+    Opens whatever a user calls a source of images.
 
     Args:
         source:
-            - a folder of images, at any depth: the keys are their paths relative to it, with `/`;
+            - a folder of images, at any depth: the keys are their paths relative to it, with `/`. The files of label
+              stores in it are left out;
             - a folder that `datasets` saved (`save_to_disk`), or one of Parquet files;
             - a file or a glob (`"photos/**/*.jpg"`): images, webdataset tars, or Parquet files; keys are relative to
               the part before the first wildcard. Tars and Parquet files may be URLs that `datasets` reads;
@@ -274,7 +312,8 @@ def open_source(
             - a dict from keys to anything that [`load_image`] takes;
             - a `datasets.Dataset` or `datasets.IterableDataset`;
             - an [`ImageSource`].
-        image_column (`str`, *optional*): of a data set; see [`DatasetImages`].
+        image_column (`str`, *optional*): the images' column of a data set, see [`DatasetImages`], or the images' type
+            in tars, see [`TarImages`].
         key_column (`str`, *optional*): of a data set; see [`DatasetImages`]. An image of a tar has the key
             `<path of the tar without suffix>/<__key__>`.
         root (`str` or `Path`, *optional*): keys are paths relative to this folder.
@@ -283,9 +322,9 @@ def open_source(
         [`ImageSource`]
 
     Raises:
-        FileNotFoundError: if there is no such file, or no image in the folder.
-        ValueError: if the source is empty, a mixture, or lacks a column.
-        TypeError: if it is none of the accepted things.
+        FileNotFoundError: if the file does not exist, or the folder has no images.
+        ValueError: if the source is empty, mixes kinds of files, or lacks a column.
+        TypeError: if the source is of another type.
 
     Example:
 
@@ -308,7 +347,7 @@ def open_source(
             f"the data set has the splits {', '.join(source)}; give one of them: dataset['{[*source][0]}']"
         )
     if isinstance(source, Mapping):
-        return ListedImages([str(key) for key in source], list(source.values()))
+        return ListedImages([as_text(str(key)) for key in source], list(source.values()))
     if isinstance(source, list | tuple) and all(isinstance(path, str | os.PathLike) for path in source):
         return _open_files([os.fspath(path) for path in source], root, image_column, key_column)
     if not isinstance(source, str | os.PathLike):
@@ -321,7 +360,8 @@ def open_source(
         return _open_files([source], root or os.path.dirname(source), image_column, key_column)
     if glob.has_magic(source):
         before = source[: next(place for place, letter in enumerate(source) if letter in "*?[")]
-        files = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        matches = glob.glob(source, recursive=True)
+        files = sorted(path for path in matches if os.path.isfile(path) and not _is_of_a_store(path))
         return _open_files(files, root or os.path.dirname(before), image_column, key_column, f"'{source}' matches")
     raise FileNotFoundError(
         f"there is no file or folder '{source}'; {ACCEPTED_SOURCES}. A data set of the Hub: "
@@ -336,6 +376,8 @@ def _open_folder(
         return open_source(datasets.load_from_disk(str(folder)), image_column, key_column)
     images, tables, tars = [], [], []
     for path in _walk(folder):
+        if _is_of_a_store(path):
+            continue
         suffix = os.path.splitext(path)[1].lower()
         if suffix in IMAGE_SUFFIXES:
             images.append(path)
@@ -353,9 +395,13 @@ def _open_folder(
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """All files, in the order of their names, hidden ones left out; links to folders are followed, once."""
+    """All files but hidden ones, in the order of their names; links to folders are followed, once."""
+
+    def warn(error: OSError) -> None:
+        logger.warning(f"The folder {error.filename} is left out: {error.strerror}")
+
     visited = set()
-    for directory, folders, files in os.walk(folder, followlinks=True):
+    for directory, folders, files in os.walk(folder, onerror=warn, followlinks=True):
         real = os.path.realpath(directory)
         if real in visited:
             folders.clear()
@@ -363,6 +409,14 @@ def _walk(folder: Path) -> Iterator[str]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(directory, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _is_of_a_store(path: str) -> bool:
+    """Whether a file belongs to a label store, which may lie among the images."""
+    folder, name = os.path.split(path)
+    if name in (MANIFEST_FILE, README_FILE):
+        return any(is_shard_name(other) for other in os.listdir(folder or "."))
+    return is_shard_name(name)
 
 
 def _open_files(
@@ -378,24 +432,15 @@ def _open_files(
     are_tables = [urlsplit(file).path.lower().endswith(".parquet") for file in files]
     names = [_name(file, root) for file in files]
     if all(are_tars):
-        opened = [(name, _OpenTar(file)) for name, file in zip(names, files)]
-        return StreamedImages(opened, image_column, key_column, files_in_keys=True)
+        if key_column not in (None, "__key__"):
+            raise ValueError(f"key_column is '{key_column}'; the images of tars are named by their files, '__key__'")
+        return TarImages(list(zip(names, files)), image_column)
     if all(are_tables):
         dataset = datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=True)
         return _open_stream(dataset, image_column, key_column)
     if any(are_tars) or any(are_tables):
         raise ValueError(f"{whose} files of different kinds: {names[0]}, {names[-1]}, …; give those of one kind")
     return ListedImages(names, files)
-
-
-class _OpenTar:
-    """Opens a webdataset tar when it is called; pickles as the tar's path."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __call__(self) -> datasets.IterableDataset:
-        return datasets.load_dataset("webdataset", data_files={"train": [self.path]}, split="train", streaming=True)
 
 
 class _OpenShard:
@@ -424,14 +469,8 @@ def _name(file: str, root: str | Path | None) -> str:
         return file.removeprefix(f"{root}/") if root else file
     if root:
         relative = os.path.relpath(file, root)
-        file = file if relative.startswith("..") else relative
-    # names on a disk can be bytes that are no text
-    return (
-        PurePosixPath(Path(file).as_posix())
-        .as_posix()
-        .encode(errors="surrogateescape")
-        .decode(errors="backslashreplace")
-    )
+        file = file if Path(relative).parts[:1] == ("..",) else relative
+    return as_text(Path(file).as_posix())
 
 
 def _without_suffix(name: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from .encoding import decode_labels
 from .key_index import KeyIndex, key_digests
 from .manifest import read_manifest
-from .shards import read_key_digests, shard_files
+from .shards import naming_the_shard, open_shard, read_columns, read_key_digests, shard_files
 
 
 class LabelStore(Mapping):
@@ -34,7 +34,9 @@ class LabelStore(Mapping):
         descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
 
     Raises:
-        FileNotFoundError: if the folder is no store.
+        FileNotFoundError: if the folder is not a label store.
+        DamagedShardError: if a shard cannot be read; it names the shard and the command that repairs the store.
+        ValueError: if the manifest is damaged.
 
     Example:
 
@@ -69,7 +71,7 @@ class LabelStore(Mapping):
             start = self._ends[number - 1] if number else 0
             rows = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)] - start
             if len(rows):
-                yield from self._open(number)[0].read(columns=["key"])["key"].take(pa.array(rows)).to_pylist()
+                yield from read_columns(self._files[number], ["key"])["key"].take(pa.array(rows)).to_pylist()
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._index.find([key])[0] >= 0
@@ -100,6 +102,7 @@ class LabelStore(Mapping):
 
         Raises:
             KeyError: if the store lacks keys; it names the first and says how many.
+            DamagedShardError: if a label cannot be read.
         """
         keys = list(keys)
         names = None if experts is None else set(experts)
@@ -108,14 +111,14 @@ class LabelStore(Mapping):
         if len(keys) and rows.min() < 0:
             lacking = [key for key, row in zip(keys, rows) if row < 0]
             raise KeyError(f"the label store {self.folder} has no '{lacking[0]}' ({len(lacking)} of {len(keys)} keys)")
-        return [decode_labels(self._row(int(row)), descriptions) for row in rows]
+        return [self._labels(int(row), descriptions) for row in rows]
 
     @property
     def errors(self) -> dict[str, str]:
         """What went wrong, by key: images that could not be opened, and experts that failed."""
         errors: dict[str, str] = {}
         for path in self._files:
-            table = pq.ParquetFile(path).read(columns=["key", "error"])
+            table = read_columns(path, ["key", "error"])
             table = table.filter(pc.is_valid(table["error"]))
             errors.update(zip(table["key"].to_pylist(), table["error"].to_pylist()))
         return errors
@@ -178,7 +181,8 @@ class LabelStore(Mapping):
 
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, np.ndarray]:
         """A shard, and the row at which each of its groups ends."""
-        file = pq.ParquetFile(self._files[number], memory_map=True)
+        names = [description["name"] for description in self.descriptions]
+        file = open_shard(self._files[number], ["key", *names], memory_map=True)
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         return file, np.cumsum(groups)
 
@@ -186,15 +190,16 @@ class LabelStore(Mapping):
         # one thread: a data loader's worker inherits none of the others
         return self._open(number)[0].read_row_group(group, use_threads=False)
 
-    def _row(self, row: int) -> dict[str, pa.Scalar]:
+    def _labels(self, row: int, descriptions: list[dict[str, Any]]) -> dict[str, Any]:
         number = int(np.searchsorted(self._ends, row, side="right"))
         row -= int(self._ends[number - 1]) if number else 0
-        with self._lock:
-            ends = self._open(number)[1]
-            group = int(np.searchsorted(ends, row, side="right"))
-            table = self._read_group(number, group)
-        row -= int(ends[group - 1]) if group else 0
-        return {name: table[name][row] for name in table.column_names}
+        with naming_the_shard(self._files[number]):
+            with self._lock:
+                ends = self._open(number)[1]
+                group = int(np.searchsorted(ends, row, side="right"))
+                table = self._read_group(number, group)
+            row -= int(ends[group - 1]) if group else 0
+            return decode_labels({name: table[name][row] for name in table.column_names}, descriptions)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open", "_read_group")}

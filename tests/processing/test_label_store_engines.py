@@ -70,7 +70,7 @@ def test_shares_of_several_processes_make_one_store(photos, local, tmp_path):
 PROGRAM = """
 import os, signal, socket, sys
 import pyarrow.parquet as pq
-from modeling_prismer.processing.labels import label_images, manifest, shards
+from modeling_prismer.processing.labels import durable_files, label_images, shards
 from tests.processing.label_experts import EdgeThatKills
 from tests.processing.test_label_store_engines import MOMENTS, suite
 
@@ -103,7 +103,7 @@ def after(function, calls):
 
 def die_at(moment):
     if moment == "manifest":
-        manifest.os.link = die
+        durable_files.os.replace = die
     elif moment == "group":
         pq.ParquetWriter.write_table = after(pq.ParquetWriter.write_table, 3)
     elif moment == "before its name":
