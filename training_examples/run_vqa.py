@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import evaluate
-from data import group_by_image
+from data import group_by_image, read_candidates
 from result_files import write_vqa_results
 from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run
 
@@ -42,7 +42,8 @@ GENERATION = {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 2, "length
 @dataclass
 class VqaArguments(RecipeArguments):
     candidates: str | None = field(
-        default=None, metadata={"help": "Choose among the answers in this file, one a line, instead of generating."}
+        default=None,
+        metadata={"help": "Choose among the answers in this file, a JSON list or one a line, instead of generating."},
     )
     questions_per_image: int | None = field(
         default=None,
@@ -70,8 +71,7 @@ def main():
         train_rows = group_by_image(train_rows)
     candidates = None
     if args.candidates:
-        candidates = Path(args.candidates).read_text(encoding="utf-8").split("\n")
-        candidates = [answer.strip() for answer in candidates if answer.strip()]
+        candidates = read_candidates(args.candidates)
     trainer = make_trainer(
         model,
         processor,

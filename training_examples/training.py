@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from data import load_rows, pictures_of
+from data import leave_undecoded, load_rows, pictures_of, raise_together, shorten_answers
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -60,11 +60,41 @@ class RecipeArguments:
         default_factory=list,
         metadata={"help": "Where the pictures of annotation lists are: one for all, or one for each list."},
     )
+    image_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the images, or a path made of columns: '{folder}/{name}.png'."},
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the captions, or of the questions.",
+            "aliases": ["--caption_column", "--question_column"],
+        },
+    )
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the answers."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the classes.", "aliases": ["--class_column"]}
+    )
+    id_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that names the images of a data set that brings them, as in a label store.",
+            "aliases": ["--key_column"],
+        },
+    )
+    split_column: str | None = field(
+        default=None, metadata={"help": "Column that tells the splits apart; by default `split`, if there is one."}
+    )
     bad_rows: Literal["error", "skip"] | None = field(
         default=None,
         metadata={
-            "help": "What to do about a row without picture or text; by default an error, and skip if streamed."
+            "help": "What to do about rows whose image or text is missing, empty or damaged: name them and end "
+            "(error), or leave them out with a warning (skip). By default error, and skip if streamed."
         },
+    )
+    check_images: bool = field(
+        default=True,
+        metadata={"help": "Whether to open all images before the training (--no_check_images)."},
     )
     streaming: bool = field(default=False, metadata={"help": "Read the training data as they come (--max_steps)."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
@@ -187,21 +217,32 @@ def load_data(
 ) -> tuple[Rows | None, Rows | None]:
     """The rows to train on and those to evaluate or predict, where the arguments ask for them."""
     folders = args.image_folder[0] if len(args.image_folder) == 1 else args.image_folder or None
-    options = {"image_folder": folders, "bad_rows": args.bad_rows, **options}
+    options = {"image_folder": folders, "bad_rows": args.bad_rows, "check_pictures": args.check_images, **options}
+    options |= {"image_column": args.image_column, "key_column": args.id_column, "split_column": args.split_column}
+    options |= {"answer_column": args.answer_column, "class_column": args.label_column}
+    options["question_column" if task == "vqa" else "caption_column"] = args.text_column
     train_rows = eval_rows = None
+    problems = []  # of both, which are reported together
     if training_args.do_train:
-        train_rows = load_rows(
-            args.train_data,
-            task,
-            split=args.train_split,
-            streaming=args.streaming,
-            max_rows=args.max_train_rows,
-            **options,
-        )
+        try:
+            train_rows = load_rows(
+                args.train_data,
+                task,
+                split=args.train_split,
+                streaming=args.streaming,
+                max_rows=args.max_train_rows,
+                **options,
+            )
+        except (ValueError, FileNotFoundError) as problem:
+            problems.append(problem)
     if args.eval_data:
-        eval_rows = load_rows(
-            args.eval_data, task, split=args.eval_split, max_rows=args.max_eval_rows, train=False, **options
-        )
+        try:
+            eval_rows = load_rows(
+                args.eval_data, task, split=args.eval_split, max_rows=args.max_eval_rows, train=False, **options
+            )
+        except (ValueError, FileNotFoundError) as problem:
+            problems.append(problem)
+    raise_together(problems)
     return train_rows, eval_rows
 
 
@@ -384,6 +425,10 @@ def make_trainer(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%.1f of %.1f million parameters are trained", trained / 1e6, model.num_parameters() / 1e6)
 
+    if train_rows is not None:
+        train_rows = leave_undecoded(shorten_answers(train_rows, processor, model.config.text_config))
+    if eval_rows is not None:
+        eval_rows = leave_undecoded(eval_rows)
     train_labels = eval_labels = labels_for
     if labels_for is None:  # stores of their own: different pictures may have one name in two folders
         store = output_dir / "expert_labels"

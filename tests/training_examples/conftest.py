@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,4 +70,19 @@ def checkpoint(tmp_path_factory, tokenizer):
         experts=experts.descriptions, size={"height": 32, "width": 32}, expert_size=32
     )
     PrismerProcessor(image_processor, tokenizer, experts=experts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of `datasets`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder for a user's data."""
+    folder = tmp_path / "photos [2024]"
+    folder.mkdir()
     return folder

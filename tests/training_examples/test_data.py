@@ -1,12 +1,9 @@
 """Rows to train on: of a user's folder, the published lists, data sets and tars, with the keys of the label store."""
 
-import csv
 import importlib
-import io
 import json
 import logging
 import shutil
-import tarfile
 from pathlib import Path
 
 import data
@@ -16,63 +13,23 @@ import pyarrow as pa
 import pytest
 from data import group_by_image, load_rows, pictures_of, read_class_names
 from data.rows import RowMaker
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from modeling_prismer.processing.labels import open_source
+from tests.training_examples.data_files import (
+    captioned,
+    columns,
+    picture,
+    png,
+    values_of,
+    write_csv,
+    write_json,
+    write_pictures,
+    write_tar,
+)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """An empty folder for a user's data."""
-    folder = tmp_path / "photos [2024]"
-    folder.mkdir()
-    return folder
-
-
-def picture(number):
-    return Image.fromarray(np.full((6, 8, 3), 10 * number, np.uint8))
-
-
-def png(number):
-    file = io.BytesIO()
-    picture(number).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_pictures(folder, *names):
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png(number))
-
-
-def write_json(path, content, lines=False):
-    path.write_text("\n".join(map(json.dumps, content)) + "\n" if lines else json.dumps(content))
-    return str(path)
-
-
-def write_csv(path, *lines, delimiter=","):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter=delimiter).writerows(lines)
-    return str(path)
-
-
-def columns(rows, *names):
-    rows = list(rows)
-    return [tuple(row[name] for name in names) if len(names) > 1 else row[names[0]] for row in rows]
-
-
-def captioned(folder, header=("image", "caption"), **options):
-    """A folder with two pictures and captions.csv."""
-    write_pictures(folder, "a.png", "b.png")
-    write_csv(folder / "captions.csv", header, ("a.png", "a cat"), ("b.png", "a dog, asleep"), **options)
-    return str(folder)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # ---- a user's folder ----
@@ -261,9 +218,7 @@ def test_streamed_list_gives_the_same_rows(folder):
 def test_missing_pictures_are_named_before_training(folder):
     captioned(folder)
     (folder / "b.png").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"captions\.csv|photos.*1 of 2 rows are missing or empty in .*: b\.png"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 rows .*\n.*row 2: .*b\.png is missing or empty"):
         load_rows(str(folder))
     load_rows(str(folder), check_pictures=False)
 
@@ -273,7 +228,7 @@ def test_missing_and_empty_pictures_can_be_left_out(folder, caplog):
     (folder / "b.png").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert load_rows(str(folder), bad_rows="skip")["image_id"][:] == ["a.png"]
-    assert "1 of 2 rows are missing or empty" in caplog.text
+    assert "1 of 2 rows" in caplog.text and "b.png is missing or empty" in caplog.text
     assert columns(load_rows(str(folder), streaming=True), "image_id") == ["a.png"]
     write_pictures(folder, "a.png", "b.png")  # it has come meanwhile
     assert len(load_rows(str(folder), bad_rows="skip")) == 2
@@ -302,8 +257,14 @@ def test_empty_caption_is_named_with_its_row(folder, caption):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"image,caption\na.png,a cat, asleep\n", "line 2 has 3 fields, but there are 2 columns.*double quotes"),
-        (b"image,caption\na.png,a cat\na.png,a cat, asleep\n", "cannot be read: .*Expected 2 fields in line 3, saw 3"),
+        (
+            b"image,caption\na.png,a cat, asleep\n",
+            "row 1: line 2 has 3 fields, but there are 2 columns.*double quotes",
+        ),
+        (
+            b"image,caption\na.png,a cat\na.png,a cat, asleep\n",
+            "row 2: line 3 has 3 fields, but there are 2 columns.*double quotes",
+        ),
         ("image,caption\na.png,café\n".encode("latin-1"), "not in UTF-8"),
         (b"", "list.csv is empty"),
         (b"photo,words\na.png,x\n", "no list in .* known as image, caption: list.csv has .'photo', 'words'."),
@@ -544,11 +505,6 @@ def data_set(captions, **more):
     return dataset
 
 
-def values_of(rows):
-    """What picture number each row shows."""
-    return [np.asarray(row["image"])[0, 0, 0] // 10 for row in rows]
-
-
 @pytest.mark.parametrize("kind", ["object", "save_to_disk", "parquet", "parquet file"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_data_set_with_pictures(tmp_path, kind, streaming):
@@ -646,14 +602,6 @@ def test_rows_of_a_picture_can_be_grouped(folder):
 
 
 # ---- tars ----
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
 
 
 @pytest.fixture

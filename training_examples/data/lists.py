@@ -1,64 +1,90 @@
-"""Lists of pictures and texts that a user wrote: CSV, TSV, JSON and JSON lines."""
+"""
+Lists of images and texts: CSV, TSV, JSON, JSON lines, and the text files of Flickr8k and Flickr30k.
 
+Every cell is kept as it was written: 007 stays 007, None and NA are words, 2.50 keeps its zero, and a date is no time
+stamp. A line that cannot be read is a fault of its row.
+"""
+
+import codecs
 import csv
-import glob
 import io
 import json
+import os
 import re
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, Value
-
 from modeling_prismer.processing.labels import IMAGE_SUFFIXES
 
-from .published_lists import published_reader
-from .rows import COLUMN_NAMES, TASKS
+from .faults import BadRecord
+from .published_lists import published_list
 
 
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+# What columns are called; the first that there is counts, and a column of images before all. "json.caption" is the
+# caption in the .json of a tar's sample.
+COLUMN_NAMES = {
+    "image": (
+        *("image", "images", "file_name", "filename", "path", "image_path", "file"),
+        *("image_file", "image_name", "img", "img_path"),
+    ),
+    "caption": ("caption", "captions", "text", "description", "sentences", "comment", "txt", "json.caption"),
+    "question": ("question", "json.question"),
+    "answer": ("answer", "answers", "json.answer", "json.answers"),
+    "class": ("label", "class", "class_name", "category", "cls", "json.label"),
+    "weight": ("weight",),
+    "question_id": ("question_id", "json.question_id"),
+    "image_number": ("image_number", "cocoid", "img_id", "image_id"),
+}
+# the columns that each task needs; the last of them is learned, and may be missing from what is evaluated
+TASKS = {"caption": ("image", "caption"), "vqa": ("image", "question", "answer"), "classification": ("image", "class")}
+
+DELIMITED = (".csv", ".tsv", ".txt", ".token")
+LIST_SUFFIXES = (*DELIMITED, ".jsonl", ".json")
+# what records are called in a .json that is an object, {"annotations": [{…}, …]}
+RECORD_FIELDS = ("questions", "annotations", "images", "data")
+
+Record = dict[str, Any] | BadRecord
 
 
-def read_list(path: Path, root: str, streaming: bool = False) -> tuple[Dataset | IterableDataset, dict[str, str]]:
-    """The lines of a list, and its columns where they are known by its kind."""
-    if path.suffix.lower() in (".csv", ".tsv"):
-        options = _csv_options(path)
-        # All columns are text: 007 stays 007, None and NA are words, and no later line is of another type.
-        features = Features({name: Value("string") for name in options["names"]})
-        options |= {"features": features, "keep_default_na": False}
-        return load("csv", {"train": [str(path)]}, streaming, **options)["train"], {}
-    field, first = _first_object(path)
-    published = published_reader(field, first)
+def is_list(path: Path) -> bool:
+    """Whether a file of a folder may be a list; of text files, which may be a picture's own, a few names only."""
+    if path.suffix.lower() in (".txt", ".token"):
+        return re.search(r"(captions[^/]*|token)\.txt$|\.token$", path.name.lower()) is not None
+    return path.suffix.lower() in LIST_SUFFIXES
+
+
+def read_list(path: Path, root: str) -> Iterator[Record]:
+    """
+    The records of a list, in their order; what cannot be read comes as a [`BadRecord`] in its place.
+
+    Raises:
+        ValueError: if nothing of the list can be read.
+    """
+    if path.suffix.lower() in DELIMITED:
+        return _read_delimited(path)
+    field, first = _peek(path)
+    published = published_list(field, first)
     if published is not None:
-        return published[1](path, root, load_json)
-    return load_json(path, None, streaming), {}
+        return published.read(path, root, load_json)
+    if field == "":
+        return _read_lines(path)
+    return iter(_records_in(load_json(path), path))
 
 
-def load_json(path: Path, field: str | None, streaming: bool = False) -> Dataset | IterableDataset:
-    return load("json", {"train": [str(path)]}, streaming, field=field)["train"]
-
-
-def load(builder: str, files: dict[str, list[str]] | None, streaming: bool, **options) -> dict:
-    """`datasets.load_dataset`, all splits, whose errors name the file that cannot be read and why."""
-    if files is not None:
-        files = {split: [path if "://" in path else glob.escape(path) for path in files[split]] for split in files}
-    try:
-        return datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
-        named = builder if files is None else ", ".join(path for paths in files.values() for path in paths[:3])
-        raise ValueError(f"{named} cannot be read: {error.__cause__ or error}") from error
+def columns_in(path: Path) -> list[str]:
+    """The columns of a list's first line."""
+    return _Delimited(path).names if path.suffix.lower() in DELIMITED else [*_peek(path)[1]]
 
 
 def fits(path: Path, task: str, columns: dict[str, str], with_texts: bool = False) -> bool:
     """Whether a list has the columns that a task needs, captions or answers (tests have none) if `with_texts`."""
     try:
-        field, first = ("", {}) if path.suffix.lower() in (".csv", ".tsv") else _first_object(path)
-        published = published_reader(field, first)
+        field, first = ("", {}) if path.suffix.lower() in DELIMITED else _peek(path)
+        published = published_list(field, first)
         if published is not None:
-            return published[0] == task and (field != "annotations" or "answers" not in first)
+            return published.task == task and (field != "annotations" or "answers" not in first)
         names = {name.strip().lower() for name in columns_in(path)} | set(columns_in(path))
     except ValueError:
         return False
@@ -71,54 +97,225 @@ def fits(path: Path, task: str, columns: dict[str, str], with_texts: bool = Fals
     return all(names & known[role] for role in needed)
 
 
-def columns_in(path: Path) -> list[str]:
-    """The columns of a list's first line."""
-    return _csv_options(path)["names"] if path.suffix.lower() in (".csv", ".tsv") else [*_first_object(path)[1]]
+def open_text(path: Path) -> io.TextIOWrapper:
+    """A text file in UTF-8, or in UTF-16 if it says so. Bytes that are neither are kept, as faults of their rows."""
+    with open(path, "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if is_utf16:
+        return open(path, encoding="utf-16", newline="")
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _csv_options(path: Path) -> dict[str, Any]:
-    """How to read a CSV or TSV file: the separator, and the names of the columns."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            start = "".join(islice(file, 100))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not in UTF-8: {error}; save it as UTF-8") from error
-    first_line = start.partition("\n")[0]
-    is_tsv = path.suffix.lower() == ".tsv"
-    separator = "\t" if is_tsv else max(",;\t", key=first_line.count)
-    quoting = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
-    lines = list(islice(csv.reader(io.StringIO(start, newline=""), delimiter=separator, quoting=quoting), 2))
-    if not lines:
-        raise ValueError(f"{path} is empty; a line with the columns' names is needed, such as image,caption")
-    options = {"sep": separator, "quoting": quoting, "header": 0}
-    names = [name.strip() or f"column {number}" for number, name in enumerate(lines[0], 1)]
-    if len(lines) > 1 and len(lines[1]) > len(names):
-        raise ValueError(
-            f"{path}, line 2 has {len(lines[1])} fields, but there are {len(names)} columns: {', '.join(names)}. Put "
-            f'texts that have a "{separator}" in them in double quotes'
-        )
-    are_files = [re.sub(r"^.*\.", ".", name).lower() in IMAGE_SUFFIXES for name in names]
-    if len(names) == 2 and any(are_files):  # no header
-        names, options["header"] = ["image" if is_file else "text" for is_file in are_files], None
-    return {**options, "names": names}
+# ---- CSV and the like ----
 
 
-def _first_object(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The field of a .json file that holds its records (`None` if it is they), and the first of them."""
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            start = file.read(1 << 20)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not in UTF-8: {error}; save it as UTF-8") from error
-    field = None
-    array = re.match(r"\s*\[\s*", start)
-    if array is None and path.suffix.lower() == ".json":
-        array = re.search(r'"(questions|images|annotations)"\s*:\s*\[\s*', start)
-        field = array and array.group(1)
+class _Delimited:
+    """How a file of lines is to be read: its separator, its columns, and whether its first line names them."""
+
+    def __init__(self, path: Path):
+        csv.field_size_limit(1 << 30)  # images can be cells
+        with open_text(path) as file:
+            first_line = file.readline()
+            file.seek(0)
+            self.is_published = re.match(r"[^\t]+\.\w+#\d+\t", first_line) is not None  # Flickr's "a.jpg#0<tab>text"
+            tabs = path.suffix.lower() == ".tsv" or self.is_published
+            self.separator = "\t" if tabs else max(",;\t|", key=first_line.count)
+            # spreadsheets quote; texts with tabs or | between them are written as they are
+            self.quotes = path.suffix.lower() == ".csv" and self.separator != "|" or self.separator in ",;"
+            try:
+                names = next((cells for cells in self.reader(file) if cells), None)
+            except csv.Error as error:
+                raise ValueError(f"{path}, line 1 cannot be read: {error}") from error
+        if names is None:
+            raise ValueError(f"{path} is empty; a line with the columns' names is needed, such as image,caption")
+        self.names = [name.strip() or f"column {number}" for number, name in enumerate(names, 1)]
+        are_files = [re.sub(r"^.*\.", ".", name).lower() in IMAGE_SUFFIXES for name in self.names]
+        self.has_header = not (self.is_published or (len(names) == 2 and any(are_files)))
+        if self.is_published:
+            self.names = ["image", "text"]
+        elif not self.has_header:
+            self.names = ["image" if is_file else "text" for is_file in are_files]
+        twice = {name for name in self.names if self.names.count(name) > 1}
+        if twice:
+            raise ValueError(f"{path} has two columns called '{min(twice)}'; rename one of them")
+
+    def reader(self, lines: Iterable[str]) -> Any:
+        if self.quotes:
+            return csv.reader(lines, delimiter=self.separator, strict=True)
+        return csv.reader(lines, delimiter=self.separator, quoting=csv.QUOTE_NONE)
+
+
+def _read_delimited(path: Path) -> Iterator[Record]:
+    layout = _Delimited(path)
+    with open_text(path) as file:
+        reader = layout.reader(file)
+        waits_for_header = layout.has_header
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                why = "a double quote is never closed" if "unexpected end" in str(error) else str(error)
+                yield BadRecord(f"line {line} cannot be read: {why}; a double quote in a quoted text is written twice")
+                continue
+            if not cells:
+                continue
+            if waits_for_header:
+                waits_for_header = False
+                continue
+            while len(cells) > len(layout.names) and not cells[-1].strip():  # as spreadsheets write them
+                cells.pop()
+            if len(cells) != len(layout.names):
+                yield BadRecord(_wrong_number_of_fields(line, cells, layout))
+                continue
+            record = dict(zip(layout.names, cells))
+            if layout.is_published:
+                record["image"] = re.sub(r"#\d+$", "", record["image"])
+            yield record
+
+
+def _wrong_number_of_fields(line: int, cells: list[str], layout: _Delimited) -> str:
+    columns = f"there are {len(layout.names)} columns: {', '.join(layout.names)}"
+    remedy = f'Put texts that have a "{layout.separator}" in them in double quotes'
+    if not layout.quotes or len(cells) < len(layout.names):
+        remedy = f"Columns are separated by {layout.separator!r}"
+    return f"line {line} has {len(cells)} fields, but {columns}. {remedy}"
+
+
+# ---- JSON ----
+
+
+def load_json(path: Path) -> Any:
+    """What a .json file holds, numbers with a point or an exponent as they were written."""
+    return _load_json(path, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(1)  # the same file is looked into and then read
+def _load_json(path: Path, changed: int) -> Any:
+    with open_text(path) as file:
+        return parse_json(file.read(), str(path))
+
+
+def forget_json() -> None:
+    """Frees the memory of the last file."""
+    _load_json.cache_clear()
+
+
+def parse_json(text: str, source: str) -> Any:
     try:
-        record, _ = json.JSONDecoder().raw_decode(start, array.end() if array else len(start) - len(start.lstrip()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} cannot be read: {error}; objects are needed, one a line or in a list") from error
-    if not isinstance(record, dict):
-        raise ValueError(f'{path} holds {str(record)[:50]!r}; objects are needed: {{"image": …, "caption": …}}')
-    return field, record
+        return json.loads(text, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{source} cannot be read: {what}") from error
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether a file has an object in each line, whatever its name says."""
+    with open_text(path) as file:
+        start = file.read(1 << 16).lstrip()
+        if not start.startswith("{"):
+            return False
+        if path.suffix.lower() == ".jsonl":
+            return True
+        file.seek(0)
+        first_line = next((line for line in file if line.strip()), "")
+        try:
+            json.loads(first_line)
+            return next((True for line in file if line.strip()), False)  # one object alone is the file's
+        except (ValueError, RecursionError):
+            return False
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = parse_json(line, f"line {number}")
+                except ValueError as error:
+                    record = BadRecord(error)
+                yield record if isinstance(record, dict | BadRecord) else _no_object(record)
+
+
+def _no_object(value: Any) -> BadRecord:
+    return BadRecord(f'{str(value)[:50]!r} is no object; objects are needed: {{"image": …, "caption": …}}')
+
+
+def _records_in(content: Any, path: Path) -> list[Record]:
+    """The records of a .json: a list of objects, in a field of an object, or in any orientation of pandas."""
+    if isinstance(content, dict):
+        content = _records_in_object(content, path)
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path} holds no records; objects are needed, one a line or in a list")
+    return [record if isinstance(record, dict) else _no_object(record) for record in content]
+
+
+def _records_in_object(content: dict[str, Any], path: Path) -> Any:
+    if isinstance(content.get("columns"), list) and isinstance(content.get("data"), list):  # orient="split"
+        names = content["columns"]
+        rows = [row if isinstance(row, list) and len(row) == len(names) else None for row in content["data"]]
+        return [dict(zip(names, row)) if row is not None else None for row in rows]
+    lists = [value for value in content.values() if isinstance(value, list) and value]
+    of_objects = [value for value in lists if isinstance(value[0], dict)]
+    if len(of_objects) == 1:
+        return of_objects[0]
+    values = list(content.values())
+    if values and all(isinstance(value, dict) for value in values):
+        if not _are_columns(content):
+            return values  # orient="index"
+        keys = dict.fromkeys(key for column in values for key in column)  # orient="columns"
+        return [{name: column.get(key) for name, column in content.items()} for key in keys]
+    if len(lists) == len(values) and len({len(value) for value in lists}) == 1:  # a list for each column
+        return [dict(zip(content, row)) for row in zip(*values)]
+    if not of_objects and content:
+        return [content]
+    raise ValueError(f"{path} holds an object with {', '.join(content) or 'nothing'}; a list of objects is needed")
+
+
+def _are_columns(content: dict[str, dict]) -> bool:
+    """Whether the outer names are the columns', and the inner ones those of the rows."""
+    usual = {name for names in COLUMN_NAMES.values() for name in names}
+    inner = next(iter(content.values()))
+    outer_known, inner_known = (len({str(name).lower() for name in names} & usual) for names in (content, inner))
+    return outer_known > inner_known or (outer_known == inner_known and next(iter(inner), "") == "0")
+
+
+def _peek(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """The first record of a list, and what holds it; see [`published_list`]."""
+    if _is_lines(path):
+        records = _read_lines(path)
+        first = next(records)
+        if isinstance(first, BadRecord):
+            later = next((record for record in records if isinstance(record, dict)), None)
+            if later is None:
+                raise ValueError(f"{path} cannot be read: {first}; objects are needed, one a line or in a list")
+            first = later
+        return "", first
+    size = 1 << 20
+    while True:
+        with open_text(path) as file:
+            start = file.read(size)
+            at_end = not file.read(1)
+        field, array = None, re.match(r"\s*\[\s*", start)
+        if array is None:
+            array = re.search(rf'"({"|".join(RECORD_FIELDS)})"\s*:\s*\[\s*(?={{)', start)
+            field = array and array.group(1)
+        try:
+            if array is None:
+                return None, _first_of(_records_in(load_json(path), path), path)
+            record, _ = json.JSONDecoder(parse_float=str).raw_decode(start, array.end())
+            return field, _first_of([record], path)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if at_end or isinstance(error, RecursionError):
+                message = f"{path} cannot be read: {error}; objects are needed, one a line or in a list"
+                raise ValueError(message) from error
+            size *= 8  # a record can be long
+
+
+def _first_of(records: list[Any], path: Path) -> dict[str, Any]:
+    for record in records:
+        if isinstance(record, dict):
+            return record
+    raise ValueError(f'{path} holds {str(records[0])[:50]!r}; objects are needed: {{"image": …, "caption": …}}')

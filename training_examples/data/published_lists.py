@@ -1,120 +1,165 @@
 """
 The annotation lists that were published, as their sites give them.
 
-- Captions of COCO, Flickr8k and Flickr30k in A. Karpathy's splits: `dataset_coco.json` and its likes, from
-  cs.stanford.edu/people/karpathy/deepimagesent. Pictures: `image_folder/val2014/COCO_val2014_….jpg`. Flat lists
-  made of it, `[{"image": "val2014/COCO_….jpg", "caption": …}]`, are read as any list.
-- Captions of COCO, from cocodataset.org: `captions_train2017.json`, `image_info_test2017.json`; of NoCaps, from
-  nocaps.org: `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json`. Pictures: in `image_folder` itself.
-- VQAv2, from visualqa.org: `v2_OpenEnded_mscoco_train2014_questions.json`, with
-  `v2_mscoco_train2014_annotations.json` beside it. Pictures: as A. Karpathy's, or all in `image_folder` itself.
-- Visual Genome, from homes.cs.washington.edu/~ranjay/visualgenome: `question_answers.json`,
-  `region_descriptions.json`. Pictures: in `VG_100K` and `VG_100K_2` of `image_folder`, or all in it.
+| data | file | images below `image_folder` |
+| --- | --- | --- |
+| COCO, Flickr8k and Flickr30k in A. Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent) | `dataset_coco.json` and its likes | `val2014/COCO_val2014_….jpg` |
+| COCO (cocodataset.org), NoCaps (nocaps.org) | `captions_train2017.json`, `nocaps_val_4500_captions.json`, `image_info_test2017.json` | the folder itself |
+| VQAv2, OK-VQA (visualqa.org, okvqa.allenai.org) | `v2_OpenEnded_mscoco_train2014_questions.json`, its annotations beside it | `train2014`, or the folder itself |
+| A-OKVQA (allenai.org) | `aokvqa_v1p0_train.json` | `train2017`, or the folder itself |
+| GQA (cs.stanford.edu/people/dorarad/gqa) | `train_balanced_questions.json` | `images`, or the folder itself |
+| TextVQA (textvqa.org) | `TextVQA_0.5.1_train.json` | `train_images` and `test_images`, or the folder itself |
+| Visual Genome (homes.cs.washington.edu/~ranjay/visualgenome) | `question_answers.json`, `region_descriptions.json` | `VG_100K` and `VG_100K_2`, or the folder itself |
 
-CC3M, CC12M and SBU were published as URLs. What was fetched from them is read as webdataset tars, which img2dataset
-writes, or as a .tsv, .csv or .json of file names and captions.
-"""
+Flickr's own text files are read as any list, and so are flat lists made of these. CC3M, CC12M and SBU were published as
+URLs; what was fetched from them is read as webdataset tars, which img2dataset writes, or as a list of file names.
+"""  # noqa: E501
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-from datasets import Dataset
+from .faults import BadRecord
 
 
 VISUAL_GENOME_QA_WEIGHT = 0.2
 
+Record = dict[str, Any] | BadRecord
 
-def published_reader(field: str | None, first: dict[str, Any]) -> tuple[str, Callable] | None:
-    """The task of a published list and what reads it, by the field that holds its records, and the first of them."""
+
+@dataclass
+class PublishedList:
+    """What a published list is for, and what reads it: from its path, the folder of images and a reader of JSON."""
+
+    task: str
+    read: Callable[[Path, str, Callable[[Path], Any]], Iterator[Record]]
+
+
+def published_list(field: str | None, first: dict[str, Any]) -> PublishedList | None:
+    """
+    The kind of a list, by the field that holds its records (`None`: the list is the file; `""`: it has an object in
+    each line), and the first of them; `None` for a user's own.
+    """
+    if field == "":
+        return None
     if field == "questions" or (field == "annotations" and "answers" in first):
-        return "vqa", read_vqa
+        return PublishedList("vqa", read_vqa)
     if field == "images" and "sentences" in first:
-        return "caption", read_karpathy
-    if field in ("images", "annotations"):
-        return "caption", read_coco
+        return PublishedList("caption", read_karpathy)
+    if field == "images" or (field == "annotations" and "image_id" in first):
+        return PublishedList("caption", read_coco)
+    if "imageId" in first and "question" in first:
+        return PublishedList("vqa", read_gqa)
+    if "image_id" in first and "question" in first and not {"image", "file_name"} & first.keys():
+        if field == "data":
+            return PublishedList("vqa", read_textvqa)
+        if "choices" in first:
+            return PublishedList("vqa", read_aokvqa)
     if "qas" in first:
-        return "vqa", read_visual_genome_questions
-    return ("caption", read_visual_genome_regions) if "regions" in first else None
+        return PublishedList("vqa", read_visual_genome)
+    return PublishedList("caption", read_visual_genome) if "regions" in first else None
 
 
-def read_karpathy(path: Path, root: str, load_json: Callable) -> tuple[Dataset, dict[str, str]]:
-    records = load_json(path, "images")
-    image = "{filepath}/{filename}" if "filepath" in records.column_names else "{filename}"
-    return records, {"image": image, "caption": "sentences"}
+def _in_folder(root: str, *folders: str) -> str:
+    """`"train2017/"` if the root has that folder, or else nothing: the images lie in the root itself."""
+    return next((f"{folder}/" for folder in folders if Path(root, folder).is_dir()), "")
 
 
-def read_coco(path: Path, root: str, load_json: Callable) -> tuple[Dataset, dict[str, str]]:
-    """Of COCO and NoCaps; without annotations, as for the test pictures, its pictures alone."""
-    images = load_json(path, "images")
-    try:
-        captions = load_json(path, "annotations")
-    except ValueError:
-        captions = None
-    if captions is None or not len(captions):
-        return images, {"image": "file_name", "image_number": "id"}
-    if "caption" not in captions.column_names:
-        raise ValueError(f"{path} has no captions, but {', '.join(captions.column_names)}")
-    files = dict(zip(images["id"], images["file_name"]))
-    lacking = set(captions["image_id"]) - files.keys()
-    if lacking:
-        raise ValueError(f"{path} has captions for image {min(lacking)}, which is not among its images")
-    captions = captions.select_columns(["image_id", "caption"])
-    captions = captions.add_column("file_name", [files[number] for number in captions["image_id"]])
-    return captions, {"image": "file_name", "image_number": "image_id"}
+def read_karpathy(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
+    for entry in load_json(path)["images"]:
+        folder = f"{entry['filepath']}/" if "filepath" in entry else ""
+        yield {**entry, "image": f"{folder}{entry['filename']}", "caption": entry.get("sentences")}
 
 
-def read_vqa(path: Path, root: str, load_json: Callable) -> tuple[Dataset, dict[str, str]]:
-    """The questions of VQAv2 with their ten answers each, if the file of these is beside them."""
+def read_coco(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
+    """Of COCO and NoCaps; without annotations, as for the test images, its images alone."""
+    content = load_json(path)
+    files: dict[str, str] = {}  # ids may be numbers or texts
+    twice: dict[str, str] = {}
+    for image in content.get("images") or []:
+        name = files.setdefault(str(image["id"]), image["file_name"])
+        if name != image["file_name"]:
+            twice[str(image["id"])] = f"id {image['id']} names two images, {name} and {image['file_name']}"
+    captions = content.get("annotations") or []
+    if captions and "caption" not in captions[0]:
+        raise ValueError(f"{path} has no captions, but {', '.join(captions[0])}")
+    if captions and not files:
+        raise ValueError(f"{path} has no 'images', which tell the files' names; take the list that has both")
+    if not captions:
+        for image in content["images"]:
+            known = str(image["id"])
+            yield BadRecord(twice[known]) if known in twice else {**image, "image_number": image["id"]}
+    for caption in captions:
+        known = str(caption["image_id"])
+        if known in twice:
+            yield BadRecord(twice[known])
+        elif known not in files:
+            yield BadRecord(f"the caption is of image {known}, which is not among the list's images")
+        else:
+            texts = {"caption": caption.get("caption"), "image_number": caption["image_id"]}
+            yield {"file_name": files[known], **texts}
+
+
+def read_vqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
+    """The questions of VQAv2 or OK-VQA with their ten answers each, if the file of these is beside them."""
     named = re.search(r"OpenEnded_mscoco_((train|val|test)(?:-dev)?(\d{4}))_questions\.json$", path.name)
     if named is None:
         raise ValueError(
             f"{path}: VQAv2 is read by its files of questions under their own names, such as "
             "v2_OpenEnded_mscoco_train2014_questions.json, each with its annotations beside it"
         )
-    questions = _in_order(load_json(path, "questions"))
+    questions = sorted(load_json(path)["questions"], key=lambda question: question["question_id"])
     annotations = path.with_name(path.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
+    answers: dict[int, list] = {}
     if annotations.exists():
-        answers = _in_order(load_json(annotations, "annotations"))
-        if answers["question_id"][:] != questions["question_id"][:]:
+        answers = {entry["question_id"]: entry["answers"] for entry in load_json(annotations)["annotations"]}
+        if answers.keys() != {question["question_id"] for question in questions}:
             raise ValueError(f"{annotations} has {len(answers)} questions, and not those {len(questions)} of {path}")
-        questions = datasets.concatenate_datasets([questions, answers.select_columns("answers")], axis=1)
     elif named.group(2) != "test":
         raise FileNotFoundError(f"there is no {annotations.name} beside {path}; the answers are in it")
-    folder = f"{named.group(2)}{named.group(3)}"  # test-dev asks about pictures of test
-    image = f"COCO_{folder}_{{image_id:012d}}.jpg"
-    return questions, {"image": f"{folder}/{image}" if Path(root, folder).is_dir() else image}
+    name = f"{named.group(2)}{named.group(3)}"  # test-dev asks about images of test
+    folder = _in_folder(root, name)
+    for question in questions:
+        image = f"{folder}COCO_{name}_{int(question['image_id']):012d}.jpg"
+        known = {"answers": answers[question["question_id"]]} if answers else {}
+        yield {"image": image, **question, **known}
 
 
-def _in_order(questions: Dataset) -> Dataset:
-    return questions.select(np.argsort(questions["question_id"][:], kind="stable"))
+def read_aokvqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
+    """Its images are those of COCO 2017. Test questions have no answers."""
+    for entry in load_json(path):
+        folder = _in_folder(root, f"{entry.get('split', 'train')}2017")
+        answers = {"answers": entry["direct_answers"]} if "direct_answers" in entry else {}
+        yield {"image": f"{folder}{int(entry['image_id']):012d}.jpg", **entry, **answers}
 
 
-def read_visual_genome_questions(path: Path, root: str, load_json: Callable) -> tuple[Dataset, dict[str, str]]:
-    """Its answers are sentences; their full stop goes, as answers of VQAv2 have none."""
-    return _visual_genome(load_json(path, None), "qas", root), {}
+def read_gqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
+    folder = _in_folder(root, "images")
+    for number, entry in load_json(path).items():
+        yield {"question_id": number, "image": f"{folder}{entry['imageId']}.jpg", **entry}
 
 
-def read_visual_genome_regions(path: Path, root: str, load_json: Callable) -> tuple[Dataset, dict[str, str]]:
-    return _visual_genome(load_json(path, None), "regions", root), {}
+def read_textvqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
+    """Its images are those of OpenImages, validation's among those of train."""
+    for entry in load_json(path)["data"]:
+        folder = _in_folder(root, "test_images" if entry.get("set_name") == "test" else "train_images")
+        yield {"image": f"{folder}{entry['image_id']}.jpg", **entry}
 
 
-def _visual_genome(records: Dataset, entries: str, root: str) -> Dataset:
-    """One row for each question or region. The published lists do not say which of two folders a picture is in."""
+def read_visual_genome(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
+    """
+    One record for each question or region. The published lists do not say which of two folders an image is in. The
+    answers are sentences; their full stop goes, as answers of VQAv2 have none.
+    """
     folders = [folder for folder in ("VG_100K", "VG_100K_2") if Path(root, folder).is_dir()]
     places = {file.name: f"{folder}/" for folder in folders for file in Path(root, folder).iterdir()}
-
-    def unfold(batch: dict[str, list]) -> dict[str, list]:
-        rows = [(f"{number}.jpg", entry) for number, among in zip(batch["id"], batch[entries]) for entry in among]
-        unfolded = {"image": [places.get(file, "") + file for file, _ in rows]}
-        if entries == "regions":
-            return {**unfolded, "caption": [entry["phrase"] for _, entry in rows]}
-        unfolded["question"] = [entry["question"] for _, entry in rows]
-        unfolded["answer"] = [entry["answer"].strip().removesuffix(".") for _, entry in rows]
-        return {**unfolded, "weight": np.full(len(rows), VISUAL_GENOME_QA_WEIGHT)}
-
-    # not from the cache: the pictures may lie elsewhere by now
-    return records.map(unfold, batched=True, remove_columns=records.column_names, load_from_cache_file=False)
+    for entry in load_json(path):
+        name = f"{entry['id']}.jpg"
+        image = {"image": places.get(name, "") + name}
+        for region in entry.get("regions", []):
+            yield {**image, "caption": region["phrase"]}
+        for question in entry.get("qas", []):
+            answer = question["answer"].strip().removesuffix(".")
+            yield {**image, "question": question["question"], "answer": answer, "weight": VISUAL_GENOME_QA_WEIGHT}

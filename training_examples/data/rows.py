@@ -1,44 +1,41 @@
 """Rows of one picture and one text, made of the records of a list or a data set."""
 
-import hashlib
 import logging
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import repeat
-from pathlib import Path, PurePath
+from itertools import islice, repeat
 from typing import Any
 
-import datasets
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 
 from modeling_prismer.processing.labels import KEY_COLUMNS
 
+from .faults import SHOWN, BadRecord, Faults, MissingFile, place_of_record
 from .grouping import draw_shots, join_references
-from .pictures import describe_missing, has_header, is_there, pictures_there, place_of, with_pictures
+from .lists import COLUMN_NAMES, TASKS
+from .pictures import (
+    fault_of,
+    faults_of,
+    find_file,
+    hint_about,
+    image_in,
+    is_image,
+    is_there,
+    place_of,
+    undecoded,
+    with_pictures,
+)
+from .tables import CODE, FILE, NUMBER, is_packed, unpack
 
 
 logger = logging.getLogger(__name__)
 
-# What columns are called; the first that there is counts, and a column of images before all. "json.caption" is the
-# caption in the .json of a tar's sample.
-COLUMN_NAMES = {
-    "image": ("image", "file_name", "filename", "path", "image_path", "file"),
-    "caption": ("caption", "captions", "text", "description", "sentences", "txt", "json.caption"),
-    "question": ("question", "json.question"),
-    "answer": ("answer", "answers", "json.answer", "json.answers"),
-    "class": ("label", "class", "class_name", "category", "cls", "json.label"),
-    "weight": ("weight",),
-    "question_id": ("question_id", "json.question_id"),
-    "image_number": ("image_number", "cocoid", "img_id", "image_id"),
-}
-# the columns that each task needs; the last of them is learned, and may be missing from what is evaluated
-TASKS = {"caption": ("image", "caption"), "vqa": ("image", "question", "answer"), "classification": ("image", "class")}
 ROW_NUMBER = "number of the row"  # the column that stands in where a data set does not name its pictures
-# `datasets` keeps the rows that were made by the same code: changed code must differ in what it looks at.
-CODE = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+IS_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}").fullmatch  # 007 is a text
+READ_AHEAD = 100  # records of a list of which the columns are known
 
 
 def find_columns(
@@ -52,18 +49,19 @@ def find_columns(
     """
     if records.features is None:
         raise ValueError(f"{source} does not know its columns; cast it: dataset.cast(datasets.Features(…))")
-    features = dict(records.features)
-    for name, fields in records.features.items():
-        if isinstance(fields, dict):
-            features |= {f"{name}.{inner}": feature for inner, feature in fields.items()}
+    fields = columns_of(records, source)
+    features = dict(fields)
+    for name, inner in fields.items():
+        if isinstance(inner, dict):
+            features |= {f"{name}.{key}": feature for key, feature in inner.items()}
     spelled = {name.strip().lower(): name for name in reversed(features)}
     columns = {}
     for role, usual in {**COLUMN_NAMES, "key": (*KEY_COLUMNS, ROW_NUMBER)}.items():
         candidates = [spelled[name] for name in usual if name in spelled]
         if role == "image":
-            candidates = [name for name in features if isinstance(features[name], datasets.Image)] + candidates
+            candidates = [name for name in features if is_image(features[name])] + candidates
         if role == "image_number":  # "coco_522418" is none
-            candidates = [name for name in candidates if _is_integer(features[name])]
+            candidates = [name for name in candidates if features[name] is None or _is_integer(features[name])]
         if role in known:
             candidates = [known[role]]
             lacking = set(_parts(known[role])) - features.keys()
@@ -80,6 +78,27 @@ def find_columns(
     return columns
 
 
+def columns_of(records: Dataset | IterableDataset, source: str) -> dict[str, Any]:
+    """The columns and their features; of a list, where any cell can be anything, the first records' and `None`."""
+    if not is_packed(records):
+        return dict(records.features)
+    columns: dict[str, Any] = {"image": Image(decode=False)} if "image" in records.features else {}
+    faults = Faults(source, 0)
+    for packed in islice(records, READ_AHEAD):
+        faults.total += 1
+        try:
+            record = unpack(packed)
+        except BadRecord as problem:
+            faults.add(place_of_record(packed[FILE], packed[NUMBER], source), problem)
+            continue
+        for name, cell in record.items():
+            inner = dict.fromkeys(cell) if isinstance(cell, dict) and name != "image" else None
+            columns[name] = {**columns[name], **inner} if inner and columns.get(name) else columns.get(name) or inner
+    if len(faults.lines) == faults.total:
+        faults.report(skip=False)
+    return columns
+
+
 def _is_integer(feature: Any) -> bool:
     return isinstance(feature, Value) and "int" in feature.dtype
 
@@ -89,26 +108,22 @@ def _parts(column: str) -> list[str]:
     return re.findall(r"\{(\w+)", column) if "{" in column else [column]
 
 
-class BadRecord(Exception):
-    """What is wrong with a record."""
-
-
 @dataclass
 class RowMaker:
     """
-    Makes rows of a batch of records.
+    Makes rows of a batch of records. What is wrong with a record becomes the row's `fault`.
 
     Args:
         source (`str`): What messages call the records.
         task (`str`): `"caption"`, `"vqa"` or `"classification"`.
         train (`bool`): One row for each text, or one with all of them as references.
         root (`str`): The folder that paths start from.
-        skip (`bool`): Leave bad records out, with a warning, rather than raise a `ValueError`.
-        check_pictures (`bool`): Whether the files of pictures must be there.
+        skip (`bool`): Of a stream: leave bad records out, with a warning, rather than raise a `ValueError`.
+        check_pictures (`bool`): Of a stream: whether to open the pictures.
         columns (`dict`): Which column holds what.
         features (`Features`): Of the records.
         class_names (`dict`, *optional*): What classes are called in words.
-        is_stream (`bool`): Whether pictures are to be looked at here and now.
+        is_stream (`bool`): Whether rows are used as they come: pictures and faults are dealt with here and now.
         numbered (`bool`): Whether to give the number of a picture's record as `picture`, and no `image`.
     """
 
@@ -124,13 +139,13 @@ class RowMaker:
     is_stream: bool = False
     numbered: bool = False
     code: str = CODE
-    warned: bool = field(default=False, init=False)
+    warnings: int = field(default=0, init=False)
 
     @property
     def row_features(self) -> Features:
-        is_image = isinstance(self.features.get(self.columns["image"]), datasets.Image)
-        features = {"picture": Value("int64")} if self.numbered else {"image": datasets.Image()}
-        if not is_image or "key" in self.columns:
+        features = {"picture": Value("int64")} if self.numbered else {"image": Image()}
+        is_in_data_set = is_image(self.features.get(self.columns["image"]))
+        if not is_in_data_set or "key" in self.columns:
             features["image_id"] = Value("string")
         if self.task == "vqa":
             features["text"] = Value("string")
@@ -139,40 +154,67 @@ class RowMaker:
             features["suffix"] = Value("string")
         if self.train:
             features["weight"] = Value("float32")
-            return Features(features)
-        if known:
-            features["references"] = List(Value("string"))
-        if "question_id" in self.columns:
-            number = _is_integer(self.features.get(self.columns["question_id"]))
-            features["question_id"] = Value("int64" if number else "string")
-        if not is_image or "image_number" in self.columns:
-            features["image_number"] = Value("int64")
+        else:
+            if known:
+                features["references"] = List(Value("string"))
+            if "question_id" in self.columns:
+                features["question_id"] = Value("string")
+            if not is_in_data_set or "image_number" in self.columns:
+                features["image_number"] = Value("int64")
+        if not self.is_stream:
+            features |= {"place": Value("string"), "fault": Value("string")}
         return Features(features)
 
     def needed(self) -> list[str]:
         """The columns of the records that are read."""
+        if FILE in self.features:
+            return list(self.features)
         names = {part for column in self.columns.values() for part in _parts(column)} | {"__url__"}
         names |= {name.partition(".")[0] for name in names if name not in self.features}
         return [name for name in self.features if name in names]
 
     def __call__(self, batch: dict[str, list], numbers: list[int] | None = None) -> dict[str, list]:
-        rows = {name: [] for name in self.row_features}
+        rows: dict[str, list] = {name: [] for name in self.row_features}
         records = (dict(zip(batch, values)) for values in zip(*batch.values()))
         for number, record in zip(repeat(None) if numbers is None else numbers, records):
             try:
-                made = self.rows_of(record, number)
+                made = self.rows_of(self.opened(record), number)
             except BadRecord as problem:
-                where = self.source if number is None else f"{self.source}, row {number + 1}"
-                if not self.skip:
-                    raise ValueError(f"{where}: {problem}. bad_rows='skip' leaves such rows out") from None
-                if not self.warned:
-                    logger.warning("%s: %s. Such rows are left out; this is said once.", where, problem)
-                    self.warned = True
-                continue
+                made = self.faulty(record, number, problem)
+            place = None if self.is_stream else self.place(record, number)
             for row in made:
                 for name, values in rows.items():
-                    values.append(row.get(name))
+                    values.append(place if name == "place" else row.get(name))
         return rows
+
+    def place(self, record: dict[str, Any], number: int | None) -> str:
+        own_number = record.get(NUMBER) or (None if number is None else number + 1)
+        return place_of_record(record.get(FILE), own_number, self.source)
+
+    def faulty(self, record: dict[str, Any], number: int | None, problem: BadRecord) -> list[dict[str, Any]]:
+        """A row that says what is wrong; of a stream, none."""
+        message = str(problem).encode(errors="backslashreplace").decode()
+        if not self.is_stream:
+            return [{"fault": message, "picture": number}]
+        where = self.place(record, number)
+        if not self.skip:
+            raise ValueError(f"{where}: {message}. bad_rows='skip' leaves such rows out") from None
+        self.warnings += 1
+        if self.warnings <= SHOWN:
+            logger.warning("%s: %s. This row is left out.", where, message)
+        if self.warnings == SHOWN:
+            logger.warning("%s: of further rows that are left out nothing is said.", self.source)
+        return []
+
+    def opened(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record, unpacked, and class numbers as the names that a data set has for them."""
+        if FILE in self.features:
+            record = {**unpack(record), FILE: record[FILE], NUMBER: record[NUMBER]}
+        else:
+            record = {name: named(value, self.features.get(name)) for name, value in record.items()}
+        if "split" in self.columns and not str(record.get(self.columns["split"]) or "").strip():
+            raise BadRecord("the split is empty, while other rows have one")
+        return record
 
     def rows_of(self, record: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
         common = {"picture": number, "image_id": self.key(record)} if self.numbered else self.picture(record)
@@ -181,13 +223,13 @@ class RowMaker:
         learned = TASKS[self.task][-1]
         texts = texts_of(self.value(record, learned), learned) if learned in self.columns else None
         if self.task == "classification" and texts:
-            texts = [self.class_name(record)]
+            texts = [self.class_name(texts[0])]
             common["suffix"] = texts[0]
         if not self.train:
-            numbers = {"question_id": self.value(record, "question_id"), "image_number": self.image_number(record)}
-            return [{**common, **numbers, "references": texts}]
-        weight = self.value(record, "weight")
-        weight = 1.0 if weight is None else float(weight)
+            question_id = self.value(record, "question_id")
+            numbers = {"question_id": None if question_id is None else as_text(question_id)}
+            return [{**common, **numbers, "image_number": self.image_number(record), "references": texts}]
+        weight = self.weight(record)
         if self.task == "vqa":
             shares = Counter(texts)
             return [{**common, "suffix": text, "weight": weight * n / len(texts)} for text, n in shares.items()]
@@ -198,48 +240,108 @@ class RowMaker:
         if column is None or column in record:
             return record.get(column)
         if "{" in column:
+            lacking = [part for part in _parts(column) if record.get(part) is None]
+            if lacking:
+                raise BadRecord(f"{lacking[0]} is empty, of which the name of the image is made")
             return column.format(**record)
         outer, _, inner = column.partition(".")
-        return (record[outer] or {}).get(inner)
+        fields = record.get(outer)
+        return fields.get(inner) if isinstance(fields, dict) else None
+
+    def weight(self, record: dict[str, Any]) -> float:
+        weight = self.value(record, "weight")
+        try:
+            number = 1.0 if weight in (None, "") else float(weight)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 <= number < float("inf"):
+            raise BadRecord(f"the weight is {weight!r}; a number of at least 0 is needed")
+        return number
 
     def key(self, record: dict[str, Any]) -> str | None:
-        """The name of a data set's picture, as `prismer label` has it; of a tar's with the tar before it."""
+        """
+        The name of a picture that a data set brings, as `prismer label` has it: its key; of a tar's sample with the
+        tar before it; of a list's row the list and the row, if it has no key.
+        """
         key = self.value(record, "key")
-        if key is not None and "__url__" in record:
+        file = record.get(FILE)
+        if key is None:
+            return None if file is None else f"{file}/{record[NUMBER] - 1:012d}"
+        tar = file if file is not None and "__key__" in record else None
+        if "__url__" in record:
             tar = place_of(record["__url__"], self.root)[1]
+        if tar is not None:
             return re.sub(r"\.(tgz|tar|tar\.\w+)$", "", tar, flags=re.IGNORECASE) + f"/{key}"
-        return None if key is None else str(key)
+        return checked(as_text(key), "key")
 
     def picture(self, record: dict[str, Any]) -> dict[str, Any]:
-        image = self.value(record, "image")
-        is_image = isinstance(image, dict)
-        if is_image and image["bytes"] is not None:
-            if not has_header(image["bytes"]):
-                raise BadRecord(f"picture {self.key(record)} cannot be read")
+        cell = self.value(record, "image")
+        image = image_in(cell)
+        if isinstance(image, bytes):
+            key = self.key(record)
+            if self.is_stream and self.check_pictures:
+                self.look_at(image, key)
             # without its path, which `datasets` would look for in the current folder
-            return {"image": {"bytes": image["bytes"], "path": None}, "image_id": self.key(record)}
-        path = image["path"] if is_image else image
-        if not path or not path.strip():
-            raise BadRecord("the name of the picture is empty")
-        path, name = place_of(path.strip(), self.root)
-        if self.is_stream and self.check_pictures and not is_there(path):
-            raise BadRecord(f"picture {path} is missing or empty")
-        in_cache = is_image and (os.path.isabs(name) or "://" in name)
-        return {"image": path, "image_id": (in_cache and self.key(record)) or name}
+            return {"image": {"bytes": image, "path": None}, "image_id": key}
+        path, name = place_of(checked(image, "name of the image"), self.root)
+        if self.is_stream and self.check_pictures:
+            if not is_there(path):
+                path, name = place_of(find_file(path, self.root) or path, self.root)
+            self.look_at(path, name)
+        in_cache = isinstance(cell, dict) and (path == name)
+        return {"image": {"bytes": None, "path": path}, "image_id": (in_cache and self.key(record)) or name}
+
+    def look_at(self, image: bytes | str, name: str | None) -> None:
+        problem = fault_of(image, name)
+        if problem is not None:
+            raise problem
 
     def image_number(self, record: dict[str, Any]) -> int | None:
         number = self.value(record, "image_number")
-        if number is None and not self.numbered:
-            name = re.search(r"COCO_\w+_(\d{12})\.", str(self.value(record, "image")))
-            number = name and name.group(1)
-        return None if number is None else int(number)
+        text = "" if number is None else as_text(number)
+        if not IS_NUMBER(text) and not self.numbered:
+            named_by_coco = re.search(r"COCO_\w+_0*(\d+)\.", str(self.value(record, "image"))[-1000:])
+            text = named_by_coco.group(1) if named_by_coco else ""
+        return int(text) if IS_NUMBER(text) else None
 
-    def class_name(self, record: dict[str, Any]) -> str:
-        name, feature = self.value(record, "class"), self.features.get(self.columns["class"])
-        name = feature.int2str(name) if isinstance(feature, datasets.ClassLabel) else str(name)
+    def class_name(self, name: str) -> str:
         if self.class_names is not None and name not in self.class_names:
             raise BadRecord(f"class '{name}' is not among the {len(self.class_names)} of class_names")
         return name if self.class_names is None else self.class_names[name]
+
+
+def named(value: Any, feature: Any) -> Any:
+    """A value, with class numbers as their names, at any depth."""
+    if isinstance(feature, ClassLabel) and isinstance(value, int):
+        return feature.names[value] if 0 <= value < len(feature.names) else None
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {name: named(inner, feature.get(name)) for name, inner in value.items()}
+    inner_feature = getattr(feature, "feature", None)
+    if inner_feature is not None and isinstance(value, list):
+        return [named(inner, inner_feature) for inner in value]
+    return value
+
+
+def as_text(value: Any) -> str:
+    """A value as it was written."""
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def checked(text: str, what: str) -> str:
+    """
+    Raises:
+        BadRecord: if the text is none that can be stored.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":
+            remedy = "save the file as UTF-8, for example by `iconv -f latin1 -t utf-8`"
+            raise BadRecord(f"the {what} {text[:40]!r} is not in UTF-8; {remedy}") from None
+        raise BadRecord(f"the {what} {text[:40]!r} has half a character (a lone surrogate)") from None
+    return text
 
 
 def texts_of(value: Any, role: str) -> list[str]:
@@ -248,9 +350,10 @@ def texts_of(value: Any, role: str) -> list[str]:
         value = value.get("answer", value.get("raw"))
     texts = value if isinstance(value, list) else [value]
     texts = [text.get("answer", text.get("raw")) if isinstance(text, dict) else text for text in texts]
-    if not texts or any(text is None or not str(text).strip() for text in texts):
+    texts = ["" if text is None else as_text(text) for text in texts]
+    if not texts or not all(text.strip() for text in texts):
         raise BadRecord(f"the {role} is empty" if len(texts) < 2 else f"one of the {len(texts)} {role}s is empty")
-    return [str(text) for text in texts]
+    return [checked(text, role) for text in texts]
 
 
 def make_rows(
@@ -260,41 +363,38 @@ def make_rows(
     seed: int = 0,
     max_records: int | None = None,
 ) -> Dataset:
-    """The rows of a data set, which lie in a file as it does."""
+    """
+    The rows of a data set, which lie in a file as it does.
+
+    Raises:
+        FileNotFoundError, ValueError: about all rows that cannot be used, unless they are to be left out.
+    """
     if max_records is not None:
         records = records.select(range(min(max_records, len(records))))
     image, pictures = maker.columns["image"], None
-    if isinstance(maker.features.get(image), datasets.Image):
-        records = records.cast_column(image, datasets.Image(decode=False))
+    records = _with_undecoded_images(records, maker)
+    if isinstance(maker.features.get(image), Image):
         first = records[0][image] if len(records) else None
         maker.numbered = first is None or first["bytes"] is not None
     if maker.numbered:  # bytes are not copied
-        pictures = records.select_columns(image).cast_column(image, datasets.Image())
+        pictures = records.select_columns(image).cast_column(image, Image())
         pictures = pictures if image == "image" else pictures.rename_column(image, "image")
     records = records.select_columns([name for name in maker.needed() if not maker.numbered or name != image])
-    options = {"remove_columns": records.column_names, "features": maker.row_features}
     rows = records.map(
-        maker, batched=True, with_indices=True, desc=f"rows of {PurePath(maker.source).name}", **options
+        maker,
+        batched=True,
+        batch_size=_rows_at_once(records),
+        with_indices=True,
+        remove_columns=records.column_names,
+        features=maker.row_features,
+        desc=f"rows of {place_of_record(None, None, maker.source)}",
     )
-
-    there = np.ones(len(rows), bool)
-    if maker.numbered:
-        there = pictures_there(pictures, "image")[rows["picture"][:]]
-    elif maker.check_pictures:
-        there = pictures_there(rows, "image")
-    if not there.all():
-        missing = np.flatnonzero(~there)
-        names = rows.select(missing[:3])["image_id"][:]
-        message = describe_missing(names, len(missing), len(rows), maker.source, maker.root)
-        if not maker.skip:
-            raise FileNotFoundError(f"{message}. bad_rows='skip' leaves such rows out")
-        logger.warning("%s. They are left out.", message)
-        rows = rows.select(np.flatnonzero(there))
+    if maker.check_pictures and not maker.numbered:
+        rows = _with_found_files(rows, maker.root)
+    rows = _without_faults(rows, pictures, maker)
     if not len(rows):
         raise ValueError(f"{maker.source} has no rows that can be used")
-
-    unknown = [name for name in ("question_id", "image_number") if name in rows.column_names]
-    rows = rows.remove_columns([name for name in unknown if rows.data.column(name).null_count == len(rows.data)])
+    rows = _with_plain_numbers(rows)
     if shots:
         rows = draw_shots(rows, shots, seed)
     if not maker.train:
@@ -304,10 +404,98 @@ def make_rows(
     return rows if pictures is None else with_pictures(rows, pictures)
 
 
+def _with_undecoded_images(records: Dataset | IterableDataset, maker: RowMaker) -> Dataset | IterableDataset:
+    """The records with images as bytes or paths, whatever the data set calls them; the maker learns of it."""
+    column = maker.columns["image"]
+    feature = maker.features.get(column)
+    is_struct = isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+    if is_struct or (isinstance(feature, Value) and "binary" in feature.dtype):
+        feature = Image()
+    if not is_image(feature):
+        return records
+    records = records.cast_column(column, undecoded(feature))
+    maker.features = records.features
+    return records
+
+
+def _rows_at_once(records: Dataset) -> int:
+    """Records for a batch of some 64 MB."""
+    return int(np.clip(2**26 * len(records) // max(1, records.data.nbytes), 1, 1000))
+
+
+def _with_found_files(rows: Dataset, root: str) -> Dataset:
+    """Rows whose files have the names that are on the disk, where these differ in case or normal form only."""
+    renamed = {}
+    paths = rows.select_columns("image").cast_column("image", Image(decode=False)).with_format("arrow")
+    for batch in paths.iter(10_000):
+        for path in pc.unique(pc.struct_field(batch.column("image").combine_chunks(), "path")).to_pylist():
+            if path is not None and path not in renamed and not is_there(path):
+                found = find_file(path, root)
+                if found is not None:
+                    renamed[path] = found
+    if not renamed:
+        return rows
+
+    def rename(batch: dict[str, list]) -> dict[str, list]:
+        places = [renamed.get(image["path"]) if image is not None else None for image in batch["image"]]
+        images = [
+            image if place is None else {"bytes": None, "path": place} for image, place in zip(batch["image"], places)
+        ]
+        names = [name if place is None else place_of(place, root)[1] for name, place in zip(batch["image_id"], places)]
+        return {"image": images, "image_id": names}
+
+    logger.warning("%d images have other names on the disk, by case or Unicode form; these are used", len(renamed))
+    rows = rows.cast_column("image", Image(decode=False)).map(rename, batched=True, load_from_cache_file=False)
+    return rows.cast_column("image", Image())
+
+
+def _without_faults(rows: Dataset, pictures: Dataset | None, maker: RowMaker) -> Dataset:
+    """The rows that can be used; what is wrong with the others is reported at once."""
+    total = len(rows)
+    told = rows.select_columns("fault").with_format("arrow")[:]["fault"]
+    problems: dict[int, BadRecord] = {
+        row: BadRecord(told[row].as_py()) for row in np.flatnonzero(told.is_valid().to_numpy()).tolist()
+    }
+    if maker.check_pictures and len(problems) < total:
+        usable = np.setdiff1d(np.arange(total), list(problems))
+        if pictures is None:
+            images = rows.select(usable)
+            problems |= {int(usable[row]): problem for row, problem in faults_of(images).items()}
+        else:
+            of_row = np.asarray(rows["picture"][:])[usable]
+            looked_at = np.unique(of_row)
+            found = faults_of(pictures.select(looked_at))
+            found = {int(looked_at[number]): problem for number, problem in found.items()}
+            problems |= {int(row): found[int(number)] for row, number in zip(usable, of_row) if int(number) in found}
+    faults = Faults(maker.source, total)
+    places = rows.select(sorted(problems)).select_columns("place")["place"][:]
+    for place, row in zip(places, sorted(problems)):
+        faults.add(place, problems[row])
+    missing = [row for row, problem in problems.items() if isinstance(problem, MissingFile)]
+    if missing:
+        (name,) = rows.select([min(missing)]).select_columns("image_id")["image_id"]
+        faults.hints += filter(None, [name and hint_about(name, maker.root)])
+    faults.report(maker.skip)
+    rows = rows.remove_columns(["place", "fault"])
+    return rows.select(np.setdiff1d(np.arange(total), list(problems))) if problems else rows
+
+
+def _with_plain_numbers(rows: Dataset) -> Dataset:
+    """Without numbers of images that not all rows have; with `question_id` as numbers if all of them are."""
+    if "image_number" in rows.column_names and None in rows["image_number"][:]:
+        rows = rows.remove_columns("image_number")
+    if "question_id" in rows.column_names:
+        texts = rows["question_id"][:]
+        if None in texts:
+            rows = rows.remove_columns("question_id")
+        elif all(map(IS_NUMBER, texts)):
+            rows = rows.cast_column("question_id", Value("int64"))
+    return rows
+
+
 def stream_rows(records: IterableDataset, maker: RowMaker) -> IterableDataset:
     """The rows of a stream, made while it is read."""
-    if isinstance(maker.features.get(maker.columns["image"]), datasets.Image):
-        records = records.cast_column(maker.columns["image"], datasets.Image(decode=False))
+    records = _with_undecoded_images(records, maker)
     maker.is_stream = True
     records = records.select_columns(maker.needed())
     rows = records.map(maker, batched=True, batch_size=16, remove_columns=records.column_names)

@@ -11,19 +11,22 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from modeling_prismer.processing.labels import KEY_COLUMNS, TAR_SUFFIXES
 
-from .lists import LIST_SUFFIXES, columns_in, fits, load, read_list
-from .rows import ROW_NUMBER, TASKS
+from .lists import LIST_SUFFIXES, TASKS, columns_in, fits, is_list
+from .pictures import is_image
+from .rows import ROW_NUMBER
+from .tables import SPLIT, is_packed, open_packed
 
 
 # the names of `datasets` for splits
 SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 
-# What opens each split: its records, and the columns that are known already, {"image": "file_name", …}.
-Tables = dict[str, Callable[[], tuple[Dataset | IterableDataset, dict[str, str]]]]
+Tables = dict[str, Callable[[], Dataset | IterableDataset]]  # what opens each split
 
 
 def open_tables(
@@ -42,10 +45,8 @@ def open_tables(
         before_wildcard = re.split(r"[*?\[]", source)[0]
     root = os.path.abspath(image_folder or os.path.dirname(before_wildcard))
     suffix = Path(source).suffix.lower()
-    if files and suffix in LIST_SUFFIXES:
-        return _lists(_by_split(files), root, streaming, join=True), root
-    if files and source.lower().endswith(TAR_SUFFIXES):
-        return _opened(load("webdataset", _by_split(files), streaming)), root
+    if files and (suffix in LIST_SUFFIXES or source.lower().endswith(TAR_SUFFIXES)):
+        return _packed(_by_split(files), root, columns, streaming, join=True), root
     if files and suffix == ".parquet":
         return _opened(load("parquet", _by_split(files), streaming)), root
     is_path = suffix in (*LIST_SUFFIXES, *TAR_SUFFIXES, ".parquet") or source.startswith((".", "/", "~"))
@@ -72,55 +73,73 @@ def _open_folder(
         return _opened(datasets.load_from_disk(folder), streaming), root
     tars = [str(path) for path in files if path.name.lower().endswith(TAR_SUFFIXES)]
     if tars:
-        return _opened(load("webdataset", _by_split(tars), streaming)), root
-    lists = [path for path in files if path.suffix.lower() in LIST_SUFFIXES]
+        return _packed(_by_split(tars), root, columns, streaming, join=True), root
+    lists = [path for path in files if is_list(path)]
     fitting = [path for path in lists if fits(path, task, columns)]
     if fitting:
         by_split = _by_split(map(str, fitting))
         for split, paths in by_split.items():
             if len(paths) > 1:  # one of tests may be among them
                 by_split[split] = [path for path in paths if fits(Path(path), task, columns, with_texts=True)] or paths
-        return _lists(by_split, root, streaming), root
+        return _packed(by_split, root, columns, streaming), root
     if glob.has_magic(folder) and not (lists and task != "classification"):
         raise ValueError(f"{folder} has one of * ? [ in its name, which `datasets` takes for a pattern; rename it")
     if task == "classification":
         options = {"data_dir": folder, "drop_labels": False, "drop_metadata": True}
         return _opened(load("imagefolder", None, streaming, **options)), root
     if lists and not names & {"dataset_infos.json", "dataset_info.json"}:
-        there = "; ".join(f"{path.name} has {columns_in(path)}" for path in lists)
-        needed = ", ".join(role for role in TASKS[task] if role != "answer")
-        raise ValueError(f"no list in {folder} has columns known as {needed}: {there}. Name them by {needed}_column")
+        there = "; ".join(f"{path.name} {_describe(path)}" for path in lists)
+        needed = [role for role in TASKS[task] if role != "answer"]
+        remedy = ", ".join(f"{role}_column" for role in needed)
+        raise ValueError(f"no list in {folder} has columns known as {', '.join(needed)}: {there}. Name them: {remedy}")
     return _opened(load(folder, None, streaming)), root
+
+
+def _describe(path: Path) -> str:
+    try:
+        return f"has {columns_in(path)}"
+    except ValueError as error:
+        return f"cannot be read: {error}"
+
+
+def load(builder: str, files: dict[str, list[str]] | None, streaming: bool, **options: Any) -> dict:
+    """`datasets.load_dataset`, all splits, whose errors name the file that cannot be read and why."""
+    if files is not None:
+        files = {split: [path if "://" in path else glob.escape(path) for path in files[split]] for split in files}
+    try:
+        return datasets.load_dataset(builder, data_files=files, streaming=streaming, **options)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
+        named = builder if files is None else ", ".join(path for paths in files.values() for path in paths[:3])
+        raise ValueError(f"{named} cannot be read: {error.__cause__ or error}") from error
 
 
 def _opened(splits: Any, streaming: bool = False) -> Tables:
     splits = splits if isinstance(splits, dict) else {"train": splits}
     if streaming:
         splits = {name: _stream(table) for name, table in splits.items()}
-    return {str(name): lambda table=table: (table, {}) for name, table in splits.items()}
+    return {str(name): lambda table=table: table for name, table in splits.items()}
 
 
 def _stream(table: Dataset | IterableDataset) -> IterableDataset:
-    return table.to_iterable_dataset(num_shards=min(64, len(table))) if isinstance(table, Dataset) else table
+    if isinstance(table, Dataset):
+        return table.to_iterable_dataset(num_shards=max(1, min(64, len(table))))
+    return table
 
 
-def _lists(by_split: dict[str, list[str]], root: str, streaming: bool, join: bool = False) -> Tables:
-    def read(paths: list[str]):
+def _packed(
+    by_split: dict[str, list[str]], root: str, columns: dict[str, str], streaming: bool, join: bool = False
+) -> Tables:
+    def read(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
         if len(paths) > 1 and not join:
             raise ValueError(f"several lists could be meant: {', '.join(paths)}; give one of them")
-        tables = [read_list(Path(path), root, streaming) for path in paths]
-        return _joined([_stream(table) if streaming else table for table, _ in tables]), tables[0][1]
+        return open_packed(paths, root, streaming, columns.get("split"))
 
-    def read_part(path: Path, value: str):
-        records, known = read_list(path, root)
-        records = records.filter(lambda values: [v == value for v in values], batched=True, input_columns="split")
-        return (_stream(records) if streaming else records), known
-
-    files = [Path(path) for paths in by_split.values() for path in paths]
-    if len(files) == 1 and "split" in columns_in(files[0]):
-        values = read_list(files[0], root)[0].unique("split")
-        return {SPLITS.get(value, value): partial(read_part, files[0], value) for value in sorted(values)}
-    return {split: partial(read, paths) for split, paths in by_split.items()}
+    if len(by_split) == 1:
+        (paths,) = by_split.values()
+        first, column = Path(paths[0]), columns.get("split", "split")
+        if first.suffix.lower() in LIST_SUFFIXES and column in columns_in(first):
+            streaming = False  # which splits there are is known when all has been read
+    return {split: partial(read, paths, streaming) for split, paths in by_split.items()}
 
 
 def _by_split(files: Any) -> dict[str, list[str]]:
@@ -135,9 +154,22 @@ def _by_split(files: Any) -> dict[str, list[str]]:
 
 
 def choose_split(
-    tables: Tables, split: str | None, train: bool, source: str
-) -> tuple[Dataset | IterableDataset, dict[str, str]]:
-    """The records of a split as `datasets` writes it, `train+validation` or `train[:90%]`, and their known columns."""
+    tables: Tables, split: str | None, train: bool, source: str, split_column: str | None, streaming: bool
+) -> tuple[Dataset | IterableDataset, str | None]:
+    """
+    The records of a split as `datasets` writes it, `train+validation` or `train[:90%]`, and the column that tells the
+    splits apart, if one does.
+    """
+    column = None
+    if len(tables) == 1:
+        ((name, open_table),) = tables.items()
+        table = open_table()
+        tables = {name: lambda: table}
+        by_column = _by_column(table, split_column, source)
+        if by_column is not None:
+            tables, column = by_column, split_column or "split"
+    if split is None and not train and isinstance(tables, _StreamSplits):
+        raise ValueError(f"{source} is a stream with a column of splits; say by split which rows to evaluate with")
     if split is None:
         usual = [name for name in (("train",) if train else ("validation", "test")) if name in tables]
         if not usual and len(tables) > 1:
@@ -150,21 +182,80 @@ def choose_split(
             raise ValueError(
                 f"{source} has no split '{name}'; there are {', '.join(tables)} ('train[90%:]' is a part)"
             )
-    opened = {name: tables[name]() for name, _ in parts}
-    known = next(iter(opened.values()))[1]
-    records = {name: table for name, (table, _) in opened.items()}
+    records = {name: tables[name]() for name, _ in parts}
     if any(isinstance(table, IterableDataset) for table in records.values()):
         if any(slice_ for _, slice_ in parts):
             raise ValueError(f"split is '{split}'; a stream has no parts, only whole splits: {', '.join(tables)}")
-        return _joined([records[name] for name, _ in parts]), known
+        return _joined([records[name] for name, _ in parts]), column
     start = 0
     for name, table in records.items():
-        has_images = any(isinstance(feature, datasets.Image) for feature in table.features.values())
-        if has_images and not set(table.column_names) & set(KEY_COLUMNS):  # pictures go by the number of their row
-            numbers = np.arange(start, start + len(table)).astype(str)
-            records[name] = table.add_column(ROW_NUMBER, np.char.zfill(numbers, 12))
-            start += len(table)
-    return _joined([_slice(records[name], slice_) for name, slice_ in parts]), known
+        records[name] = _numbered(table, start)
+        start += len(table)
+    chosen = _joined([_slice(records[name], slice_) for name, slice_ in parts])
+    return (_stream(chosen) if streaming else chosen), column
+
+
+def _numbered(table: Dataset, start: int = 0) -> Dataset:
+    """The table with the numbers of its rows, by which images that have no names go."""
+    if is_packed(table) or ROW_NUMBER in table.column_names or set(table.column_names) & set(KEY_COLUMNS):
+        return table
+    if not any(is_image(feature) for feature in table.features.values()):
+        return table
+    numbers = np.arange(start, start + len(table)).astype(str)
+    return table.add_column(ROW_NUMBER, np.char.zfill(numbers, 12))
+
+
+def _by_column(table: Dataset | IterableDataset, split_column: str | None, source: str) -> Tables | None:
+    """The splits that a column tells apart, if one does; a row without a split is in each, to be reported."""
+    features = table.features or {}
+    column = SPLIT if is_packed(table) else split_column or "split"
+    feature = features.get(column)
+    if split_column is not None and feature is None:
+        raise ValueError(f"{source} has no column '{split_column}'; it has {', '.join(features)}")
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    if names is None and getattr(feature, "dtype", None) not in ("string", "large_string"):
+        return None
+    if isinstance(table, IterableDataset):
+        return None if is_packed(table) else _StreamSplits(table, column, names)
+    table = _numbered(table)
+    values = table.with_format(None).select_columns(column).with_format("arrow")[:][column].combine_chunks()
+    given = [value for value in pc.unique(values).to_pylist() if value is not None]
+    if not given:
+        if split_column is not None:
+            raise ValueError(f"{source} has no column '{split_column}', or nothing in it")
+        return None
+    by_split = defaultdict(list)
+    for value in given:
+        by_split[_split_name(value, names)].append(value)
+    empty = by_split.pop("", [])
+
+    def part(members: list) -> Dataset:
+        chosen = pc.or_kleene(pc.is_null(values), pc.is_in(values, value_set=pa.array(members + empty, values.type)))
+        return table.select(np.flatnonzero(chosen.to_numpy(zero_copy_only=False)))
+
+    return {split: partial(part, by_split[split]) for split in sorted(by_split)}
+
+
+def _split_name(value: Any, names: list[str] | None) -> str:
+    text = str(names[value] if names is not None and isinstance(value, int) else value).strip()
+    return SPLITS.get(text.lower(), text)
+
+
+class _StreamSplits(dict):
+    """The splits that a column of a stream tells apart. Which there are shows when all has been read."""
+
+    def __init__(self, table: IterableDataset, column: str, names: list[str] | None):
+        super().__init__(train=None)
+        self.table, self.column, self.names = table, column, names
+
+    def __contains__(self, split: object) -> bool:
+        return True
+
+    def __getitem__(self, split: str) -> Callable[[], IterableDataset]:
+        def belongs(values: list) -> list[bool]:
+            return [value is None or _split_name(value, self.names) == split for value in values]
+
+        return lambda: self.table.filter(belongs, batched=True, batch_size=16, input_columns=self.column)
 
 
 def _slice(table: Dataset, slice_: str) -> Dataset:

@@ -1,0 +1,63 @@
+"""Answers that a model has no room for."""
+
+import logging
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from modeling_prismer import PrismerProcessor
+from modeling_prismer.processing.processing_prismer import MAX_QUESTION_TOKENS
+
+from .faults import SHOWN
+
+
+logger = logging.getLogger(__name__)
+
+
+def shorten_answers(
+    rows: Dataset | IterableDataset, processor: PrismerProcessor, text_config: Any
+) -> Dataset | IterableDataset:
+    """
+    Rows of questions whose answers (`suffix`, texts or lists of them) fit into the model beside the longest question
+    that the processor leaves; the others are cut there, with a warning that names them. Captions and classes are cut
+    by the processor.
+    """
+    positions = text_config.max_position_embeddings - text_config.pad_token_id - 1
+    shortener = _Shortener(processor, positions - MAX_QUESTION_TOKENS - 1)
+    if processor.task != "vqa" or shortener.room < 1:
+        return rows
+    if isinstance(rows, IterableDataset):
+        features = rows.features
+        if features is None or "suffix" not in features:
+            return rows
+        return rows.map(lambda row: {"suffix": shortener.all_of(row["suffix"])}, features=features)
+    if "suffix" not in rows.column_names:
+        return rows
+    texts = rows["suffix"][:]
+    shortened = [shortener.all_of(text) for text in texts]
+    long = [row for row, (text, shorter) in enumerate(zip(texts, shortened)) if text != shorter]
+    if not long:
+        return rows
+    shown = [f"row {row + 1}: {str(texts[row])[:60]!r}…" for row in long[:SHOWN]]
+    more = [f"… and {len(long) - SHOWN} more"] if len(long) > SHOWN else []
+    heading = f"the answers of {len(long)} of {len(rows)} rows are cut to {shortener.room} tokens, as many as fit"
+    logger.warning("\n  ".join([heading, *shown, *more]))
+    feature, format_ = rows.features["suffix"], rows.format
+    rows = rows.with_format(None).remove_columns("suffix").add_column("suffix", shortened, feature=feature)
+    return rows.with_format(format_["type"], **format_["format_kwargs"])
+
+
+class _Shortener:
+    def __init__(self, processor: PrismerProcessor, room: int):
+        self.tokenizer = processor.tokenizer
+        self.room = room
+
+    def all_of(self, suffix: str | list[str]) -> str | list[str]:
+        return [self.one(text) for text in suffix] if isinstance(suffix, list) else self.one(suffix)
+
+    def one(self, answer: str) -> str:
+        if len(answer.encode()) < self.room:  # a token is a byte at least, and the first a space
+            return answer
+        text = f" {answer.strip().capitalize()}"  # as the processor writes it
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return answer if len(offsets) <= self.room else text[: offsets[self.room - 1][1]].strip()

@@ -1,0 +1,70 @@
+"""What is wrong with the rows of a data set: collected, and reported together."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 10  # rows that a report names; of the others it gives the number
+
+
+class BadRecord(Exception):
+    """Why a record gives no rows."""
+
+
+class MissingFile(BadRecord):
+    """Its image is not there."""
+
+
+@dataclass
+class Faults:
+    """
+    The faults of one data set.
+
+    Args:
+        source (`str`): What the report calls the data set.
+        total (`int`): How many rows were looked at.
+    """
+
+    source: str
+    total: int
+    lines: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+    only_files_are_missing: bool = True
+
+    def add(self, where: str, problem: BadRecord) -> None:
+        self.lines.append(f"{where}: {problem}")
+        self.only_files_are_missing &= isinstance(problem, MissingFile)
+
+    def __str__(self) -> str:
+        more = [f"… and {len(self.lines) - SHOWN} more"] if len(self.lines) > SHOWN else []
+        report = [f"{self.source}: {len(self.lines)} of {self.total} rows cannot be used", *self.lines[:SHOWN], *more]
+        # a name on the disk can be bytes that are no text
+        return "\n  ".join(report + self.hints).encode(errors="backslashreplace").decode()
+
+    def report(self, skip: bool) -> None:
+        """Warns if the faulty rows are left out (`skip`), and else raises; without faults nothing happens."""
+        if not self.lines:
+            return
+        if skip:
+            logger.warning("%s\n  These rows are left out.", self)
+            return
+        error = FileNotFoundError if self.only_files_are_missing else ValueError
+        raise error(f"{self}\n  Mend these rows, or leave them out: bad_rows='skip' (--bad_rows skip)")
+
+
+def place_of_record(file: str | None, number: int | None, source: str) -> str:
+    """What a report calls a record: `captions.csv, row 7`."""
+    name = file or PurePath(source).name
+    return name if number is None else f"{name}, row {number}"
+
+
+def raise_together(problems: list[Exception]) -> None:
+    """Raises what is wrong with several data sets as one error."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        kind = FileNotFoundError if all(isinstance(one, FileNotFoundError) for one in problems) else ValueError
+        raise kind("\n".join(map(str, problems)))

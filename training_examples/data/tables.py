@@ -1,0 +1,108 @@
+"""
+Lists and tars as data sets: one column with the record as JSON, whose cells are then as they were written, and a few
+that say where it is from. They lie on the disk, in `datasets`' cache, or are read while training.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, Features, Image, IterableDataset, Value
+
+from modeling_prismer.processing.labels import TAR_SUFFIXES
+
+from .faults import BadRecord
+from .lists import forget_json, read_list
+from .pictures import place_of
+from .tars import read_tar
+
+
+FILE, NUMBER, SPLIT, RECORD, FAULT = "__file__", "__number__", "__split__", "__record__", "__fault__"
+_PACKED = {FILE: Value("string"), NUMBER: Value("int64"), SPLIT: Value("string"), RECORD: Value("string")}
+_PACKED |= {FAULT: Value("string")}
+# `datasets` keeps what was made by the same code: changed code must differ in what it looks at.
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+
+
+def open_packed(
+    paths: list[str], root: str, streaming: bool, split_column: str | None = None
+) -> Dataset | IterableDataset:
+    """
+    The records of lists or of tars, one after another.
+
+    Raises:
+        ValueError: if nothing of a file can be read.
+    """
+    is_tar = paths[0].lower().endswith(TAR_SUFFIXES)
+    features = Features(_PACKED | ({"image": Image(decode=False)} if is_tar else {}))
+    files = [(path, *_stamp(path, root)) for path in paths]
+    options: dict[str, Any] = {"files": files, "root": root, "split_column": split_column or "split", "code": CODE}
+    if streaming:
+        return IterableDataset.from_generator(_pack, features=features, gen_kwargs=options)
+    try:
+        return Dataset.from_generator(_pack, features=features, gen_kwargs=options)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ValueError | OSError):
+            raise cause from None
+        raise ValueError(f"{', '.join(paths[:3])} cannot be read: {cause}") from error
+    finally:
+        forget_json()
+
+
+def is_packed(records: Dataset | IterableDataset) -> bool:
+    return records.features is not None and RECORD in records.features
+
+
+def unpack(packed: dict[str, Any]) -> dict[str, Any]:
+    """
+    The record, as a dict from its columns to its cells.
+
+    Raises:
+        BadRecord: if it could not be read.
+    """
+    if packed[FAULT] is not None:
+        raise BadRecord(packed[FAULT])
+    record = json.loads(packed[RECORD])
+    return {**record, "image": packed["image"]} if "image" in packed else record
+
+
+def _stamp(path: str, root: str) -> tuple:
+    """What a file's records depend on, beside itself."""
+    if "://" in path:
+        return ()
+    status = os.stat(path)
+    stamp = (status.st_mtime_ns, status.st_size)
+    if not path.lower().endswith(".json") or not os.path.isdir(root):
+        return stamp
+    # published lists look for the folders of their images, and for files beside them
+    folders = sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(root) if entry.is_dir())
+    return (*stamp, os.stat(os.path.dirname(path) or ".").st_mtime_ns, *folders)
+
+
+def _pack(files: list[tuple], root: str, split_column: str, code: str) -> Iterator[dict[str, Any]]:
+    for path, *_ in files:
+        is_tar = path.lower().endswith(TAR_SUFFIXES)
+        name = place_of(path if "://" in path else os.path.abspath(path), root)[1]
+        empty = {FILE: name, SPLIT: None, RECORD: None, FAULT: None} | ({"image": None} if is_tar else {})
+        records = read_tar(path) if is_tar else read_list(Path(path), root)
+        try:
+            for number, record in enumerate(records, 1):
+                packed = {**empty, NUMBER: number}
+                if isinstance(record, BadRecord):
+                    packed[FAULT] = str(record).encode(errors="backslashreplace").decode()
+                else:
+                    split = record.get(split_column)
+                    packed[SPLIT] = None if split is None else str(split).encode(errors="replace").decode()
+                    if is_tar:
+                        packed["image"] = {"bytes": record.pop("image"), "path": None}
+                    packed[RECORD] = json.dumps(record)
+                yield packed
+        except (KeyError, TypeError, AttributeError) as error:  # of a published list, that is not as it was published
+            what = f"an entry has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not as it was published: {what}") from error
