@@ -2,7 +2,6 @@
 
 import builtins
 import inspect
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+
+from .saved_files import copy_into, find_saved, require_hub_id, require_inside
 
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ class FrozenModel:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype | None = None
 
+    # of a model that was restored from a checkpoint: its folder, and what the checkpoint says of `file_settings`
+    _checkpoint: Path | None = None
+    _saved_files: Mapping[str, str] = {}
+    _saved_hub_ids: Mapping[str, str] = {}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "type" not in vars(cls):
@@ -108,6 +114,9 @@ class FrozenModel:
         """Loads the model if it is not there yet."""
         if self.is_loaded:
             return
+        for name, value in self._saved_hub_ids.items():
+            if getattr(self, name) == value:  # unless it has been set since
+                require_hub_id(value, self._name_of(name))
         start = time.perf_counter()
         self.model = self.load_model()
         if isinstance(self.model, torch.nn.Module):
@@ -149,6 +158,17 @@ class FrozenModel:
         parameters = inspect.signature(cls).parameters.values()
         return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
 
+    @classmethod
+    def _name_of(cls, setting: str) -> str:
+        return f"{setting} of the saved '{getattr(cls, 'type', cls.__name__)}'"
+
+    @classmethod
+    def check_saved(cls, settings: Mapping[str, Any]) -> None:
+        """
+        Raises a `ValueError` for settings that only a user's own code may have, not the description in a checkpoint,
+        which may come from a stranger. Paths are checked already, if `file_settings` names them.
+        """
+
     def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
         """
         The description that `from_dict` restores: `{"type": …, **settings}`, plain JSON.
@@ -156,8 +176,13 @@ class FrozenModel:
         Args:
             folder (`str` or `Path`, *optional*):
                 Copy the files that settings point to into this folder (weights as safetensors), and give their paths
-                relative to it.
+                relative to it. They are files that your own code has set, or files of the checkpoint that the model
+                was restored from.
         """
+        return self._describe(folder, {})
+
+    def _describe(self, folder: str | Path | None, copies: dict[str, Path]) -> dict[str, Any]:
+        """`copies` are the files that are already in the folder, by the names that they have there."""
         if not hasattr(self, "type"):
             raise ValueError(f"{type(self).__name__} cannot be described: give the class a `type`, its name in JSON")
         settings = {}
@@ -168,25 +193,40 @@ class FrozenModel:
                 )
             value = getattr(self, name)
             if isinstance(value, FrozenModel):
-                value = value.to_dict(folder)
+                value = value._describe(folder, copies)
             elif name in self.file_settings and value is not None:
-                path = Path(value).expanduser()
-                value = _copy(path, Path(folder)) if folder is not None and path.exists() else str(value)
+                value = str(value)
+                if folder is not None and value != self._saved_hub_ids.get(name):
+                    path = Path(value).expanduser()
+                    if self._checkpoint is not None and value == self._saved_files.get(name):
+                        require_inside(path, self._checkpoint, self._name_of(name))
+                    value = _copy(path, Path(folder), copies) if path.exists() else value
             settings[name] = value
         return {"type": self.type, **settings}
 
     @classmethod
-    def from_dict(cls, description: Mapping[str, Any], folder: str | Path | None = None) -> Any:
+    def from_dict(
+        cls, description: Mapping[str, Any], folder: str | Path | None = None, checkpoint: str | Path | None = None
+    ) -> Any:
         """
         Restores what `to_dict` describes.
 
         Args:
             description (`dict`): `{"type": …, **settings}`.
-            folder (`str` or `Path`, *optional*): where files lie whose paths are relative.
+            folder (`str` or `Path`, *optional*):
+                Where the files lie that the description names. It then counts as part of a checkpoint, which may come
+                from a stranger: it may name files inside the checkpoint and ids of models on the Hub. Without it, the
+                description is your own, and may name any path.
+            checkpoint (`str` or `Path`, *optional*, defaults to `folder`): the folder of the whole checkpoint.
+
+        Raises:
+            ValueError: if the type or a setting is unknown, or if the description names another file.
         """
+        if not isinstance(description, Mapping):
+            raise ValueError(f"a description is {{'type': …, …}}, not a {type(description).__name__}: {description!r}")
         settings = dict(description)
         kind = settings.pop("type", None)
-        if kind not in cls.registry:
+        if not isinstance(kind, str) or kind not in cls.registry:
             raise ValueError(
                 f"type is {kind!r}; known are {', '.join(sorted(cls.registry))}. "
                 "A class of your own is known once the module that defines it has been imported"
@@ -198,11 +238,23 @@ class FrozenModel:
             raise ValueError(f"'{kind}' has no setting {', '.join(unknown)}; it has {', '.join(accepted) or 'none'}")
         for name, family in subclass.part_settings.items():
             if isinstance(settings.get(name), Mapping):
-                settings[name] = family.from_dict(settings[name], folder)
+                settings[name] = family.from_dict(settings[name], folder, checkpoint)
+        if folder is None:
+            return subclass(**settings)
+
+        subclass.check_saved(settings)
+        root = Path(folder if checkpoint is None else checkpoint)
+        files, hub_ids = {}, {}
         for name in subclass.file_settings:
-            if folder is not None and settings.get(name) and (Path(folder) / settings[name]).exists():
-                settings[name] = str(Path(folder) / settings[name])
-        return subclass(**settings)
+            if settings.get(name) is not None:
+                path = find_saved(settings[name], Path(folder), root, subclass._name_of(name))
+                if path is None:
+                    hub_ids[name] = settings[name]
+                else:
+                    settings[name] = files[name] = str(path)
+        model = subclass(**settings)
+        model._checkpoint, model._saved_files, model._saved_hub_ids = root, files, hub_ids
+        return model
 
 
 class Expert(FrozenModel):
@@ -392,19 +444,27 @@ class Expert(FrozenModel):
             return array
         return {**label, what: array}
 
-    def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """What [`expert_from_dict`] restores: `{"type": …, "name": …, "batch_size": …, **settings}`."""
-        description = super().to_dict(folder)
+    def _describe(self, folder: str | Path | None, copies: dict[str, Path]) -> dict[str, Any]:
+        description = super()._describe(folder, copies)
         return {"type": self.type, "name": self.name, "batch_size": self.batch_size, **description}
 
     @classmethod
-    def from_dict(cls, description: Mapping[str, Any], folder: str | Path | None = None) -> "Expert":
+    def from_dict(
+        cls, description: Mapping[str, Any], folder: str | Path | None = None, checkpoint: str | Path | None = None
+    ) -> "Expert":
         """See [`FrozenModel.from_dict`]."""
+        if not isinstance(description, Mapping):
+            return super().from_dict(description)
         settings = dict(description)
-        subclass = cls.registry.get(settings.get("type", ""))
+        subclass = cls.registry.get(str(settings.get("type")))
         accepted = [] if subclass is None else subclass._setting_names()
         own = {key: settings.pop(key) for key in ("name", "batch_size") if key in settings and key not in accepted}
-        expert = super().from_dict(settings, folder)
+        if "name" in own:
+            require_identifier(own["name"])
+        batch_size = own.get("batch_size", 1)
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size of the saved expert is {batch_size!r}; a whole number from 1 on is needed")
+        expert = super().from_dict(settings, folder, checkpoint)
         for name, value in own.items():
             setattr(expert, name, value)
         return expert
@@ -446,7 +506,9 @@ def _peak_of_process() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def expert_from_dict(description: Mapping[str, Any], folder: str | Path | None = None) -> Expert:
+def expert_from_dict(
+    description: Mapping[str, Any], folder: str | Path | None = None, checkpoint: str | Path | None = None
+) -> Expert:
     """
     Restores an expert from `expert.to_dict()`; see [`FrozenModel.from_dict`].
 
@@ -459,7 +521,7 @@ def expert_from_dict(description: Mapping[str, Any], folder: str | Path | None =
     2.0
     ```
     """
-    return Expert.from_dict(description, folder)
+    return Expert.from_dict(description, folder, checkpoint)
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -475,23 +537,31 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return weights.get("state_dict", weights)
 
 
-def _copy(path: Path, folder: Path) -> str:
-    """Copies a file or folder into `folder`, weights as safetensors; returns its path relative to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        target = folder / path.name
-        if target.resolve() != path.resolve():
-            shutil.copytree(path, target, dirs_exist_ok=True)
-    elif path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
-        from safetensors.torch import save_file
+def require_identifier(name: Any) -> str:
+    """The name of an expert; a `ValueError` if it could be anything else, such as a path."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"the name of an expert is {name!r}; a name is an identifier such as 'depth'")
+    return name
 
-        target = folder / f"{path.stem}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in read_weights(path).items()}, target)
+
+def _copy(path: Path, folder: Path, copies: dict[str, Path]) -> str:
+    """Copies a file or folder into `folder`, weights as safetensors; returns its path relative to `folder`."""
+    convert = None
+    if path.is_file() and path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        convert, name = _as_safetensors, f"{path.stem}.safetensors"
     else:
-        target = folder / path.name
-        if target.resolve() != path.resolve():
-            shutil.copy2(path, target)
-    return target.name
+        name = path.resolve().name if path.name in ("", "..") else path.name
+    while copies.get(name, path) != path:  # two models may have files of one name
+        name = f"other_{name}"
+    copies[name] = path
+    copy_into(path, folder, name, convert)
+    return name
+
+
+def _as_safetensors(path: Path, target: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in read_weights(path).items()}, target)
 
 
 def _brief(error: BaseException) -> str:

@@ -95,7 +95,15 @@ class PretrainedExpert(Expert):
         auto_model = getattr(transformers, self.auto_model)
         model = auto_model.from_pretrained(self.model_id, dtype=torch.float32)
         self._config = model.config
-        self._image_processor = transformers.AutoImageProcessor.from_pretrained(self.model_id, **self.image_processor)
+        image_processor = transformers.AutoImageProcessor.from_pretrained(self.model_id)
+        accepted = image_processor.valid_kwargs.__annotations__
+        # as arguments of from_pretrained they could also say where to load from, and whether to run code from there
+        if unknown := sorted(set(self.image_processor) - set(accepted)):
+            raise ValueError(
+                f"image_processor of the expert '{self.name}' has {', '.join(unknown)}; "
+                f"{type(image_processor).__name__} has {', '.join(sorted(accepted))}"
+            )
+        self._image_processor = type(image_processor).from_dict(image_processor.to_dict(), **self.image_processor)
         return model
 
     def place_model(self) -> None:

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from .base import Expert, ExpertError, expert_from_dict
+from .base import Expert, ExpertError, expert_from_dict, require_identifier
 from .depth import DepthEstimator
 from .detection import ObjectDetector
 from .edge import CannyEdges, DexiNedEdges
 from .normal import NormalEstimator, NormalsFromDepth
+from .saved_files import require_inside
 from .segmentation import UniversalSegmentation
 from .text import RapidOcrText
 
@@ -110,6 +111,7 @@ class ExpertSuite(MutableMapping):
             raise TypeError(f"a suite holds experts, not {type(expert).__name__}; derive your class from Expert")
         if expert.name != name:
             raise ValueError(f"the expert has the name '{expert.name}', not '{name}'; set `expert.name` first")
+        require_identifier(name)
         self._experts[name] = expert
 
     def __delitem__(self, name: str) -> None:
@@ -312,12 +314,23 @@ class ExpertSuite(MutableMapping):
         """
         Args:
             description (`dict`): from [`ExpertSuite.to_dict`].
-            folder (`str` or `Path`, *optional*): a folder that [`ExpertSuite.save_pretrained`] wrote, for own weights.
+            folder (`str` or `Path`, *optional*):
+                A folder that [`ExpertSuite.save_pretrained`] wrote, for own weights. It may come from a stranger: the
+                description may then name files inside it and ids of models on the Hub, and no other file.
+
+        Raises:
+            ValueError: if it is no description of a suite, or if an expert names another file.
         """
-        experts = [
-            expert_from_dict(entry, None if folder is None else _folder_of(folder, entry["name"]))
-            for entry in description["experts"]
-        ]
+        entries = description.get("experts") if isinstance(description, Mapping) else None
+        if not isinstance(entries, list | tuple):
+            raise ValueError("a suite's description is {'experts': [{'type': …, …}, …]}; it has no list of 'experts'")
+        experts = []
+        for entry in entries:
+            of_expert = None
+            if folder is not None:
+                name = entry.get("name") if isinstance(entry, Mapping) else None
+                of_expert = _folder_of(folder, require_identifier(name))
+            experts.append(expert_from_dict(entry, of_expert, folder))
         return cls(experts, description.get("on_error", "raise"), description.get("memory", "all"))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -325,11 +338,16 @@ class ExpertSuite(MutableMapping):
         Writes the suite to `experts/suite.json` in a folder, and the files that its settings point to (own weights,
         as safetensors) to `experts/<name>/`. Weights from the Hub or a package stay where they are.
         """
+        for name, expert in self.items():
+            if expert.name != name:
+                raise ValueError(f"the expert '{name}' calls itself {expert.name!r}; they must agree to be saved")
         folder = Path(save_directory) / "experts"
         folder.mkdir(parents=True, exist_ok=True)
-        experts = [expert.to_dict(_folder_of(save_directory, expert.name)) for expert in self.values()]
+        experts = [expert.to_dict(_folder_of(save_directory, name)) for name, expert in self.items()]
         description = {"experts": experts, **self._settings()}
-        (folder / SUITE_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        incomplete = folder / f".{SUITE_FILE}.incomplete"
+        incomplete.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        incomplete.replace(folder / SUITE_FILE)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExpertSuite":
@@ -348,7 +366,12 @@ class ExpertSuite(MutableMapping):
         file = folder / "experts" / SUITE_FILE
         if not file.is_file():
             raise OSError(f"{pretrained_model_name_or_path} holds no experts: there is no experts/{SUITE_FILE}")
-        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")), folder)
+        require_inside(file, folder, "the suite's description")
+        try:
+            description = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+        return cls.from_dict(description, folder)
 
 
 def _checked(name: str, value: str, accepted: tuple[str, ...]) -> str:

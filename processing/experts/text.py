@@ -1,5 +1,7 @@
 """Experts for text: RapidOCR, whose wheel brings its weights, and the PP-OCR models of transformers."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,16 @@ from .word_features import HashedNgrams, WordFeatures
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+# Of RapidOCR's settings those that name no file, folder or engine.
+SAVED_PARAMS = (
+    *(f"{part}.{setting}" for part in ("Det", "Cls", "Rec") for setting in ("lang_type", "model_type", "ocr_version")),
+    *(f"Det.{setting}" for setting in ("limit_side_len", "limit_type", "mean", "std", "thresh", "box_thresh")),
+    *(f"Det.{setting}" for setting in ("max_candidates", "unclip_ratio", "use_dilation", "score_mode")),
+    *("Cls.cls_batch_num", "Cls.cls_thresh", "Rec.rec_batch_num"),
+    *("Global.text_score", "Global.use_cls"),
+)
 
 
 @dataclass
@@ -139,6 +151,19 @@ class RapidOcrText(TextExpert):
         self.max_pixels = max_pixels
         self.num_threads = num_threads
         self.params = params
+
+    @classmethod
+    def check_saved(cls, settings: Mapping[str, Any]) -> None:
+        params = settings.get("params") or {}
+        if not isinstance(params, Mapping):
+            raise ValueError(f"params of the saved '{cls.type}' is {params!r}; a dict is needed")
+        for key, value in params.items():
+            # "${…}" would be replaced by what it names, such as a variable of the environment
+            if key not in SAVED_PARAMS or "$" in json.dumps(value):
+                raise ValueError(
+                    f"params of the saved '{cls.type}' has {key!r}: {value!r}; a saved description may set "
+                    f"{', '.join(SAVED_PARAMS)}. Set others in your own code, RapidOcrText(params=…)"
+                )
 
     def load_model(self) -> Any:
         try:
