@@ -10,9 +10,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig, RobertaForMaskedLM, RobertaPreTrainedModel
@@ -1283,6 +1285,8 @@ class PrismerModel(PrismerPreTrainedModel):
     ```
     """
 
+    _has_warned_of_half_precision = False
+
     def __init__(self, config: PrismerConfig):
         super().__init__(config)
         self.vision_model = PrismerVisionModel._from_config(config.vision_config)
@@ -1297,6 +1301,31 @@ class PrismerModel(PrismerPreTrainedModel):
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return super().get_encoder(modality=modality or "image")
+
+    def _warn_of_half_precision(self) -> None:
+        """Warns once if weights are trained in half precision, as they are when a float16 checkpoint is loaded."""
+        trained = {parameter.dtype for parameter in self.parameters() if parameter.requires_grad}
+        if self._has_warned_of_half_precision or trained.isdisjoint((torch.float16, torch.bfloat16)):
+            return
+        self._has_warned_of_half_precision = True
+        if torch.float16 in trained:
+            problem = "float16 weights are trained: AdamW divides by values that are 0 in float16, which gives NaN"
+        else:
+            problem = "bfloat16 weights are trained: they have 3 significant digits and lose small updates"
+        logger.warning(
+            f"{problem}. Load the model with from_pretrained(…, dtype=torch.float32). To save time and memory, train "
+            "it under autocast, TrainingArguments(bf16=True). (Not meant for FSDP and DeepSpeed, if they keep a "
+            "float32 copy of the weights.)"
+        )
+
+    def pop_expert_inputs(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Takes out of `tensors` what belongs to an expert, or seems to; `gather_expert_inputs` tells these apart."""
+        names = self.config.expert_names
+        return {
+            key: tensors.pop(key)
+            for key in list(tensors)
+            if is_expert_input(key, names) or seems_expert_input(key, names)
+        }
 
     def gather_expert_inputs(
         self, tensors: dict[str, Any], expert_mask: torch.Tensor | None
@@ -1428,6 +1457,8 @@ class PrismerModel(PrismerPreTrainedModel):
             encoder_outputs (`ModelOutput`, *optional*):
                 Images that have been encoded before (`get_image_features`), in place of the image inputs.
         """
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_half_precision()
         expert_inputs = {key: kwargs.pop(key) for key in list(kwargs) if is_expert_input(key)}
         if encoder_outputs is None and pixel_values is not None:
             encoder_outputs = self.get_image_features(pixel_values, expert_mask, **expert_inputs, **kwargs)
@@ -1675,6 +1706,15 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
         )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        # peft's prompt learning puts a method of its own before this one while it generates. Before 0.22 it looks for
+        # the cache by the name of transformers before 5.24; not finding it, it would prepend its tokens at every step.
+        called_by_peft = self.prepare_inputs_for_generation.__self__ is not self
+        if called_by_peft and "cache" in inputs and Version(version("peft")) < Version("0.22"):
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if not is_expert_input(key)})

@@ -5,12 +5,21 @@ import sys
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer
 
-from modeling_prismer import PrismerForConditionalGeneration, PrismerModel
+from modeling_prismer import (
+    PrismerConfig,
+    PrismerForConditionalGeneration,
+    PrismerModel,
+    PrismerProcessor,
+    pretrained_path,
+)
 
 from .test_freezing_and_training import Samples, arguments
-from .tiny import TOLERANCE, image_inputs, prompts, tiny_model, training_inputs
+from .tiny import TOLERANCE, VOCAB_SIZE, image_inputs, prompts, tiny_config, tiny_model, training_inputs
 
 
 peft = pytest.importorskip("peft")
@@ -72,13 +81,24 @@ def test_shadow_runs_on_the_decoder():
     assert model.generate(input_ids=prompts(), **image_inputs(), **GENERATION).shape[0] == 3
 
 
-@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT"])
-def test_virtual_tokens_are_seen_in_generation_as_in_training(method, tmp_path):
-    model, _ = peft_methods.adapted(method, str(tmp_path))
+VIRTUAL_TOKENS = ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"]
+
+
+def with_virtual_tokens(method, folder):
+    """With weights that change what the model says, as after training."""
+    model, _ = peft_methods.adapted(method, str(folder))
     for parameter in model.eval().parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("method", VIRTUAL_TOKENS)
+def test_virtual_tokens_are_seen_in_generation_as_in_training(method, tmp_path):
+    model = with_virtual_tokens(method, tmp_path)
     images = image_inputs(2, experts=peft_methods.EXPERTS_HERE)
+    if method == "MULTITASK_PROMPT_TUNING":
+        images["task_ids"] = torch.tensor([0, 1])
     input_ids, attention_mask = prompts(2), torch.ones(2, 5, dtype=torch.long)
     input_ids[1, :2], input_ids[1, 2], attention_mask[1, :2] = 1, 0, 0  # a shorter prompt, padded
     generated = model.generate(
@@ -89,6 +109,18 @@ def test_virtual_tokens_are_seen_in_generation_as_in_training(method, tmp_path):
     attention_mask = torch.cat([attention_mask, torch.ones(2, 4, dtype=torch.long)], dim=1)
     logits = model(input_ids=generated.sequences, attention_mask=attention_mask, **images).logits
     torch.testing.assert_close(torch.stack(generated.logits, dim=1), logits[:, -5:-1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_virtual_tokens_are_seen_by_beams_and_by_questions_that_share_an_image(method, tmp_path):
+    model = with_virtual_tokens(method, tmp_path)
+    inputs = {"input_ids": prompts(6), **image_inputs(2, experts=peft_methods.EXPERTS_HERE)}
+    settings = {"do_sample": False, "num_beams": 3, "max_new_tokens": 4, "return_dict_in_generate": True}
+    cached, without = (
+        model.generate(**inputs, **settings, output_scores=True, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, without.sequences)
+    torch.testing.assert_close(cached.sequences_scores, without.sequences_scores, **TOLERANCE)
 
 
 # ---- what is adapted when no modules are named ----
@@ -303,6 +335,93 @@ def test_an_adapter_of_the_base_model_is_loaded_for_feature_extraction(tmp_path,
     assert torch.equal(loaded(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
 
 
+def test_adapter_without_new_tokens_holds_no_embeddings(adapter):
+    assert all("lora_" in name for name in load_file(adapter[0] / "adapter_model.safetensors"))
+
+
+def with_new_tokens(folder):
+    """The saved model with four more tokens, whose rows have been trained."""
+    model = PrismerForConditionalGeneration.from_pretrained(folder)
+    model.resize_token_embeddings(VOCAB_SIZE + 4)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCAB_SIZE:] += 1.0
+        model.get_output_embeddings().bias[VOCAB_SIZE:] += 1.0
+    return model
+
+
+def inputs_with_new_tokens():
+    inputs = training_inputs()
+    inputs["input_ids"][:, 3] = inputs["labels"][:, 3] = VOCAB_SIZE + 1
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"modules_to_save": ["word_embeddings"]}, {"trainable_token_indices": [VOCAB_SIZE, 61]}], ids=str
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_new_tokens_are_saved_with_an_adapter(tmp_path, folder, settings):
+    model = with_lora(with_new_tokens(folder), **settings)
+    model.save_pretrained(tmp_path)
+    base = PrismerForConditionalGeneration.from_pretrained(folder)
+    base.resize_token_embeddings(VOCAB_SIZE + 4)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    inputs = inputs_with_new_tokens()
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises((RuntimeError, IndexError), match="size"):  # as for other models: resize first
+        peft.PeftModel.from_pretrained(PrismerForConditionalGeneration.from_pretrained(folder), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_new_tokens_are_in_the_merged_model(tmp_path, folder):
+    model = with_lora(with_new_tokens(folder))
+    inputs = inputs_with_new_tokens()
+    expected = model(**inputs).logits
+    model.merge_and_unload().save_pretrained(tmp_path)
+    merged = PrismerForConditionalGeneration.from_pretrained(tmp_path)
+    assert merged.config.vocab_size == merged.config.text_config.vocab_size == VOCAB_SIZE + 4
+    torch.testing.assert_close(merged(**inputs).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_auto_peft_model_finds_new_tokens_beside_the_adapter(tmp_path):
+    path = pretrained_path("prismer-easy-vqa")
+    processor = PrismerProcessor.from_pretrained(path, experts=None)
+    processor.tokenizer.add_tokens(["[DEFECT]"])
+    model = PrismerForConditionalGeneration.from_pretrained(path)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    model = with_lora(model, task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == len(processor.tokenizer)
+    expected = model.get_input_embeddings().weight
+    assert torch.equal(loaded.get_input_embeddings().weight, expected)
+    assert torch.equal(loaded.get_output_embeddings().weight, expected)
+
+
+def test_vocab_size_is_that_of_the_text_config():
+    config = tiny_config()
+    config.vocab_size = 70
+    assert config.vocab_size == config.text_config.vocab_size == 70
+    assert PrismerConfig(vocab_size=80).text_config.vocab_size == 80
+    assert "vocab_size" not in config.to_dict()
+
+
+# ---- adapters without a wrapper ----
+
+# transformers 5.24 asks for a peft that is newer than the newest
+TOO_OLD = Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22")
+
+
+@pytest.mark.skipif(not TOO_OLD, reason="peft is new enough for this transformers")
+def test_add_adapter_says_which_peft_it_needs():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="PEFT.*0.22"):
+        model.add_adapter(peft.LoraConfig(init_lora_weights=False))
+    assert torch.equal(model(**training_inputs()).logits, tiny_model()(**training_inputs()).logits)
+
+
+@pytest.mark.skipif(TOO_OLD, reason="add_adapter of transformers 5.24 needs peft 0.22")
 def test_adapters_can_be_put_into_a_model_without_a_wrapper(tmp_path):
     model = tiny_model()
     model.set_attn_implementation("eager")  # whose products an adapter does not rearrange: equal to the last bit

@@ -1,5 +1,7 @@
 """`Trainer`, `Seq2SeqTrainer` and trl's `SFTTrainer` over rows of pictures, with `DataCollatorForPrismer`."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 from modeling_prismer import DataCollatorForPrismer, PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
 
-from .tiny import image_inputs, prompts, tiny_model
+from .tiny import image_inputs, prompts, tiny_config, tiny_model, training_inputs
 
 
 def picture(color):
@@ -101,6 +103,49 @@ def test_trainer_evaluates_and_hands_logits_to_compute_metrics(model, processor,
     metrics = trainer.evaluate()
     assert metrics["eval_exact_match"] == pytest.approx(5 / 6)
     assert metrics["eval_loss"] == pytest.approx(loss_of(model, processor), rel=1e-4)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, Seq2SeqTrainer])
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole model", "adapter"])
+def test_label_smoothing_of_the_trainer_is_refused(trainer_class, adapted, tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig()) if adapted else tiny_model()
+    arguments_class = Seq2SeqTrainingArguments if trainer_class is Seq2SeqTrainer else TrainingArguments
+    with pytest.raises(ValueError, match="set config.label_smoothing instead"):
+        trainer_class(model, arguments(arguments_class, tmp_path, label_smoothing_factor=0.1))
+    trainer_class(model, arguments(arguments_class, tmp_path, label_smoothing_factor=0.0))
+
+
+def test_refusal_of_label_smoothing_leaves_the_config_alone():
+    config = tiny_config()
+    assert config == tiny_config() == copy.deepcopy(config)
+    assert "problem_type" not in config.to_dict() and config.problem_type != "regression"
+
+
+# ---- weights in half precision
+
+
+def train_once(model, autocast=None):
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        model.train()(**training_inputs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_training_half_precision_weights_is_warned_of_once(caplog, dtype):
+    model = tiny_model().to(dtype)
+    train_once(model)
+    train_once(model)
+    assert caplog.text.count("dtype=torch.float32") == caplog.text.count("bf16=True") == 1
+    assert str(dtype).removeprefix("torch.") in caplog.text
+
+
+def test_other_uses_of_half_precision_are_not_warned_of(caplog):
+    train_once(tiny_model(), autocast=torch.bfloat16)
+    model = tiny_model().half()
+    model(**training_inputs())
+    with torch.no_grad():
+        train_once(model)
+    train_once(get_peft_model(model, LoraConfig()))  # whose weights are float32
+    assert not caplog.text
 
 
 # ---- Seq2SeqTrainer
