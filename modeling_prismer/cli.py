@@ -220,7 +220,7 @@ def label(
         str,
         typer.Argument(
             metavar="IMAGES",
-            help="Images, webdataset tars or Parquet files: a folder, a file or a glob in quotes; or a saved data set.",
+            help="Images, webdataset tars or Parquet files: a folder, a file, a glob in quotes; or a saved data set.",
         ),
     ],
     output: Annotated[Path, typer.Option("--out", help="The label store, a folder. It is continued if it exists.")],

@@ -36,11 +36,11 @@ class _Header(tarfile.TarInfo):
             header = super().fromtarfile(tarfile)
         except InvalidHeaderError as error:
             if tarfile.offset:
-                tarfile.damage = f"it is damaged at byte {tarfile.offset:,} ({error})"
+                tarfile.damage = tarfile.damage or f"it is damaged at byte {tarfile.offset:,} ({error})"
                 tarfile.ignore_zeros = True
             raise
         except TruncatedHeaderError:
-            tarfile.damage = "it is cut off"
+            tarfile.damage = tarfile.damage or "it is cut off"
             raise
         tarfile.ignore_zeros = False
         return header

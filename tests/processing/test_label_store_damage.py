@@ -121,8 +121,7 @@ def full_disks(photos, labelled, tmp_path_factory):
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=180,
     )
     lines = [line.split()[1:] for line in finished.stdout.splitlines() if line.startswith("ended:")]
@@ -388,7 +387,7 @@ def test_expert_that_no_configuration_accepts_is_refused_before_writing():
 
 
 def test_keys_that_are_no_text_are_stored_and_found(tmp_path):
-    images = {"\ud800.png": Image.new("RGB", (20, 8)), "\udcff.png": Image.new("RGB", (20, 8))}
+    images = dict.fromkeys(["\ud800.png", "\udcff.png"], Image.new("RGB", (20, 8)))
     assert label(images, tmp_path).failed == 0
     store = LabelStore(tmp_path)
     assert list(store) == [r"\xed\xa0\x80.png", r"\xff.png"]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_prismer.processing import load_image
+from modeling_prismer.processing.experts import ExpertSuite
 from modeling_prismer.processing.labels import LabelStore, ListedImages, label_images, open_source
 from modeling_prismer.processing.labels.key_index import KeyIndex, key_digests
 
@@ -199,6 +201,138 @@ def test_a_damaged_image_in_a_tar_is_recorded(tmp_path):
     write_tar(tmp_path / "a.tar", {"x.jpg": jpeg(1), "y.jpg": b"broken", "z.jpg": jpeg(2)})
     label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
     assert list(LabelStore(tmp_path / "labels").errors) == ["a/y"] and len(LabelStore(tmp_path / "labels")) == 3
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"0.jpg": jpeg(0), "0.json": b"{", "1.jpg": jpeg(1), "1.json": b"{}"},
+        {"0.jpg": jpeg(0), "0.json": b"\xff\xfe", "1.jpg": jpeg(1)},
+        {"0.json": b"[]", "0.jpg": jpeg(0), "1.txt": b"", "1.jpg": jpeg(1)},
+        {"0.jpg": jpeg(0), "1.jpg": jpeg(1), "0.json": b"{}", "1.json": b"{}"},
+        {"0.jpg": jpeg(0), "1.png": jpeg(1)},
+        {"0.JPG": jpeg(0), "0.png": jpeg(5), "1.Jpeg": jpeg(1)},
+        {"0.seg.png": jpeg(5), "0.jpg": jpeg(0), "0.seg.jpg": jpeg(5), "1.jpg": jpeg(1)},
+        {
+            "0.jpg": jpeg(0),
+            "._0.jpg": b"x",
+            "__MACOSX/._1.jpg": b"x",
+            ".DS_Store": b"x",
+            "README": b"",
+            "1.jpg": jpeg(1),
+        },
+        {"0.jpg": jpeg(0), "0.npy": b"no array", "1.jpg": jpeg(1), "1.cls": b"?", "1.jpg.json": b"{"},
+    ],
+    ids=["bad json", "bytes", "order", "far apart", "png and jpg", "several", "maps", "hidden", "other files"],
+)
+def test_other_files_of_a_sample_cost_nothing(tmp_path, members):
+    write_tar(tmp_path / "a.tar", members)
+    report = label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
+    assert (report.images, report.failed) == (2, 0)
+    store = LabelStore(tmp_path / "labels")
+    for i in range(2):
+        np.testing.assert_equal(store[f"a/{i}"], ExpertSuite([Rows()])([load_image(jpeg(i))])[0])
+
+
+def test_sample_without_an_image_costs_itself_and_is_named(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(0), "1.json": b"{}", "1.txt": b"", "2.jpg": jpeg(2)})
+    report = label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
+    assert (report.images, report.errors) == (3, {"a/1": "the sample '1' has no image; it has json, txt"})
+    assert list(LabelStore(tmp_path / "labels")) == ["a/0", "a/2", "a/1"]
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path):
+    names = [f"v1.0/photo.{i:02d}.2024" for i in range(40)]
+    write_tar(tmp_path / "a.tar", {f"{name}.{end}": jpeg(3) for name in names for end in ("jpg", "json")})
+    assert keys_of(open_source(tmp_path / "a.tar")) == [f"a/{name}" for name in names]
+    write_tar(tmp_path / "b.tar", {"x.1.jpg": jpeg(1), "y.jpg": jpeg(1), "x.2.jpg": jpeg(1), "x.1.json": b"{"})
+    assert keys_of(open_source(tmp_path / "b.tar")) == ["b/x.1", "b/y", "b/x.2"]
+
+
+def test_type_of_the_images_in_a_tar_can_be_named(tmp_path):
+    members = {"0.jpg": jpeg(0), "0.seg.png": jpeg(1), "1.seg.PNG": jpeg(1), "2.jpg": jpeg(2)}
+    write_tar(tmp_path / "a.tar", members)
+    images = dict(open_source(tmp_path / "a.tar", image_column="seg.png"))
+    assert list(images) == ["a/0", "a/1", "a/2"] and images["a/0"] == images["a/1"] == jpeg(1)
+    assert str(images["a/2"]) == "the sample '2' has no seg.png; it has jpg"
+    ((key, error),) = open_source(tmp_path / "a.tar", image_column="webp")
+    assert key == "a.tar" and str(error).endswith("it has no webp; there are jpg, seg.PNG, seg.png")
+    with pytest.raises(ValueError, match="key_column is 'id'; the images of tars are named by their files"):
+        open_source(tmp_path / "a.tar", key_column="id")
+
+
+def test_damaged_header_in_a_tar_costs_one_sample(tmp_path):
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": jpeg(i) for i in range(5)})
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        start = tar.getmember("2.jpg").offset
+    content[start + 100] ^= 1
+    (tmp_path / "a.tar").write_bytes(content)
+    images = dict(open_source(tmp_path / "a.tar"))
+    assert list(images) == ["a/0", "a/1", "a/3", "a/4", "a.tar"] and images["a/4"] == jpeg(4)
+    assert f"it is damaged at byte {start:,}" in str(images["a.tar"])
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_cut_tar_names_the_image_that_was_cut(tmp_path, name):
+    keys = write_images(tmp_path / "photos", 2)
+    write_tar(tmp_path / name, {f"{i}.png": (tmp_path / "photos" / key).read_bytes() for i, key in enumerate(keys)})
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) * 3 // 4 if name == "a.tar.gz" else 2600])
+    report = label_images(tmp_path / name, [Rows()], tmp_path / "labels", progress=False)
+    assert set(report.errors) == {"a/1", name} and report.images == 3
+    assert "'1.png' is cut off or damaged" in report.errors["a/1"]
+    assert f"{name} cannot be read to its end" in report.errors[name]
+
+
+def test_image_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_prismer.processing.labels.tars.MAX_IMAGE_BYTES", 2000)
+    write_tar(tmp_path / "a.tar.gz", {"0.jpg": jpeg(0), "1.jpg": bytes(3000), "2.jpg": jpeg(2)})
+    images = dict(open_source(tmp_path / "a.tar.gz"))
+    assert str(images["a/1"]) == "'1.jpg' has 3,000 bytes; at most 2,000 are read" and images["a/2"] == jpeg(2)
+
+
+def test_links_and_names_that_are_no_text_in_a_tar_do_no_harm(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        entry = tarfile.TarInfo("\udcff.jpg")
+        entry.size = len(jpeg(0))
+        tar.addfile(entry, io.BytesIO(jpeg(0)))
+    label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
+    assert list(LabelStore(tmp_path / "labels")) == [r"a/\xff"] and not LabelStore(tmp_path / "labels").errors
+
+
+# ---- stores among the images ----
+
+
+@pytest.mark.parametrize("output", ["labels", "more/labels", "."])
+@pytest.mark.parametrize("source", [".", "**/*"])
+def test_store_inside_its_input_folder_is_no_image(tmp_path, output, source):
+    keys = write_images(tmp_path, 5)
+    arguments = (f"{tmp_path}/{source}", [Rows()], tmp_path / output)
+    for images in (5, 0):
+        report = label_images(*arguments, progress=False)
+        assert (report.images, report.failed) == (images, 0)
+    label_images(tmp_path, [Rows()], tmp_path / "second", map_size=4, progress=False)
+    next((tmp_path / output).glob("labels-*")).write_bytes(b"damaged")
+    assert label_images(*arguments, progress=False, repair=True).images == 5
+    assert list(LabelStore(tmp_path / output)) == keys == list(LabelStore(tmp_path / "second"))
+
+
+def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, warnings_once):
+    keys = write_images(tmp_path, 6)
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("part1"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert keys_of(open_source(tmp_path)) == [key for key in keys if "part1" not in key]
+    assert warnings_once() == [f"The folder {tmp_path}/part1 is left out: Permission denied"]
 
 
 # ---- shares ----
