@@ -57,6 +57,94 @@ def test_all_six_experts_are_written_and_read(tmp_path):
     assert key == "coco/val/a.b.jpg" and list(read) == ["edge", "detection", "ocr"]
 
 
+def test_segmentation_lies_in_seg_coco(tmp_path):
+    labels = six_experts()
+    write_published_layout([("coco/val/a.jpg", labels)], tmp_path, ENTRIES)
+    folders = {path.name for path in tmp_path.iterdir()}
+    assert folders == {"depth", "normal", "seg_coco", "edge", "obj_detection", "ocr_detection"}
+    ((_, read),) = read_published_layout(tmp_path)
+    np.testing.assert_equal(read["segmentation"], labels["segmentation"])
+
+
+def test_folders_called_like_the_experts_are_read_too(tmp_path):
+    labels = six_experts()
+    own = {name: name for name in labels}
+    write_published_layout([("a.jpg", labels)], tmp_path, ENTRIES, folders=own)
+    assert {path.name for path in tmp_path.iterdir()} == set(labels)
+    ((_, read),) = read_published_layout(tmp_path)
+    np.testing.assert_equal(read, labels)
+
+
+def test_folders_that_are_not_read_are_reported(tmp_path, warnings_once):
+    write_published_layout([("a.jpg", six_experts())], tmp_path, ENTRIES)
+    list(read_published_layout(tmp_path))
+    assert not warnings_once()
+    for name in ("seg_ade", "flow", ".cache"):
+        (tmp_path / name).mkdir()
+    list(read_published_layout(tmp_path))
+    (warning,) = warnings_once()
+    assert "and are not read: flow, seg_ade. Name" in warning
+    (tmp_path / "seg_coco").rename(tmp_path / "seg_ade/seg_coco")
+    ((_, read),) = read_published_layout(tmp_path, folders={"segmentation": "seg_ade/seg_coco"})
+    assert read["segmentation"] is not None
+
+
+def test_image_without_words_has_no_file_of_ocr(tmp_path):
+    labels = six_experts()
+    del labels["ocr"]
+    write_published_layout([("a.jpg", labels)], tmp_path, ENTRIES[:5])
+    write_published_layout([("b.jpg", {"ocr": six_experts()["ocr"]})], tmp_path, ENTRIES[5:])
+    nothing = {"ids": np.full((6, 8), 255, np.uint8), "words": [], "features": np.zeros((0, 64), np.float32)}
+    read = dict(read_published_layout(tmp_path))
+    np.testing.assert_equal(read["a"]["ocr"], nothing)
+    assert read["b"]["ocr"]["words"] == ["stop", "25"] and read["b"]["depth"] is None
+    # asked for OCR alone, an image that other experts have seen has no words; one that nobody has seen is missing
+    read = dict(read_published_layout(tmp_path, ENTRIES[5:], keys=["a.jpg", "c.jpg"]))
+    np.testing.assert_equal(read["a.jpg"]["ocr"], nothing)
+    assert read["c.jpg"]["ocr"] is None
+
+
+def test_names_with_dots_are_not_taken_for_each_other(tmp_path):
+    labels = [(key, six_experts() if key == "a" else {}) for key in ("a", "a.b", "a.c.jpg")]
+    assert write_published_layout(labels, tmp_path, ENTRIES[:1]) == 3
+    assert {path.name for path in (tmp_path / "depth").iterdir()} == {"a.png", "a.b.png", "a.c.png"}
+    (tmp_path / "depth/a.b.png").unlink()
+    read = dict(read_published_layout(tmp_path, ENTRIES[:1], keys=["a", "a.jpg", "a.b", "a.b.jpg"]))
+    assert [labels["depth"] is None for labels in read.values()] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("obj_detection/a.json", b'{"0": -1, "1": 3}', "-1 is no whole number from 0 to 721"),
+        ("obj_detection/a.json", b'{"0": 722, "1": 3}', "722 is no whole number from 0 to 721"),
+        ("obj_detection/a.json", b'{"0": 3.5, "1": 3}', "3.5 is no whole number"),
+        ("obj_detection/a.json", b'{"0": null, "1": 3}', "a.json is not {instance number: class}"),
+        ("obj_detection/a.json", b'{"1000000000000": 3}', "1000000000000 is no whole number from 0 to 254"),
+        ("obj_detection/a.json", b'{"-1": 3}', "-1 is no whole number from 0 to 254"),
+        ("obj_detection/a.json", b"\xff", "a.json is not {instance number: class}"),
+        ("obj_detection/a.json", b"", "has the id 1, but 0 classes"),
+        ("ocr_detection/a.pt", b"", "has the id 1, but 0 words"),
+        ("ocr_detection/a.pt", b"PK\x03\x04", "a.pt is not {word number"),
+        ("ocr_detection/a.pt", {-1: {"features": torch.zeros(64), "text": ""}}, "-1 is no whole number"),
+        ("ocr_detection/a.pt", {10**12: {"features": torch.zeros(64), "text": ""}}, "from 0 to 254"),
+        ("ocr_detection/a.pt", {0: {"features": torch.zeros(63), "text": ""}}, "a.pt is not {word number"),
+        ("ocr_detection/a.pt", {0: {"features": torch.full((64,), torch.nan), "text": ""}}, "is not finite"),
+        ("ocr_detection/a.pt", {0: {"text": ""}}, "a.pt is not {word number"),
+        ("seg_coco/a.png", b"GIF89a", "a.png is damaged or not a PNG"),
+    ],
+)
+def test_damaged_files_are_named_with_what_is_wrong(tmp_path, name, content, message):
+    write_published_layout([("a.jpg", six_experts())], tmp_path, ENTRIES)
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        list(read_published_layout(tmp_path))
+    assert message in str(error.value) and str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
 def test_a_png_of_zero_bytes_means_that_nothing_is_known(tmp_path):
     labels = {**six_experts(), "depth": None, "ocr": None}
     write_published_layout([("a.jpg", labels)], tmp_path, ENTRIES)
@@ -100,10 +188,13 @@ def test_what_does_not_fit_is_named(tmp_path):
     (tmp_path / "depth/a.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="depth/a.png is damaged"):
         list(read_published_layout(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no folder seg_coco"):
-        list(read_published_layout(tmp_path, ENTRIES[2:3], folders={"segmentation": "seg_coco"}))
-    with pytest.raises(ValueError, match="leads out of"):
-        write_published_layout([("../a.jpg", {})], tmp_path, ENTRIES)
+    with pytest.raises(FileNotFoundError, match="no folder seg_ade; it has depth, edge, normal, obj_detection, ocr_"):
+        list(read_published_layout(tmp_path, ENTRIES[2:3], folders={"segmentation": "seg_ade"}))
+    for key in ("../a.jpg", "/etc/a.jpg", "a/../../b.jpg", "", "."):
+        with pytest.raises(ValueError, match="leads out of .*, or to no file"):
+            write_published_layout([(key, {})], tmp_path, ENTRIES)
+    with pytest.raises(ValueError, match="an identifier"):
+        write_published_layout([("b.jpg", {})], tmp_path, [{**ENTRIES[0], "name": "../depth"}])
     with pytest.raises(ValueError, match="'a.png' and 'a.jpg' would be one file"):
         write_published_layout([("a.jpg", {}), ("a.png", {})], tmp_path, ENTRIES)
     with pytest.raises(ValueError, match="has 5 channels"):
