@@ -4,7 +4,7 @@ import base64
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import PurePath
@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
 
@@ -33,6 +34,8 @@ def image_in(cell: Any) -> bytes | str:
     Raises:
         BadRecord: if there is none, or more than one.
     """
+    if isinstance(cell, PIL.Image.Image | np.ndarray):  # a stream that decodes by itself
+        return image_in(Image().encode_example(cell))
     if isinstance(cell, list | tuple):
         if len(cell) == 1:
             return image_in(cell[0])
@@ -172,15 +175,15 @@ def fault_of(cell: Any, name: str | None = None) -> BadRecord | None:
     return None
 
 
-def faults_of(images: Dataset) -> dict[int, BadRecord]:
+def faults_of(images: Dataset, names: Sequence[str | None] | None) -> dict[int, BadRecord]:
     """
     What is wrong with images, by their rows. A file that several rows name is opened once.
 
     Args:
-        images (`Dataset`): With a column `image`, and perhaps `image_id`, which is what reports call an image.
+        images (`Dataset`): With a column `image`.
+        names (`Sequence[str]`, *optional*): What reports call each image.
     """
-    columns = [name for name in ("image", "image_id") if name in images.column_names]
-    images = images.with_format(None).select_columns(columns).cast_column("image", Image(decode=False))
+    images = images.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
     _, first, same_as = np.unique(_identities(images), return_index=True, return_inverse=True)
     order = np.argsort(first)  # as they lie on the disk
     faulty: dict[int, BadRecord] = {}
@@ -190,11 +193,12 @@ def faults_of(images: Dataset) -> dict[int, BadRecord]:
     with progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         start = 0
         for batch in distinct.iter(32 if in_bytes else 1024):
-            names = batch.get("image_id", [None] * len(batch["image"]))
-            found = enumerate(pool.map(fault_of, batch["image"], names), start)
+            end = start + len(batch["image"])
+            called = [None if names is None else names[row] for row in first[order[start:end]]]
+            found = enumerate(pool.map(fault_of, batch["image"], called), start)
             faulty |= {int(order[i]): problem for i, problem in found if problem is not None}
-            start += len(names)
-            progress.update(len(names))
+            start = end
+            progress.update(len(called))
     return {int(row): faulty[int(same_as[row])] for row in np.flatnonzero(np.isin(same_as, list(faulty)))}
 
 

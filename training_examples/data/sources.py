@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from modeling_prismer.processing.labels import KEY_COLUMNS, TAR_SUFFIXES
 
 from .lists import LIST_SUFFIXES, TASKS, columns_in, fits, is_list
-from .pictures import is_image
+from .pictures import is_image, undecoded
 from .rows import ROW_NUMBER
 from .tables import SPLIT, is_packed, open_packed
 
@@ -246,6 +246,9 @@ class _StreamSplits(dict):
 
     def __init__(self, table: IterableDataset, column: str, names: list[str] | None):
         super().__init__(train=None)
+        for name, feature in table.features.items():
+            if is_image(feature):  # a filter would decode them
+                table = table.cast_column(name, undecoded(feature))
         self.table, self.column, self.names = table, column, names
 
     def __contains__(self, split: object) -> bool:

@@ -3,6 +3,7 @@
 import re
 import tarfile
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import fsspec
@@ -14,66 +15,88 @@ from .lists import parse_json
 
 
 TEXT_SUFFIXES = ("txt", "caption", "cls", "text", "question", "answer")
+MAX_BYTES = 1 << 30  # of a member; it is read into memory
+MAX_IMAGES = 16  # of a sample; more of them are samples of their own
+
+Record = dict[str, Any] | BadRecord
 
 
-def read_tar(path: str) -> Iterator[dict[str, Any] | BadRecord]:
+def read_tar(path: str) -> Iterator[Record]:
     """
-    The samples of a tar, `{"__key__": "0001", "image": b"…", "txt": "a cat", "json": {…}}`. As in webdataset, members
-    with the same name up to its first dot are a sample; the last part of a name says what is in it.
+    The samples of a tar, `{"__key__": "0001", "image": b"…", "txt": "a cat", "json": {…}}`, under the names that
+    `prismer label` gives: as in webdataset a name ends at its first dot, and its first image counts. Where it has
+    none, images called `NAME.MORE.jpg` are samples `NAME.MORE`.
     """
-    sample = _Sample("")
+    last = None
     try:
         with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-            for member in tar:
-                named = re.match(r"((?:.*/|)[^./][^.]*)\.([^/]*)$", member.name)
-                if named is None or not member.isfile():
-                    continue
-                if named.group(1) != sample.key:
-                    yield from sample.record()
-                    sample = _Sample(named.group(1))
-                sample.add(named.group(2), tar.extractfile(member))
+            for name, members in groupby(_members(tar), lambda named: named[0]):
+                sample = _Sample(name)
+                for _, kind, member in members:
+                    if len(sample.parts) > MAX_IMAGES and kind.rpartition(".")[0] not in sample.parts:
+                        yield from sample.records()
+                        sample = _Sample(name)
+                    sample.add(kind, member, tar)
+                yield from sample.records()
+                last = name
     except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError) or not sample.key:
+        if isinstance(error, FileNotFoundError) or last is None:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        yield BadRecord(f"the tar cannot be read beyond sample {sample.key}: {error}")
-        return
-    yield from sample.record()
+        yield BadRecord(f"the tar cannot be read beyond sample {last}: {error}")
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """The name of its sample, its kind and the member, of each file that belongs to one."""
+    for member in tar:
+        named = re.fullmatch(r"((?:.*/)?(?!__)[^./][^./]*)\.([^/]+)", member.name, re.DOTALL)
+        if named is not None and member.isreg():
+            yield named[1], named[2], member
 
 
 class _Sample:
-    def __init__(self, key: str):
-        self.key = key
+    """The members with one name: those called NAME.jpg, and the parts NAME.MORE.jpg."""
+
+    def __init__(self, name: str):
+        self.name = name
         self.members: list[str] = []
-        self.images: list[str] = []
-        self.fields: dict[str, Any] = {}
-        self.problem: str | None = None
+        self.parts: dict[str, dict[str, Any]] = {"": {}}
+        self.problems: list[str] = []
 
-    def add(self, name: str, file: Any) -> None:
-        self.members.append(name)
-        field = name.rpartition(".")[2].lower()
-        if f".{field}" in IMAGE_SUFFIXES:
-            self.images.append(name)
-            self.fields["image"] = file.read()
-        elif field == "json" or field in TEXT_SUFFIXES:
-            # bytes that are no UTF-8 become faults where they are used
-            text = file.read().decode("utf-8-sig", "surrogateescape")
-            try:
-                self.fields[field] = parse_json(text, f"{self.key}.{name}") if field == "json" else text
-            except ValueError as error:
-                self.problem = str(error)
-
-    def record(self) -> Iterator[dict[str, Any] | BadRecord]:
-        if not self.key:
+    def add(self, kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+        self.members.append(kind)
+        more, _, suffix = kind.lower().rpartition(".")
+        more = kind[: len(more)]  # as it is spelled
+        is_image = f".{suffix}" in IMAGE_SUFFIXES
+        fields = self.parts.setdefault(more, {})
+        if not is_image and suffix != "json" and suffix not in TEXT_SUFFIXES or (is_image and "image" in fields):
             return
-        there = ", ".join(self.members)
-        if self.problem is not None:
-            yield BadRecord(f"sample {self.key}: {self.problem}")
-        elif not self.images:
-            yield BadRecord(f"sample {self.key} has no image, but {there}; a sample's members must follow each other")
-        elif len(self.images) > 1:
+        if member.size > MAX_BYTES:
+            self.problems.append(f"{kind} has {member.size:,} bytes; at most {MAX_BYTES:,} are read")
+            return
+        content = tar.extractfile(member).read()
+        if is_image:
+            fields["image"] = content
+            return
+        # bytes that are no UTF-8 become faults where they are used
+        text = content.decode("utf-8-sig", "surrogateescape")
+        try:
+            fields[suffix] = parse_json(text, kind) if suffix == "json" else text
+        except ValueError as error:
+            self.problems.append(str(error))
+
+    def records(self) -> Iterator[Record]:
+        own = self.parts.pop("")
+        samples = {f"{self.name}.{more}": fields for more, fields in self.parts.items() if "image" in fields}
+        if "image" in own:
+            samples = {self.name: own}
+        elif len(samples) == 1:
+            samples = {name: {**own, **fields} for name, fields in samples.items()}
+        if self.problems:
+            yield BadRecord(f"sample {self.name}: {'; '.join(self.problems)}")
+        elif not samples:
+            there = ", ".join(self.members)
             yield BadRecord(
-                f"sample {self.key} has {len(self.images)} images: {there}. A sample's name ends at its first dot; "
-                "rename members that have more dots"
+                f"sample {self.name} has no image, but {there}; members of a sample must follow each other"
             )
         else:
-            yield {"__key__": self.key, **self.fields}
+            yield from ({"__key__": name, **fields} for name, fields in samples.items())
