@@ -288,7 +288,8 @@ def label(
         for key, error in list(report.errors.items())[:10]:
             err.print(f"damaged: {key}: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         if report.failed > 10:
-            err.print(f"and {report.failed - 10} more; LabelStore({str(output)!r}).errors lists all", highlight=False)
+            rest = f"and {report.failed - 10} more; LabelStore({str(output)!r}).errors lists all"
+            err.print(rest, markup=False, highlight=False, soft_wrap=True)
         rate = f"{report.images_per_second:.1f} images/s, {report.bytes / max(1, report.images) / 1000:.1f} kB each"
         err.print(f"{report.images} images labelled, {report.failed} of them damaged; {rate}", highlight=False)
         print(output)
