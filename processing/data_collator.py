@@ -1,6 +1,8 @@
 """From rows of a data set to a batch of what Prismer reads."""
 
 import hashlib
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 
 from .image_loading import load_image
+from .image_processing_prismer import check_expert_labels
 from .processing_prismer import PrismerProcessor
 
 
@@ -121,7 +124,8 @@ class DataCollatorForPrismer:
             [`PrismerProcessor.__call__`] for their shapes.
 
         Raises:
-            ValueError: if a picture cannot be read, naming its `image_id`; if only some rows have a column.
+            ValueError: naming the row's `image_id`, if its image cannot be read, if a label is wrong or holds NaN, or
+                if its weight is no number from 0 on; if only some rows have a column.
         """
         return self._collate([dict(row) for row in rows])
 
@@ -132,8 +136,10 @@ class DataCollatorForPrismer:
                 raise ValueError(f"{number} of {len(rows)} rows have '{column}'; all or none of a batch must")
         images = [load_image(row["image"], name=row.get("image_id")) for row in rows]
         labels = self._labels(rows, images)
-        keep = torch.ones(len(rows), len(self.processor.image_processor.experts), dtype=torch.bool)
+        experts = self.processor.image_processor.experts
+        keep = torch.ones(len(rows), len(experts), dtype=torch.bool)
         for i, row in enumerate(rows):
+            check_expert_labels(labels[i] or {}, experts, _name_of(row, i))
             with self._randomness_of(row, images[i], i):
                 if self.texts_per_image is not None:
                     self._draw_texts(row, self.texts_per_image)
@@ -148,7 +154,7 @@ class DataCollatorForPrismer:
         if "expert_mask" in inputs:
             inputs["expert_mask"] &= keep
         if self.with_suffix and rows[0].get("weight") is not None:
-            weights = [weight for row in rows for weight in _listed(row["weight"])]
+            weights = [weight for i, row in enumerate(rows) for weight in _weights(row, i)]
             inputs["sample_weight"] = torch.tensor(weights, dtype=torch.float32)
         return inputs
 
@@ -189,5 +195,13 @@ def _column(rows: list[dict[str, Any]], name: str) -> list[Any] | None:
     return None if rows[0].get(name) is None else [row[name] for row in rows]
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _name_of(row: dict[str, Any], place: int) -> str:
+    return f"sample {place}" if row.get("image_id") is None else f"'{row['image_id']}'"
+
+
+def _weights(row: dict[str, Any], place: int) -> list[float]:
+    weights = row["weight"] if isinstance(row["weight"], list) else [row["weight"]]
+    for weight in weights:
+        if not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
+            raise ValueError(f"weight of {_name_of(row, place)} is {weight!r}; a number from 0 on is needed")
+    return [float(weight) for weight in weights]

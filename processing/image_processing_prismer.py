@@ -109,16 +109,18 @@ class _ImageAndExpertMaps(_Backend):
                 turned upright and converted to RGB.
             expert_labels (`dict` or `list[dict]`, *optional*):
                 For each image a dict from an expert's name to its label (one dict will do for one image). `None`, or
-                an absent name, means that the expert is missing for this image. Labels are 8 bit and of any size,
-                usually the image's; a map is a NumPy array, a torch tensor or a PIL image:
+                an absent name, means that the expert is missing for this image. Labels are of any size, usually the
+                image's; a map is a NumPy array, a torch tensor or a PIL image, of integers:
 
                 - dense: (H, W), (H, W, C) or (C, H, W), values from 0 to 255;
-                - label: (H, W) or `{"ids": (H, W)}`, class ids, 255 = background;
+                - label: (H, W) or `{"ids": (H, W)}`, class ids;
                 - label with `instances`: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
                 - label without `num_classes`: `{"ids": (H, W), "features": (n, channels) float}`, ids counting words
                   (or instances).
 
-                Instances beyond `max_instances` and words beyond `max_words` become background, with a warning.
+                Ids may have any integer type. 255 and negative ids are background. So are ids that stand for nothing,
+                with a warning: classes from `num_classes` on, instances and words that are not listed, instances from
+                `max_instances` on and words from `max_words` on.
             return_tensors (`str` or `TensorType`, *optional*, defaults to `"pt"`):
                 `"pt"` or `"np"`; `None` is the same as `"np"`.
             kwargs:
@@ -173,6 +175,9 @@ class _ImageAndExpertMaps(_Backend):
     ) -> BatchFeature:
         images = load_images(images, max_pixels=max_image_pixels, input_data_format=input_data_format)
         labels_of_images = match_expert_labels(expert_labels, len(images), experts)
+        if len(images) > 1:
+            for number, given in enumerate(labels_of_images):
+                check_expert_labels(given, experts, f"sample {number}")
         data = {"pixel_values": self._pixel_values(images, device=device, **kwargs)}
         for expert in experts:
             labels = [labels.get(expert["name"]) for labels in labels_of_images]
@@ -340,6 +345,33 @@ def match_expert_labels(
     return [dict(labels or {}) for labels in expert_labels]
 
 
+def check_expert_labels(labels: Mapping[str, Any], experts: list[dict[str, Any]], sample: str) -> None:
+    """
+    Checks the labels of one image.
+
+    Args:
+        labels (`dict`): from an expert's name to its label, `None` where it is missing.
+        experts: the configured experts' descriptions.
+        sample (`str`): what error messages call the image.
+
+    Raises:
+        ValueError, TypeError: naming the expert and the sample, what is wrong and what is accepted.
+    """
+    for expert in experts:
+        label = labels.get(expert["name"])
+        if label is None:
+            continue
+        try:
+            if expert["kind"] == "dense":
+                _dense_map(label, expert)
+            else:
+                _id_map(label, expert)
+                _items(label, expert)
+        except (TypeError, ValueError) as error:
+            reason = str(error).removeprefix(f"{expert['name']} label ")
+            raise type(error)(f"{expert['name']} label of {sample} {reason}") from error
+
+
 def _tensor_suffixes(expert: dict[str, Any]) -> list[str]:
     if expert["kind"] == "dense":
         return ["values"]
@@ -349,10 +381,14 @@ def _tensor_suffixes(expert: dict[str, Any]) -> list[str]:
 
 
 def _validate_experts(experts: list[dict[str, Any]]) -> None:
+    if not isinstance(experts, list | tuple) or not all(isinstance(expert, Mapping) for expert in experts):
+        raise ValueError(f"experts is {experts!r}; a list of descriptions is needed, one dict an expert")
     names = [expert.get("name") for expert in experts]
     for expert, name in zip(experts, names):
         if not isinstance(name, str) or not name.isidentifier() or names.count(name) > 1:
             raise ValueError(f"expert {expert} has the name {name!r}; a unique identifier such as 'depth' is needed")
+        if name in ("pixel", "input"):
+            raise ValueError(f"an expert cannot be named {name!r}: its tensors would replace those of image and text")
         if expert.get("kind") not in ("dense", "label"):
             raise ValueError(f"expert '{name}' has the kind {expert.get('kind')!r}; accepted are 'dense' and 'label'")
         if not isinstance(expert.get("channels"), int) or expert["channels"] < 1:
@@ -398,28 +434,20 @@ def _label_tensors(labels: list[Any], expert: dict[str, Any], size: int, max_ite
     ids = np.full((len(labels), size, size), BACKGROUND, np.uint8)
     tensors: dict[str, np.ndarray] = {f"{name}_ids": ids}
     items: np.ndarray | None = None
-    read_items = _instance_classes
     if "classes" in _tensor_suffixes(expert):
         tensors[f"{name}_classes"] = items = np.zeros((len(labels), max_items), np.int64)
     elif "features" in _tensor_suffixes(expert):
         tensors[f"{name}_features"] = items = np.zeros((len(labels), max_items, channels), np.float32)
-        read_items = _word_features
 
     for row, label in enumerate(labels):
         if label is None:
             continue
-        full_map = _id_map(label, expert)
-        highest = max(
-            (i for i, count in enumerate(Image.fromarray(full_map).histogram()[:BACKGROUND]) if count), default=-1
-        )
-        ids[row] = _resize_map(full_map, size)
-        if items is None:
-            _require_class(name, highest, expert["num_classes"])
+        ids[row] = _resize_map(_id_map(label, expert), size)
+        values = _items(label, expert)
+        if items is None or values is None:
+            _clear_ids(ids[row], expert["num_classes"], f"{name} label has ids that are not among its classes")
             continue
-        values = read_items(label, expert)
-        if highest >= len(values):
-            what = _tensor_suffixes(expert)[1]
-            raise ValueError(f"{name} label has the id {highest} in its map, but '{what}' has {len(values)} entries")
+        _clear_ids(ids[row], len(values), f"{name} label has ids without an entry in '{_tensor_suffixes(expert)[1]}'")
         if len(values) > max_items:
             setting = "max_instances" if expert.get("instances") else "max_words"
             logger.warning_once(
@@ -431,6 +459,14 @@ def _label_tensors(labels: list[Any], expert: dict[str, Any], size: int, max_ite
     return tensors
 
 
+def _clear_ids(ids: np.ndarray, number: int, reason: str) -> None:
+    """Makes ids that stand for nothing, those from `number` on, background."""
+    beyond = (ids >= min(number, BACKGROUND)) & (ids != BACKGROUND)
+    if beyond.any():
+        logger.warning_once(f"{reason}: they become background.")
+        ids[beyond] = BACKGROUND
+
+
 def _resize_map(values: np.ndarray, size: int) -> np.ndarray:
     """(H, W) uint8 to (size, size), by Pillow's nearest neighbour."""
     return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST))
@@ -439,7 +475,7 @@ def _resize_map(values: np.ndarray, size: int) -> np.ndarray:
 def _dense_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
     """A dense label as (C, H, W) uint8."""
     name, channels = expert["name"], expert["channels"]
-    values = _to_8_bit_array(label, name, "values")
+    values = _dense_values(label, name)
     if values.ndim == 2:
         values = values[None]
     elif values.ndim == 3 and values.shape[-1] == channels:
@@ -453,7 +489,7 @@ def _dense_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
 
 
 def _id_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
-    """The ids of a label as (H, W) uint8."""
+    """The ids of a label as (H, W) uint8; see [`ids_of_8_bits`]."""
     name, others = expert["name"], _tensor_suffixes(expert)[1:]
     if isinstance(label, Mapping):
         missing = [key for key in ["ids", *others] if label.get(key) is None]
@@ -464,12 +500,20 @@ def _id_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
         label = label["ids"]
     elif others:
         raise ValueError(f"{name} label is a bare map; {{'ids': map, '{others[0]}': …}} is needed")
-    ids = _to_8_bit_array(label, name, "ids")
+    ids = ids_of_8_bits(_to_array(label, name, "ids"), f"{name} label")
     if ids.ndim == 3 and 1 in (ids.shape[0], ids.shape[-1]):
         ids = ids[0] if ids.shape[0] == 1 else ids[..., 0]
     if ids.ndim != 2:
         raise ValueError(f"{name} label has ids of shape {ids.shape}; one id for each pixel, (H, W), is needed")
     return np.ascontiguousarray(ids)
+
+
+def _items(label: Any, expert: dict[str, Any]) -> np.ndarray | None:
+    """What the ids of a label count: classes of instances or features of words; `None` if they are classes."""
+    others = _tensor_suffixes(expert)[1:]
+    if not others:
+        return None
+    return _instance_classes(label, expert) if others == ["classes"] else _word_features(label, expert)
 
 
 def _instance_classes(label: Mapping[str, Any], expert: dict[str, Any]) -> np.ndarray:
@@ -494,6 +538,8 @@ def _word_features(label: Mapping[str, Any], expert: dict[str, Any]) -> np.ndarr
         raise ValueError(
             f"{name} label has features of shape {features.shape}; (number of words, {channels}) is needed"
         )
+    if not np.isfinite(features).all():
+        raise ValueError(f"{name} label has features that hold NaN or inf; finite numbers are needed")
     words = label.get("words")
     if words is not None and len(words) != len(features):
         raise ValueError(f"{name} label has {len(words)} words, but {len(features)} features")
@@ -503,29 +549,52 @@ def _word_features(label: Mapping[str, Any], expert: dict[str, Any]) -> np.ndarr
 def _require_class(name: str, highest: int, num_classes: int | None) -> None:
     if num_classes is not None and highest >= num_classes:
         raise ValueError(
-            f"{name} label has the class {highest}; the config's expert '{name}' has {num_classes} classes "
-            f"(0 to {num_classes - 1}; in a map {BACKGROUND} is background)"
+            f"{name} label has the class {highest}; the config's expert '{name}' has {num_classes} classes, "
+            f"0 to {num_classes - 1}"
         )
 
 
-def _to_8_bit_array(values: Any, name: str, what: str) -> np.ndarray:
+def ids_of_8_bits(ids: np.ndarray, name: str) -> np.ndarray:
+    """
+    A map of ids as uint8, whatever its integer type: negative ids and those from 255 on become 255, background.
+
+    Raises:
+        ValueError: if they are no integers; `name` says what they belong to.
+    """
+    if ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} has {ids.dtype} ids; integers are accepted; {BACKGROUND} and negative ones are background"
+        )
+    if ids.dtype == np.uint8:
+        return ids
+    return np.where((ids < 0) | (ids > BACKGROUND), BACKGROUND, ids).astype(np.uint8)
+
+
+def _to_array(values: Any, name: str, what: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
-        values = values.numpy(force=True)
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
     elif isinstance(values, Image.Image):
         values = np.asarray(values)
     elif not isinstance(values, np.ndarray):
         raise TypeError(
             f"{name} label has {what} of type {type(values).__name__}; a NumPy array, a torch tensor or a PIL image "
-            "of 8 bits is accepted"
+            "is accepted"
         )
     if values.size == 0:
         raise ValueError(f"{name} label has an empty map: its shape is {values.shape}")
+    return values
+
+
+def _dense_values(label: Any, name: str) -> np.ndarray:
+    values = _to_array(label, name, "values")
     if values.dtype == np.uint8:
         return values
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"{name} label holds NaN or inf; 8-bit integers, 0 to 255, are accepted")
     if values.dtype.kind not in "iub":
-        raise ValueError(f"{name} label has {values.dtype} {what}; 8-bit integers, 0 to 255, are accepted")
+        raise ValueError(f"{name} label has {values.dtype} values; 8-bit integers, 0 to 255, are accepted")
     if values.min() < 0 or values.max() > 255:
-        raise ValueError(f"{name} label has {what} from {values.min()} to {values.max()}; 0 to 255 is accepted")
+        raise ValueError(f"{name} label has values from {values.min()} to {values.max()}; 0 to 255 is accepted")
     return values.astype(np.uint8)
 
 

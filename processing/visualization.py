@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .image_processing_prismer import BACKGROUND, ids_of_8_bits
 
-BACKGROUND = 255
 
 # Steps of the perceptually even colour map "inferno", dark to light; between them colours are mixed linearly.
 COLOR_MAP = np.array(
@@ -356,7 +356,9 @@ def _as_parts(name: str, label: Any, kind: str | None) -> dict[str, Any] | None:
         array = array[..., 0]
     if array.ndim != 2 and not (what == "values" and array.ndim == 3) or 0 in array.shape:
         raise ValueError(f"the map of '{name}' has the shape {array.shape}; (height, width) is needed")
-    if array.dtype != np.uint8:
+    if what == "ids":
+        array = ids_of_8_bits(array, f"the map of '{name}'")
+    elif array.dtype != np.uint8:
         if array.dtype.kind not in "iub" or array.min() < 0 or array.max() > 255:
             raise ValueError(f"the map of '{name}' is {array.dtype}; values of 8 bit are needed")
         array = array.astype(np.uint8)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..image_processing_prismer import ids_of_8_bits
 from .saved_files import copy_into, find_saved, require_hub_id, require_inside
 
 
@@ -346,11 +347,11 @@ class Expert(FrozenModel):
             expert has nothing to say:
 
             - dense: uint8 array (H, W) or (H, W, channels);
-            - label, ids are classes: uint8 array (H, W), or `{"ids": (H, W)}`;
+            - label, ids are classes: array (H, W) of integers, or `{"ids": (H, W)}`;
             - label, ids are instances: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
             - label, ids are words: `{"ids": (H, W), "words": [str, …], "features": float32 (words, channels)}`.
 
-            255 is background in ids.
+            255 and negative ids are background.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method `run`")
 
@@ -435,6 +436,8 @@ class Expert(FrozenModel):
         size = (image.height, image.width)
         accepted: list[tuple[int, ...]] = [size] if self.kind == "label" or self.channels == 1 else []
         accepted += [(*size, self.channels)] if self.kind == "dense" else []
+        if self.kind == "label":
+            array = ids_of_8_bits(array, "a label")
         if array.dtype != np.uint8 or array.shape not in accepted:
             shapes = " or ".join(map(str, accepted))
             raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from modeling_prismer import DataCollatorForPrismer
+from modeling_prismer.processing import JointAugmentation
 
 
 def picture(seed):
@@ -223,6 +224,44 @@ def test_picture_that_cannot_be_read_is_named(make_processor):
     data = [*rows(1), {"image": b"no picture", "image_id": "summer/beach.jpg", "suffix": "a dog"}]
     with pytest.raises(ValueError, match="summer/beach.jpg"):
         DataCollatorForPrismer(make_processor(), depth_by_id)(data)
+
+
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        ({"depth": np.full((24, 40), np.nan)}, "depth label of 'b.png' holds NaN or inf"),
+        ({"depth": np.zeros((24, 40))}, "depth label of 'b.png' has float64 values; 8-bit integers"),
+        ({"segmentation": np.zeros((24, 40))}, "segmentation label of 'b.png' has float64 ids; integers"),
+        ({"detection": {"ids": np.zeros((24, 40), int)}}, "detection label of 'b.png' has no 'classes'"),
+    ],
+)
+@pytest.mark.parametrize("augmentation", [None, Jitter()])
+def test_sample_with_a_wrong_label_is_named(make_processor, label, message, augmentation):
+    data = [{**row, "image_id": name} for row, name in zip(rows(3), ("a.png", "b.png", "c.png"))]
+    collator = DataCollatorForPrismer(make_processor(), lambda ids: [{}, label, None], augmentation)
+    with pytest.raises(ValueError, match=message):
+        collator(data)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8"])
+def test_ids_of_every_integer_type_are_augmented_alike(image_processor, make_processor, dtype):
+    ids = np.arange(24 * 40).reshape(24, 40) % 100
+
+    def batch(ids):
+        augmentation = JointAugmentation(image_processor.experts, size=(32, 32), expert_size=16)
+        return DataCollatorForPrismer(make_processor(), lambda _: [{"segmentation": ids}], augmentation)(rows(1))
+
+    background = -1 if dtype.startswith("int") else 255
+    expected = batch(np.where(ids < 50, ids, 255).astype(np.uint8))
+    assert same(batch(np.where(ids < 50, ids, background).astype(dtype)), expected)
+    assert (expected["segmentation_ids"] == 255).any() and (expected["segmentation_ids"] < 50).any()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "much", [1.0, float("nan")]])
+def test_weight_that_is_no_number_from_0_on_is_named(make_processor, weight):
+    collator = DataCollatorForPrismer(make_processor(), depth_by_id)
+    with pytest.raises(ValueError, match="weight of '1.png' is .*; a number from 0 on is needed"):
+        collator(rows(weight=[1.0, weight, 1.0]))
 
 
 def test_column_that_only_some_rows_have_is_named(make_processor):

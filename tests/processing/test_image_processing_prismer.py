@@ -259,19 +259,17 @@ def zeros(*shape, dtype=np.uint8):
         ({"depth": zeros(0, 8)}, r"depth label has an empty map: its shape is \(0, 8\)"),
         ({"depth": zeros(6, 8, dtype=np.float32)}, "depth label has float32 values; 8-bit integers, 0 to 255, are"),
         ({"depth": zeros(6, 8, dtype=np.int32) - 1}, "depth label has values from -1 to -1; 0 to 255 is accepted"),
-        ({"segmentation": zeros(6, 8, dtype=np.int32) + 300}, "segmentation label has ids from 300 to 300"),
-        ({"segmentation": zeros(6, 8, 3)}, r"segmentation label has ids of shape \(6, 8, 3\); one id for each pixel"),
+        ({"depth": zeros(6, 8, dtype=np.float16) + np.inf}, "depth label holds NaN or inf; 8-bit integers, 0 to"),
         (
-            {"segmentation": zeros(6, 8) + 140},
-            r"segmentation label has the class 140; the config's expert 'segmentation' has 133 classes \(0 to 132; in",
+            {"segmentation": zeros(6, 8, dtype=bool)},
+            "segmentation label has bool ids; integers are accepted; 255",
         ),
+        ({"segmentation": zeros(6, 8, dtype=np.float32)}, "segmentation label has float32 ids; integers are accepted"),
+        ({"detection": {"ids": zeros(6, 8, dtype=np.float64), "classes": []}}, "detection label has float64 ids"),
+        ({"segmentation": zeros(6, 8, 3)}, r"segmentation label has ids of shape \(6, 8, 3\); one id for each pixel"),
         ({"segmentation": {"map": zeros(6, 8)}}, "segmentation label has no 'ids'; its keys are: map"),
         ({"detection": zeros(6, 8)}, "detection label is a bare map; {'ids': map, 'classes': …} is needed"),
         ({"detection": {"ids": zeros(6, 8)}}, "detection label has no 'classes'; its keys are: ids"),
-        (
-            {"detection": {"ids": zeros(6, 8) + 2, "classes": [1, 1]}},
-            "detection label has the id 2 in its map, but 'classes' has 2 entries",
-        ),
         (
             {"detection": {"ids": zeros(6, 8), "classes": [722]}},
             "detection label has the class 722; .* has 722 classes",
@@ -282,6 +280,10 @@ def zeros(*shape, dtype=np.uint8):
         (
             {"ocr": {"ids": zeros(6, 8), "features": zeros(1, 64)}},
             r"ocr label has features of shape \(1, 64\); \(number of words, 8\) is needed",
+        ),
+        (
+            {"ocr": {"ids": zeros(6, 8), "features": zeros(1, 8, dtype=np.float32) + np.nan}},
+            "ocr label has features that hold NaN or inf; finite numbers are needed",
         ),
         (
             {"ocr": {"ids": zeros(6, 8), "words": ["a", "b"], "features": zeros(1, 8)}},
@@ -299,6 +301,69 @@ def test_a_wrong_label_is_named_with_what_is_accepted(image_processor, image, la
         image_processor(image, labels)
 
 
+# Ids as a narrow and a wide type hold them; 255 does not fit into int8, which has -1 in its place.
+SIGNED = np.array([[0, 1, 2], [-1, -128, 100]])
+WIDE = np.array([[0, 1, 2], [255, -1, 100]])
+HUGE = np.array([[0, 1, 2], [1 << 15, -(1 << 40), 1 << 62]])
+INTEGERS = [(SIGNED, "int8"), (SIGNED, "int16"), (SIGNED, "int32"), (SIGNED, "int64")]
+INTEGERS += [(WIDE, "int16"), (WIDE, "int32"), (WIDE, "int64"), (HUGE, "int64")]
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+@pytest.mark.parametrize("ids, dtype", INTEGERS)
+@pytest.mark.parametrize("expert", ["segmentation", "detection", "ocr"])
+def test_ids_mean_the_same_in_every_integer_type(image, expert, ids, dtype, convert):
+    description = {"name": expert, "kind": "label", "channels": 8}
+    description |= {"segmentation": {"num_classes": 2}, "detection": {"num_classes": 7, "instances": True}}.get(
+        expert, {}
+    )
+    image_processor = PrismerImageProcessor(experts=[description], expert_size=3)
+    others = {"classes": [5, 6], "features": np.ones((2, 8), np.float32)}
+    of_8_bits = np.array([[0, 1, 255], [255, 255, 255]], np.uint8)
+    expected = image_processor(image, {expert: {"ids": of_8_bits, **others}})
+    assert expected[f"{expert}_ids"][0, 0].tolist() == [0, 1, 255]
+    found = image_processor(image, {expert: {"ids": convert(ids.astype(dtype)), **others}})
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        ({"segmentation": zeros(6, 8) + 140}, "segmentation label has ids that are not among its classes"),
+        (
+            {"detection": {"ids": zeros(6, 8) + 2, "classes": [1, 1]}},
+            "detection label has ids without an entry in 'classes'",
+        ),
+        (
+            {"ocr": {"ids": zeros(6, 8) + 1, "features": zeros(1, 8)}},
+            "ocr label has ids without an entry in 'features'",
+        ),
+    ],
+)
+def test_ids_that_stand_for_nothing_are_background(image_processor, image, label, message, warnings_once):
+    for _ in range(2):
+        inputs = image_processor(image, label)
+    assert (inputs[f"{next(iter(label))}_ids"] == 255).all()
+    assert warnings_once() == [f"{message}: they become background."]
+
+
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        ({"depth": np.full((6, 8), np.nan)}, "depth label of sample 1 holds NaN or inf"),
+        ({"normal": zeros(6, 8)}, "normal label of sample 1 has 1 channels; the config's expert 'normal' has 3"),
+        ({"detection": {"ids": zeros(6, 8)}}, "detection label of sample 1 has no 'classes'; its keys are: ids"),
+        (
+            {"ocr": {"ids": zeros(6, 8), "features": np.full((1, 8), np.inf)}},
+            "ocr label of sample 1 has features that hold NaN or inf",
+        ),
+    ],
+)
+def test_in_a_batch_the_sample_is_named(image_processor, image, label, message):
+    with pytest.raises(ValueError, match=message):
+        image_processor([image, image, image], [None, label, None])
+
+
 def test_labels_of_a_wrong_type_are_refused(image_processor, image):
     with pytest.raises(TypeError, match="depth label has values of type list; a NumPy array, a torch tensor or a PIL"):
         image_processor(image, {"depth": [[1, 2]]})
@@ -313,6 +378,10 @@ def test_labels_of_a_wrong_type_are_refused(image_processor, image):
     "expert, message",
     [
         ({"name": "my depth", "kind": "dense", "channels": 1}, "has the name 'my depth'; a unique identifier"),
+        ({"name": "../../x", "kind": "dense", "channels": 1}, "has the name '../../x'; a unique identifier"),
+        ({"name": "pixel", "kind": "dense", "channels": 1}, "cannot be named 'pixel': its tensors would replace"),
+        ({"name": "input", "kind": "label", "channels": 8}, "cannot be named 'input': its tensors would replace"),
+        ("depth", r"experts is \['depth'\]; a list of descriptions is needed, one dict an expert"),
         (
             {"name": "depth", "kind": "map", "channels": 1},
             "'depth' has the kind 'map'; accepted are 'dense' and 'label'",

@@ -104,6 +104,14 @@ def test_segments_lie_over_the_picture_where_their_ids_are(picture, labels, writ
     assert "class 1" in written
 
 
+def test_ids_of_every_integer_type_are_drawn_alike(picture):
+    ids = np.tile(np.array([0, 1, -1], np.int64), (30, 10))
+    expected = draw_expert(picture, "segmentation", np.where(ids < 0, 255, ids).astype(np.uint8))
+    for dtype in (np.int8, np.int16, np.int64):
+        drawn = draw_expert(picture, "segmentation", ids.astype(dtype))
+        assert drawn["picture"] == expected["picture"] and drawn["legend"] == expected["legend"]
+
+
 def test_a_missing_expert_is_said_to_be_missing(picture, labels, written):
     experts_panel(picture, {"depth": labels["depth"], "ocr": None}, SIX[:2])
     assert written.count("missing") == 2  # normal has no label, ocr has none to show

@@ -131,6 +131,32 @@ def test_no_images_give_no_labels():
     assert Warmth()([]) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_ids_of_an_expert_may_have_any_integer_type(dtype):
+    ids = torch.tensor([[0, 1, -1]])
+
+    class Classes(Expert):
+        name, kind, channels, num_classes = "classes", "label", 8, 2
+
+        def run(self, images):
+            return [ids.to(dtype), {"ids": ids.to(dtype).numpy()}]
+
+    bare, mapping = Classes()(pictures(2, size=(3, 1)))
+    for found in (bare, mapping["ids"]):
+        assert found.dtype == np.uint8 and found.tolist() == [[0, 1, 255]]
+
+
+def test_ids_of_an_expert_are_integers():
+    class Scores(Expert):
+        name, kind, channels, num_classes = "scores", "label", 8, 2
+
+        def run(self, images):
+            return [np.zeros((1, 3), np.float32)]
+
+    with pytest.raises(ExpertError, match="a label has float32 ids; integers are accepted"):
+        Scores()(pictures(1, size=(3, 1)))
+
+
 def test_a_failure_names_the_expert_and_the_image():
     images = pictures(5)
     images[3] = Image.new("RGB", (6, 4), "red")
