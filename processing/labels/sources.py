@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -137,7 +137,13 @@ class DatasetImages(ListedImages):
         if key_column is None:
             keys = [f"{row:012d}" for row in range(len(dataset))]
         else:
-            keys = [as_text(str(key)) for key in dataset.with_format(None).select_columns(key_column)[:][key_column]]
+            values = dataset.with_format(None).select_columns(key_column)[:][key_column]
+            if empty := [row for row, value in enumerate(values) if value is None]:
+                raise ValueError(
+                    f"the column '{key_column}' names no image in row {empty[0]} ({len(empty)} of {len(values)} "
+                    "rows); give another key_column"
+                )
+            keys = [as_text(str(value)) for value in values]
         super().__init__(keys, _undecoded(dataset, image_column))
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -221,7 +227,10 @@ class StreamedImages(ImageSource):
             raise ValueError(f"no column of {name} names the images; give key_column, one of {_columns(dataset)}")
         seen: set[str] = set()
         try:
-            for row in _undecoded(dataset, image_column, key_column):
+            for number, row in enumerate(_undecoded(dataset, image_column, key_column)):
+                if row[key_column] is None:
+                    yield f"{name}, row {number}", ValueError(f"the column '{key_column}' names no image in this row")
+                    continue
                 key = self._key(name, row[key_column])
                 if key not in seen:
                     seen.add(key)
@@ -341,7 +350,8 @@ def open_source(
     if isinstance(source, datasets.Dataset):
         return DatasetImages(source, image_column, key_column)
     if isinstance(source, datasets.IterableDataset):
-        return _open_stream(source, image_column, key_column)
+        parts = [(f"part {number} of the data set", _OpenShard(source, number)) for number in range(source.num_shards)]
+        return _open_stream(parts, image_column, key_column)
     if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise ValueError(
             f"the data set has the splits {', '.join(source)}; give one of them: dataset['{[*source][0]}']"
@@ -436,8 +446,7 @@ def _open_files(
             raise ValueError(f"key_column is '{key_column}'; the images of tars are named by their files, '__key__'")
         return TarImages(list(zip(names, files)), image_column)
     if all(are_tables):
-        dataset = datasets.load_dataset("parquet", data_files={"train": files}, split="train", streaming=True)
-        return _open_stream(dataset, image_column, key_column)
+        return _open_stream([(name, _OpenTable(file)) for name, file in zip(names, files)], image_column, key_column)
     if any(are_tars) or any(are_tables):
         raise ValueError(f"{whose} files of different kinds: {names[0]}, {names[-1]}, …; give those of one kind")
     return ListedImages(names, files)
@@ -453,13 +462,30 @@ class _OpenShard:
         return self.dataset.shard(self.dataset.num_shards, self.number)
 
 
+class _OpenTable:
+    """Opens a Parquet file when it is called; pickles as its path."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __call__(self) -> datasets.IterableDataset:
+        return datasets.load_dataset("parquet", data_files={"train": [self.path]}, split="train", streaming=True)
+
+
 def _open_stream(
-    dataset: datasets.IterableDataset, image_column: str | None, key_column: str | None
+    files: Sequence[tuple[str, Callable[[], datasets.IterableDataset]]],
+    image_column: str | None,
+    key_column: str | None,
 ) -> StreamedImages:
-    _image_column(dataset, image_column)
-    if _key_column(dataset, key_column) is None:
-        raise ValueError(f"no column names the images; give key_column, one of {_columns(dataset)}")
-    files = [(f"file {number} of the data set", _OpenShard(dataset, number)) for number in range(dataset.num_shards)]
+    for _, open_file in files:
+        try:
+            dataset = open_file()
+        except Exception:  # a damaged file is recorded when it is its turn
+            continue
+        _image_column(dataset, image_column)
+        if _key_column(dataset, key_column) is None:
+            raise ValueError(f"no column names the images; give key_column, one of {_columns(dataset)}")
+        break
     return StreamedImages(files, image_column, key_column)
 
 

@@ -21,9 +21,8 @@ def run(tmp_path):
         experts = ("--experts", str(tmp_path / "suite"), "--out", str(tmp_path / "labels"))
         result = CliRunner().invoke(app, ["label", str(tmp_path / "photos"), *experts, *arguments])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result.exit_code, [
-            line for line in result.stderr.splitlines() if line and not line.startswith("labels:")
-        ]
+        lines = [line for line in result.stderr.splitlines() if line and not line.startswith("labels:")]
+        return result.exit_code, lines
 
     return run
 

@@ -27,6 +27,10 @@ def jpeg(i):
     return file.getvalue()
 
 
+def jpeg_row(i):
+    return {"bytes": jpeg(i), "path": None}
+
+
 def write_tar(path, members):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
@@ -157,6 +161,29 @@ def test_a_damaged_image_of_a_data_set_is_recorded(tmp_path):
     )
     label_images(dataset, [Rows()], tmp_path, progress=False)
     assert set(LabelStore(tmp_path).errors) == {"bad", "none"}
+
+
+def test_damaged_parquet_file_costs_itself_and_is_named(tmp_path):
+    features = datasets.Features({"id": datasets.Value("int64"), "image": datasets.Image()})
+    for number in range(3):
+        rows = [{"id": 10 * number + i, "image": picture(i)} for i in range(2)]
+        datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / f"tables/{number}.parquet")
+    for number in (0, 2):
+        damaged = tmp_path / f"tables/{number}.parquet"
+        damaged.write_bytes(damaged.read_bytes()[:100])
+    report = label_images(tmp_path / "tables", [Rows()], tmp_path / "labels", progress=False)
+    assert set(report.errors) == {"0.parquet", "2.parquet"} and report.images == 4
+    assert {"10", "11"} < set(LabelStore(tmp_path / "labels"))
+
+
+def test_rows_without_a_key_are_not_merged(tmp_path):
+    rows = {"id": ["a", None, None], "image": [jpeg_row(i) for i in range(3)]}
+    features = datasets.Features({"id": datasets.Value("string"), "image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict(rows, features)
+    with pytest.raises(ValueError, match=r"column 'id' names no image in row 1 \(2 of 3 rows\)"):
+        open_source(dataset)
+    report = label_images(dataset.to_iterable_dataset(), [Rows()], tmp_path / "labels", progress=False)
+    assert report.images == 3 and list(report.errors) == [f"part 0 of the data set, row {row}" for row in (1, 2)]
 
 
 def test_missing_columns_and_splits_are_named(tmp_path):
