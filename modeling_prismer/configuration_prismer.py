@@ -48,9 +48,9 @@ VARIANTS = tuple(f"{family}_{size}" for family in ("prismer", "prismerz") for si
 
 _EXPERT_FIELDS = ("name", "kind", "channels", "num_classes", "class_names", "instances")
 # `<name>_ids`, `<name>_values` or `<name>_features` is an input of models in transformers.
-_RESERVED_NAMES = (
+RESERVED_NAMES = (
     *("input", "decoder_input", "position", "decoder_position", "token_type", "mm_token_type", "task", "prompt"),
-    *("pixel", "past_key"),
+    *("pixel", "image", "past_key"),
 )
 
 _COUNT = ("a positive integer", lambda value: value >= 1)
@@ -97,6 +97,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _validate_class_names(name: str, class_names: Any) -> None:
+    if class_names is not None and not (
+        isinstance(class_names, list | tuple) and all(isinstance(text, str) for text in class_names)
+    ):
+        raise ValueError(f"expert '{name}' has class_names={class_names!r}; a list of strings is needed")
+
+
 def validate_experts(experts: list[dict[str, Any]]) -> None:
     """
     Checks a list of expert descriptions.
@@ -117,7 +124,7 @@ def validate_experts(experts: list[dict[str, Any]]) -> None:
         name = expert.get("name")
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"expert {expert} has the name {name!r}; a name is an identifier such as 'depth'")
-        if name in _RESERVED_NAMES:
+        if name in RESERVED_NAMES:
             raise ValueError(
                 f"an expert cannot be named {name!r}: its tensors would be taken for another input of the network"
             )
@@ -144,10 +151,7 @@ def validate_experts(experts: list[dict[str, Any]]) -> None:
             raise ValueError(
                 f"expert '{name}' is dense: 'num_classes', 'class_names' and 'instances' belong to the kind 'label'"
             )
-        if class_names is not None and not (
-            isinstance(class_names, list | tuple) and all(isinstance(text, str) for text in class_names)
-        ):
-            raise ValueError(f"expert '{name}' has class_names={class_names!r}; a list of strings is needed")
+        _validate_class_names(name, class_names)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
                 f"expert '{name}' has {len(class_names)} class_names; num_classes={num_classes} needs as many"
@@ -169,6 +173,7 @@ def update_classes(expert: dict[str, Any], num_rows: int, class_names: list[str]
     """
     name, num_classes = expert["name"], expert.get("num_classes") or 0
     remedy = "Give one row for each class; if these are other classes, give their class_names too"
+    _validate_class_names(name, class_names)
     if class_names is not None and len(class_names) != num_rows:
         raise ValueError(f"{len(class_names)} class_names for the {num_rows} rows of features for '{name}'")
     if num_rows and class_names is None:

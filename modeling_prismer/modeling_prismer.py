@@ -6,6 +6,7 @@ vision encoder, the text decoder, and the two put together with their loss, gene
 """
 
 import copy
+import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig, RobertaForMaskedLM, RobertaPreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -38,7 +40,14 @@ from transformers.utils.import_utils import torch_compilable_check
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapter_targets import register_adapter_targets
-from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .configuration_prismer import (
+    PUBLISHED_EXPERTS,
+    RESERVED_NAMES,
+    PrismerConfig,
+    PrismerTextConfig,
+    PrismerVisionConfig,
+    update_classes,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -57,9 +66,11 @@ register_adapter_targets()  # here, so that a saved folder that brings its code 
 ModelType = TypeVar("ModelType", bound="PrismerPreTrainedModel")
 BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
 
+MAX_IDS = 1 << 15  # a map of ids is of uint8 or int16
+
 # What an expert may hand over: its tensors are named `<expert>_<suffix>`.
 EXPERT_INPUT_SUFFIXES = ("values", "ids", "classes", "features", "rows")
-_OTHER_INPUTS = ("input_ids", "position_ids", "token_type_ids", "task_ids", "past_key_values", "pixel_values")
+_LIBRARY_VALUES = ("pixel", "input", "past", "future", "target", "audio", "video")  # `pixel_values` and the like
 
 # Names in a RoBERTa of transformers -> names in this decoder. The conversion of published checkpoints reads it too.
 ROBERTA_EMBEDDING_NAMES = {
@@ -101,10 +112,28 @@ _ROBERTA_FIELDS = (
 )
 
 
-def is_expert_input(key: str) -> bool:
-    """Whether `key` names a tensor of an expert, `<expert>_<suffix>`."""
+def is_expert_input(key: str, experts: list[str]) -> bool:
+    """Whether `key` names a tensor of one of these experts, `<expert>_<suffix>`."""
     name, _, suffix = key.rpartition("_")
-    return bool(name) and suffix in EXPERT_INPUT_SUFFIXES and key not in _OTHER_INPUTS
+    return name in experts and suffix in EXPERT_INPUT_SUFFIXES
+
+
+def seems_expert_input(key: str, experts: list[str]) -> bool:
+    """
+    Whether `key` was meant for an expert that the configuration lacks: a published one, one that is misspelt, or a
+    name with a suffix that only experts use. Other inputs of models in transformers pass.
+    """
+    name, _, suffix = key.rpartition("_")
+    if not name or suffix not in EXPERT_INPUT_SUFFIXES or name in experts or name in RESERVED_NAMES:
+        return False
+    if suffix == "values":
+        return name.rpartition("_")[2] not in _LIBRARY_VALUES
+    published = [expert["name"] for expert in PUBLISHED_EXPERTS]
+    return (
+        suffix in ("classes", "rows")
+        or name in published
+        or bool(difflib.get_close_matches(name, [*experts, *published], n=1, cutoff=0.8))
+    )
 
 
 @dataclass
@@ -401,30 +430,37 @@ def _are_plain_on_cpu(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
         and all(
             type(module) in (nn.Linear, PrismerQuickGELU)
             and all(type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in module.parameters())
-            and "forward" not in vars(module)
-            and not (module._forward_hooks or module._forward_pre_hooks)
-            and not (module._backward_hooks or module._backward_pre_hooks)
             for module in modules
         )
+        and not _are_observed(*modules)
+    )
+
+
+def _are_observed(*modules: nn.Module) -> bool:
+    """Whether a hook sees calls of one of these modules, or something replaced its `forward`."""
+    return _has_any_global_hook() or any(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
     )
 
 
 class PrismerQuickGELU(nn.Module):
-    """`x · sigmoid(1.702 x)` as `silu(1.702 x) / 1.702`: fewer temporaries, and none where no gradient needs `x`."""
+    """`x · sigmoid(1.702 x)` as `silu(1.702 x) / 1.702`, which makes fewer temporaries."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return F.silu(hidden_states * 1.702).div_(1.702)
-        return F.silu(hidden_states.mul_(1.702), inplace=True).div_(1.702)
+        return F.silu(hidden_states * 1.702, inplace=not torch.is_grad_enabled()).div_(1.702)
 
 
 class PrismerSquaredReLU(nn.Module):
-    """`relu(x)²`, in place where no gradient needs `x`."""
+    """`relu(x)²`"""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return F.relu(hidden_states).square()
-        return hidden_states.relu_().square_()
+        hidden_states = F.relu(hidden_states)
+        return hidden_states.square() if torch.is_grad_enabled() else hidden_states.square_()
 
 
 def _activation(name: str) -> nn.Module:
@@ -440,7 +476,7 @@ class PrismerMLP(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if _may_take_rows_apart(hidden_states):
+        if _may_take_rows_apart(hidden_states, self.fc1, self.activation, self.fc2):
             return torch.cat([self.forward_rows(row) for row in hidden_states.split(1)])
         return self.forward_rows(hidden_states)
 
@@ -455,9 +491,14 @@ class PrismerMLP(nn.Module):
         return _project(self.fc2, self.activation(_project(self.fc1, hidden_states)))
 
 
-def _may_take_rows_apart(hidden_states: torch.Tensor) -> bool:
-    """Long rows on a CPU: one at a time, what is between two layers stays in the cache, and in memory at hand."""
-    return _is_eager_cpu_inference(hidden_states) and len(hidden_states) > 1 and hidden_states.shape[1] >= 256
+def _may_take_rows_apart(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
+    """Long rows on a CPU, one at a time: what is between two layers stays in the cache. Hooks see all rows at once."""
+    return (
+        _is_eager_cpu_inference(hidden_states)
+        and len(hidden_states) > 1
+        and hidden_states.shape[1] >= 256
+        and not _are_observed(*(part for module in modules for part in module.modules()))
+    )
 
 
 class PrismerAdaptor(nn.Module):
@@ -546,9 +587,11 @@ class PrismerExpertStem(nn.Module):
                         f"{self.name}_ids count instances; their classes are needed as {self.name}_classes"
                     )
                 return self.class_features[None]
+            _require_kind(classes, f"{self.name}_classes", is_float=False)
             classes = classes.long()
             known = (classes >= 0) & (classes < num_classes)
             features = self.class_features[torch.where(known, classes, num_classes)]
+        _require_kind(features, f"{self.name}_features", is_float=True)
         features = features.to(background)
         return torch.cat([features, background.expand(batch_size, 1, -1)], dim=1)
 
@@ -568,8 +611,8 @@ class PrismerExpertStem(nn.Module):
         table = table.flatten(0, 1)
 
         def gather(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            tap = ids[:, rows][:, :, columns].long()
-            tap = torch.where((tap == BACKGROUND) | (tap < 0) | (tap >= num_ids), num_ids, tap)
+            tap = _read_ids(ids[:, rows][:, :, columns])
+            tap = torch.where((tap == BACKGROUND) | (tap >= num_ids), num_ids, tap)
             return F.embedding(tap + row_offset, table)  # (batch, out_height, out_width, channels)
 
         if (out_height, out_width) == (height, width):
@@ -584,9 +627,9 @@ class PrismerExpertStem(nn.Module):
 
     def instance_rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Which row of the instance embedding each id takes: see `detection_rows` of [`PrismerModel.forward`]."""
-        ids = ids.long()
+        ids = _read_ids(ids)
         if self.training:
-            row_of_value = torch.randint(self.num_instance_embeddings, (1 << 15,), device=ids.device)
+            row_of_value = torch.randint(self.num_instance_embeddings, (MAX_IDS,), device=ids.device)
             return row_of_value[ids]
         background_row = self.num_instance_embeddings - 1
         return torch.where(ids == BACKGROUND, background_row, ids % background_row)
@@ -611,12 +654,15 @@ class PrismerExpertStem(nn.Module):
     ) -> torch.Tensor:
         """Shapes as in [`PrismerModel.forward`]. Returns tokens on their grid: `(batch, width, height, width)`."""
         dtype = self.projection.weight.dtype
+        if ids is not None and not hasattr(self, "class_features"):
+            raise ValueError(f"{self.name}_ids given; the dense expert '{self.name}' takes {self.name}_values")
         if values is not None:
             if values.ndim != 4 or values.shape[1] != self.channels:
                 raise ValueError(
                     f"{self.name}_values has the shape {tuple(values.shape)}; "
                     f"the config's expert '{self.name}' needs (batch, {self.channels}, height, width)"
                 )
+            _require_kind(values, f"{self.name}_values", is_float=True)
             hidden_states = values.to(dtype)
             if self.scale_factor != 1:
                 hidden_states = F.interpolate(
@@ -627,17 +673,32 @@ class PrismerExpertStem(nn.Module):
         else:
             if ids.ndim != 3:
                 raise ValueError(f"{self.name}_ids has the shape {tuple(ids.shape)}; (batch, height, width) is needed")
+            _require_kind(ids, f"{self.name}_ids", is_float=False)
             hidden_states = self.paint(ids, self.feature_table(classes, features, ids.shape[0])).to(dtype)
         for conv, norm in zip(self.convs, self.norms):
             if not norm.weight.requires_grad:
                 norm.eval()  # a frozen stem keeps its statistics: an adapter, such as LoRA, is saved without them
-            hidden_states = norm(conv(hidden_states)).relu_()
+            hidden_states = F.relu(norm(conv(hidden_states)))
         hidden_states = self.projection(hidden_states)
         if self.num_instance_embeddings and (rows is not None or ids is not None):
-            rows = self.instance_rows(ids) if rows is None else rows
+            if rows is None:
+                rows = self.instance_rows(ids)
+            _require_kind(rows, f"{self.name}_rows", is_float=False)
             embeddings = self.embed_instances(rows, hidden_states.shape[2:])
             hidden_states = hidden_states + embeddings.permute(0, 3, 1, 2)
         return hidden_states
+
+
+def _require_kind(tensor: torch.Tensor, name: str, is_float: bool) -> None:
+    if tensor.is_floating_point() != is_float or tensor.is_complex():
+        needed = "floating point numbers are" if is_float else "an integer type is"
+        raise ValueError(f"{name} is of the type {tensor.dtype}; {needed} needed")
+
+
+def _read_ids(ids: torch.Tensor) -> torch.Tensor:
+    """Ids of any integer type as int64: `BACKGROUND` stands for all that are negative or beyond what a map holds."""
+    ids = ids.long()
+    return torch.where((ids < 0) | (ids >= MAX_IDS), BACKGROUND, ids)
 
 
 def _look_up(embed: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, name: str, number: int) -> torch.Tensor:
@@ -968,6 +1029,55 @@ class PrismerVisionModel(PrismerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
+    def check_inputs(
+        self,
+        pixel_values: torch.Tensor,
+        expert_inputs: dict[str, dict[str, torch.Tensor]],
+        expert_mask: torch.Tensor | None,
+    ) -> None:
+        """
+        Arguments as in `forward`.
+
+        Raises:
+            ValueError: if an input has not one row for each image, or belongs to no expert; in training also if a
+                sample has numbers that are not finite, which would get into the statistics of BatchNorm and into all
+                weights.
+        """
+        images = pixel_values.shape[0]
+        if expert_mask is not None and expert_mask.shape[0] != images:
+            raise ValueError(f"expert_mask has {expert_mask.shape[0]} rows for {images} images")
+        columns: dict[str, int | None] = {"pixel_values": None}
+        tensors = {"pixel_values": pixel_values}
+        names = list(self.expert_stems)
+        for name, inputs in expert_inputs.items():
+            if name not in names:
+                raise ValueError(f"expert_inputs has '{name}'; the config's experts are: {', '.join(names) or 'none'}")
+            for suffix, tensor in inputs.items():
+                if tensor.shape[0] != images:
+                    raise ValueError(f"{name}_{suffix} has {tensor.shape[0]} rows for {images} images")
+                tensors[f"{name}_{suffix}"], columns[f"{name}_{suffix}"] = tensor, names.index(name)
+        if not self.training or torch.compiler.is_compiling():
+            return
+        checked = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
+        if not checked:
+            return
+        by_input = []
+        for name in checked:
+            rows = torch.isfinite(tensors[name]).flatten(1).all(dim=1).to(pixel_values.device)
+            if expert_mask is not None and columns[name] is not None:
+                rows = rows | ~expert_mask[:, columns[name]].bool()  # whatever the padding holds
+            by_input.append(rows)
+        finite = torch.stack(by_input)  # (inputs, images): one check, since a GPU waits for it
+
+        def describe() -> str:
+            samples = {name: (~rows).nonzero()[:, 0].tolist() for name, rows in zip(checked, finite)}
+            named = [f"{name} of sample {', '.join(map(str, wrong))}" for name, wrong in samples.items() if wrong]
+            return (
+                f"{'; '.join(named)} holds numbers that are not finite; leave the sample out, or mask the expert out"
+            )
+
+        torch_compilable_check(finite, describe)
+
     def embed_experts(
         self,
         expert_inputs: dict[str, dict[str, torch.Tensor]],
@@ -986,16 +1096,11 @@ class PrismerVisionModel(PrismerPreTrainedModel):
             The tokens of each given expert `(batch_size, num_tokens, width)`, zero in samples without it, and its
             column of the mask `(batch_size, num_tokens)`.
         """
-        if expert_mask is not None and expert_mask.shape[0] != batch_size:
-            raise ValueError(f"expert_mask has {expert_mask.shape[0]} rows for {batch_size} images")
         all_tokens, token_masks, last_grid = [], [], None
         for index, (name, stem) in enumerate(self.expert_stems.items()):
             inputs = expert_inputs.get(name)
             if inputs is None:
                 continue
-            for key, tensor in inputs.items():
-                if tensor.shape[0] != batch_size:
-                    raise ValueError(f"{name}_{key} has {tensor.shape[0]} rows for {batch_size} images")
             present = None if expert_mask is None else expert_mask[:, index]
             rows = None
             if present is not None and self.training:
@@ -1007,6 +1112,10 @@ class PrismerVisionModel(PrismerPreTrainedModel):
                 # gradient of every parameter from every process, and SyncBatchNorm for its statistics.
                 if len(rows) < batch_size:
                     inputs = {key: tensor[rows] for key, tensor in inputs.items()}
+            elif present is not None and "rows" in inputs:  # rows that the table lacks, as padding may have them
+                instance_rows = inputs["rows"]
+                present_there = present.to(instance_rows.device)[:, None, None]
+                inputs = {**inputs, "rows": torch.where(present_there, instance_rows, 0)}
             tokens = stem(**inputs)
             grid = tuple(tokens.shape[2:])
             tokens = tokens.flatten(2).transpose(1, 2).to(device)
@@ -1043,10 +1152,12 @@ class PrismerVisionModel(PrismerPreTrainedModel):
         Returns:
             `last_hidden_state` of shape `(batch_size, num_patches + num_latents, hidden_size)`.
         """
+        expert_inputs = expert_inputs or {}
+        self.check_inputs(pixel_values, expert_inputs, expert_mask)
         hidden_states = self.embeddings(pixel_values)
         if self.resampler is not None:
             device = hidden_states.device
-            tokens, masks = self.embed_experts(expert_inputs or {}, expert_mask, hidden_states.shape[0], device)
+            tokens, masks = self.embed_experts(expert_inputs, expert_mask, hidden_states.shape[0], device)
             tokens = torch.cat(tokens, dim=1) if tokens else hidden_states[:, :0]
             token_mask = torch.cat(masks, dim=1) if masks else None
             latents = self.resampler(tokens, token_mask, **kwargs)
@@ -1331,24 +1442,26 @@ class PrismerModel(PrismerPreTrainedModel):
         self, tensors: dict[str, Any], expert_mask: torch.Tensor | None
     ) -> dict[str, dict[str, torch.Tensor]]:
         """
-        Sorts tensors named `<expert>_<suffix>` by expert, and takes them out of `tensors`.
+        Sorts tensors named `<expert>_<suffix>` by expert, and takes them out of `tensors`. Others stay.
 
         Raises:
-            ValueError: if a tensor belongs to no expert of the config, if an expert lacks one, or if an expert is
-                neither given nor masked out (see `strict_experts` of [`PrismerConfig`]).
+            ValueError: if a tensor seems to belong to an expert that the config lacks, if an expert lacks one, or if
+                an expert is neither given nor masked out (see `strict_experts` of [`PrismerConfig`]).
         """
         names = self.config.expert_names
         gathered: dict[str, dict[str, torch.Tensor]] = {}
         for key in list(tensors):
-            if not is_expert_input(key):
-                continue
-            name, _, suffix = key.rpartition("_")
-            tensor = tensors.pop(key)
-            if tensor is None:
-                continue
-            if name not in names:
-                raise ValueError(f"{key} given, but the config's experts are: {', '.join(names) or 'none'}")
-            gathered.setdefault(name, {})[suffix] = tensor
+            if seems_expert_input(key, names):
+                if tensors.pop(key) is not None:
+                    raise ValueError(f"{key} given, but the config's experts are: {', '.join(names) or 'none'}")
+            elif is_expert_input(key, names):
+                name, _, suffix = key.rpartition("_")
+                tensor = tensors.pop(key)
+                if tensor is None:
+                    continue
+                if not isinstance(tensor, torch.Tensor):
+                    raise ValueError(f"{key} is a {type(tensor).__name__}; a tensor is needed")
+                gathered.setdefault(name, {})[suffix] = tensor
         if expert_mask is not None and (expert_mask.ndim != 2 or expert_mask.shape[1] != len(names)):
             raise ValueError(
                 f"expert_mask has the shape {tuple(expert_mask.shape)}; (batch, {len(names)}) is needed, one column "
@@ -1459,7 +1572,7 @@ class PrismerModel(PrismerPreTrainedModel):
         """
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_of_half_precision()
-        expert_inputs = {key: kwargs.pop(key) for key in list(kwargs) if is_expert_input(key)}
+        expert_inputs = self.pop_expert_inputs(kwargs)
         if encoder_outputs is None and pixel_values is not None:
             encoder_outputs = self.get_image_features(pixel_values, expert_mask, **expert_inputs, **kwargs)
         elif encoder_outputs is not None and pixel_values is not None:
@@ -1717,7 +1830,9 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if not is_expert_input(key)})
+        others = dict(model_kwargs)
+        self.model.pop_expert_inputs(others)
+        super()._validate_model_kwargs(others)
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
         """Takes what is to be learned out of the prompt where `labels` say it, as Seq2SeqTrainer hands them over."""
@@ -1741,7 +1856,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "generate needs prompts padded on the left (padding_side='left'): this attention_mask ends in padding"
             )
-        expert_inputs = {key: model_kwargs.pop(key) for key in list(model_kwargs) if is_expert_input(key)}
+        expert_inputs = self.model.pop_expert_inputs(model_kwargs)
         pixel_values = model_kwargs.pop("pixel_values", None)
         expert_mask = model_kwargs.pop("expert_mask", None)
         if pixel_values is None:
@@ -1968,7 +2083,11 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def set_class_features(
-        self, name: str, features: torch.Tensor, background: torch.Tensor | None = None
+        self,
+        name: str,
+        features: torch.Tensor,
+        background: torch.Tensor | None = None,
+        class_names: list[str] | None = None,
     ) -> "PrismerForConditionalGeneration":
         """
         Sets the features with which a label expert's classes are painted; they are saved with the model.
@@ -1978,6 +2097,12 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             features (`torch.FloatTensor` of shape `(num_classes, channels)`): one row a class; no rows where the
                 features come with each sample.
             background (`torch.FloatTensor` of shape `(channels,)`, *optional*): left out, it stays as it is.
+            class_names (`list[str]`, *optional*): the names of the classes, saved in the configuration. Left out, the
+                classes stay those that the configuration has.
+
+        Raises:
+            ValueError: if the features are not finite numbers in the expert's channels, or cannot be those of its
+                classes: fewer rows than `num_classes`, or not as many as it has `class_names`.
 
         Example:
 
@@ -1985,10 +2110,14 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         >>> import torch
 
         >>> stem = model.add_expert("segmentation", "label", channels=64, num_classes=3)
-        >>> model = model.set_class_features("segmentation", torch.randn(3, 64), background=torch.zeros(64))
+        >>> model = model.set_class_features("segmentation", torch.randn(3, 64), class_names=["sky", "tree", "road"])
+        >>> model.config.class_names
+        {'segmentation': ['sky', 'tree', 'road']}
         ```
         """
         stem = self._stem(name)
+        features = torch.as_tensor(features)
+        background = None if background is None else torch.as_tensor(background)
         if not hasattr(stem, "class_features") or features.ndim != 2 or features.shape[1] != stem.channels:
             raise ValueError(
                 f"expert '{name}' ({'label' if hasattr(stem, 'class_features') else 'dense'}, {stem.channels} "
@@ -1996,17 +2125,30 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
                 "(num_classes, channels)"
             )
         old = stem.class_features
-        background = old[-1] if background is None else background.to(old).view(stem.channels)
-        stem.class_features = torch.cat([features.to(old), background[None]])
-        for expert in self.config.experts:
-            if expert["name"] == name:
-                expert.pop("num_classes", None)
-                if len(features):
-                    expert["num_classes"] = len(features)
+        if background is not None and tuple(background.shape) not in ((stem.channels,), (1, stem.channels)):
+            raise ValueError(
+                f"expert '{name}' cannot take a background of the shape {tuple(background.shape)}; ({stem.channels},) "
+                "is needed"
+            )
+        for what, tensor in {"features": features, "background": background}.items():
+            if tensor is not None:
+                _require_kind(tensor, f"{what} of '{name}'", is_float=True)
+                if not torch.isfinite(tensor.to(old.dtype)).all():
+                    raise ValueError(f"{what} of '{name}' has numbers that are not finite in {old.dtype}")
+        (expert,) = (expert for expert in self.config.experts if expert["name"] == name)
+        update_classes(expert, len(features), class_names)
+        background = old[-1:] if background is None else background.to(old).view(1, stem.channels)
+        stem.class_features = torch.cat([features.to(old), background])
         return self
 
     def add_expert(
-        self, name: str, kind: str, channels: int, num_classes: int | None = None, instances: bool = False
+        self,
+        name: str,
+        kind: str,
+        channels: int,
+        num_classes: int | None = None,
+        instances: bool = False,
+        class_names: list[str] | None = None,
     ) -> PrismerExpertStem:
         """
         Gives a model one more expert, with a stem to be trained. The arguments are the fields of its description, see
@@ -2025,6 +2167,8 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             expert["num_classes"] = num_classes
         if instances:
             expert["instances"] = True
+        if class_names is not None:
+            expert["class_names"] = list(class_names)
         self.config.experts = [*self.config.experts, expert]
         vision_model = self.model.vision_model
         stem = PrismerExpertStem(self.config.vision_config, expert)

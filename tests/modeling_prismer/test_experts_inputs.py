@@ -62,18 +62,43 @@ def test_ids_give_what_the_painted_map_gives(model, name):
     torch.testing.assert_close(encode(model, **dense), encode(model, **inputs), **TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_ids_of_every_integer_type_are_the_same(model, dtype):
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_ids_of_every_integer_type_are_the_same(model, dtype, training):
+    """255 is -1 in int8, and background in both."""
+    model.train(training)
     inputs = image_inputs()
     cast = {key: tensor.to(dtype) if key.endswith("_ids") else tensor for key, tensor in inputs.items()}
-    assert torch.equal(encode(model, **cast), encode(model, **inputs))
+    assert cast["detection_ids"].min() == (-1 if dtype == torch.int8 else 0)
+    results = []
+    for given in (cast, inputs):
+        torch.manual_seed(0)  # the rows of instances are drawn in training
+        results.append(encode(model, **given))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("unknown", [-1, -32768, 32768, 70_000, 2**40])
+def test_an_id_that_no_map_holds_is_background(model, unknown, training):
+    model.train(training)
+    inputs = image_inputs()
+    background = {key: tensor.clone() for key, tensor in inputs.items()}
+    for name in LABELS:
+        inputs[f"{name}_ids"] = inputs[f"{name}_ids"].long()
+        inputs[f"{name}_ids"][:, :9] = unknown
+        background[f"{name}_ids"][:, :9] = 255
+    results = []
+    for given in (inputs, background):
+        torch.manual_seed(0)
+        results.append(encode(model, **given))
+    assert torch.equal(*results)
 
 
 def test_an_id_without_a_feature_is_background(model):
     inputs = image_inputs()
     background = {key: tensor.clone() for key, tensor in inputs.items()}
     for name in LABELS:
-        inputs[f"{name}_ids"][:, :9] = 200
+        inputs[f"{name}_ids"][:, :9] = 200  # less than an instance's number can be, so it still has a row
         background[f"{name}_ids"][:, :9] = 255
     rows = {"detection_rows": torch.zeros(3, 32, 32, dtype=torch.long)}
     assert torch.equal(encode(model, **inputs, **rows), encode(model, **background, **rows))
@@ -128,6 +153,63 @@ def test_features_of_the_classes_are_set_and_saved_with_the_model(model, tmp_pat
     loaded = PrismerForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.experts == model.config.experts
     assert torch.equal(encode(loaded, **inputs), after)
+
+
+def test_fewer_features_than_classes_are_refused_unless_named(model):
+    config, table = copy.deepcopy(model.config.experts), model.model.vision_model.expert_stems["segmentation"]
+    before = table.class_features.clone()
+    with pytest.raises(ValueError, match=r"3 rows of features for 'segmentation', whose ids go up to 9"):
+        model.set_class_features("segmentation", torch.zeros(3, 8))
+    assert model.config.experts == config and torch.equal(table.class_features, before)
+    model.set_class_features("segmentation", torch.zeros(3, 8), class_names=["sky", "tree", "road"])
+    assert model.config.class_names == {"segmentation": ["sky", "tree", "road"]}
+    assert model.config.experts[2]["num_classes"] == 3
+
+
+def test_more_features_than_classes_are_warned_about(model, caplog):
+    model.set_class_features("segmentation", torch.zeros(11, 8))
+    assert "11 rows of features for 'segmentation', which has num_classes=10" in caplog.text
+    caplog.clear()
+    model.set_class_features("segmentation", torch.zeros(11, 8))
+    assert caplog.text == ""
+
+
+def test_class_names_stay_where_their_features_change(model, tmp_path):
+    names = [f"thing {index % 7}" for index in range(10)]  # some have the same name
+    model.set_class_features("segmentation", torch.randn(10, 8), class_names=names)
+    model.set_class_features("segmentation", torch.randn(10, 8))
+    model.save_pretrained(tmp_path)
+    assert PrismerConfig.from_pretrained(tmp_path).class_names == {"segmentation": names}
+    with pytest.raises(ValueError, match="11 rows of features for the 10 class_names of 'segmentation'"):
+        model.set_class_features("segmentation", torch.randn(11, 8))
+    model.set_class_features("segmentation", torch.zeros(0, 8))
+    assert model.config.class_names == {}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"features": torch.full((10, 8), torch.nan)}, "features of 'segmentation' has numbers that are not finite"),
+        ({"features": torch.zeros(10, 8).long()}, "features of 'segmentation' is of the type torch.int64; floating"),
+        ({"background": torch.zeros(7)}, r"cannot take a background of the shape \(7,\); \(8,\) is needed"),
+        ({"background": torch.zeros(8, 1)}, r"cannot take a background of the shape \(8, 1\)"),
+        ({"background": torch.full((8,), torch.inf)}, "background of 'segmentation' has numbers that are not finite"),
+        ({"class_names": ["a", "b"]}, "2 class_names for the 10 rows of features for 'segmentation'"),
+        ({"class_names": list(range(10))}, "class_names=.* a list of strings is needed"),
+        ({"class_names": "segmentats"}, "class_names='segmentats'; a list of strings is needed"),
+    ],
+)
+def test_features_of_no_use_are_refused_and_change_nothing(model, changes, message):
+    config, stem = copy.deepcopy(model.config.experts), model.model.vision_model.expert_stems["segmentation"]
+    before = stem.class_features.clone()
+    with pytest.raises(ValueError, match=message):
+        model.set_class_features("segmentation", **{"features": torch.zeros(10, 8), **changes})
+    assert model.config.experts == config and torch.equal(stem.class_features, before)
+
+
+def test_features_beyond_the_models_precision_are_refused(model):
+    with pytest.raises(ValueError, match="not finite in torch.float16"):
+        model.half().set_class_features("segmentation", torch.full((10, 8), 1e6))
 
 
 def test_the_background_stays_where_only_classes_are_set(model):
@@ -274,6 +356,60 @@ def test_a_masked_out_expert_leaves_no_trace_in_training(expert):
         )
 
 
+# ---- numbers that are not finite
+
+
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("key", ["pixel_values", "depth_values", "normal_values", "ocr_features"])
+def test_training_names_a_sample_that_is_not_finite(model, key, value):
+    model.train()
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    inputs = training_inputs(batch_size=5)
+    inputs[key][3].flatten()[7] = value
+    with pytest.raises(ValueError, match=f"^{key} of sample 3 holds numbers that are not finite"):
+        model(**inputs)
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
+
+
+def test_training_names_all_samples_that_are_not_finite(model):
+    inputs = training_inputs(batch_size=4)
+    inputs["depth_values"][[1, 3]] = torch.nan
+    inputs["edge_values"][2] = torch.inf
+    with pytest.raises(ValueError, match="^depth_values of sample 1, 3; edge_values of sample 2 holds"):
+        model.train()(**inputs)
+
+
+def test_training_names_a_painted_map_that_is_not_finite(model):
+    inputs = without(training_inputs(), "segmentation")
+    inputs["segmentation_values"] = torch.zeros(3, 8, 32, 32)
+    inputs["segmentation_values"][1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="segmentation_values of sample 1"):
+        model.train()(**inputs)
+
+
+def test_samples_are_counted_with_those_that_are_masked_out(model):
+    inputs = training_inputs()
+    inputs["depth_values"][0], inputs["depth_values"][2] = torch.nan, torch.nan
+    mask = mask_of([name for name in NAMES if name != "depth"], NAMES, NAMES)
+    with pytest.raises(ValueError, match="^depth_values of sample 2 holds"):
+        model.train()(**inputs, expert_mask=mask)
+
+
+def test_rows_of_a_masked_out_expert_may_be_anything(model):
+    inputs = image_inputs()
+    inputs["detection_rows"] = torch.zeros(3, 32, 32, dtype=torch.long)
+    inputs["detection_rows"][1] = -1
+    mask = mask_of(NAMES, [name for name in NAMES if name != "detection"], NAMES)
+    results = []
+    for rows in (-1, 0):
+        inputs["detection_rows"][1] = rows
+        results.append(encode(model, **inputs, expert_mask=mask))
+    assert torch.equal(*results)
+
+
 # ---- a sample and its batch
 
 
@@ -340,6 +476,16 @@ def test_the_instance_map_comes_to_the_grid_by_the_floor_rule(model):
         ({"ocr_features": None}, "neither a table of class features in the model .* nor ocr_features"),
         ({"ocr_ids": None}, "ocr_features given without ocr_ids or ocr_values"),
         ({"heat_values": torch.zeros(3, 1, 32, 32)}, "heat_values given, but the config's experts are: depth, normal"),
+        ({"depht_values": torch.zeros(3, 1, 32, 32)}, "depht_values given, but the config's experts are: depth"),
+        ({"segmentaton_ids": torch.zeros(3, 32, 32)}, "segmentaton_ids given, but the config's experts are: depth"),
+        ({"ocr_feature": None, "orc_rows": torch.zeros(3)}, "orc_rows given, but the config's experts are: depth"),
+        ({"segmentation_ids": torch.zeros(3, 32, 32)}, "segmentation_ids is of the type torch.float32; an integer"),
+        ({"detection_classes": torch.zeros(3, 8)}, "detection_classes is of the type torch.float32; an integer type"),
+        ({"detection_rows": torch.zeros(3, 32, 32)}, "detection_rows is of the type torch.float32; an integer type"),
+        ({"depth_values": torch.zeros(3, 1, 32, 32).byte()}, "depth_values is of the type torch.uint8; floating"),
+        ({"ocr_features": torch.zeros(3, 6, 8).long()}, "ocr_features is of the type torch.int64; floating"),
+        ({"depth_values": None, "depth_ids": torch.zeros(3, 32, 32).byte()}, "the dense expert 'depth' takes depth_v"),
+        ({"depth_values": [[0.0]]}, "depth_values is a list; a tensor is needed"),
         ({"pixel_values": torch.zeros(3, 3, 40, 40)}, r"needs \(batch, 3, 32, 32\).*resize_position_embeddings"),
         ({"pixel_values": torch.zeros(3, 1, 32, 32)}, r"needs \(batch, 3, 32, 32\)"),
         ({"pixel_values": torch.zeros(3, 32, 32)}, r"needs \(batch, 3, 32, 32\)"),
@@ -348,6 +494,39 @@ def test_the_instance_map_comes_to_the_grid_by_the_floor_rule(model):
 def test_an_input_that_does_not_fit_is_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
         encode(model, **{**image_inputs(), **changes})
+
+
+def test_inputs_of_other_models_pass_through(model):
+    inputs = training_inputs()
+    others = {
+        "mm_token_type_ids": torch.zeros_like(inputs["input_ids"]),
+        "token_type_ids": torch.zeros_like(inputs["input_ids"]),
+        "image_sizes": torch.tensor([[32, 32]] * 3),
+        "pixel_attention_mask": torch.ones(3, 32, 32),
+        "image_position_ids": torch.zeros(3, 16, 2).long(),
+        "pixel_values_videos": None,
+        "video_features": torch.zeros(3, 4, 8),
+    }
+    for training in (False, True):
+        model.train(training)
+        with torch.no_grad():
+            outputs = []
+            for given in (inputs, inputs | others):
+                torch.manual_seed(0)
+                outputs.append(model(**given).logits)
+        assert torch.equal(*outputs)
+
+
+def test_an_expert_that_the_vision_model_lacks_is_named(model):
+    with pytest.raises(ValueError, match="expert_inputs has 'heat'; the config's experts are: depth"):
+        model.model.vision_model(image_inputs()["pixel_values"], {"heat": {"values": torch.zeros(3, 1, 32, 32)}})
+
+
+def test_generate_names_a_misspelt_expert(model):
+    inputs = training_inputs()
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="depht_values given, but the config's experts are: depth"):
+        model.generate(**inputs, depht_values=torch.zeros(3, 1, 32, 32), max_new_tokens=1)
 
 
 def test_maps_without_an_image_are_refused(model):
