@@ -10,7 +10,7 @@ from .modeling_prismer import (
     PrismerTextModel,
     PrismerVisionModel,
 )
-from .pretrained import pretrained_path
+from .pretrained import pretrained_path, sample_image
 from .processing.data_collator import DataCollatorForPrismer
 
 
@@ -31,4 +31,5 @@ __all__ = [
     "keep_freed_memory",
     "pretrained_path",
     "register_for_auto_class",
+    "sample_image",
 ]

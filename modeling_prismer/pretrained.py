@@ -1,9 +1,12 @@
-"""The checkpoints that are shipped inside the package."""
+"""The checkpoints and the images that are shipped inside the package."""
 
 from pathlib import Path
 
+from PIL import Image
+
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
+_ASSETS = Path(__file__).parent / "assets"
 DEFAULT_CHECKPOINT = "prismer-scenes"
 
 
@@ -31,6 +34,33 @@ def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
     if name not in shipped:
         raise ValueError(f"no checkpoint {name!r} is shipped; there are: {', '.join(shipped) or 'none'}")
     return str(_CHECKPOINTS / name)
+
+
+def sample_image(name: str = "scene") -> Image.Image:
+    """
+    An image that is shipped with the package.
+
+    Args:
+        name (`str`, *optional*, defaults to `"scene"`):
+            `"scene"`, a rendered scene for `prismer-scenes`, or `"shape"`, a drawing for `prismer-easy-vqa`.
+
+    Raises:
+        ValueError: if there is no such image; the message lists the shipped ones.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import sample_image
+
+    >>> sample_image("shape").size
+    (64, 64)
+    ```
+    """
+    shipped = sorted(path.stem for path in _ASSETS.glob("*.png"))
+    if name not in shipped:
+        raise ValueError(f"no image {name!r} is shipped; there are: {', '.join(shipped)}")
+    with Image.open(_ASSETS / f"{name}.png") as image:
+        return image.convert("RGB")
 
 
 def find_checkpoint(model: str) -> str:
