@@ -142,7 +142,8 @@ class _Delimited:
     def reader(self, lines: Iterable[str]) -> Any:
         if self.quotes:
             return csv.reader(lines, delimiter=self.separator, strict=True)
-        return csv.reader(lines, delimiter=self.separator, quoting=csv.QUOTE_NONE)
+        options = {"quoting": csv.QUOTE_NONE, "skipinitialspace": self.separator == "|"}
+        return csv.reader(lines, delimiter=self.separator, **options)
 
 
 def _read_delimited(path: Path) -> Iterator[Record]:

@@ -175,13 +175,13 @@ def fault_of(cell: Any, name: str | None = None) -> BadRecord | None:
     return None
 
 
-def faults_of(images: Dataset, names: Sequence[str | None] | None) -> dict[int, BadRecord]:
+def faults_of(images: Dataset, names: Sequence[str | None] | None = None) -> dict[int, BadRecord]:
     """
     What is wrong with images, by their rows. A file that several rows name is opened once.
 
     Args:
         images (`Dataset`): With a column `image`.
-        names (`Sequence[str]`, *optional*): What reports call each image.
+        names (`Sequence[str]`, *optional*): What reports call each image; by default its path.
     """
     images = images.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
     _, first, same_as = np.unique(_identities(images), return_index=True, return_inverse=True)

@@ -459,7 +459,7 @@ def _without_faults(rows: Dataset, pictures: Dataset | None, maker: RowMaker) ->
     if maker.check_pictures and len(problems) < total:
         usable = np.setdiff1d(np.arange(total), list(problems))
         if pictures is None:
-            found = faults_of(rows.select(usable), rows.select(usable)["image_id"][:])
+            found = faults_of(rows.select(usable))
             problems |= {int(usable[row]): problem for row, problem in found.items()}
         else:
             of_row = np.asarray(rows["picture"][:])[usable]

@@ -1,0 +1,271 @@
+"""What is wrong with a data set is said before the training, of all rows at once, or left out."""
+
+import logging
+import os
+import re
+import sys
+
+import data
+import datasets
+import pytest
+import run_captioning
+import run_vqa
+import training
+from data import leave_undecoded, load_rows, shorten_answers
+from PIL import Image
+
+from modeling_prismer import DataCollatorForPrismer, PrismerProcessor
+from modeling_prismer.modeling_prismer import PrismerConfig
+from tests.training_examples.data_files import (
+    captioned,
+    columns,
+    picture,
+    png,
+    write_csv,
+    write_json,
+    write_pictures,
+)
+
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def truncate(path):
+    """Cuts a noisy image in the middle: its header is whole."""
+    Image.effect_noise((64, 64), 90).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def faulty(folder):
+    """A folder with a fault of every kind, and what is said of each row."""
+    write_pictures(folder, "good.png")
+    truncate(folder / "torn.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "page.png").write_bytes(b"<html>not found</html>")
+    (folder / "c.csv").write_bytes(
+        b"image,caption\ngood.png,fine\ntorn.png,a\nmissing.png,b\nempty.png,c\npage.png,d\n,e\ngood.png, \n"
+        b"good.png,a cat, asleep\ngood.png\ngood.png,caf\xe9\n.,f\ngood.png,also fine\n"
+    )
+    return {
+        2: r"torn\.png' is truncated or damaged",
+        3: r"missing\.png is missing or empty",
+        4: r"empty\.png is missing or empty",
+        5: r"page\.png' is not an image",
+        6: r"the name of the image is empty",
+        7: r"the caption is empty",
+        8: r'line 9 has 3 fields, but there are 2 columns: image, caption.*","',
+        9: r"line 10 has 1 fields",
+        10: r"the caption .* is not in UTF-8; save the file as UTF-8",
+        11: r"is a folder",
+    }
+
+
+def test_faults_of_all_kinds_are_reported_together(folder):
+    expected = faulty(folder)
+    with pytest.raises(ValueError) as error:
+        load_rows(str(folder))
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith(f"{len(expected)} of 12 rows cannot be used")
+    for line, (row, message) in zip(lines[1:], expected.items()):
+        assert re.search(rf"c\.csv, row {row}: .*{message}", line), (line, message)
+    assert "bad_rows='skip'" in lines[-1] and len(lines) == len(expected) + 2
+
+
+def test_faulty_rows_are_left_out_with_the_same_report(folder, caplog):
+    expected = faulty(folder)
+    with caplog.at_level(logging.WARNING):
+        assert load_rows(str(folder), bad_rows="skip")["suffix"][:] == ["fine", "also fine"]
+    for row, message in expected.items():
+        assert re.search(rf"row {row}: .*{message}", caplog.text)
+
+
+def test_stream_leaves_the_same_rows_out(folder, caplog):
+    expected = faulty(folder)
+    with caplog.at_level(logging.WARNING):
+        assert columns(load_rows(str(folder), streaming=True), "suffix") == ["fine", "also fine"]
+    for row, message in expected.items():
+        assert re.search(rf"c\.csv, row {row}: .*{message}", caplog.text)
+    with pytest.raises(ValueError, match="row 2: .*truncated"):
+        list(load_rows(str(folder), streaming=True, bad_rows="error"))
+
+
+def test_ten_faults_are_shown_and_all_are_counted(folder):
+    write_pictures(folder, "a.png")
+    write_csv(folder / "c.csv", ("image", "caption"), *(("a.png", "" if i else "x") for i in range(26)))
+    with pytest.raises(ValueError) as error:
+        load_rows(str(folder))
+    lines = str(error.value).splitlines()
+    assert "25 of 26 rows" in lines[0] and "row 11:" in lines[10] and lines[11].strip() == "… and 15 more"
+
+
+def test_faults_of_several_sources_are_reported_together(folder):
+    write_pictures(folder, "a.png")
+    first = write_csv(folder / "first.csv", ("image", "caption"), ("a.png", ""))
+    second = write_csv(folder / "second.csv", ("image", "caption"), ("b.png", "x"))
+    with pytest.raises(
+        ValueError, match=r"(?s)first\.csv, row 1: the caption.*second\.csv, row 1: .*b\.png is missing"
+    ):
+        load_rows([first, second])
+
+
+def test_damage_in_a_data_set_is_named_by_its_key(tmp_path):
+    truncate(tmp_path / "torn.png")
+    images = [{"bytes": png(0)}, {"bytes": (tmp_path / "torn.png").read_bytes()}, {"bytes": b""}]
+    rows = {"image": images, "caption": [["p", "q"], ["r"], ["s"]], "id": ["x", "y", "z"]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match=r"(?s)2 of 4 rows.*row 2: 'y' is truncated.*row 3: the image is empty"):
+        load_rows(dataset)
+    assert load_rows(dataset, bad_rows="skip")["suffix"][:] == ["p", "q"]
+
+
+def test_file_that_is_named_by_many_rows_is_opened_once(folder, monkeypatch):
+    write_pictures(folder, "a.png", "b.png")
+    write_csv(
+        folder / "c.csv", ("image", "caption"), *((name, str(i)) for i in range(50) for name in ("a.png", "b.png"))
+    )
+    opened = []
+    monkeypatch.setattr(data.pictures, "load_image", lambda image, name=None: opened.append(os.path.basename(image)))
+    load_rows(str(folder))
+    assert sorted(opened) == ["a.png", "b.png"]
+
+
+def test_quote_that_is_never_closed_loses_no_row_in_silence(folder):
+    write_pictures(folder, "a.png", "b.png")
+    (folder / "c.csv").write_text('image,caption\na.png,fine\na.png,"a cat\nb.png,a dog\n')
+    with pytest.raises(ValueError, match="row 2: line 3 cannot be read: a double quote is never closed"):
+        load_rows(str(folder))
+
+
+def test_columns_with_one_name_are_refused(folder):
+    (folder / "c.csv").write_text("image,caption,caption\na.png,x,y\n")
+    with pytest.raises(ValueError, match="two columns called 'caption'"):
+        load_rows(str(folder / "c.csv"))
+
+
+def test_faulty_lines_of_json_are_named(folder):
+    write_pictures(folder, "a.png")
+    lines = ['{"image": "a.png", "caption": "p"}', '{"image": "a.png", caption}', "[1]", "", '{"image": "a.png"}']
+    lines += ['{"image": "a.png", "caption": "\\ud83d"}', '{"image": "a.png", "caption": ' + "[" * 100_000]
+    lines += ['{"image": "a.png", "caption": "q", "weight": "much"}', '{"image": "a\\u0000.png", "caption": "x"}']
+    (folder / "c.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as error:
+        load_rows(str(folder))
+    for line in (
+        "row 2: line 2 cannot be read: Expecting",
+        "row 3: .*no object",
+        "row 4: the caption is empty",
+        "row 5: .*half a character",
+        "row 6: line 7 cannot be read: it is nested",
+        "row 7: the weight is 'much'",
+        "row 8: .*missing or empty",
+    ):
+        error.match(line)
+    assert load_rows(str(folder), bad_rows="skip")["suffix"][:] == ["p"]
+
+
+def test_json_that_holds_no_records_is_named(folder):
+    for content in ("{}", "[]", "3", '{"a": [{}], "b": [{}]}', '["a.png"]', "[" * 100_000):
+        (folder / "c.json").write_text(content)
+        with pytest.raises(ValueError, match="c.json"):
+            load_rows(str(folder / "c.json"))
+
+
+@pytest.mark.parametrize("hostile", ["/etc/passwd", "../../../etc/passwd", "/proc/self/fd/1", "/dev/zero", "a.png/x"])
+def test_paths_that_lead_elsewhere_are_no_images(folder, hostile):
+    write_pictures(folder, "a.png")
+    write_csv(folder / "c.csv", ("image", "caption"), ("a.png", "x"), (hostile, "y"))
+    with pytest.raises((ValueError, FileNotFoundError), match="row 2: "):
+        load_rows(str(folder))
+
+
+# ---- in a training ----
+
+
+def run(script, checkpoint, folder, *arguments):
+    command = [script.__name__, "--model", checkpoint, "--image_size", 32, "--train_data", folder, "--do_train"]
+    command += ["--total_batch_size", 2, "--per_device_train_batch_size", 2, "--max_steps", 2, "--save_strategy", "no"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", list(map(str, [*command, *arguments])))
+        script.main()
+
+
+@pytest.mark.parametrize("labels", ["precomputed", "live"])
+def test_training_goes_without_damaged_images(checkpoint, folder, tmp_path, labels):
+    captioned(folder)
+    truncate(folder / "torn.png")
+    with open(folder / "captions.csv", "a") as file:
+        file.write("torn.png,a torn photo\n")
+    arguments = ("--labels", labels, "--output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"row 3: .*torn\.png' is truncated"):
+        run(run_captioning, checkpoint, folder, *arguments)
+    run(run_captioning, checkpoint, folder, *arguments, "--bad_rows", "skip")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_image_that_is_damaged_later_is_named_in_the_training(checkpoint, folder, tmp_path):
+    rows = leave_undecoded(load_rows(captioned(folder)))
+    truncate(folder / "b.png")
+    collate = DataCollatorForPrismer(PrismerProcessor.from_pretrained(checkpoint))
+    with pytest.raises(ValueError, match=r"'b\.png' is truncated or damaged"):
+        collate([rows[0], rows[1]])
+    truncate(folder / "a.png")
+    with pytest.raises(ValueError, match=r"'(a|b)\.png' is truncated or damaged"):
+        run(run_captioning, checkpoint, folder, "--no_check_images", "--labels", "live", "--output_dir", tmp_path)
+
+
+def test_faults_of_training_and_evaluation_data_are_reported_together(folder, monkeypatch):
+    write_pictures(folder, "a.png")
+    write_csv(folder / "train.csv", ("image", "caption"), ("a.png", ""))
+    write_csv(folder / "val.csv", ("image", "caption"), ("a.png", " "))
+    command = ["run", "--output_dir", "x", "--do_train", "--do_eval", "--train_data", f"{folder}/train.csv"]
+    monkeypatch.setattr(sys, "argv", [*command, "--eval_data", f"{folder}/val.csv"])
+    with pytest.raises(ValueError, match=r"(?s)train\.csv, row 1.*val\.csv, row 1"):
+        training.load_data(*training.parse_arguments(), "caption")
+
+
+def test_columns_can_be_named_on_the_command_line(folder, monkeypatch):
+    write_pictures(folder, "a.png")
+    path = write_csv(
+        folder / "c.csv", ("bild", "frage", "antwort", "teil"), ("a.png", "q", "x", "a"), ("b", "", "", "b")
+    )
+    command = ["run", "--output_dir", "x", "--do_train", "--train_data", path, "--train_split", "a"]
+    names = ["--image_column", "bild", "--answer_column", "antwort", "--split_column", "teil"]
+    for name in ("--text_column", "--question_column"):
+        monkeypatch.setattr(sys, "argv", [*command, *names, name, "frage"])
+        rows, _ = training.load_data(*training.parse_arguments(), "vqa")
+        assert columns(rows, "text", "suffix") == [("q", "x")]
+    monkeypatch.setattr(sys, "argv", [*command, *names, "--caption_column", "antwort"])
+    assert columns(training.load_data(*training.parse_arguments(), "caption")[0], "suffix") == ["x"]
+    monkeypatch.setattr(sys, "argv", [*command, *names, "--label_column", "antwort"])
+    assert columns(training.load_data(*training.parse_arguments(), "classification")[0], "suffix") == ["x"]
+    dataset = datasets.Dataset.from_dict({"image": [{"bytes": png(0)}], "caption": ["p"], "name": ["n7"]})
+    dataset.cast_column("image", datasets.Image()).save_to_disk(folder / "saved")
+    monkeypatch.setattr(sys, "argv", [*command[:5], str(folder / "saved"), "--id_column", "name"])
+    assert columns(training.load_data(*training.parse_arguments(), "caption")[0], "image_id") == ["n7"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--questions_per_image", 2), ("--streaming", "--labels", "live")])
+def test_answer_that_is_too_long_is_cut_with_a_warning(checkpoint, folder, tmp_path, caplog, arguments):
+    write_pictures(folder, "a.png", "b.png")
+    answers = [("a.png", "red " * 600), ("b.png", "blue"), ("a.png", "green")]
+    lines = [{"image": image, "question": "what?", "answer": answer} for image, answer in answers]
+    write_json(folder / "q.jsonl", lines, lines=True)
+    with caplog.at_level(logging.WARNING):
+        run(run_vqa, checkpoint, folder, "--output_dir", tmp_path / "out", *arguments)
+    if "--streaming" not in arguments:
+        assert re.search(r"answers of 1 of [23] rows are cut to \d+ tokens.*\n.*row 1: .*red red", caplog.text)
+
+
+def test_answers_that_fit_stay_as_they_are(checkpoint, folder):
+    write_pictures(folder, "a.png")
+    answers = ["red", "a " * 40]
+    lines = [{"image": "a.png", "question": "what?", "answer": answer} for answer in answers]
+    rows = load_rows(write_json(folder / "q.jsonl", lines, lines=True), "vqa")
+    processor, config = PrismerProcessor.from_pretrained(checkpoint), PrismerConfig.from_pretrained(checkpoint)
+    processor.task = "vqa"
+    shortened = shorten_answers(rows, processor, config.text_config)
+    assert shortened["suffix"][0] == "red" and answers[1].strip().startswith(shortened["suffix"][1].lower())
+    tokens = processor(picture(0), rows["text"][1], suffix=shortened["suffix"][1])["input_ids"].shape[1]
+    assert tokens <= config.text_config.max_position_embeddings - config.text_config.pad_token_id - 1
+    processor.task = "caption"  # whose texts the processor cuts
+    assert shorten_answers(rows, processor, config.text_config)["suffix"][:] == rows["suffix"][:]
