@@ -6,48 +6,35 @@ The Space: see through the experts.
 """
 
 import argparse
-import atexit
+import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 
-# Before gradio starts: uploads get a folder of their own, which goes when the app does, and nobody is told of visits.
-UPLOADS = tempfile.mkdtemp(prefix="prismer-space-")
-os.environ["GRADIO_TEMP_DIR"] = UPLOADS
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio starts: nobody is told of visits
 
 import gradio as gr  # noqa: E402
 import hardware  # noqa: E402, F401  before torch
 from endpoints import Endpoints  # noqa: E402
+from guard import Guard  # noqa: E402
+from inputs import CheckedBlocks  # noqa: E402
 from page import Page, load_examples  # noqa: E402
 from pictures import MAX_BYTES  # noqa: E402
 from reader import Reader  # noqa: E402
-from sessions import Sessions  # noqa: E402
+from sessions import MAX_SESSIONS, Sessions  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from uploads import UPLOADS, sweep  # noqa: E402
+from waiting import Unread, queued_files  # noqa: E402
 
 from modeling_prismer import pretrained_path  # noqa: E402
 
 
+logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
-KEPT_SECONDS = 120.0  # a file that was sent; by then it has been read, and shown
 QUEUE = 64
-
-
-def sweep(folder: str | Path, seconds: float = KEPT_SECONDS) -> None:
-    """Deletes files that were written longer ago than this, and folders that are empty then."""
-    limit = time.time() - seconds
-    for file in sorted(Path(folder).rglob("*"), reverse=True):  # what is deepest comes first
-        try:
-            if file.is_file() and file.stat().st_mtime < limit:
-                file.unlink()
-            elif file.is_dir() and file.stat().st_mtime < limit:
-                file.rmdir()
-        except OSError:  # another's, or not empty
-            continue
+TIDY_SECONDS = 30.0
 
 
 def make_app(model: str | None = None, device: str | None = None) -> tuple[gr.Blocks, Sessions]:
@@ -58,11 +45,12 @@ def make_app(model: str | None = None, device: str | None = None) -> tuple[gr.Bl
     study = next(
         (place for place in (HERE / "study", HERE.parent / "docs" / "study") if place.is_dir()), HERE / "study"
     )
-    with gr.Blocks(title="Prismer: see through the experts", analytics_enabled=False) as blocks:
+    with CheckedBlocks(title="Prismer: see through the experts", analytics_enabled=False) as blocks:
         Page(reader, sessions, load_examples(HERE / "examples", reader.name), study).build()
         Endpoints(reader).build()
-    # one at a time: two would share the same cores, and each would take twice as long
-    blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
+    # one at a time: two would share the same cores, and each would take twice as long. api_open would let calls pass
+    # the queue.
+    blocks.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
     return blocks, sessions
 
 
@@ -98,15 +86,30 @@ def make_theme() -> gr.themes.Base:
     )
 
 
-def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, **kwargs: object) -> None:
-    def tidy() -> None:
-        while True:
-            time.sleep(30)
-            sweep(UPLOADS)
-            sessions.sweep()
+def tidy(blocks: gr.Blocks, sessions: Sessions, unread: Unread) -> None:
+    """Forgets who rests, deletes uploads that nobody needs, and drops answers that nobody fetches."""
+    sessions.sweep()
+    sweep(UPLOADS, spare=sessions.uploads() | queued_files(blocks))
+    unread.sweep()
 
-    threading.Thread(target=tidy, daemon=True).start()
+
+def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, **kwargs: object) -> None:
+    unread = Unread(blocks)
+
+    def tidy_forever() -> None:
+        while True:
+            time.sleep(TIDY_SECONDS)
+            try:
+                tidy(blocks, sessions, unread)
+            except Exception:  # the next time will do; without any, the disk fills
+                logger.exception("tidying failed")
+
+    threading.Thread(target=tidy_forever, daemon=True).start()
     blocks.launch(
+        app_kwargs={"middleware": [Middleware(Guard, blocks=blocks)]},
+        run_history=False,  # it would send inputs and answers to a bucket that the caller names
+        state_session_capacity=MAX_SESSIONS,
+        js=(HERE / "names.js").read_text(encoding="utf-8"),
         server_name=host,
         server_port=port,
         max_file_size=MAX_BYTES,

@@ -1,15 +1,19 @@
 """What a visitor makes of an expert's map: noise, paint, moved boxes, other words."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from pictures import Refused
+from checks import Refused, as_number, as_text
 from PIL import Image, ImageDraw
 
 
 BACKGROUND = 255
 MAX_STROKES, MAX_POINTS, MAX_BOXES, MAX_LETTERS = 400, 20_000, 60, 40
+MAX_PAINTED = 200.0  # times the area of the map: wide strokes to and fro take long to draw
+MAX_WORD_LETTERS = 1000  # taken; what is beyond MAX_LETTERS is cut
 
 
 def tool_for(description: Mapping[str, Any]) -> str:
@@ -82,42 +86,60 @@ def check_edit(edit: Any, description: Mapping[str, Any]) -> dict[str, list]:
     tool = tool_for(description)
     try:
         if tool == "paint":
-            strokes = []
-            for stroke in edit["strokes"]:
-                value = stroke["value"]
-                value = [int(part) % 256 for part in value] if isinstance(value, list) else int(value) % 256
-                if isinstance(value, list) != (description["kind"] == "dense" and description["channels"] > 1):
-                    raise ValueError
-                if isinstance(value, list) and len(value) != description["channels"]:
-                    raise ValueError
-                limit = description.get("num_classes") if description["kind"] == "label" else None
-                if limit and value >= limit and value != BACKGROUND:
-                    raise ValueError
-                points = [[_share(x), _share(y)] for x, y in stroke["points"]]
-                strokes.append(
-                    {"value": value, "width": min(0.5, max(0.004, float(stroke["width"]))), "points": points}
-                )
-            if len(strokes) > MAX_STROKES or sum(len(stroke["points"]) for stroke in strokes) > MAX_POINTS:
-                raise Refused("That is more paint than fits. Please undo some of it.")
-            return {"strokes": [stroke for stroke in strokes if stroke["points"]]}
-        boxes = []
-        for item in edit["boxes"]:
-            left, top, right, bottom = (_share(side) for side in item["box"])
-            box = {"box": [min(left, right), min(top, bottom), max(left, right), max(top, bottom)]}
-            if tool == "boxes":
-                box["class"] = int(item["class"])
-                if not 0 <= box["class"] < (description.get("num_classes") or BACKGROUND):
-                    raise ValueError
-            else:
-                box["text"] = str(item["text"]).strip()[:MAX_LETTERS]
-            boxes.append(box)
-        if len(boxes) > MAX_BOXES:
-            raise Refused(f"That is more than {MAX_BOXES} boxes. Please remove some.")
-        return {"boxes": boxes}
+            return {"strokes": _check_strokes(edit, description)}
+        return {"boxes": _check_boxes(edit, tool, description.get("num_classes") or BACKGROUND)}
     except Refused:
         raise
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise Refused("This change cannot be read.") from None
+        needed = {
+            "paint": "strokes, each with a value of the map, a width and points",
+            "boxes": "boxes, each with a box of four numbers and a class of this expert",
+            "words": "boxes, each with a box of four numbers and a text",
+        }
+        raise Refused(f"edit: this change to {description['name']} cannot be read; it needs {needed[tool]}.") from None
+
+
+def _check_strokes(edit: Any, description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    strokes, painted = [], 0.0
+    for stroke in edit["strokes"]:
+        value = stroke["value"]
+        if isinstance(value, list) != (description["kind"] == "dense" and description["channels"] > 1):
+            raise ValueError
+        if isinstance(value, list) and len(value) != description["channels"]:
+            raise ValueError
+        value = [_as_value(part) for part in value] if isinstance(value, list) else _as_value(value)
+        limit = description.get("num_classes") if description["kind"] == "label" else None
+        if limit and value >= limit and value != BACKGROUND:
+            raise ValueError
+        points = [[_share(x), _share(y)] for x, y in stroke["points"]]
+        width = min(0.5, max(0.004, as_number(stroke["width"])))
+        strokes.append({"value": value, "width": width, "points": points})
+        painted += width * (width + sum(math.dist(*pair) for pair in pairwise(points)))
+    num_points = sum(len(stroke["points"]) for stroke in strokes)
+    if len(strokes) > MAX_STROKES or num_points > MAX_POINTS or painted > MAX_PAINTED:
+        raise Refused("edit: that is more paint than fits. Please undo some of it.")
+    return [stroke for stroke in strokes if stroke["points"]]
+
+
+def _check_boxes(edit: Any, tool: str, num_classes: int) -> list[dict[str, Any]]:
+    boxes = []
+    for item in edit["boxes"]:
+        left, top, right, bottom = (_share(side) for side in item["box"])
+        box: dict[str, Any] = {"box": [min(left, right), min(top, bottom), max(left, right), max(top, bottom)]}
+        if tool == "boxes":
+            box["class"] = int(as_number(item["class"]))
+            if not 0 <= box["class"] < num_classes:
+                raise ValueError
+        else:
+            box["text"] = as_text(item["text"], "word", MAX_WORD_LETTERS).strip()[:MAX_LETTERS]
+        boxes.append(box)
+    if len(boxes) > MAX_BOXES:
+        raise Refused(f"edit: that is more than {MAX_BOXES} boxes. Please remove some.")
+    return boxes
+
+
+def _as_value(number: Any) -> int:
+    return int(as_number(number)) % 256
 
 
 def apply_edit(
@@ -169,12 +191,9 @@ def _draw_stroke(layer: Image.Image, points: Sequence, share: float, value: int)
     radius = max(1.0, share * max(layer.size) / 2)
     placed = [(x * layer.width, y * layer.height) for x, y in points]
     draw.line(placed, fill=value, width=round(2 * radius), joint="curve")
-    for x, y in placed:
+    for x, y in (placed[0], placed[-1]):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=value)
 
 
 def _share(number: Any) -> float:
-    number = float(number)
-    if number != number:
-        raise ValueError
-    return round(min(1.0, max(0.0, number)), 4)
+    return round(min(1.0, max(0.0, float(as_number(number)))), 4)

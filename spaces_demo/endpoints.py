@@ -6,11 +6,12 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from checks import Refused
 from edits import as_ids
-from page import guarded, opened
-from pictures import Refused
+from inputs import guarded
+from page import opened
 from PIL import Image
-from reader import Reader, parse_labels
+from reader import MAX_LABEL_LETTERS, Reader, parse_labels
 
 
 GUIDE = Path(__file__).with_name("guide.md").read_text(encoding="utf-8")
@@ -28,7 +29,7 @@ class Endpoints:
         with gr.Column(visible=False):
             picture = gr.Image(label="picture", sources=["upload"])
             question = gr.Textbox(label="question")
-            labels = gr.Textbox(label="labels")
+            labels = gr.Textbox(label="labels", max_length=MAX_LABEL_LETTERS)
             experts = gr.CheckboxGroup(names, value=names, label="experts")
             output, button = gr.JSON(label="result"), gr.Button("call")
 
@@ -77,7 +78,7 @@ class Endpoints:
         wanted = names if experts is None else experts
         unknown = [name for name in wanted if name not in names]
         if unknown:
-            raise Refused(f"There is no expert {unknown[0]!r}; there are: {', '.join(names) or 'none'}.")
+            raise Refused(f"experts: there is no “{unknown[0]}”; there are: {', '.join(names) or 'none'}.")
         seen = {each.name: each.label for each in self.reader.look(picture, wanted)}
         return self.reader.encode(picture, seen)
 
@@ -110,5 +111,5 @@ class Endpoints:
 def _required(payload: Any) -> Image.Image:
     picture = opened(payload)
     if picture is None:
-        raise Refused("A picture is needed.")
+        raise Refused("picture: an uploaded file is needed.")
     return picture

@@ -10,7 +10,8 @@ import zlib
 from typing import Any
 
 import edits
-from pictures import Refused, from_base64
+from checks import Refused, as_text, is_too_deep, parse_json
+from pictures import from_base64
 from PIL import Image
 from reader import MAX_LETTERS, Reader
 from sessions import Session, check_modes
@@ -50,15 +51,28 @@ def from_link(link: str, reader: Reader) -> dict[str, Any]:
         raise Refused("This link is too long to be one of ours.")
     try:
         packed = base64.urlsafe_b64decode(link + "=" * (-len(link) % 4))
-        unpacker = zlib.decompressobj()
-        content = json.loads(unpacker.decompress(packed, 4 * MAX_LINK))
-        questions = [str(text)[:MAX_LETTERS] for text in content["questions"]][:MAX_QUESTIONS]
-        example = content.get("example")
-        modes = check_modes(content["modes"], reader.descriptions)
-        found = {name: edit for name, edit in dict(content["edits"]).items() if name in reader.descriptions}
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error):
-        raise Refused("This link is damaged, so the session in it cannot be restored.") from None
+        content = parse_json(zlib.decompressobj().decompress(packed, 4 * MAX_LINK))
+    except (ValueError, zlib.error):
+        content = None
+    if not isinstance(content, dict) or is_too_deep(content):
+        raise Refused("This link is damaged, so the session in it cannot be restored.")
+    kinds = {"questions": list, "modes": dict, "edits": dict}
+    wrong = next((key for key, kind in kinds.items() if not isinstance(content.get(key), kind)), None)
+    if wrong is not None:
+        raise Refused(f"This link is damaged: its {wrong} cannot be read.")
+    questions = [as_text(each, "question in this link", MAX_LETTERS) for each in content["questions"]]
+    found = {name: edit for name, edit in content["edits"].items() if name in reader.descriptions}
     found = {name: edits.check_edit(edit, reader.descriptions[name]) for name, edit in found.items()}
+    modes = check_modes(content["modes"], reader.descriptions)
     modes = {name: mode for name, mode in modes.items() if mode != "edited" or name in found}
-    picture = None if example is not None else from_base64(str(content.get("picture", "")))
-    return {"picture": picture, "example": example, "questions": questions, "modes": modes, "edits": found}
+    example = content.get("example")
+    if example is not None:
+        as_text(example, "example in this link", MAX_LETTERS)
+    picture = None if example is not None else from_base64(content.get("picture"))
+    return {
+        "picture": picture,
+        "example": example,
+        "questions": questions[:MAX_QUESTIONS],
+        "modes": modes,
+        "edits": found,
+    }

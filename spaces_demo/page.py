@@ -1,9 +1,7 @@
 """The page: what is where, and what happens when."""
 
 import functools
-import inspect
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,13 +12,15 @@ import drawings
 import edits
 import gradio as gr
 import links
-from pictures import MAX_BYTES, Refused, data_uri, escape, open_picture
+from checks import Refused, as_text
+from inputs import event_value, guarded
+from pictures import MAX_BYTES, data_uri, escape, open_picture
 from PIL import Image
-from reader import MAX_LETTERS, Reader, parse_labels
+from reader import MAX_LABEL_LETTERS, MAX_LETTERS, Reader, parse_labels
 from sessions import MAX_TURNS, Session, Sessions
+from uploads import find_upload, keep
 
 
-logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 VERSIONS = {"seen": "With all experts", "yours": "With your changes", "none": "Without experts"}
 CHOICES = {"seen": "As seen", "off": "Off", "noise": "Noise", "edited": "Edited"}
@@ -63,49 +63,13 @@ def load_examples(folder: Path, name: str = "") -> list[Example]:
 def opened(payload: Any) -> Image.Image | None:
     """
     The picture of an image component, for events with `preprocess=False`: gradio would open it without bounds, and
-    answer a broken one with a traceback. That the file is one that was uploaded, gradio has made sure of.
+    answer a broken one with a traceback.
 
     Raises:
-        Refused: as [`open_picture`] does.
+        Refused: if it is no file that was uploaded, and as [`open_picture`] does.
     """
     path = payload.get("path") if isinstance(payload, dict) else None
-    return None if not path else open_picture(path)
-
-
-class friendly:
-    """Turns what goes wrong into a message that a visitor can act on; the rest goes to the log."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Refused):
-            raise gr.Error(str(error), print_exception=False, title="That did not work") from None
-        if isinstance(error, Exception) and not isinstance(error, gr.Error):
-            logger.error("a request failed", exc_info=error)
-            raise gr.Error(
-                "Something went wrong on our side. Please try again, or with another picture.",
-                print_exception=False,
-                title="That did not work",
-            ) from None
-
-
-def guarded(function: Callable) -> Callable:
-    """The function, or generator, with [`friendly`] messages."""
-    if inspect.isgeneratorfunction(function):
-
-        @functools.wraps(function)
-        def guarded_steps(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            with friendly():
-                yield from function(*args, **kwargs)
-
-        return guarded_steps
-
-    @functools.wraps(function)
-    def guarded_call(*args: Any, **kwargs: Any) -> Any:
-        with friendly():
-            return function(*args, **kwargs)
-
-    return guarded_call
+    return None if not path else open_picture(find_upload(path, "picture"))
 
 
 class Page:
@@ -231,7 +195,7 @@ class Page:
                     )
                     self.close_editor = gr.Button("Close the editor", size="sm", elem_id="close")
             self.bar = gr.HTML("", elem_id="bar", visible=bool(self.names))
-        self.fragment = gr.Textbox(visible=False)
+        self.fragment = gr.Textbox(label="link", visible=False, max_length=links.MAX_LINK)
 
     def _build_classify(self, tab: gr.Tab) -> None:
         with gr.Row():
@@ -239,7 +203,10 @@ class Page:
                 self.thumbnail = gr.HTML(f'<p class="quiet">{NO_PICTURE}</p>')
             with gr.Column(scale=5, min_width=300):
                 self.labels = gr.Textbox(
-                    label="Your labels", info="Divided by commas.", value="red, green, blue, yellow", max_length=3000
+                    label="Your labels",
+                    info="Divided by commas.",
+                    value="red, green, blue, yellow",
+                    max_length=MAX_LABEL_LETTERS,
                 )
                 self.class_prompt = gr.Textbox(
                     label="The question they answer" if "vqa" in self.reader.tasks else "What comes before the label",
@@ -320,7 +287,12 @@ class Page:
         for name in self.names:
             outputs = [*again, self.cards[name], self.switches[name]]
             self.switches[name].input(
-                stoppable(self._switch(name)), self.switches[name], outputs, trigger_mode="always_last", **BUSY
+                stoppable(self._switch(name)),
+                self.switches[name],
+                outputs,
+                preprocess=False,
+                trigger_mode="always_last",
+                **BUSY,
             )
             self.edit_buttons[name].click(
                 guarded(self._open_editor(name)),
@@ -358,7 +330,9 @@ class Page:
     # ---- what happens ----
 
     def _session(self, request: gr.Request) -> Session:
-        return self.sessions[request.session_hash or ""]
+        if not request.session_hash:  # or all who send none would share one
+            raise Refused("session_hash: the name of a session is needed.")
+        return self.sessions[request.session_hash]
 
     def _with_picture(self, request: gr.Request) -> Session:
         session = self._session(request)
@@ -382,17 +356,20 @@ class Page:
         @functools.wraps(function)
         def steps(*args: Any) -> Iterator[Any]:
             request = next(arg for arg in args if isinstance(arg, gr.Request))
-            session = self._session(request)
+            session = guarded(self._session)(request)
             session.stopped = False
-            with closing(guarded(function)(*args)) as running:
-                for step in running:
-                    if session.forgotten:  # gradio sends what came last once more
-                        yield {self.status: drawings.status(1, 1, "")}
-                        return
-                    yield step
-                    if session.stopped:
-                        yield {self.status: STOPPED}
-                        return
+            try:
+                with closing(guarded(function)(*args)) as running:
+                    for step in running:
+                        if session.forgotten:  # gradio sends what came last once more
+                            yield {self.status: drawings.status(1, 1, "")}
+                            return
+                        yield step
+                        if session.stopped:
+                            yield {self.status: STOPPED}
+                            return
+            finally:
+                self.sessions.weigh(request.session_hash or "")
 
         return steps
 
@@ -431,31 +408,32 @@ class Page:
         if picture is None:
             yield self._nothing()
             return
-        self._session(request).take(picture)
+        self._session(request).take(picture, upload=payload["path"])
         yield from self._look(self._session(request))
 
     def _take_example(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
-        example = self.examples.get(str(event._data.get("name")))
-        if example is None:
-            raise Refused("There is no such example.")
-        with Image.open(example.file) as image:
-            self._session(request).take(image.convert("RGB"), example.file.name)
-        yield {self.picture: str(example.file)}
-        yield from self._look(self._session(request))
+        session = self._session(request)
+        yield self._show(session, None, event_value(event, "name"))
+        yield from self._look(session)
+
+    def _show(self, session: Session, picture: Image.Image | None, example: Any = None) -> dict:
+        """Takes a picture, or that of an example, and shows it where visitors' own are."""
+        if picture is None:
+            name = as_text(example, "example", MAX_LETTERS)
+            if name not in self.examples:
+                raise Refused(f"example: there is none of this name; there are: {', '.join(self.examples)}.")
+            with Image.open(self.examples[name].file) as image:
+                picture = image.convert("RGB")
+        session.take(picture, example, upload=keep(picture))
+        return {self.picture: session.upload}
 
     def _open_link(self, link: str | None, request: gr.Request) -> Iterator[dict]:
         if not link:
             yield {self.status: drawings.status(1, 1, "")}
             return
         found = links.from_link(link, self.reader)
-        picture, session = found["picture"], self._session(request)
-        if picture is None:
-            example = self.examples.get(str(found["example"]))
-            if example is None:
-                raise Refused("This link is to an example that is no longer here.")
-            picture = Image.open(example.file).convert("RGB")
-        session.take(picture, found["example"])
-        yield {self.picture: picture}
+        session = self._session(request)
+        yield self._show(session, found["picture"], found["example"])
         modes, session.edits = found["modes"], found["edits"]
         yield from self._look(session, modes)
         for question in found["questions"]:
@@ -482,9 +460,8 @@ class Page:
             note = f"{seen.seconds:.2f} s" if not seen.failed else "failed"
             session.notes[name] = (note, seen.failed)
             if seen.failed:
-                gr.Warning(
-                    f"The expert for {title.lower()} could not read this picture. The model goes on without it."
-                )
+                failed = f"The expert for {title.lower()} could not read this picture. The model goes on without it."
+                gr.Warning(escape(failed))  # gradio shows it as HTML
             yield {self.cards[name]: self._card(session, name), self.switches[name]: self._switch_value(session, name)}
         yield {self.status: drawings.status(total - 1, total, "Putting it together")}
         encoding = session.encoding("seen", self.reader)
@@ -549,14 +526,14 @@ class Page:
         ]
         return ", ".join(parts)
 
-    def _ask(self, question: str, request: gr.Request) -> Iterator[dict]:
+    def _ask(self, question: str | None, request: gr.Request) -> Iterator[dict]:
         session = self._with_picture(request)
         self.reader.prompt("vqa", question)
         yield {self.question: ""}
-        yield from self._answer(session, "vqa", question.strip())
+        yield from self._answer(session, "vqa", question.strip())  # type: ignore[union-attr]
 
     def _ask_suggested(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
-        yield from self._ask(str(event._data.get("question") or ""), request)
+        yield from self._ask(event_value(event, "question"), request)
 
     def _again(self, session: Session) -> Iterator[dict]:
         """The last answer, anew."""
@@ -609,19 +586,25 @@ class Page:
         return open_editor
 
     def _edit(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
-        session, name = self._with_picture(request), event._data.get("name")
-        if name not in session.seen:
-            raise Refused("This expert has not looked at your picture yet.")
-        session.edits[name] = edits.check_edit(event._data.get("edit"), self.reader.descriptions[name])
+        session = self._with_picture(request)
+        name = self._looked(session, event)
+        session.edits[name] = edits.check_edit(event_value(event, "edit"), self.reader.descriptions[name])
         session.set_mode(name, "edited")
         yield from self._changed(session, name)
 
     def _reset(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
-        session, name = self._with_picture(request), event._data.get("name")
-        if name in session.seen:
-            session.edits.pop(name, None)
-            session.set_mode(name, "seen")
-            yield from self._changed(session, name)
+        session = self._with_picture(request)
+        name = self._looked(session, event)
+        session.edits.pop(name, None)
+        session.set_mode(name, "seen")
+        yield from self._changed(session, name)
+
+    def _looked(self, session: Session, event: gr.EventData) -> str:
+        """The name of the expert that an event is about."""
+        name = as_text(event_value(event, "name"), "name of the expert", MAX_LETTERS)
+        if name not in session.seen:
+            raise Refused(f"name of the expert: {', '.join(session.seen) or 'none'} have looked at your picture.")
+        return name
 
     def _changed(self, session: Session, name: str) -> Iterator[dict]:
         yield {self.cards[name]: self._card(session, name), self.switches[name]: self._switch_value(session, name)}
@@ -662,11 +645,12 @@ def _choices(edited: bool) -> list[tuple[str, str]]:
 
 
 def _messages(turns: list[tuple[str, str | None, str]]) -> list[dict[str, str]]:
+    """For the chat, which shows its messages as HTML."""
     messages = []
     for task, text, said in turns:
         if task == "vqa":
-            messages.append({"role": "user", "content": text or ""})
-        messages.append({"role": "assistant", "content": said})
+            messages.append({"role": "user", "content": escape(text or "")})
+        messages.append({"role": "assistant", "content": escape(said)})
     return messages
 
 

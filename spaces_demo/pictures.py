@@ -4,7 +4,9 @@ import base64
 import html
 import io
 from pathlib import Path
+from typing import Any
 
+from checks import Refused
 from PIL import Image
 
 from modeling_prismer.processing import load_image
@@ -13,10 +15,7 @@ from modeling_prismer.processing import load_image
 MAX_BYTES = 10 * 1024**2
 MAX_PIXELS = 25_000_000
 LONG_SIDE = 1024  # more would only cost time: no expert looks closer
-
-
-class Refused(ValueError):
-    """What a visitor gave cannot be used; the message is for them."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others have decoders that run programs, such as EPS
 
 
 def open_picture(source: str | Path | bytes) -> Image.Image:
@@ -30,8 +29,8 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
     if size > MAX_BYTES:
         raise Refused(f"This file has {size / 1024**2:.0f} MB; up to {MAX_BYTES // 1024**2} MB are taken.")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:  # reads the header
-            width, height = opened.size
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
+            width, height = opened.size  # from the header: nothing is decoded yet
         if width * height <= MAX_PIXELS:
             picture = load_image(source if isinstance(source, bytes) else str(source), max_pixels=MAX_PIXELS)
     except Exception:  # every decoder fails in its own way
@@ -52,14 +51,14 @@ def data_uri(picture: Image.Image, quality: int = 88) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def from_base64(text: str) -> Image.Image:
+def from_base64(text: Any) -> Image.Image:
     """
     Raises:
         Refused: as [`open_picture`] does.
     """
     try:
         content = base64.b64decode(text, validate=True)
-    except ValueError:
+    except (TypeError, ValueError):
         raise Refused("This link is damaged: its picture cannot be read.") from None
     return open_picture(content)
 

@@ -9,8 +9,8 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
+from checks import Refused, as_text
 from hardware import on_gpu
-from pictures import Refused
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
@@ -22,7 +22,7 @@ from modeling_prismer.processing.visualization import TITLES
 
 logger = logging.getLogger(__name__)
 MAX_WORDS, MAX_TOKENS, MAX_LETTERS = 30, 35, 300  # of a question
-MAX_LABELS = 50
+MAX_LABELS, MAX_LABEL_LETTERS = 50, 3000  # of labels, all of them together
 MAX_NEW_TOKENS, NUM_BEAMS, NUM_OTHERS = 30, 5, 4
 MAX_SECONDS = 60.0  # to wait for the next word
 
@@ -185,7 +185,7 @@ class Reader:
         Raises:
             Refused: if there is no question, or it is longer than the model reads.
         """
-        text = (text or "").strip() or None
+        text = as_text("" if text is None else text, "question", 2 * MAX_LETTERS).strip() or None
         if task == "vqa":
             if text is None or not any(letter.isalnum() for letter in text):
                 raise Refused("Please type a question first.")
@@ -322,6 +322,7 @@ def parse_labels(text: str) -> list[str]:
     Raises:
         Refused: if there are none, too many, or one that is too long.
     """
+    text = as_text(text, "labels", MAX_LABEL_LETTERS)
     labels = list(dict.fromkeys(label.strip() for label in text.replace("\n", ",").split(",") if label.strip()))
     if len(labels) < 2:
         raise Refused("Please type at least two labels, divided by commas.")

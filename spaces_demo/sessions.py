@@ -1,5 +1,6 @@
 """What the page remembers of each visitor, in memory alone, until they leave."""
 
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -8,12 +9,17 @@ from threading import RLock
 from typing import Any
 
 import edits
+import numpy as np
+import torch
+from checks import Refused
 from PIL import Image
 from reader import Encoding, Reader
 
 
 MODES = ("seen", "off", "noise", "edited")
 MAX_TURNS = 40
+MAX_SESSIONS = 200
+MAX_SESSION_BYTES = 1024**3  # of all sessions together
 
 
 @dataclass
@@ -22,9 +28,11 @@ class Session:
 
     picture: Image.Image | None = None
     source: str | None = None  # the name of an example
+    upload: str | None = None  # the file that the page shows
     seen: dict[str, Any] = field(default_factory=dict)
     modes: dict[str, str] = field(default_factory=dict)
     edits: dict[str, dict] = field(default_factory=dict)
+    made: dict[str, tuple[dict, Any]] = field(default_factory=dict)  # each edit and the label that came of it
     turns: list[tuple[str, str | None, str]] = field(default_factory=list)  # task, question, answer
     notes: dict[str, tuple[str, bool]] = field(default_factory=dict)  # how long each expert took, whether it failed
     encodings: OrderedDict = field(default_factory=OrderedDict)
@@ -32,9 +40,13 @@ class Session:
     stopped: bool = False  # the visitor has pressed Stop
     forgotten: bool = False
 
-    def take(self, picture: Image.Image | None, source: str | None = None) -> None:
+    def take(self, picture: Image.Image | None, source: str | None = None, upload: str | None = None) -> None:
         """A new picture: everything about the one before is forgotten."""
-        self.__init__(picture=picture, source=source)  # type: ignore[misc]
+        self.__init__(picture=picture, source=source, upload=upload)  # type: ignore[misc]
+
+    @property
+    def nbytes(self) -> int:
+        return size_of(vars(self))
 
     @property
     def changed(self) -> bool:
@@ -42,7 +54,8 @@ class Session:
 
     def set_mode(self, name: str, mode: str) -> None:
         if mode not in MODES or name not in self.seen or (mode == "edited" and name not in self.edits):
-            raise ValueError(f"{name} cannot be {mode!r}")
+            accepted = [each for each in MODES if each != "edited" or name in self.edits]
+            raise Refused(f"{name}: this must be one of {', '.join(accepted)}.")
         self.modes[name] = mode
 
     def label(self, name: str, reader: Reader) -> Any:
@@ -52,7 +65,11 @@ class Session:
         if mode == "noise":
             return edits.noise(description, size, reader.encode_words)
         if mode == "edited":
-            return edits.apply_edit(label, self.edits[name], description, size, reader.encode_words)
+            edit, made = self.edits[name], self.made.get(name)
+            if made is None or made[0] is not edit:  # much paint takes seconds, and every card and answer asks for it
+                made = (edit, edits.apply_edit(label, edit, description, size, reader.encode_words))
+                self.made[name] = made
+            return made[1]
         return label if mode == "seen" else None
 
     def encoding(self, version: str, reader: Reader) -> Encoding:
@@ -78,13 +95,20 @@ class Session:
 
 class Sessions:
     """
-    Sessions by the browser's key. One that rests longer than `idle` seconds is forgotten, and of more than `most` the
-    one that has rested longest.
+    Sessions by the browser's key. One that rests longer than `idle` seconds is forgotten. If there are more than
+    `most`, or they hold more than `most_bytes`, those that have rested longest are forgotten.
     """
 
-    def __init__(self, idle: float = 1800, most: int = 200, clock: Callable[[], float] = time.monotonic):
-        self.idle, self.most, self.clock = idle, most, clock
+    def __init__(
+        self,
+        idle: float = 1800,
+        most: int = MAX_SESSIONS,
+        clock: Callable[[], float] = time.monotonic,
+        most_bytes: int = MAX_SESSION_BYTES,
+    ):
+        self.idle, self.most, self.clock, self.most_bytes = idle, most, clock, most_bytes
         self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._sizes: dict[str, int] = {}
         self._lock = RLock()
 
     def __len__(self) -> int:
@@ -96,20 +120,52 @@ class Sessions:
             session = self._sessions.setdefault(key, Session())
             session.used = self.clock()
             self._sessions.move_to_end(key)
-            while len(self._sessions) > self.most:
-                self._sessions.popitem(last=False)
+            self.weigh(key)
             return session
+
+    def weigh(self, key: str) -> None:
+        """Makes room for a session that may have grown, at the cost of others."""
+        with self._lock:
+            if key in self._sessions:
+                self._sizes[key] = self._sessions[key].nbytes
+            while len(self._sessions) > self.most or (
+                len(self._sessions) > 1 and sum(self._sizes.values()) > self.most_bytes
+            ):
+                self._drop(next(iter(self._sessions)))
+
+    def uploads(self) -> set[str]:
+        """The files that the pages of all visitors show."""
+        with self._lock:
+            return {session.upload for session in self._sessions.values() if session.upload}
 
     def forget(self, key: str) -> None:
         with self._lock:
-            session = self._sessions.pop(key, None)
-            if session is not None:
-                session.forgotten = True
+            if key in self._sessions:
+                self._drop(key).forgotten = True
 
     def sweep(self) -> None:
         with self._lock:
             for key in [key for key, session in self._sessions.items() if self.clock() - session.used > self.idle]:
-                del self._sessions[key]
+                self._drop(key)
+
+    def _drop(self, key: str) -> Session:
+        self._sizes.pop(key, None)
+        return self._sessions.pop(key)
+
+
+def size_of(value: Any) -> int:
+    """About how many bytes a value holds: images, arrays and tensors exactly, lists and objects roughly."""
+    if isinstance(value, Image.Image):
+        return value.width * value.height * len(value.getbands())
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return int(value.nbytes)
+    if isinstance(value, Encoding):
+        return size_of(vars(value))
+    if isinstance(value, Mapping):
+        return 64 + sum(64 + size_of(each) for each in list(value.values()))
+    if isinstance(value, list | tuple):
+        return 64 + sum(8 + size_of(each) for each in value)
+    return sys.getsizeof(value)
 
 
 def check_modes(modes: Any, names: Mapping[str, Any]) -> dict[str, str]:

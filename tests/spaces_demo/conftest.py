@@ -30,12 +30,20 @@ def shape():
 
 
 @pytest.fixture(scope="session")
-def server():
-    """Address of the running app, with the bundled checkpoint."""
+def space():
+    """The app with a bundled checkpoint, not launched, and its sessions."""
     pytest.importorskip("gradio")
     import app
 
-    blocks, sessions = app.make_app(pretrained_path("prismer-easy-vqa"), "cpu")
+    return app.make_app(pretrained_path("prismer-easy-vqa"), "cpu")
+
+
+@pytest.fixture(scope="session")
+def server(space):
+    """Address of the running app."""
+    import app
+
+    blocks, sessions = space
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -100,6 +100,54 @@ def test_too_large_a_file_is_refused(page, tmp_path):
     assert str(tmp_path) not in page.content()
 
 
+def named_file(name, content=b"no image"):
+    return {"name": name, "mimeType": "image/png" if name.endswith("png") else "text/plain", "buffer": content}
+
+
+DROP = """() => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File(["no image"], "<img src=x>.txt", {type: "text/plain"}));
+    const place = document.querySelector("#picture input[type=file]").parentElement;
+    place.dispatchEvent(new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer}));
+}"""
+MARKUP = "<img src=x>"
+
+
+def has_markup(page):
+    return page.locator("img[src=x]").count() > 0
+
+
+def test_what_visitors_write_is_nowhere_markup(page):
+    shape = (ROOT / "modeling_prismer/assets/shape.png").read_bytes()
+    page.set_input_files("#picture input[type=file]", named_file(f"{MARKUP}.png", shape))
+    wait_for(page, "Ready")
+    ask(page, f"{MARKUP}?")
+    assert f"{MARKUP}?" in page.inner_text("#chat") and not has_markup(page)
+    page.click("#edit-ocr")
+    page.click("button:has-text('Add a word')")
+    page.fill(".editor-items input >> nth=-1", MARKUP)
+    wait_for(page, MARKUP, "#card-ocr")
+    assert not has_markup(page)
+    page.get_by_role("tab", name="Classify").click()
+    page.get_by_label("Your labels").fill(f"{MARKUP}, b")
+    page.click("#rank")
+    wait_for(page, MARKUP, "#ranking")
+    page.get_by_label("Your labels").fill(f"{MARKUP * 9}, b")
+    page.click("#rank")
+    page.wait_for_selector(".toast-body")
+    assert MARKUP in page.inner_text(".toast-body") and not has_markup(page)
+
+
+@pytest.mark.parametrize("way", ["chosen", "dropped"])
+def test_the_name_of_a_file_is_no_markup(page, way):
+    if way == "chosen":
+        page.set_input_files("#picture input[type=file]", named_file(f"{MARKUP}.txt"))
+    else:
+        page.evaluate(DROP)
+    page.wait_for_selector(".toast-body")
+    assert "_img src=x_.txt" in page.inner_text(".toast-body") and not has_markup(page)
+
+
 @pytest.fixture
 def slow_experts(reader, monkeypatch):
     look = type(reader).look

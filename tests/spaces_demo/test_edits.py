@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from checks import Refused
 from edits import apply_edit, boxes_of, check_edit, noise, tool_for
-from pictures import Refused
 
 
 DEPTH = {"name": "depth", "kind": "dense", "channels": 1}
@@ -99,8 +99,36 @@ def test_noise_has_the_form_of_the_expert(description):
         ({"boxes": [{"box": [0, 0, 1, 1], "class": 4}]}, OBJECTS),
         ({"boxes": [{"box": [0, 0, 1, 1], "class": 0}] * 61}, OBJECTS),
         (stroke(1, *[(0, 0)] * 20_001), DEPTH),
+        (stroke(1, *[(0, 0), (1, 1)] * 400, width=0.5), DEPTH),
+        (stroke(True, (0, 0)), DEPTH),
+        (stroke("1", (0, 0)), DEPTH),
+        (stroke(1, ("0", 0)), DEPTH),
+        (stroke(1, (0, 0), width=None), DEPTH),
+        (stroke([1, 2, {}], (0, 0)), NORMAL),
+        (stroke(float("inf"), (0, 0)), DEPTH),
+        ({"boxes": [{"box": [0, 0, 1, 1], "text": 5}]}, WORDS),
+        ({"boxes": [{"box": [0, 0, 1, 1], "text": "\ud800"}]}, WORDS),
+        ({"boxes": [{"box": [0, 0, 1, 1], "class": "1"}]}, OBJECTS),
     ],
 )
 def test_what_is_no_edit_is_refused(edit, description):
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="^(edit|word): "):
         check_edit(edit, description)
+
+
+def test_a_word_that_is_longer_than_the_editor_takes_is_cut():
+    edit = check_edit({"boxes": [{"box": [0, 0, 1, 1], "text": "w" * 100}]}, WORDS)
+    assert edit["boxes"][0]["text"] == "w" * 40
+
+
+def test_a_changed_map_is_painted_once_for_cards_and_answers(monkeypatch, reader, shape):
+    import edits
+    from sessions import Session
+
+    painted, apply = [], edits.apply_edit
+    monkeypatch.setattr(edits, "apply_edit", lambda *args: painted.append(1) or apply(*args))
+    session = Session(picture=shape, seen={"edge": np.zeros((64, 64), np.uint8)}, modes={"edge": "edited"})
+    for value in (200, 100):
+        session.edits["edge"] = check_edit(stroke(value, (0.5, 0.5)), reader.descriptions["edge"])
+        assert [session.label("edge", reader)[32, 32] for _ in range(3)] == [value] * 3
+    assert len(painted) == 2

@@ -8,7 +8,8 @@ pytest.importorskip("gradio")
 
 import pictures
 from app import sweep
-from pictures import Refused, open_picture
+from checks import Refused
+from pictures import open_picture
 
 
 def as_bytes(image, kind="PNG"):
@@ -22,7 +23,10 @@ def test_a_large_picture_is_made_smaller():
     assert picture.size == (1024, 512) and picture.mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", as_bytes(Image.new("RGB", (64, 64)))[:60]])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no picture", as_bytes(Image.new("RGB", (64, 64)))[:60], as_bytes(Image.new("RGB", (64, 64)), "EPS")],
+)
 def test_what_is_no_picture_is_refused_in_plain_words(content):
     with pytest.raises(Refused, match="no picture, or damaged"):
         open_picture(content)
@@ -37,6 +41,11 @@ def test_bytes_and_pixels_are_bounded(monkeypatch):
         open_picture(content)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_the_formats_that_are_promised_are_taken(kind):
+    assert open_picture(as_bytes(Image.new("RGB", (64, 48), "red"), kind)).size == (64, 48)
+
+
 def test_old_uploads_are_swept_away_and_new_ones_stay(tmp_path):
     import os
 
@@ -46,5 +55,13 @@ def test_old_uploads_are_swept_away_and_new_ones_stay(tmp_path):
         file.write_bytes(b"x")
         time = file.stat().st_mtime - age
         os.utime(file, (time, time))
-    sweep(tmp_path, 120)
-    assert [file.parent.name for file in tmp_path.rglob("*.png")] == ["new"]
+    spared = tmp_path / "needed.png"
+    spared.write_bytes(b"x")
+    os.utime(spared, (1, 1))
+    (tmp_path / "link").symlink_to(spared)
+    os.utime(tmp_path / "link", (1, 1), follow_symlinks=False)
+    sweep(tmp_path, 120, spare={str(spared)})
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == {
+        "new/picture.png",
+        "needed.png",
+    }

@@ -9,7 +9,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 
 import drawings
-from pictures import Refused
+from checks import Refused
 from reader import parse_labels
 from sessions import Session
 
@@ -103,6 +103,14 @@ def test_an_expert_that_fails_is_missing_and_the_others_go_on(reader, shape, mon
 def test_questions_that_cannot_be_read_are_refused_not_cut(reader, question, reason):
     with pytest.raises(Refused, match=reason):
         reader.prompt("vqa", question)
+
+
+@pytest.mark.parametrize("value", [5, {"a": 1}, ["a"], True, "\ud800"])
+def test_what_is_no_text_is_named(reader, value):
+    with pytest.raises(Refused, match="^question: "):
+        reader.prompt("vqa", value)
+    with pytest.raises(Refused, match="^labels: "):
+        parse_labels(value)
 
 
 def test_labels_are_divided_by_commas_and_lines_and_bounded():

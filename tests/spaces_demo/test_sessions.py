@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
+from PIL import Image
 
 
 pytest.importorskip("gradio")
 
+from checks import Refused
 from links import from_link, to_link
-from pictures import Refused
 from sessions import Session, Sessions
 
 
@@ -32,6 +34,31 @@ def test_of_too_many_sessions_the_longest_unused_is_forgotten():
     for key in "abac":
         sessions[key].source = key
     assert sessions["a"].source == "a" and sessions["b"].source is None
+
+
+def test_sessions_hold_a_limited_amount_of_memory():
+    sessions = Sessions(most_bytes=10_000_000)
+    for key in "abc":
+        sessions[key].take(Image.new("RGB", (1000, 1000)))  # 3 MB
+        sessions.weigh(key)
+    assert sessions["a"].picture is not None
+    sessions["c"].seen["depth"] = np.zeros((1500, 1500), np.uint8)
+    sessions.weigh("c")
+    assert sessions["b"].picture is None and sessions["a"].picture is not None  # that of b has rested longest
+
+
+def test_all_that_a_session_keeps_counts(reader, shape):
+    session = make_session(shape, reader)
+    small = session.nbytes
+    assert small >= 500 * 400 * 3
+    session.seen["edge"] = np.zeros((400, 500), np.uint8)
+    session.modes["edge"] = "seen"
+    session.encoding("seen", reader)
+    encoding = next(iter(session.encodings.values()))
+    held = encoding.states.nbytes + sum(each.nbytes for each in encoding.sources.values())
+    assert session.nbytes >= small + 400 * 500 + held
+    session.edits["edge"] = {"strokes": [{"value": 1, "width": 0.1, "points": [[0.1, 0.2]] * 10_000}]}
+    assert session.nbytes >= small + 400 * 500 + held + 10_000 * 64
 
 
 def make_session(shape, reader):
