@@ -27,6 +27,7 @@ PAPER = {
     "freeze": "vision",
 }
 NUM_RANKED = 32
+GENERATION = {"max_new_tokens": 10}
 
 
 @dataclass
@@ -68,6 +69,7 @@ def main():
         score=top_1,
         candidates=sorted(candidates),
         num_ranked=NUM_RANKED,
+        generation=GENERATION,
     )
     run(trainer, args, write_classes)
 

@@ -41,6 +41,7 @@ DEFAULTS = {
     "randaugment": 0,
 }
 QUESTIONS_PER_IMAGE = 8  # drawn for an image each time it is seen; it is encoded once for all
+GENERATION = {"max_new_tokens": 6}
 HELD_OUT_IMAGES = 200  # of the training images, to watch the training
 
 
@@ -123,15 +124,13 @@ def new_model(processor: PrismerProcessor) -> PrismerForConditionalGeneration:
         attention_probs_dropout_prob=0.0,
         initializer_range=0.06,
     )
-    model = PrismerForConditionalGeneration.from_backbones(
+    return PrismerForConditionalGeneration.from_backbones(
         vision=CLIPVisionModel(vision),
         text=RobertaForMaskedLM(text),
         experts=processor.image_processor.experts,
         num_latents=16,
         resampler_layers=2,
     )
-    model.generation_config.max_new_tokens = 6
-    return model
 
 
 # ---- evaluation ----
@@ -178,6 +177,7 @@ def main():
         other_rows=[test],
         texts_per_image=QUESTIONS_PER_IMAGE,
         score=exact_match,
+        generation=GENERATION,
     )
     run(trainer, args)
     if training_args.do_eval:

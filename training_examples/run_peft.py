@@ -90,8 +90,10 @@ def load_model(args, do_train):
         args.model = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
         size = PrismerProcessor.from_pretrained(args.adapter).image_processor.size
         args.image_size = args.image_size or size["height"]
-    model, processor = load_checkpoint(args, args.task)
+    model, processor = load_checkpoint(args, args.task, processor_path=args.adapter)
     if args.adapter:
+        if len(processor.tokenizer) > model.config.vocab_size:  # tokens were added: the adapter brings their rows
+            model.resize_token_embeddings(len(processor.tokenizer))
         return PeftModel.from_pretrained(model, args.adapter, is_trainable=do_train), processor
     return get_peft_model(model, adapter_config(args)), processor
 

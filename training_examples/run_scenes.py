@@ -76,6 +76,7 @@ DEFAULTS = {
     # Left and right, and how many there are, would not be what the texts say.
     "augment": False,
 }
+GENERATION = {"max_new_tokens": 30}
 TEXTS_PER_IMAGE = {"all": 20, "signs": 3}  # drawn of a picture's captions and questions each time it is seen
 WEIGHTS = {"sign": 3.0}  # of a question's loss, by type: one question a picture is all that asks for one of 200 words
 CAPTION_PROMPT = "A picture of"
@@ -186,7 +187,6 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
         max_words=16,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    model.generation_config.max_new_tokens = 30
     return model, PrismerProcessor(image_processor, tokenizer, suite, task="vqa", tasks=["caption", "vqa"])
 
 
@@ -325,6 +325,7 @@ def main() -> None:
         train_rows,
         labels_for=labels_for,
         texts_per_image=TEXTS_PER_IMAGE[args.texts],
+        generation=GENERATION,
         optimizer_cls_and_kwargs=muon_with(training_args.learning_rate, training_args.weight_decay),
     )
     if args.blind:

@@ -44,6 +44,7 @@ from PIL import Image
 from run_scenes import (
     DEFAULTS,
     DESCRIPTIONS,
+    GENERATION,
     ScenesArguments,
     TrueLabels,
     choose_attention,
@@ -228,6 +229,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
         training_rows(rows),
         labels_for=lambda image_ids: [labels[image_id] for image_id in image_ids],
         texts_per_image=args.texts_per_image,
+        generation=GENERATION,
         optimizer_cls_and_kwargs=muon_with(training_args.learning_rate, training_args.weight_decay),
     )
 

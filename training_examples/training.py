@@ -18,7 +18,15 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from data import leave_undecoded, load_rows, pictures_of, raise_together, shorten_answers
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    GenerationConfig,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints, speed_metrics
@@ -37,6 +45,7 @@ from modeling_prismer.processing.labels import label_images, label_source
 logger = logging.getLogger("prismer")
 
 Rows = datasets.Dataset | datasets.IterableDataset
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
@@ -197,12 +206,17 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def load_checkpoint(args: RecipeArguments, task: str) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
-    """The checkpoint of `--model` for a task, at the resolution of `--image_size`."""
+def load_checkpoint(
+    args: RecipeArguments, task: str, processor_path: str | None = None
+) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
+    """
+    The checkpoint of `--model` for a task, at the resolution of `--image_size`. Its processor may come from another
+    folder.
+    """
     if args.model is None:
         raise SystemExit("--model is missing: a folder, a Hub id or the name of a shipped checkpoint")
     path = find_checkpoint(args.model)
-    processor = PrismerProcessor.from_pretrained(path)
+    processor = PrismerProcessor.from_pretrained(processor_path or path)
     model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32, image_size=args.image_size)
     processor.task = task
     if processor.tasks and task not in processor.tasks:
@@ -246,6 +260,18 @@ def load_data(
     return train_rows, eval_rows
 
 
+def without_adapters(model: torch.nn.Module) -> PrismerForConditionalGeneration:
+    """The model itself, be it wrapped by peft or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def replace_generation_settings(model: torch.nn.Module, settings: dict[str, Any]) -> None:
+    """Gives the model these settings for `generate`, and none of those it had but the ids of special tokens."""
+    model = without_adapters(model)
+    tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKENS}
+    model.generation_config = GenerationConfig(**(tokens | settings))
+
+
 class PrismerTrainer(Trainer):
     """
     Trainer that keeps the paper's loss, a mean over samples, whatever the sizes of the micro-batches, and that
@@ -256,7 +282,8 @@ class PrismerTrainer(Trainer):
         score (`Callable`): from the texts that the model gave and the rows of the data set to a dict of metrics.
         candidates (`list[str]`, *optional*): the answers to choose from; without them the model generates.
         num_ranked (`int`): how many candidates, those with the most probable first tokens, are scored in full.
-        generation (`dict`): arguments of `generate`.
+        generation (`dict`, *optional*): how the model generates, in evaluation and when it is saved. All settings of
+            the task that it was trained for before are replaced.
         args, kwargs: as those of `transformers.Trainer`.
     """
 
@@ -275,7 +302,8 @@ class PrismerTrainer(Trainer):
         self.score = score
         self.candidates = candidates
         self.num_ranked = num_ranked
-        self.generation = generation or {}
+        if generation is not None:
+            replace_generation_settings(self.model, generation)
         self.loss_is_scaled_for_ga = True  # by compute_loss
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # else one process would read for all, and batches of unlike lengths cannot be handed out
@@ -331,7 +359,7 @@ class PrismerTrainer(Trainer):
                 candidates = self.processing_class.prepare_candidates(self.candidates).to(self.args.device)
                 return None, model.rank_candidates(**candidates, k=self.num_ranked, **inputs).indices[:, :1], None
             synced_gpus = is_deepspeed_zero3_enabled() or isinstance(model, FSDPModule)
-            generated = model.generate(**inputs, **self.generation, synced_gpus=synced_gpus)
+            generated = model.generate(**inputs, synced_gpus=synced_gpus)
         return None, generated[:, inputs["input_ids"].shape[1] :].contiguous(), None
 
     def predict_texts(self, dataset: Rows) -> list[str]:
@@ -372,18 +400,42 @@ class _CountEpochs(TrainerCallback):
         self.epoch += 1
 
 
+def require_live_experts(processor: PrismerProcessor, wanted: list[str]) -> None:
+    """Ends the program with a remedy, unless the processor can run all of these experts."""
+    live = processor.experts or ()
+    if missing := ", ".join(name for name in wanted if name not in live):
+        others = ",".join(name for name in wanted if name in live) or "none"
+        raise SystemExit(
+            f"the model's processor cannot run its experts {missing}: it was saved without them. Choose one of:\n"
+            "- give the processor its experts, and save it: docs/new_model.md\n"
+            "- give what they saw: --labels STORE, written by `prismer label`\n"
+            f"- do without them: --experts {others}"
+        )
+
+
 def label_rows(
-    parts: Sequence[Rows | None], processor: PrismerProcessor, labels: str, store: Path
+    parts: Sequence[Rows | None],
+    processor: PrismerProcessor,
+    labels: str,
+    store: Path,
+    wanted: list[str] | None = None,
 ) -> Callable[[list[str]], list[dict] | None]:
     """
     The function from images' ids to what the experts saw in them. `labels` is `live`, a label store, or `precomputed`:
-    then the experts run now over all pictures that are not in `store` from an earlier run.
+    then the experts run now over all pictures that are not in `store` from an earlier run. `wanted` names the experts
+    that are needed, by default all.
     """
     experts = processor.image_processor.experts
+    names = [expert["name"] for expert in experts]
+    wanted = names if wanted is None else wanted
+    if unknown := ", ".join(name for name in wanted if name not in names):
+        raise SystemExit(f"--experts: {unknown}; the model's experts are {', '.join(names) or 'none'}")
     parts = [rows for rows in parts if rows is not None]
+    if labels in ("live", "precomputed") and parts:
+        require_live_experts(processor, wanted)
     if labels != "precomputed":
         return label_source(labels, experts)
-    if not experts or not parts:
+    if not wanted or not parts:
         return label_source("live", experts)  # there is nothing to see
     for rows in parts:
         if not isinstance(rows, datasets.Dataset):
@@ -429,12 +481,12 @@ def make_trainer(
         train_rows = leave_undecoded(shorten_answers(train_rows, processor, model.config.text_config))
     if eval_rows is not None:
         eval_rows = leave_undecoded(eval_rows)
+    experts = args.experts and [name for name in args.experts.split(",") if name != "none"]
     train_labels = eval_labels = labels_for
     if labels_for is None:  # stores of their own: different pictures may have one name in two folders
         store = output_dir / "expert_labels"
-        train_labels = label_rows([train_rows], processor, args.labels, store / "train")
-        eval_labels = label_rows([eval_rows, *other_rows], processor, args.labels, store / "eval")
-    experts = args.experts and [name for name in args.experts.split(",") if name != "none"]
+        train_labels = label_rows([train_rows], processor, args.labels, store / "train", experts)
+        eval_labels = label_rows([eval_rows, *other_rows], processor, args.labels, store / "eval", experts)
     augmentation = None
     if args.augment:
         image_processor = processor.image_processor
@@ -486,6 +538,8 @@ def run(
         if trainer.is_fsdp_enabled:  # checkpoints are in pieces, the model that others load is whole
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
+        if trainer.is_world_process_zero() and getattr(trainer.model, "peft_config", None):  # peft leaves it out
+            without_adapters(trainer.model).generation_config.save_pretrained(training_args.output_dir)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()

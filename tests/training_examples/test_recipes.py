@@ -12,7 +12,7 @@ import run_vqa
 import torch
 import training
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, RobertaConfig, RobertaForMaskedLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, GenerationConfig, RobertaConfig, RobertaForMaskedLM
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from tests.training_examples.conftest import NUM_PICTURES, color_of
@@ -58,6 +58,70 @@ def test_published_model_is_the_trained_one_in_half_precision(captions):
     published = PrismerForConditionalGeneration.from_pretrained(captions / "published", dtype="auto").state_dict()
     assert all(torch.equal(published[name], tensor.to(published[name].dtype)) for name, tensor in trained.items())
     assert published["model.vision_model.embeddings.patch_embedding.weight"].dtype == torch.float16
+
+
+def with_generation(folder, checkpoint, **settings):
+    """A copy of the checkpoint that generates with these settings."""
+    model = PrismerForConditionalGeneration.from_pretrained(checkpoint)
+    model.generation_config.update(**settings)
+    model.save_pretrained(folder)
+    PrismerProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder
+
+
+ANSWERS = {"max_new_tokens": 2, "num_beams": 2, "length_penalty": -1.0, "repetition_penalty": 3.0}
+CAPTIONS = {"min_length": 12, "max_length": 16, "num_beams": 2, "no_repeat_ngram_size": 1}
+
+
+@pytest.mark.parametrize(
+    "script, before", [(run_captioning, ANSWERS), (run_vqa, CAPTIONS), (run_classification, CAPTIONS)]
+)
+def test_settings_of_the_former_task_are_replaced(script, before, checkpoint, picture_folder, tmp_path):
+    model = with_generation(tmp_path / "before", checkpoint, **before)
+    data = picture_folder
+    if script is run_classification:
+        data = tmp_path / "classes"
+        (data / "red").mkdir(parents=True)
+        shutil.copy(picture_folder / "00.png", data / "red")
+    arguments = ("--train_data", data, "--do_train", "--max_steps", 1, "--total_batch_size", 4)
+    run(script, tmp_path / "after", "--model", model, "--image_size", 32, *arguments)
+    saved = PrismerForConditionalGeneration.from_pretrained(tmp_path / "after").generation_config
+    tokens = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    assert saved.to_diff_dict().items() >= (script.GENERATION | tokens).items()
+    plain = GenerationConfig()
+    assert all(getattr(saved, name) == getattr(plain, name) for name in set(before) - set(script.GENERATION))
+
+
+def test_captions_of_a_model_for_answers_are_not_cut(checkpoint, picture_folder, tmp_path):
+    model = with_generation(tmp_path / "before", checkpoint, **ANSWERS)
+    arguments = ("--eval_data", picture_folder, "--predict_only", "--max_eval_rows", 2)
+    run(run_captioning, tmp_path, "--model", model, *arguments)
+    processor = PrismerProcessor.from_pretrained(checkpoint)
+    for prediction in json.loads((tmp_path / "predictions.json").read_text()):
+        assert len(processor.tokenizer(prediction["caption"])["input_ids"]) > 2 + 2  # <s> and </s>
+
+
+@pytest.fixture
+def without_live_experts(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "no_experts")
+    PrismerProcessor.from_pretrained(checkpoint, experts=None).save_pretrained(tmp_path / "no_experts")
+    return tmp_path / "no_experts"
+
+
+@pytest.mark.parametrize("labels", ["precomputed", "live"])
+def test_processor_without_live_experts_is_an_error_with_a_remedy(
+    without_live_experts, picture_folder, tmp_path, labels
+):
+    arguments = ("--train_data", picture_folder, "--do_train", "--max_steps", 1, "--labels", labels)
+    with pytest.raises(SystemExit, match="cannot run its experts edge(?s:.*)--labels STORE(?s:.*)--experts none"):
+        run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments)
+    run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments, "--experts", "none")
+
+
+def test_expert_that_the_model_does_not_have_is_named(checkpoint, picture_folder, tmp_path):
+    arguments = ("--train_data", picture_folder, "--do_train", "--experts", "edge,depht")
+    with pytest.raises(SystemExit, match="--experts: depht; the model's experts are edge"):
+        run(run_captioning, tmp_path, *small(checkpoint), *arguments)
 
 
 def test_vision_backbone_stays_as_it_was_and_the_rest_is_trained(captions, checkpoint):
