@@ -23,6 +23,8 @@ NUMPY_TYPES = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
+INTEGER_TYPES = ("tensor(uint8)", "tensor(int64)")
+BACKGROUND = 255  # in a map of ids; negative ids are background too
 
 
 class OnnxPrismer:
@@ -229,6 +231,10 @@ class OnnxPrismer:
         if node is None:
             raise ValueError(f"{key} is no input of this model; its inputs are {', '.join(self.image_inputs)}")
         array = np.asarray(array)
+        if node.type in INTEGER_TYPES and array.dtype.kind not in "iub":
+            raise ValueError(f"{key} is of the type {array.dtype}; an integer type is needed")
+        if key.endswith("_ids") and array.dtype.kind == "i":
+            array = np.where(array < 0, BACKGROUND, array.astype(np.int64))
         converted = array.astype(NUMPY_TYPES[node.type], copy=False)
         if array.dtype.kind in "iu" and not np.array_equal(converted, array):
             raise ValueError(f"{key} holds values from {array.min()} to {array.max()}; {node.type} takes fewer")

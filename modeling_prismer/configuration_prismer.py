@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 # The experts of the paper (arXiv 2303.02506, section 3.2): what each hands to the network. The class counts are those
 # of the published feature tables (COCO panoptic, and the label space of the detector).
-PUBLISHED_EXPERTS = [
+PUBLISHED_EXPERTS: list[dict[str, Any]] = [
     {"name": "depth", "kind": "dense", "channels": 1},
     {"name": "normal", "kind": "dense", "channels": 3},
     {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": 133},

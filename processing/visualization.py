@@ -87,8 +87,8 @@ def experts_panel(
             whether a bare (H, W) array holds values or ids. By default the order of `labels`, where bare arrays are
             values unless the expert is `"segmentation"`.
         class_names (`dict`, *optional*):
-            From an expert's name to the names of its classes, a list or a dict from class to name. Classes without a
-            name are numbered.
+            From an expert's name to the names of its classes, a list or a dict from class to name. Left out, the
+            `class_names` of `descriptions`. Classes without a name are numbered.
         tile_size (`int`, *optional*, defaults to 400):
             Long side in pixels that the picture is drawn with.
         columns (`int`, *optional*):
@@ -113,13 +113,15 @@ def experts_panel(
         raise ValueError(f"tile_size is {tile_size}; at least 64 is needed")
     kinds = {description["name"]: description.get("kind") for description in descriptions or []}
     names = [*kinds, *(name for name in labels if name not in kinds)]
+    described = {description["name"]: description.get("class_names") for description in descriptions or []}
+    names_of_classes: dict[str, Any] = {**described, **(class_names or {})}
     picture = _fit(image.convert("RGB"), tile_size)
     width = max(picture.width, min(tile_size, 280))
 
     tiles = [_Tile("Picture", f"{image.width} x {image.height} pixels", picture)]
     for name in names:
         label = _as_parts(name, labels.get(name), kinds.get(name))
-        tiles.append(_tile(name, label, picture, (class_names or {}).get(name)))
+        tiles.append(_tile(name, label, picture, names_of_classes.get(name)))
     for tile in tiles:
         tile.lay_out(width, picture.height)
 

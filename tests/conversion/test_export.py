@@ -107,6 +107,17 @@ def test_the_encoder_gives_what_the_network_gives_for_any_number_of_images(expor
             torch.testing.assert_close(torch.tensor(array), tensor, **TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
+def test_background_may_be_negative(with_experts, dtype):
+    model, runtime, _ = with_experts
+    images = arrays(pictures(model, 2))
+    expected = runtime.encode(**images)["last_hidden_state"]
+    for key in [key for key in images if key.endswith("_ids")]:
+        assert (images[key] == 255).any()
+        images[key] = np.where(images[key] == 255, -1, images[key].astype(int)).astype(dtype)
+    assert np.array_equal(runtime.encode(**images)["last_hidden_state"], expected)
+
+
 def test_each_image_may_lack_experts_of_its_own(with_experts):
     model, runtime, _ = with_experts
     images = pictures(model, 3)
@@ -224,6 +235,7 @@ def test_the_files_do_not_say_where_they_were_made(with_experts):
         ),
         ({"pixel_values": np.zeros((3, 3, 16, 16))}, r"pixel_values has the shape \(3, 3, 16, 16\)"),
         ({"segmentation_ids": np.full((3, 32, 32), 300)}, "segmentation_ids holds values from 300 to 300"),
+        ({"segmentation_ids": np.full((3, 32, 32), 1.5)}, "segmentation_ids is of the type float64; an integer type"),
         ({"edge_values": None}, "edge_values is missing, and expert_mask does not say that its expert is"),
         ({"pixel_values": None}, "pixel_values is missing"),
         ({"attention_mask": np.array([[1, 1, 0]] * 3)}, "padded on the right"),
@@ -256,6 +268,13 @@ def test_what_cannot_be_exported_is_refused(tmp_path, model, processor, error, m
     with pytest.raises(error, match=message):
         conversion.export_onnx(model, processor, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_names_of_classes_need_not_be_those_of_the_processor(tmp_path, monkeypatch):
+    named = [{**SOME_EXPERTS[0], "class_names": [f"thing {i}" for i in range(SOME_EXPERTS[0]["num_classes"])]}]
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the export itself
+        conversion.export_onnx(small_model(named), image_processor(SOME_EXPERTS[:1]), tmp_path / "onnx")
 
 
 def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):

@@ -74,6 +74,17 @@ def test_a_panel_shows_the_picture_and_all_experts_with_their_names(picture, lab
     assert set(PALETTE[:2]) <= colors_of(panel)
 
 
+def test_names_of_classes_come_with_the_descriptions(picture, labels, written):
+    described = [
+        {**expert, "class_names": ["sky", "tree"]} if expert["name"] == "segmentation" else expert for expert in SIX
+    ]
+    experts_panel(picture, labels, described)
+    assert {"sky", "tree"} <= set(written)
+    written.clear()
+    experts_panel(picture, labels, described, {"segmentation": ["air", "wood"]})
+    assert {"air", "wood"} <= set(written) and "sky" not in written
+
+
 def test_depth_is_coloured_from_dark_far_away_to_light_nearby(picture, labels, written):
     drawn = np.asarray(tile(experts_panel(picture, {"depth": labels["depth"]}), 1, columns=2)).astype(int)
     assert np.abs(drawn[150, 1] - COLOR_MAP[0]).max() < 12
