@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 peft = pytest.importorskip("peft")
 
 from data import load_rows  # noqa: E402
-from run_peft import DEFAULTS, PARTS, PeftArguments, load_model, main  # noqa: E402
+from run_peft import DEFAULTS, PARTS, TASKS, PeftArguments, load_model, main  # noqa: E402
 from training import make_trainer, parse_arguments  # noqa: E402
+from transformers import GenerationConfig  # noqa: E402
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor  # noqa: E402
 
@@ -114,6 +115,8 @@ def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(comman
     assert any("lora_" in name for name in adapted.state_dict())
     assert not any("lora_" in name for name in merged.state_dict())
     assert PrismerProcessor.from_pretrained(folder).task == processor.task == "caption"
+    for saved in (folder, tmp_path / "merged"):
+        assert GenerationConfig.from_pretrained(saved).to_diff_dict().items() >= TASKS["caption"][0].items()
 
 
 def test_an_adapter_finds_its_model_and_its_resolution_and_answers_questions(command_line, picture_folder):
@@ -131,6 +134,22 @@ def test_an_adapter_finds_its_model_and_its_resolution_and_answers_questions(com
     model, processor = load_model(args, do_train=False)
     assert model.config.vision_config.image_size == processor.image_processor.size["height"] == 64
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_adapter_that_brings_new_tokens_finds_room_for_them(command_line, picture_folder, checkpoint, tmp_path):
+    processor = PrismerProcessor.from_pretrained(checkpoint)
+    processor.tokenizer.add_tokens(["[DEFECT]"])
+    model = PrismerForConditionalGeneration.from_pretrained(checkpoint)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    model = peft.get_peft_model(model, peft.LoraConfig())
+    with pytest.warns(UserWarning, match="has been resized"):
+        model.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    command_line("--train_data", picture_folder, "--do_train", "--adapter", tmp_path / "adapter", model=None)
+    args, _ = parse_arguments(PeftArguments, **DEFAULTS)
+    loaded, processor = load_model(args, do_train=True)
+    assert "[DEFECT]" in processor.tokenizer.get_vocab()
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
 def test_a_training_that_was_interrupted_goes_on_to_the_same_adapter(command_line, picture_folder, tmp_path):
