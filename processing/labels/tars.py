@@ -4,7 +4,12 @@ import re
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
-from tarfile import InvalidHeaderError, TruncatedHeaderError  # type: ignore[attr-defined]
+from tarfile import (  # type: ignore[attr-defined]
+    EmptyHeaderError,
+    EOFHeaderError,
+    InvalidHeaderError,
+    TruncatedHeaderError,
+)
 from typing import Any
 
 from datasets.utils.file_utils import xopen
@@ -28,27 +33,32 @@ _MAX_MAPS = 16
 
 
 class _Header(tarfile.TarInfo):
-    """Searches for the next member after a damaged header, and remembers that the tar is damaged."""
+    """Remembers where a tar is damaged."""
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> "_Header":
         try:
             header = super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            tarfile.is_complete = True
+            raise
+        except (EmptyHeaderError, TruncatedHeaderError):
+            if not tarfile.is_complete:
+                tarfile.damage = tarfile.damage or "it is cut off"
+            raise
         except InvalidHeaderError as error:
-            if tarfile.offset:
-                tarfile.damage = tarfile.damage or f"it is damaged at byte {tarfile.offset:,} ({error})"
-                tarfile.ignore_zeros = True
+            tarfile.is_complete = False
+            tarfile.damage = tarfile.damage or f"it is damaged at byte {tarfile.offset:,} ({error})"
             raise
-        except TruncatedHeaderError:
-            tarfile.damage = tarfile.damage or "it is cut off"
-            raise
-        tarfile.ignore_zeros = False
+        tarfile.is_complete = False
         return header
 
 
 class _Tar(tarfile.TarFile):
     tarinfo = _Header
     members: list[tarfile.TarInfo]
+    ignore_zeros = True  # searches for the next member after a damaged header
+    is_complete = False
     damage: str | None = None
 
 

@@ -288,16 +288,36 @@ def test_type_of_the_images_in_a_tar_can_be_named(tmp_path):
         open_source(tmp_path / "a.tar", key_column="id")
 
 
-def test_damaged_header_in_a_tar_costs_one_sample(tmp_path):
+@pytest.mark.parametrize("damage", ["a bit", "zeros"])
+def test_damaged_header_in_a_tar_costs_one_sample(tmp_path, damage):
     write_tar(tmp_path / "a.tar", {f"{i}.jpg": jpeg(i) for i in range(5)})
     content = bytearray((tmp_path / "a.tar").read_bytes())
     with tarfile.open(tmp_path / "a.tar") as tar:
         start = tar.getmember("2.jpg").offset
-    content[start + 100] ^= 1
+    if damage == "a bit":
+        content[start + 100] ^= 1
+    else:
+        content[start : start + 512] = bytes(512)
     (tmp_path / "a.tar").write_bytes(content)
     images = dict(open_source(tmp_path / "a.tar"))
     assert list(images) == ["a/0", "a/1", "a/3", "a/4", "a.tar"] and images["a/4"] == jpeg(4)
-    assert f"it is damaged at byte {start:,}" in str(images["a.tar"])
+    assert f"it is damaged at byte {start + 512 * (damage == 'zeros'):,}" in str(images["a.tar"])
+
+
+def test_tar_cut_between_two_samples_is_named(tmp_path):
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": jpeg(i) for i in range(5)})
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        end = tar.getmember("3.jpg").offset
+    os.truncate(tmp_path / "a.tar", end)
+    images = dict(open_source(tmp_path / "a.tar"))
+    assert list(images) == ["a/0", "a/1", "a/2", "a.tar"] and "it is cut off" in str(images["a.tar"])
+
+
+def test_tars_joined_to_one_are_read_to_the_end(tmp_path):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.jpg": jpeg(0)})
+    (tmp_path / "c.tar").write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    assert keys_of(open_source(tmp_path / "c.tar")) == ["c/a", "c/b"]
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
