@@ -134,6 +134,12 @@ class DataCollatorForPrismer:
             number = sum(row.get(column) is not None for row in rows)
             if number not in (0, len(rows)):
                 raise ValueError(f"{number} of {len(rows)} rows have '{column}'; all or none of a batch must")
+        for row in rows:
+            if "image" not in row:
+                raise ValueError(
+                    f"a row has no 'image'; its columns are: {', '.join(map(str, row)) or 'none'}. With Trainer, set "
+                    "remove_unused_columns=False: it drops columns that the model does not name"
+                )
         images = [load_image(row["image"], name=row.get("image_id")) for row in rows]
         labels = self._labels(rows, images)
         experts = self.processor.image_processor.experts

@@ -105,6 +105,13 @@ def test_trainer_evaluates_and_hands_logits_to_compute_metrics(model, processor,
     assert metrics["eval_loss"] == pytest.approx(loss_of(model, processor), rel=1e-4)
 
 
+def test_columns_that_the_trainer_drops_are_an_error_with_a_remedy(processor, tmp_path):
+    args = arguments(TrainingArguments, tmp_path, remove_unused_columns=True, max_steps=1)
+    trainer = Trainer(tiny_model(), args, train_dataset=ROWS, data_collator=DataCollatorForPrismer(processor))
+    with pytest.raises(ValueError, match="has no 'image'.*remove_unused_columns=False"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("trainer_class", [Trainer, Seq2SeqTrainer])
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole model", "adapter"])
 def test_label_smoothing_of_the_trainer_is_refused(trainer_class, adapted, tmp_path):
