@@ -118,6 +118,29 @@ def test_damage_in_a_data_set_is_named_by_its_key(tmp_path):
     assert load_rows(dataset, bad_rows="skip")["suffix"][:] == ["p", "q"]
 
 
+def test_name_of_two_images_is_said(caplog):
+    rows = {"image": [{"bytes": png(i)} for i in (0, 0, 1)], "caption": ["p", "q", "r"], "id": [7, 7, 7]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    with caplog.at_level(logging.WARNING):
+        load_rows(dataset)
+    assert "1 images have the name of another one, whose labels they get: '7'" in caplog.text
+
+
+def test_name_in_two_folders_is_refused(folder):
+    for number, name in enumerate("xy"):
+        (folder / name).mkdir()
+        Image.effect_noise((8, 8), number + 1).save(folder / name / "a.png")
+        write_csv(folder / name / "c.csv", ("image", "caption"), ("a.png", name))
+    sources = [f"{folder}/x/c.csv", f"{folder}/y/c.csv"]
+    with pytest.raises(ValueError, match=r"'a\.png' is an image of two data sets; give an image_folder above both"):
+        load_rows(sources)
+    write_csv(folder / "y" / "c.csv", ("image", "caption"), ("../y/a.png", "y"))
+    assert len(load_rows([sources[0], sources[0]])) == 2
+    write_csv(folder / "x" / "c.csv", ("image", "caption"), ("x/a.png", "x"))
+    write_csv(folder / "y" / "c.csv", ("image", "caption"), ("y/a.png", "y"))
+    assert load_rows(sources, image_folder=folder)["image_id"][:] == ["x/a.png", "y/a.png"]
+
+
 def test_file_that_is_named_by_many_rows_is_opened_once(folder, monkeypatch):
     write_pictures(folder, "a.png", "b.png")
     write_csv(

@@ -22,7 +22,7 @@ from .answers import shorten_answers
 from .faults import raise_together
 from .grouping import group_by_image
 from .lists import COLUMN_NAMES, TASKS, open_text, parse_json
-from .pictures import leave_undecoded, pictures_of
+from .pictures import leave_undecoded, pictures_of, refuse_doubled_names
 from .rows import RowMaker, as_text, checked, find_columns, make_rows, stream_rows
 from .sources import choose_split, open_tables
 
@@ -167,6 +167,7 @@ def load_rows(
     raise_together(problems)
     if len(parts) > 1 and any(isinstance(part, Dataset) and part.format["type"] == "custom" for part in parts):
         raise ValueError("data sets whose pictures have several texts each can only be joined with streaming=True")
+    refuse_doubled_names(parts)
     rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     if max_rows is None:
         return rows

@@ -1,10 +1,12 @@
 """The images of rows: what a cell of a data set holds, where files are, and whether they can be opened."""
 
 import base64
+import hashlib
+import logging
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import PurePath
@@ -13,13 +15,16 @@ from typing import Any
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
 
 from modeling_prismer.processing import load_image
 
-from .faults import BadRecord, MissingFile
+from .faults import SHOWN, BadRecord, MissingFile
 
+
+logger = logging.getLogger(__name__)
 
 ACCEPTED_CELLS = (
     "a path, a URL, the bytes of an image file, base64, a data: URI, or {'bytes': …, 'path': …}; a list of one of them"
@@ -181,7 +186,7 @@ def faults_of(images: Dataset, names: Sequence[str | None] | None = None) -> dic
 
     Args:
         images (`Dataset`): With a column `image`.
-        names (`Sequence[str]`, *optional*): What reports call each image; by default its path.
+        names (`Sequence[str]`, *optional*): What images that come as bytes are called.
     """
     images = images.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
     _, first, same_as = np.unique(_identities(images), return_index=True, return_inverse=True)
@@ -189,16 +194,30 @@ def faults_of(images: Dataset, names: Sequence[str | None] | None = None) -> dic
     faulty: dict[int, BadRecord] = {}
     distinct = images.select(first[order])
     in_bytes = images.data.nbytes > 1024 * len(images)
+    contents: dict[str, bytes] = {}  # digests by name
+    doubled: list[str] = []
     progress = datasets.utils.tqdm(total=len(distinct), desc="opening the images", unit="image", mininterval=1)
     with progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         start = 0
         for batch in distinct.iter(32 if in_bytes else 1024):
-            end = start + len(batch["image"])
-            called = [None if names is None else names[row] for row in first[order[start:end]]]
-            found = enumerate(pool.map(fault_of, batch["image"], called), start)
-            faulty |= {int(order[i]): problem for i, problem in found if problem is not None}
-            start = end
+            numbers = order[start : start + len(batch["image"])]
+            called = [
+                names[int(row)] if names is not None and cell is not None and cell["bytes"] else None
+                for row, cell in zip(first[numbers], batch["image"])
+            ]
+            problems = list(pool.map(fault_of, batch["image"], called))
+            for number, cell, name, problem in zip(numbers, batch["image"], called, problems):
+                if problem is None and name is not None:
+                    digest = hashlib.blake2b(cell["bytes"], digest_size=16).digest()
+                    if contents.setdefault(name, digest) != digest:
+                        doubled.append(name)
+                if problem is not None:
+                    faulty[int(number)] = problem
+            start += len(called)
             progress.update(len(called))
+    if doubled:
+        shown = ", ".join(map(repr, list(dict.fromkeys(doubled))[:SHOWN]))
+        logger.warning("%d images have the name of another one, whose labels they get: %s", len(doubled), shown)
     return {int(row): faulty[int(same_as[row])] for row in np.flatnonzero(np.isin(same_as, list(faulty)))}
 
 
@@ -211,6 +230,45 @@ def _identities(images: Dataset) -> np.ndarray:
         given = pc.struct_field(column, "bytes").is_valid().to_numpy(zero_copy_only=False)
         parts.append(np.where(given, np.arange(start, start + len(hashes)), hashes))
         start += len(hashes)
+    return np.concatenate(parts)
+
+
+def refuse_doubled_names(parts: Sequence[Dataset | IterableDataset]) -> None:
+    """
+    Raises:
+        ValueError: if data sets call different images alike: a label store would mix them up.
+    """
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    for part in parts if len(parts) > 1 else []:
+        if not isinstance(part, Dataset) or "image_id" not in part.column_names:
+            continue
+        ids = part.with_format(None).select_columns("image_id")
+        names = _hashes_of(ids, lambda batch: batch.column("image_id").to_pylist())
+        files = np.zeros(0, np.int64)  # bytes are in this data set alone
+        if "image" in part.column_names and not _pictures_behind(part):
+            pairs = _hashes_of(
+                part.cast_column("image", Image(decode=False)),
+                lambda batch: zip(
+                    batch.column("image_id").to_pylist(),
+                    pc.struct_field(batch.column("image").combine_chunks(), "path").to_pylist(),
+                ),
+            )
+            files = np.unique(pairs)
+        for other_names, other_files in seen:
+            shared = np.intersect1d(names, other_names)
+            if len(shared) > len(np.intersect1d(files, other_files)):
+                row = int(np.flatnonzero(np.isin(names, shared))[0])
+                raise ValueError(
+                    f"'{ids[row]['image_id']}' is an image of two data sets; give an image_folder above "
+                    "both, so that their names tell them apart"
+                )
+        seen.append((names, files))
+
+
+def _hashes_of(rows: Dataset, values_of: Callable[[pa.Table], Iterable]) -> np.ndarray:
+    parts = [np.zeros(0, np.int64)]
+    for batch in rows.with_format("arrow").iter(10_000):
+        parts.append(np.array([hash(value) for value in values_of(batch)], np.int64))
     return np.concatenate(parts)
 
 

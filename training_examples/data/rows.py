@@ -459,12 +459,12 @@ def _without_faults(rows: Dataset, pictures: Dataset | None, maker: RowMaker) ->
     if maker.check_pictures and len(problems) < total:
         usable = np.setdiff1d(np.arange(total), list(problems))
         if pictures is None:
-            found = faults_of(rows.select(usable))
+            found = faults_of(rows.select(usable), rows.select_columns("image_id").select(usable)["image_id"])
             problems |= {int(usable[row]): problem for row, problem in found.items()}
         else:
             of_row = np.asarray(rows["picture"][:])[usable]
             looked_at, first = np.unique(of_row, return_index=True)
-            names = rows.select(usable[first])["image_id"][:] if "image_id" in rows.column_names else None
+            names = rows.select_columns("image_id").select(usable[first])["image_id"]
             found = faults_of(pictures.select(looked_at), names)
             found = {int(looked_at[number]): problem for number, problem in found.items()}
             problems |= {int(row): found[int(number)] for row, number in zip(usable, of_row) if int(number) in found}
