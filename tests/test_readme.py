@@ -16,8 +16,10 @@ from datasets import Dataset
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
+    RobertaConfig,
     RobertaForMaskedLM,
     TrainingArguments,
 )
@@ -141,8 +143,19 @@ def given_label_store():
     }
 
 
+def given_new_model():
+    """In the folders that stand for the two backbones."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=224, patch_size=32)).save_pretrained("clip")
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_path("prismer-easy-vqa"))
+    tokenizer.save_pretrained("roberta")
+    RobertaForMaskedLM(RobertaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained("roberta")
+    return {}
+
+
 # what a machine without a card and a network has in place of what a guide names
 AT_HAND = {'"fast"': '"offline"', '"cuda"': '"cpu"', '["depth", "ocr"]': '["edge", "ocr"]'}
+AT_HAND |= {'"openai/clip-vit-base-patch16"': '"clip"', '"FacebookAI/roberta-base"': '"roberta"'}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +163,7 @@ AT_HAND = {'"fast"': '"offline"', '"cuda"': '"cpu"', '["depth", "ocr"]': '["edge
     [
         (given_experts, r"edge.*ocr"),
         (given_peft, r"train_runtime"),
+        (given_new_model, r"\['edge', 'ocr'\]\ntorch.Size\(\[1, \d+\]\) True\n"),
         (given_own_data, r"\{'cats/torn.jpg': .*\}\n\['[a-z]+'\]\n"),
         (given_label_store, r"3 0 [\d.]+ \{'edge': [\d.]+, 'ocr': [\d.]+\}\n"),
     ],

@@ -79,7 +79,7 @@ def new_model(args: PretrainingArguments, output_dir: str) -> tuple[PrismerForCo
         tables = class_features_from_names(suite.class_names, ClipTextFeatures(pca=pca, model_name=args.text_encoder))
         background = tables.pop("background")
         for expert, table in tables.items():
-            model.set_class_features(expert, table, background)
+            model.set_class_features(expert, table, background, suite.class_names[expert])
     size = model.config.vision_config.image_size
     image_processor = PrismerImageProcessor(experts=suite.descriptions, size={"height": size, "width": size})
     tokenizer = AutoTokenizer.from_pretrained(args.text)
