@@ -66,7 +66,23 @@ class DamagedShardError(ValueError):
 
 
 class StoreInUseError(RuntimeError, OSError):
-    """Another run writes into the label store."""
+    """
+    Another run writes into the label store.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.labels import LabelWriter, StoreInUseError, make_manifest
+
+    >>> manifest = make_manifest(None, [{"name": "thermal", "kind": "dense", "channels": 1}], {})
+    >>> with LabelWriter("my_labels", manifest):
+    ...     try:
+    ...         LabelWriter("my_labels", manifest).__enter__()
+    ...     except StoreInUseError:
+    ...         print("another run is not finished")
+    another run is not finished
+    ```
+    """
 
 
 def shard_files(folder: str | Path) -> list[Path]:
