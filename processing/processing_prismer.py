@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +27,56 @@ DEFAULT_PROMPTS = {"caption": "A picture of", "classification": "A photo of a"}
 MAX_QUESTION_TOKENS = 35
 MAX_CAPTION_TOKENS = 30
 
+CONTROL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
+# A text that begins so, in any case, is for this task.
+_BEGINNINGS = {
+    task: re.compile(r"\s*" + r"\s+".join(prompt.split()) + r"(?!\S)", re.IGNORECASE)
+    for task, prompt in DEFAULT_PROMPTS.items()
+}
 
 
-def clean_caption(caption: str, max_words: int = 30) -> str:
-    """
+def clean_caption(caption: str, max_words: int = 30, keep: re.Pattern[str] | None = None) -> str:
+    r"""
     Cleans a caption as in training of the published checkpoints: first letter upper case and the rest lower, each of
     `. ! " ( ) * # : ; ~` becomes a space, two or more white-space characters become one space, trimmed, cut after
     `max_words` words.
 
+    Args:
+        caption (`str`): the caption.
+        max_words (`int`, *optional*, defaults to 30): number of words that are kept.
+        keep (`re.Pattern`, *optional*): what is left as it is, such as tokens that were added to the vocabulary.
+
     Example:
 
     ```python
+    >>> import re
     >>> from modeling_prismer.processing import clean_caption
 
     >>> clean_caption("THE QUICK*BROWN~FOX: #1")
     'The quick brown fox 1'
+    >>> clean_caption("a [DEFECT] On top.", keep=re.compile(r"\[DEFECT\]"))
+    'A [DEFECT] on top'
     ```
     """
-    caption = _PUNCTUATION.sub(" ", caption.capitalize())
-    caption = re.sub(r"\s{2,}", " ", caption).strip()
+
+    def clean(text: str) -> str:
+        return re.sub(r"\s{2,}", " ", _PUNCTUATION.sub(" ", text))
+
+    caption = _outside(keep, clean, _capitalize(keep, caption)).strip()
     return " ".join(caption.split(" ")[:max_words])
 
 
-def clean_question(question: str, max_words: int = 30) -> str:
+def clean_question(question: str, max_words: int = 30, keep: re.Pattern[str] | None = None) -> str:
     """
     Cleans a question as in training of the published checkpoints: as [`clean_caption`], but white space inside stays
     as it is, and `?` is appended unless the question ends with one.
+
+    Args:
+        question (`str`): the question.
+        max_words (`int`, *optional*, defaults to 30): number of words that are kept.
+        keep (`re.Pattern`, *optional*): what is left as it is, such as tokens that were added to the vocabulary.
 
     Example:
 
@@ -63,9 +87,46 @@ def clean_question(question: str, max_words: int = 30) -> str:
     'Is it  really  raining ?'
     ```
     """
-    question = _PUNCTUATION.sub(" ", question.capitalize()).strip()
+    question = _capitalize(keep, question)
+    question = _outside(keep, lambda text: _PUNCTUATION.sub(" ", text), question).strip()
     question = " ".join(question.split(" ")[:max_words])
     return question if question.endswith("?") else question + "?"
+
+
+def _outside(keep: re.Pattern[str] | None, change: Callable[[str], str], text: str) -> str:
+    """The text, changed but for what `keep` matches."""
+    changed, end = "", 0
+    for match in keep.finditer(text) if keep else ():
+        changed += change(text[end : match.start()]) + match[0]
+        end = match.end()
+    return changed + change(text[end:])
+
+
+def _capitalize(keep: re.Pattern[str] | None, text: str) -> str:
+    """`text.capitalize()` but for what `keep` matches."""
+    first = keep.search(text) if keep else None
+    if first is None:
+        return text.capitalize()
+    return text[: first.start()].capitalize() + _outside(keep, str.lower, text[first.start() :])
+
+
+@lru_cache(maxsize=8)
+def _pattern_of(tokens: tuple[tuple[str, bool], ...]) -> re.Pattern[str] | None:
+    """What matches any of the tokens, the longest first; each with whether it only stands for a whole word."""
+    ordered = sorted(tokens, key=lambda token: -len(token[0]))
+    parts = [rf"(?<!\w){re.escape(text)}(?!\w)" if whole else re.escape(text) for text, whole in ordered]
+    return re.compile("|".join(parts)) if parts else None
+
+
+def _split_at(every_token: re.Pattern[str] | None, apart: set[str], text: str) -> Iterator[str]:
+    """The text in pieces: the tokens in `apart`, and what is between them."""
+    end = 0
+    for match in every_token.finditer(text) if every_token else ():
+        if match[0] in apart:
+            yield text[end : match.start()]
+            yield match[0]
+            end = match.end()
+    yield text[end:]
 
 
 class PrismerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -108,8 +169,14 @@ class PrismerProcessor(ProcessorMixin):
             - `"vqa"`: the prompt is a question, cleaned by [`clean_question`]; answers are capitalised;
             - `"classification"`: the prompt is `A photo of a` unless given, classes are lower case.
         tasks (`list[str]`, *optional*):
-            All that the checkpoint was trained for, where that is more than `task`. A call then takes `task=…`;
-            without it, and without a text, the image is captioned.
+            All that the checkpoint was trained for, where that is more than `task`. What a text is for is said by
+            `task=…` in the call. Without it, a text that begins with the prompt of one of these tasks and is no
+            question (`A picture of`, `a picture of a red`) is for that task, and any other text for `task`; without
+            a text, the image is captioned.
+
+    The tokenizer may have tokens of your own (`processor.tokenizer.add_tokens(…)`). They are kept as they are written,
+    in prompts, suffixes and candidates, and each becomes its id. Only the control tokens, such as `</s>` and `<pad>`,
+    are protected: in a text they are ordinary letters.
 
     Example:
 
@@ -223,8 +290,8 @@ class PrismerProcessor(ProcessorMixin):
                 Names of the experts to use in this call, live or from `expert_labels`; the others are masked out.
                 `[]` means none.
             task (`str`, or in the layout of `text`, *optional*):
-                What the texts are for, if not for the processor's own `task`: `"caption"`, `"vqa"` or
-                `"classification"`.
+                What the texts are for: `"caption"`, `"vqa"` or `"classification"`. Left out, it is the processor's
+                own `task`, unless a text begins with the prompt of another one of its `tasks`.
             kwargs:
                 `return_tensors` (defaults to `"pt"`), `padding` (`True`), `truncation` (`True`), `max_length` (tokens;
                 left out, 35 for a question without its answer and 30 for a caption with its prompt), `padding_side`
@@ -361,8 +428,8 @@ class PrismerProcessor(ProcessorMixin):
         num_images: int,
     ) -> tuple[list[str], list[str] | None, list[str]]:
         """Prompt, suffix and task of each row."""
-        if task is None:
-            task = "caption" if text is None and "caption" in (self.tasks or ()) else self.task
+        if task is None and text is None:
+            task = "caption" if "caption" in (self.tasks or ()) else self.task
         if suffix is not None:
             suffix = [suffix] if isinstance(suffix, str) else _flatten_texts(suffix, num_images, "suffix")
         if text is not None and not isinstance(text, str):
@@ -376,7 +443,12 @@ class PrismerProcessor(ProcessorMixin):
             )
         if suffix is not None and len(suffix) != num_rows:
             raise ValueError(f"{len(suffix)} suffixes for {num_rows} prompts; one for each prompt is needed")
-        tasks = [task] * num_rows if isinstance(task, str) else _flatten_texts(task, num_images, "task")
+        prompts = [text] * num_rows if isinstance(text, str) else text or []
+        if task is None:
+            read = [self._task_of(prompt) for prompt in prompts]
+            tasks, prompts = [of for of, _ in read], [prompt for _, prompt in read]
+        else:
+            tasks = [task] * num_rows if isinstance(task, str) else _flatten_texts(task, num_images, "task")
         if len(tasks) != num_rows:
             raise ValueError(f"{len(tasks)} tasks for {num_rows} prompts; one for each prompt is needed")
         for task in set(tasks):
@@ -389,27 +461,62 @@ class PrismerProcessor(ProcessorMixin):
                 )
         if text is None:
             prompts = [DEFAULT_PROMPTS[task] for task in tasks]
-        else:
-            prompts = [text] * num_rows if isinstance(text, str) else text
+        keep = self._added_tokens
         prompts = [
-            clean_question(prompt) if task == "vqa" else prompt.rstrip() for prompt, task in zip(prompts, tasks)
+            clean_question(prompt, keep=keep) if task == "vqa" else prompt.rstrip()
+            for prompt, task in zip(prompts, tasks)
         ]
         if suffix is not None:
             suffix = [self._continuation(answer, task) for answer, task in zip(suffix, tasks)]
         return prompts, suffix, tasks
 
-    @staticmethod
-    def _candidate(answer: str, task: str) -> str:
-        answer = answer.strip()
-        return " " + (answer.capitalize() if task == "vqa" else answer.lower())
+    def _task_of(self, text: str) -> tuple[str, str]:
+        """The task that a text is for if nothing else says so; the text, with that task's prompt as it was learned."""
+        for task in self.tasks or ():
+            beginning = _BEGINNINGS[task].match(text) if task in _BEGINNINGS else None
+            if beginning is not None and not text.rstrip().endswith("?"):
+                return task, DEFAULT_PROMPTS[task] + text[beginning.end() :]
+        return self.task, text
 
-    @classmethod
-    def _continuation(cls, answer: str, task: str) -> str:
-        return cls._candidate(clean_caption(answer) if task == "caption" else answer, task)
+    def _candidate(self, answer: str, task: str) -> str:
+        answer = answer.strip()
+        if task == "vqa":
+            return " " + _capitalize(self._added_tokens, answer)
+        return " " + _outside(self._added_tokens, str.lower, answer)
+
+    def _continuation(self, answer: str, task: str) -> str:
+        return self._candidate(clean_caption(answer, keep=self._added_tokens) if task == "caption" else answer, task)
+
+    # ---- tokens ----
+
+    @property
+    def _control_tokens(self) -> set[str]:
+        """Those by which the network knows where a text begins and ends, and the like."""
+        return {str(token) for name in CONTROL_TOKENS if (token := getattr(self.tokenizer, name, None)) is not None}
+
+    @property
+    def _added_tokens(self) -> re.Pattern[str] | None:
+        """What matches the tokens that were added to the vocabulary, control tokens aside."""
+        control = self._control_tokens
+        return _pattern_of(tuple(token for token in self._listed_tokens() if token[0] not in control))
+
+    def _listed_tokens(self) -> Iterator[tuple[str, bool]]:
+        for token in self.tokenizer.added_tokens_decoder.values():
+            yield token.content, token.single_word
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        # "</s>" in somebody's question is text, not the end of it
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """Added tokens become their ids; "</s>" in somebody's question is text, not the end of it."""
+        control = self._control_tokens
+        if not any(token in text for text in texts for token in control):
+            return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        every_token = _pattern_of((*self._listed_tokens(), *((token, False) for token in sorted(control))))
+        ids: list[list[int]] = [[] for _ in texts]
+        for own, text in zip(ids, texts):
+            for piece in _split_at(every_token, control, text):
+                own += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=piece in control)[
+                    "input_ids"
+                ]
+        return ids
 
     def _tokenize(
         self,
@@ -513,10 +620,47 @@ class PrismerProcessor(ProcessorMixin):
             task (`str`, *optional*): as in [`PrismerProcessor.__call__`].
 
         Returns:
-            `list[str]`: stripped; answers to questions in lower case.
+            `list[str]`: stripped; answers to questions in lower case. Tokens that were added to the vocabulary stay as
+            they are written; control tokens such as `</s>` are left out.
         """
-        texts = self.tokenizer.batch_decode([row[prompt_length:] for row in generated_ids], skip_special_tokens=True)
-        return [text.strip().lower() if (task or self.task) == "vqa" else text.strip() for text in texts]
+        texts = []
+        for row in generated_ids:
+            ids = row if isinstance(row, list) else row.tolist()
+            text = self._decode(ids[prompt_length:]).strip()
+            if task is None:
+                row_task = self._task_of(self._decode(ids))[0] if self.tasks else self.task
+            else:
+                row_task = task
+            texts.append(_outside(self._added_tokens, str.lower, text) if row_task == "vqa" else text)
+        return texts
+
+    def post_process_image_text_to_text(
+        self,
+        generated_outputs: torch.Tensor | np.ndarray | list[Any],
+        skip_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        The texts of a pipeline, prompt and continuation as they were generated.
+
+        Args:
+            generated_outputs (`torch.Tensor` of shape `(rows, T)` or `(T,)`): as `generate` returns them.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether to leave out control tokens such as `</s>`. Tokens that were added to the vocabulary stay.
+            kwargs: passed on to the tokenizer's `decode`.
+
+        Returns:
+            `list[str]`, or `str` for one row without a batch dimension.
+        """
+        ids = generated_outputs if isinstance(generated_outputs, list) else generated_outputs.tolist()
+        if ids and not isinstance(ids[0], int):
+            return [self.post_process_image_text_to_text(row, skip_special_tokens, **kwargs) for row in ids]
+        return self._decode(ids, **kwargs) if skip_special_tokens else self.tokenizer.decode(ids, **kwargs)
+
+    def _decode(self, ids: list[int], **kwargs: Any) -> str:
+        """The text of some ids without control tokens; added tokens stay, special ones as well."""
+        control = set(self.tokenizer.convert_tokens_to_ids(sorted(self._control_tokens)))
+        return self.tokenizer.decode([number for number in ids if number not in control], **kwargs)
 
     def post_process_ranking(self, ranking: Any, answers: list[str]) -> list[list[dict[str, Any]]]:
         """

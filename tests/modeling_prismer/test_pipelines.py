@@ -1,6 +1,7 @@
 """`pipeline("image-text-to-text")` over the bundled checkpoint, and `classify` in place of the zero-shot pipeline."""
 
 import base64
+import copy
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -135,6 +136,48 @@ def test_captions(model, processor):
     expected = captioner.post_process_generation(model.generate(**inputs, max_new_tokens=4, num_beams=3))
     outputs = pipe(RED_CIRCLE, "A picture of", generate_kwargs={"max_new_tokens": 4, "num_beams": 3})
     assert [output["generated_text"] for output in outputs] == expected
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """The checkpoint for captions and answers; of its experts only the fast one runs."""
+    processor = PrismerProcessor.from_pretrained(pretrained_path("prismer-scenes"))
+    processor.experts = processor.experts.only("edge")
+    return pipeline("image-text-to-text", model=pretrained_path("prismer-scenes"), processor=processor)
+
+
+def test_the_beginning_of_a_caption_is_continued(scenes):
+    """The checkpoint was made for captions and answers, and answers where nothing says otherwise."""
+    inputs = scenes.processor(RED_CIRCLE, task="caption")
+    (expected,) = scenes.processor.post_process_generation(scenes.model.generate(**inputs))
+    assert expected.startswith("A picture of ") and len(expected.split()) > 4
+    for text, settings in (("A picture of", {}), ("A picture of", {"task": "caption"})):
+        assert scenes(RED_CIRCLE, text, **settings) == [{"input_text": text, "generated_text": expected}]
+    (answer,) = scenes(RED_CIRCLE, "A picture of", task="vqa")
+    assert answer["generated_text"] != expected
+
+
+def test_captions_and_answers_share_a_call_and_a_batch(scenes):
+    texts = ["A picture of", COLOR]
+    expected = [scenes(RED_CIRCLE, text)[0] for text in texts]
+    assert scenes(images=[RED_CIRCLE] * 2, text=texts) == expected
+    assert scenes(images=RED_CIRCLE, text=texts) == expected
+    rows = ({"images": RED_CIRCLE, "text": text} for text in texts)
+    assert [output for (output,) in scenes(rows, batch_size=2)] == expected
+
+
+def test_tokens_that_were_added_are_shown(model, processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens(["<loc_1>"], special_tokens=True)
+    model = copy.deepcopy(model)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    processor = PrismerProcessor(processor.image_processor, tokenizer, processor.experts, task="vqa")
+    number = tokenizer.convert_tokens_to_ids("<loc_1>")
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    (output,) = pipe(
+        RED_CIRCLE, "is <loc_1> red", generate_kwargs={"forced_eos_token_id": number, "max_new_tokens": 1}
+    )
+    assert output["generated_text"] == "is <loc_1> red<loc_1>"
 
 
 def test_without_a_text_it_says_that_both_are_needed(ask, path):

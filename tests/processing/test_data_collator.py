@@ -257,6 +257,14 @@ def test_ids_of_every_integer_type_are_augmented_alike(image_processor, make_pro
     assert (expected["segmentation_ids"] == 255).any() and (expected["segmentation_ids"] < 50).any()
 
 
+def test_added_token_is_learned(make_processor):
+    processor = make_processor("vqa")
+    processor.tokenizer.add_tokens(["[DEFECT]"])
+    number = processor.tokenizer.convert_tokens_to_ids("[DEFECT]")
+    data = rows(2, text=["what is it"] * 2, suffix=["[DEFECT]", "a [DEFECT]"])
+    assert (DataCollatorForPrismer(processor, depth_by_id)(data)["labels"] == number).sum(1).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "much", [1.0, float("nan")]])
 def test_weight_that_is_no_number_from_0_on_is_named(make_processor, weight):
     collator = DataCollatorForPrismer(make_processor(), depth_by_id)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AddedToken, AutoProcessor
 from transformers.models.auto import processing_auto
 from transformers.testing_utils import CaptureLogger
 
@@ -115,6 +115,92 @@ def test_the_tokenizers_own_padding_side_does_not_matter(make_processor, image, 
 def test_special_tokens_in_a_text_are_only_text(make_processor, image):
     inputs = make_processor("vqa")(images=image, text="is </s> or <pad> red", suffix="<mask>")
     assert [(inputs["input_ids"] == token).sum().item() for token in (0, 1, 2, 4)] == [1, 0, 1, 0]
+
+
+# ---- tokens that were added ----
+
+
+@pytest.fixture
+def with_tokens(image_processor, tokenizer):
+    """A processor whose tokenizer got tokens of the user's own; and their ids."""
+    tokenizer.add_tokens(["<loc_1>", "</s>2"], special_tokens=True)
+    tokenizer.add_tokens(["[DEFECT]", "(#1)", AddedToken("AI", single_word=True)])
+
+    def make(task):
+        return PrismerProcessor(image_processor, tokenizer, task=task)
+
+    return make, tokenizer.convert_tokens_to_ids(["<loc_1>", "</s>2", "[DEFECT]", "(#1)", "AI"])
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa", "classification"])
+@pytest.mark.parametrize("token", ["<loc_1>", "</s>2", "[DEFECT]", "(#1)", "AI"])
+@pytest.mark.parametrize("text", ["{}", "{} dog", "A {} dog", "two DOGS. {}", "RED {} AND {}"])
+def test_an_added_token_becomes_its_id(with_tokens, image, task, token, text):
+    make, _ = with_tokens
+    processor, text = make(task), text.format(token, token)
+    number = processor.tokenizer.convert_tokens_to_ids(token)
+    inputs = processor(image, text=text, suffix=text)
+    assert (inputs["labels"] == number).sum() == text.count(token)
+    assert (inputs["input_ids"] == number).sum() == 2 * text.count(token)
+    candidate = processor.prepare_candidates([text])["candidate_ids"][0]
+    assert (candidate == number).sum() == text.count(token)
+    assert [(inputs["input_ids"] == control).sum().item() for control in (0, 1, 2, 3, 4)] == [1, 0, 1, 0, 0]
+    generated = processor.post_process_generation(inputs["input_ids"])[0]
+    assert generated.count(token) == 2 * text.count(token)
+    assert processor.post_process_image_text_to_text(inputs["input_ids"])[0].count(token) == 2 * text.count(token)
+
+
+@pytest.mark.parametrize(
+    "task, prompt, answer",
+    [
+        ("caption", "A [DEFECT] Near (what)", " a [DEFECT], near the <loc_1> edge"),
+        ("vqa", "A [DEFECT] near  what?", " A [DEFECT], near; the <loc_1> edge"),
+        ("classification", "A [DEFECT] Near (what)", " a [DEFECT], near; the <loc_1> edge"),
+    ],
+)
+def test_only_what_is_around_an_added_token_is_cleaned(with_tokens, image, task, prompt, answer):
+    processor = with_tokens[0](task)
+    inputs = processor(image, text="A [DEFECT] Near (what)", suffix="a [DEFECT], Near; the <loc_1> EDGE")
+    assert processor.batch_decode(inputs["input_ids"]) == [f"<s>{prompt}{answer}</s>"]
+
+
+def test_control_tokens_in_a_text_stay_text_beside_added_ones(with_tokens, image):
+    make, (place, other, *_) = with_tokens
+    processor = make("vqa")
+    text = "<loc_1></s> </s>2 <PAD> <mask><s></s></s>2"
+    inputs = processor(image, text=f"is {text} red", suffix=text)
+    ids = inputs["input_ids"]
+    assert [(ids == number).sum().item() for number in (0, 1, 2, 3, 4, place, other)] == [1, 0, 1, 0, 0, 2, 4]
+    assert processor.decode(ids[0]) == f"<s>Is {text.lower()} red? {text.lower()}</s>"
+
+
+def test_an_added_token_of_a_whole_word_is_no_part_of_another(with_tokens, image):
+    make, (*_, word) = with_tokens
+    inputs = make("caption")(image, suffix="AI FAILS in TRAINING of AI")
+    assert (inputs["labels"] == word).sum() == 2
+    assert make("caption").decode(inputs["labels"][0][inputs["labels"][0] != -100]) == (
+        " AI fails in training of AI</s>"
+    )
+
+
+def test_answers_are_shown_with_added_tokens(with_tokens):
+    make, (place, _, defect, *_) = with_tokens
+    processor = make("vqa")
+    row = [0, *processor.tokenizer(" Red", add_special_tokens=False)["input_ids"], place, defect, 2, 1, 1]
+    assert processor.post_process_generation([row]) == ["red<loc_1>[DEFECT]"]
+    assert processor.post_process_generation(torch.tensor([row]), prompt_length=1) == ["red<loc_1>[DEFECT]"]
+    assert processor.post_process_image_text_to_text(torch.tensor([row])) == [" Red<loc_1>[DEFECT]"]
+    assert processor.post_process_image_text_to_text(np.array(row)) == " Red<loc_1>[DEFECT]"
+    kept = processor.post_process_image_text_to_text([row], skip_special_tokens=False)
+    assert kept == ["<s> Red<loc_1>[DEFECT]</s><pad><pad>"]
+
+
+def test_added_tokens_are_saved_with_the_processor(with_tokens, image, tmp_path):
+    make, _ = with_tokens
+    make("vqa").save_pretrained(tmp_path)
+    loaded = PrismerProcessor.from_pretrained(tmp_path)
+    expected, found = (each(image, "is it [DEFECT]", suffix="<loc_1>") for each in (make("vqa"), loaded))
+    assert torch.equal(expected["input_ids"], found["input_ids"])
 
 
 # ---- what is learned ----
@@ -522,7 +608,7 @@ def test_a_saved_folder_works_where_the_package_is_not_installed(
 import sys
 sys.modules["modeling_prismer"] = None  # as if it were not installed
 import numpy as np
-from transformers import AutoProcessor
+from transformers import AddedToken, AutoProcessor
 processor = AutoProcessor.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
 expected = np.load({str(tmp_path / "expected.npz")!r})
 image = expected["image"]
@@ -560,6 +646,50 @@ def test_checkpoint_for_several_tasks_captions_where_no_text_is_given(image_proc
         asked, captioned = each(image, text="is it a dog"), each(image)
         assert processor.batch_decode(asked["input_ids"], skip_special_tokens=True) == ["Is it a dog?"]
         assert processor.batch_decode(captioned["input_ids"], skip_special_tokens=True) == ["A picture of"]
+
+
+@pytest.fixture
+def for_both(image_processor, tokenizer):
+    return PrismerProcessor(image_processor, tokenizer, task="vqa", tasks=["caption", "vqa"])
+
+
+@pytest.mark.parametrize(
+    "text, read",
+    [
+        ("A picture of", "A picture of"),
+        ("A picture of ", "A picture of"),
+        (" a  Picture of", "A picture of"),
+        ("a picture of a Dog", "A picture of a Dog"),
+        ("A picture of what", "A picture of what"),
+        ("A picture of what?", "A picture of what?"),
+        ("A picture of a dog or a cat? ", "A picture of a dog or a cat?"),
+        ("a picture offers what", "A picture offers what?"),
+        ("is it A picture of", "Is it a picture of?"),
+        ("A photo of a", "A photo of a?"),  # the prompt of a task that the checkpoint was not made for
+    ],
+)
+def test_text_that_begins_with_the_prompt_of_a_task_is_for_it(for_both, image, text, read):
+    assert for_both.batch_decode(for_both(image, text)["input_ids"]) == [f"<s>{read}"]
+    several = for_both([image] * 2, text=[["is it red", text], [text, "what is it"]])
+    rows = for_both.batch_decode(several["input_ids"], skip_special_tokens=True)
+    assert rows == ["Is it red?", read, read, "What is it?"]
+
+
+def test_task_in_the_call_decides(for_both, image):
+    for task, read in (("vqa", "A picture of?"), ("caption", "A picture of"), ("classification", "A picture of")):
+        assert for_both.batch_decode(for_both(image, "A picture of", task=task)["input_ids"]) == [f"<s>{read}"]
+
+
+def test_prompt_of_a_task_says_what_its_suffix_is(for_both, image):
+    inputs = for_both(image, ["A picture of", "what color"], suffix=["Two DOGS.", "RED"])
+    rows = for_both.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    assert rows == ["A picture of two dogs", "What color? Red"]
+    assert for_both.post_process_generation(inputs["input_ids"]) == ["A picture of two dogs", "what color? red"]
+
+
+def test_checkpoint_for_one_task_reads_every_text_as_it(make_processor, image):
+    processor = make_processor("vqa")
+    assert processor.batch_decode(processor(image, "A picture of")["input_ids"]) == ["<s>A picture of?"]
 
 
 def test_task_that_is_none_is_refused(make_processor, image_processor, tokenizer, image):
