@@ -7,6 +7,7 @@ vision encoder, the text decoder, and the two put together with their loss, gene
 
 import copy
 import difflib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -987,6 +988,25 @@ def _in_process_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def _require_finite(tensors: dict[str, torch.Tensor], present: dict[str, torch.Tensor]) -> None:
+    """Names the samples of `tensors` that are not finite, but for those that are not `present` `(batch,)`."""
+    finite: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            rows = torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
+            finite[name] = rows | ~present[name].bool().to(rows.device) if name in present else rows
+
+    def describe() -> str:
+        samples = {name: (~rows).nonzero()[:, 0].tolist() for name, rows in finite.items()}
+        named = [f"{name} of sample {', '.join(map(str, wrong))}" for name, wrong in samples.items() if wrong]
+        return f"{'; '.join(named)} holds numbers that are not finite; leave the sample out, or mask the expert out"
+
+    if finite:
+        device = next(iter(finite.values())).device
+        everywhere = torch.stack([rows.to(device) for rows in finite.values()])  # one check: a GPU waits for it
+        torch_compilable_check(everywhere, describe)
+
+
 class PrismerVisionModel(PrismerPreTrainedModel):
     """
     The vision encoder: a CLIP vision transformer with adaptors over the image's patches and the latents to which the
@@ -1046,37 +1066,19 @@ class PrismerVisionModel(PrismerPreTrainedModel):
         images = pixel_values.shape[0]
         if expert_mask is not None and expert_mask.shape[0] != images:
             raise ValueError(f"expert_mask has {expert_mask.shape[0]} rows for {images} images")
-        columns: dict[str, int | None] = {"pixel_values": None}
-        tensors = {"pixel_values": pixel_values}
-        names = list(self.expert_stems)
+        names, tensors, present = list(self.expert_stems), {"pixel_values": pixel_values}, {}
         for name, inputs in expert_inputs.items():
             if name not in names:
                 raise ValueError(f"expert_inputs has '{name}'; the config's experts are: {', '.join(names) or 'none'}")
             for suffix, tensor in inputs.items():
+                key = f"{name}_{suffix}"
                 if tensor.shape[0] != images:
-                    raise ValueError(f"{name}_{suffix} has {tensor.shape[0]} rows for {images} images")
-                tensors[f"{name}_{suffix}"], columns[f"{name}_{suffix}"] = tensor, names.index(name)
-        if not self.training or torch.compiler.is_compiling():
-            return
-        checked = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()]
-        if not checked:
-            return
-        by_input = []
-        for name in checked:
-            rows = torch.isfinite(tensors[name]).flatten(1).all(dim=1).to(pixel_values.device)
-            if expert_mask is not None and columns[name] is not None:
-                rows = rows | ~expert_mask[:, columns[name]].bool()  # whatever the padding holds
-            by_input.append(rows)
-        finite = torch.stack(by_input)  # (inputs, images): one check, since a GPU waits for it
-
-        def describe() -> str:
-            samples = {name: (~rows).nonzero()[:, 0].tolist() for name, rows in zip(checked, finite)}
-            named = [f"{name} of sample {', '.join(map(str, wrong))}" for name, wrong in samples.items() if wrong]
-            return (
-                f"{'; '.join(named)} holds numbers that are not finite; leave the sample out, or mask the expert out"
-            )
-
-        torch_compilable_check(finite, describe)
+                    raise ValueError(f"{key} has {tensor.shape[0]} rows for {images} images")
+                tensors[key] = tensor
+                if expert_mask is not None:
+                    present[key] = expert_mask[:, names.index(name)]
+        if self.training and not torch.compiler.is_compiling():
+            _require_finite(tensors, present)
 
     def embed_experts(
         self,
@@ -1820,11 +1822,12 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             encoder_attentions=outputs.encoder_attentions,
         )
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks for its arguments
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         # peft's prompt learning puts a method of its own before this one while it generates. Before 0.22 it looks for
         # the cache by the name of transformers before 5.24; not finding it, it would prepend its tokens at every step.
-        called_by_peft = self.prepare_inputs_for_generation.__self__ is not self
+        called_by_peft = getattr(self.prepare_inputs_for_generation, "__self__", self) is not self
         if called_by_peft and "cache" in inputs and Version(version("peft")) < Version("0.22"):
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
