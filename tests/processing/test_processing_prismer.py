@@ -160,7 +160,8 @@ def test_an_added_token_becomes_its_id(with_tokens, image, task, token, text):
 )
 def test_only_what_is_around_an_added_token_is_cleaned(with_tokens, image, task, prompt, answer):
     processor = with_tokens[0](task)
-    inputs = processor(image, text="A [DEFECT] Near (what)", suffix="a [DEFECT], Near; the <loc_1> EDGE")
+    suffix = "a [DEFECT], Near; the <loc_1> EDGE"
+    inputs = processor(image, text="A [DEFECT] Near (what)", suffix=suffix, truncation=False)
     assert processor.batch_decode(inputs["input_ids"]) == [f"<s>{prompt}{answer}</s>"]
 
 
