@@ -5,6 +5,7 @@ import json
 import unicodedata
 
 import datasets
+import fsspec
 import numpy as np
 import pandas
 import pytest
@@ -261,6 +262,33 @@ def test_images_in_the_cells_of_parquet(folder, kind, streaming):
     datasets.Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet")
     rows = load_rows(str(folder / "train.parquet"), streaming=streaming)
     assert columns(rows, "image_id", "suffix") == [("x", "p"), ("y", "q")] and values_of(rows) == [0, 1]
+
+
+def test_bytes_in_parquet_without_names_go_by_the_number_of_their_row(folder):
+    pandas.DataFrame({"image": [png(0), png(1)], "caption": ["p", "q"]}).to_parquet(folder / "train.parquet")
+    rows = load_rows(str(folder / "train.parquet"))
+    assert rows["image_id"][:] == ["000000000000", "000000000001"] and values_of(rows) == [0, 1]
+
+
+def test_stream_that_decodes_its_images_by_itself():
+    features = Features({"image": datasets.Image(), "caption": Value("string")})
+    dataset = datasets.Dataset.from_dict({"image": [picture(0), picture(1)], "caption": ["p", "q"]}, features)
+    stream = dataset.to_iterable_dataset().filter(lambda row: row["caption"] == "q")
+    assert values_of(load_rows(stream)) == [1]
+
+
+def test_urls_of_files_and_of_other_stores(folder):
+    write_pictures(folder, "a.png")
+    with fsspec.open("memory://b.png", "wb") as file:
+        file.write(png(1))
+    lines = [{"image": f"file://{folder}/a.png", "caption": "p"}, {"image": "memory://b.png", "caption": "q"}]
+    path = write_json(folder / "c.jsonl", lines, lines=True)
+    rows = load_rows(path, streaming=True)
+    assert columns(rows, "image_id") == ["a.png", "memory://b.png"] and values_of(rows) == [0, 1]
+    with pytest.raises(
+        ValueError, match=r"1 of 2 rows.*\n.*row 2: memory://b\.png cannot be opened; accepted are files"
+    ):
+        load_rows(path)
 
 
 @pytest.mark.parametrize(

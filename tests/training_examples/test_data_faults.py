@@ -159,6 +159,19 @@ def test_quote_that_is_never_closed_loses_no_row_in_silence(folder):
         load_rows(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image,caption\n", "c.csv, row 1: the file has no records"),
+        ("image,l\xe9gende\na.png,x\n", "c.csv: the line of the columns' names .* is not in UTF-8"),
+    ],
+)
+def test_table_of_which_nothing_can_be_read_is_named(folder, content, message):
+    (folder / "c.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(folder / "c.csv"), caption_column=None)
+
+
 def test_columns_with_one_name_are_refused(folder):
     (folder / "c.csv").write_text("image,caption,caption\na.png,x,y\n")
     with pytest.raises(ValueError, match="two columns called 'caption'"):

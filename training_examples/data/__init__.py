@@ -19,11 +19,11 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from .answers import shorten_answers
-from .faults import raise_together
+from .faults import checked, raise_together
 from .grouping import group_by_image
 from .lists import COLUMN_NAMES, TASKS, open_text, parse_json
 from .pictures import leave_undecoded, pictures_of, refuse_doubled_names
-from .rows import RowMaker, as_text, checked, find_columns, make_rows, stream_rows
+from .rows import RowMaker, as_text, find_columns, make_rows, stream_rows
 from .sources import choose_split, open_tables
 
 

@@ -61,6 +61,21 @@ def place_of_record(file: str | None, number: int | None, source: str) -> str:
     return name if number is None else f"{name}, row {number}"
 
 
+def checked(text: str, what: str) -> str:
+    """
+    Raises:
+        BadRecord: if the text is none that can be stored.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":
+            remedy = "save the file as UTF-8, for example by `iconv -f latin1 -t utf-8`"
+            raise BadRecord(f"the {what} {text[:40]!r} is not in UTF-8; {remedy}") from None
+        raise BadRecord(f"the {what} {text[:40]!r} has half a character (a lone surrogate)") from None
+    return text
+
+
 def raise_together(problems: list[Exception]) -> None:
     """Raises what is wrong with several data sets as one error."""
     if len(problems) == 1:

@@ -18,7 +18,7 @@ from typing import Any
 
 from modeling_prismer.processing.labels import IMAGE_SUFFIXES
 
-from .faults import BadRecord
+from .faults import BadRecord, checked
 from .published_lists import published_list
 
 
@@ -102,7 +102,7 @@ def open_text(path: Path) -> io.TextIOWrapper:
     with open(path, "rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     if is_utf16:
-        return open(path, encoding="utf-16", newline="")
+        return open(path, encoding="utf-16", errors="backslashreplace", newline="")
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -128,6 +128,10 @@ class _Delimited:
                 raise ValueError(f"{path}, line 1 cannot be read: {error}") from error
         if names is None:
             raise ValueError(f"{path} is empty; a line with the columns' names is needed, such as image,caption")
+        try:
+            checked("".join(names), "line of the columns' names")
+        except BadRecord as error:
+            raise ValueError(f"{path}: {error}") from None
         self.names = [name.strip() or f"column {number}" for number, name in enumerate(names, 1)]
         are_files = [re.sub(r"^.*\.", ".", name).lower() in IMAGE_SUFFIXES for name in self.names]
         self.has_header = not (self.is_published or (len(names) == 2 and any(are_files)))

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import datasets
 import numpy as np
@@ -63,6 +65,8 @@ def image_in(cell: Any) -> bytes | str:
     if not isinstance(cell, str):
         raise BadRecord(f"the image is {cell!r}; accepted are {ACCEPTED_CELLS}")
     text = cell.strip()
+    if text.startswith("file://"):
+        return url2pathname(urlsplit(text).path)
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
@@ -162,7 +166,12 @@ def _folded(name: str) -> str:
 # ---- are they there, and whole ----
 
 
-def fault_of(cell: Any, name: str | None = None) -> BadRecord | None:
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL of another kind than http(s), such as hf://."""
+    return "://" in path and not path.startswith(("http://", "https://"))
+
+
+def fault_of(cell: Any, name: str | None = None, streamed: bool = False) -> BadRecord | None:
     """Why the image of a cell cannot be used, or `None`. It is opened as in the training; URLs are believed."""
     try:
         image = image_in(cell)
@@ -170,7 +179,8 @@ def fault_of(cell: Any, name: str | None = None) -> BadRecord | None:
         return problem
     if isinstance(image, str):
         if "://" in image:
-            return None
+            not_here = f"{image} cannot be opened; accepted are files and http(s) URLs, and streams read others"
+            return None if streamed or not is_remote(image) else BadRecord(not_here)
         if not is_there(image):
             return MissingFile(f"image {image} is missing or empty")
     try:

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+from datasets.utils.file_utils import xopen
 
 from modeling_prismer.processing.labels import KEY_COLUMNS
 
-from .faults import SHOWN, BadRecord, Faults, MissingFile, place_of_record
+from .faults import SHOWN, BadRecord, Faults, MissingFile, checked, place_of_record
 from .grouping import draw_shots, join_references
 from .lists import COLUMN_NAMES, TASKS
 from .pictures import (
@@ -23,6 +25,7 @@ from .pictures import (
     hint_about,
     image_in,
     is_image,
+    is_remote,
     is_there,
     place_of,
     undecoded,
@@ -66,16 +69,20 @@ def find_columns(
             candidates = [known[role]]
             lacking = set(_parts(known[role])) - features.keys()
             if lacking:
-                raise ValueError(f"{source} has no column '{min(lacking)}'; it has {', '.join(features)}")
+                raise ValueError(f"{source} has no column '{min(lacking)}'; it has {_listed(features)}")
         if candidates:
             columns[role] = candidates[0]
     for role in TASKS[task] if train else TASKS[task][:-1]:
         if role not in columns:
             raise ValueError(
-                f"{source} has no column that is known as {role}: it has {', '.join(features)}; known are "
+                f"{source} has no column that is known as {role}: it has {_listed(features)}; known are "
                 f"{', '.join(COLUMN_NAMES[role])}. Name another by {role}_column"
             )
     return columns
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(name for name in columns if name != ROW_NUMBER)
 
 
 def columns_of(records: Dataset | IterableDataset, source: str) -> dict[str, Any]:
@@ -288,11 +295,14 @@ class RowMaker:
             if not is_there(path):
                 path, name = place_of(find_file(path, self.root) or path, self.root)
             self.look_at(path, name)
+        if self.is_stream and is_remote(path):  # the collator fetches http(s) alone
+            with xopen(path, "rb") as file:
+                return {"image": {"bytes": file.read(), "path": None}, "image_id": name}
         in_cache = isinstance(cell, dict) and (path == name)
         return {"image": {"bytes": None, "path": path}, "image_id": (in_cache and self.key(record)) or name}
 
     def look_at(self, image: bytes | str, name: str | None) -> None:
-        problem = fault_of(image, name)
+        problem = fault_of(image, name, streamed=True)
         if problem is not None:
             raise problem
 
@@ -327,21 +337,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode(errors="surrogateescape")
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def checked(text: str, what: str) -> str:
-    """
-    Raises:
-        BadRecord: if the text is none that can be stored.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        if "\udc80" <= text[error.start] <= "\udcff":
-            remedy = "save the file as UTF-8, for example by `iconv -f latin1 -t utf-8`"
-            raise BadRecord(f"the {what} {text[:40]!r} is not in UTF-8; {remedy}") from None
-        raise BadRecord(f"the {what} {text[:40]!r} has half a character (a lone surrogate)") from None
-    return text
 
 
 def texts_of(value: Any, role: str) -> list[str]:

@@ -33,6 +33,10 @@ def open_tables(
     source: Any, task: str, image_folder: str | Path | None, columns: dict[str, str], streaming: bool
 ) -> tuple[Tables, str]:
     """The splits of a source, as far as possible not yet read, and the folder that its pictures' paths start from."""
+    if isinstance(source, dict) and not all(isinstance(one, Dataset | IterableDataset) for one in source.values()):
+        raise ValueError(
+            f"the data are a dict of {', '.join(map(str, source))}; make it a data set: Dataset.from_list"
+        )
     if isinstance(source, Dataset | IterableDataset | dict):
         return _opened(source, streaming), os.path.abspath(image_folder or ".")
     source = os.fspath(source)
@@ -197,9 +201,7 @@ def choose_split(
 
 def _numbered(table: Dataset, start: int = 0) -> Dataset:
     """The table with the numbers of its rows, by which images that have no names go."""
-    if is_packed(table) or ROW_NUMBER in table.column_names or set(table.column_names) & set(KEY_COLUMNS):
-        return table
-    if not any(is_image(feature) for feature in table.features.values()):
+    if is_packed(table) or {ROW_NUMBER, *KEY_COLUMNS} & set(table.column_names):
         return table
     numbers = np.arange(start, start + len(table)).astype(str)
     return table.add_column(ROW_NUMBER, np.char.zfill(numbers, 12))

@@ -87,6 +87,7 @@ def _stamp(path: str, root: str) -> tuple:
 
 def _pack(files: list[tuple], root: str, split_column: str, code: str) -> Iterator[dict[str, Any]]:
     for path, *_ in files:
+        number = 0
         is_tar = path.lower().endswith(TAR_SUFFIXES)
         name = place_of(path if "://" in path else os.path.abspath(path), root)[1]
         empty = {FILE: name, SPLIT: None, RECORD: None, FAULT: None} | ({"image": None} if is_tar else {})
@@ -106,3 +107,5 @@ def _pack(files: list[tuple], root: str, split_column: str, code: str) -> Iterat
         except (KeyError, TypeError, AttributeError) as error:  # of a published list, that is not as it was published
             what = f"an entry has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is not as it was published: {what}") from error
+        if not number:
+            yield {**empty, NUMBER: 1, FAULT: "the file has no records"}
