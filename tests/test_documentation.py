@@ -1,5 +1,6 @@
 """Every public name stands on a page of the API reference, with a docstring and an example; the examples run."""
 
+import ast
 import copy
 import doctest
 import importlib.util
@@ -95,6 +96,39 @@ def test_it_has_a_docstring_and_an_example_that_runs(path, given, folder):
     run_examples(path, given)
     if path in FOLLOWING:
         run_examples(FOLLOWING[path], given)
+
+
+def messages_of_the_sources() -> list[str]:
+    """Every text of the packages and of the recipes, `…` in place of what is filled in."""
+
+    def text_of(node) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+    folders = ("modeling_prismer", "processing", "conversion", "training_examples")
+    paths = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    return [re.sub("…+", "…", text) for node in nodes if (text := text_of(node))]
+
+
+def test_troubleshooting_quotes_real_messages():
+    page = (API.parent / "troubleshooting.md").read_text()
+    symptoms = re.findall(r"(?m)^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", page)
+    quoted = [message for symptom in symptoms for message in re.findall("`([^`]+)`", symptom) if " " in message]
+    messages = messages_of_the_sources()
+    assert len(quoted) >= 40
+    assert [quote for quote in quoted if not any(quote.rstrip(" …") in message for message in messages)] == []
+
+
+def test_memory_page_shows_what_its_code_counts(capsys):
+    page = (API.parent / "memory.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, names)
+    counted = capsys.readouterr().out.splitlines()
+    assert len(counted) == 24
+    assert [row for row in counted if row not in page.splitlines()] == []
 
 
 DOCSTRING = """
