@@ -301,14 +301,15 @@ def features(
     output: Annotated[Path, typer.Option("--out", help="The table to write, a safetensors file.")],
     expert: Annotated[str, typer.Option(help="The label expert whose classes these are.")] = "segmentation",
     pca: Annotated[
-        Path | None, typer.Option(help="Analysis to reduce with (safetensors: mean, components); else fitted anew.")
+        Path | None,
+        typer.Option(help="The analysis: clip_pca.pkl as published, or safetensors; else fitted anew."),
     ] = None,
     text_encoder: Annotated[str, typer.Option(help="CLIP: a folder or a Hub id.")] = "openai/clip-vit-large-patch14",
     background: Annotated[str, typer.Option(help="The text that stands for no class.")] = "background",
 ) -> None:
     """Makes the features with which an expert's classes are painted, from the classes' names."""
     with _clear_errors():
-        from modeling_prismer.conversion import save_class_features
+        from modeling_prismer.conversion import convert_clip_pca, save_class_features
         from modeling_prismer.processing.experts import ClipTextFeatures
 
         classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -318,6 +319,8 @@ def features(
             pca = output.with_name(f"{output.stem}_pca.safetensors")
             ClipTextFeatures.fit_pca(classes, pca, model_name=text_encoder)
             err.print(f"the analysis, for other tables and for words: {pca}", highlight=False, soft_wrap=True)
+        elif pca.suffix == ".pkl":  # as published
+            pca = convert_clip_pca(pca, output.with_name(f"{output.stem}_pca.safetensors"))
         text_features = ClipTextFeatures(pca=str(pca), model_name=text_encoder)
         save_class_features({expert: classes}, text_features, output, background)
         print(output)

@@ -935,6 +935,8 @@ class PrismerPreTrainedModel(PreTrainedModel):
         if vision_model is None:
             raise ValueError(f"a {type(self).__name__} takes no images")
         embeddings, config = vision_model.embeddings, vision_model.config
+        if not isinstance(image_size, int):
+            raise ValueError(f"image_size={image_size!r}; a whole number of pixels is needed")
         if image_size < config.patch_size:
             raise ValueError(f"image_size={image_size} is smaller than patch_size={config.patch_size}")
         if embeddings.position_embedding.is_meta:

@@ -1,10 +1,13 @@
 """The command line: the bundled checkpoint answers, experts are drawn, bad input gets one clear line."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from sklearn.decomposition import PCA
 from typer.testing import CliRunner
 
 from modeling_prismer import pretrained_path
@@ -85,6 +88,14 @@ def test_features_makes_a_table_that_conversion_reads(clip_folder, tmp_path):
     assert run("features", names, *again, "--text-encoder", clip_folder).exit_code == 0
     same = read_feature_tables(tmp_path / "again.safetensors", [{"name": "segmentation", **LABEL}])
     torch.testing.assert_close(same["segmentation"], tables["segmentation"])
+    # and so does the same one as the authors published theirs
+    analysis = PCA()
+    fitted = load_file(tmp_path / "tables_pca.safetensors")
+    analysis.mean_, analysis.components_ = fitted["mean"].double().numpy(), fitted["components"].double().numpy()
+    (tmp_path / "clip_pca.pkl").write_bytes(pickle.dumps(analysis, protocol=4))
+    published = ("--out", tmp_path / "published.safetensors", "--pca", tmp_path / "clip_pca.pkl")
+    assert run("features", names, *published, "--text-encoder", clip_folder).exit_code == 0
+    assert (tmp_path / "published.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 
 def test_features_of_too_few_names_ask_for_an_analysis(clip_folder, tmp_path):

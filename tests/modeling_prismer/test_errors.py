@@ -99,6 +99,8 @@ def test_an_image_that_is_no_multiple_of_the_patch_loses_its_edge_as_in_clip():
     [
         (lambda: tiny_config(image_size=7), "image_size=7 is smaller than patch_size=8"),
         (lambda: tiny_model().resize_position_embeddings(4), "image_size=4 is smaller than patch_size=8"),
+        (lambda: tiny_model().resize_position_embeddings(48.5), "image_size=48.5; a whole number of pixels is needed"),
+        (lambda: tiny_model().resize_position_embeddings(-48), "image_size=-48 is smaller than patch_size=8"),
         (lambda: tiny_model().set_class_features("dept", torch.zeros(3, 8)), "no expert 'dept'; the config has depth"),
         (
             lambda: tiny_model().generate(input_ids=prompts(2), **image_inputs(3), max_new_tokens=1),
