@@ -43,6 +43,13 @@ OFFLINE_BLOCKS = [block for block in BLOCKS if "openai/clip" not in block]
 
 
 @pytest.fixture(autouse=True)
+def nothing_is_trained_in_half_precision(caplog):
+    yield
+    for when in ("setup", "call"):
+        assert not [record for record in caplog.get_records(when) if "weights are trained" in record.getMessage()]
+
+
+@pytest.fixture(autouse=True)
 def in_a_folder_with_the_package(monkeypatch, tmp_path):
     """As the reader's: paths in the texts begin at the top of the repository. Experts that a text adds go again."""
     (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
@@ -75,6 +82,7 @@ def test_python_blocks_run_and_print_what_they_say(capsys):
             ["['teal']", "edge_values (1, 1, 64, 64)", "expert_mask (1, 2)", "triangle", "['triangle', 'no']"]
             + ["['triangle', 'teal', 'no']", "(64, 64) ['▲']", "[[False, False]]", "['teal']"],
         ),
+        ("tasks.md", ["['frog']", "frog"]),
         ("own_expert.md", ["(64, 64) uint8", "(1, 1, 64, 64) [[True, True, True]]", "1", "(64, 64)"]),
         ("convert.md", ["['teal']", "left over in the checkpoint (79):", "  expert_encoder.resampler.*"]),
     ],
