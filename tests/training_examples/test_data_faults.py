@@ -199,6 +199,23 @@ def test_faulty_lines_of_json_are_named(folder):
     assert load_rows(str(folder), bad_rows="skip")["suffix"][:] == ["p"]
 
 
+@pytest.mark.parametrize(
+    ("task", "record", "message"),
+    [
+        ("vqa", {"question": ["a?", "b?"], "answer": "x"}, "2 texts as its question; a row takes one"),
+        ("vqa", {"question": "a?", "answers": [{"text": "x"}]}, "the answer is an object with text; a text"),
+        ("vqa", {"question": "a?", "answers": ["x", ""]}, "one of the 2 answers is empty"),
+        ("classification", {"label": ["x", "y"]}, "2 texts as its class"),
+        ("caption", {"caption": []}, "the caption is empty"),
+    ],
+)
+def test_texts_are_not_dropped_in_silence(folder, task, record, message):
+    write_pictures(folder, "a.png")
+    path = write_json(folder / "c.jsonl", [{"image": "a.png", **record}], lines=True)
+    with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+        load_rows(path, task)
+
+
 def test_json_that_holds_no_records_is_named(folder):
     for content in ("{}", "[]", "3", '{"a": [{}], "b": [{}]}', '["a.png"]', "[" * 100_000):
         (folder / "c.json").write_text(content)

@@ -226,12 +226,14 @@ class RowMaker:
     def rows_of(self, record: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
         common = {"picture": number, "image_id": self.key(record)} if self.numbered else self.picture(record)
         if self.task == "vqa":
-            common["text"] = texts_of(self.value(record, "question"), "question")[0]
+            common["text"] = one_text_of(self.value(record, "question"), "question")
         learned = TASKS[self.task][-1]
-        texts = texts_of(self.value(record, learned), learned) if learned in self.columns else None
-        if self.task == "classification" and texts:
-            texts = [self.class_name(texts[0])]
+        texts = None
+        if learned == "class" and learned in self.columns:
+            texts = [self.class_name(one_text_of(self.value(record, learned), learned))]
             common["suffix"] = texts[0]
+        elif learned in self.columns:
+            texts = texts_of(self.value(record, learned), learned)
         if not self.train:
             question_id = self.value(record, "question_id")
             numbers = {"question_id": None if question_id is None else as_text(question_id)}
@@ -341,14 +343,25 @@ def as_text(value: Any) -> str:
 
 def texts_of(value: Any, role: str) -> list[str]:
     """The texts in "a cat", ["a cat", "a pet"], [{"raw": "a cat"}] (Karpathy) or [{"answer": "yes"}] (VQAv2)."""
-    if isinstance(value, dict):
-        value = value.get("answer", value.get("raw"))
-    texts = value if isinstance(value, list) else [value]
-    texts = [text.get("answer", text.get("raw")) if isinstance(text, dict) else text for text in texts]
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, dict) and not {"answer", "raw"} & value.keys():
+            raise BadRecord(f"the {role} is an object with {', '.join(value) or 'nothing'}; a text is needed")
+        return value.get("answer", value.get("raw")) if isinstance(value, dict) else value
+
+    value = inner(value)
+    texts = [inner(text) for text in value] if isinstance(value, list) else [value]
     texts = ["" if text is None else as_text(text) for text in texts]
     if not texts or not all(text.strip() for text in texts):
         raise BadRecord(f"the {role} is empty" if len(texts) < 2 else f"one of the {len(texts)} {role}s is empty")
     return [checked(text, role) for text in texts]
+
+
+def one_text_of(value: Any, role: str) -> str:
+    texts = texts_of(value, role)
+    if len(texts) > 1:
+        raise BadRecord(f"the cell has {len(texts)} texts as its {role}; a row takes one, so write a row for each")
+    return texts[0]
 
 
 def make_rows(
