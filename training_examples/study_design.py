@@ -64,7 +64,7 @@ class Condition:
     Args:
         data (`str`): scenes like those of the training, `"scenes"`, or the other domain, `"shifted"`.
         labels (`str`, *optional*): other ones than the run's: `"true"`.
-        noise (`float`): share of the experts' labels that are replaced by those of another picture.
+        noise (`float`): share of the experts' labels that come from another image.
         missing (`str`, *optional*): an expert that is missing.
     """
 
@@ -187,33 +187,33 @@ def transfer(seed: int) -> list[Cell]:
 STUDIES = {
     "number_of_experts": Study(
         "Number of experts",
-        "Models with none to all of the experts. Each seed adds them in an order of its own, so that the deviation "
-        "includes which they are.",
+        "Models with none to all of the experts. Each seed adds them in its own order, so the deviation includes the "
+        "choice of experts.",
         "experts",
         number_of_experts,
     ),
     "quality": Study(
         "Quality of labels",
-        "Trained and evaluated with true labels, with what the trained experts see, or with that spoilt: maps at 8x8, "
-        "one letter of each word wrong.",
+        "Models are trained and evaluated with true labels, with the labels of the trained experts, or with these "
+        "labels degraded: maps at 8x8, one letter of each word wrong.",
         "labels",
         quality,
     ),
     "noise": Study(
         "Noise",
-        "Trained as usual; for the evaluation a share of the experts' labels is replaced by those of another picture.",
-        "labels of another picture, %",
+        "Models are trained as usual. In the evaluation, a share of the experts' labels comes from another image.",
+        "labels of another image, %",
         noise,
     ),
     "missing": Study(
         "One expert missing",
-        "Trained with all six; one of them is missing in the evaluation.",
+        "Models are trained with all six experts. In the evaluation, one of them is missing.",
         "missing",
         missing,
     ),
     "freezing": Study(
         "Frozen against fully trained",
-        "Which backbones stay as they are. What a Prismer adds to them is always trained.",
+        "The table names the frozen backbones. The parts that Prismer adds to the backbones are always trained.",
         "frozen backbones",
         freezing,
         ("all", "cider", "exact_attributes", *COSTS),
@@ -221,8 +221,8 @@ STUDIES = {
     ),
     "resampler": Study(
         "With and without the resampler",
-        "Without it, the encoder gets all 64 tokens of each expert instead of 64 latents for all. The resampler "
-        "starts anew.",
+        "Without the resampler, the encoder gets all 64 tokens of each expert instead of 64 latents for all experts. "
+        "The resampler is initialised anew.",
         "resampler",
         resampler,
         ("all", "relation", "cider", *COSTS),
@@ -231,9 +231,9 @@ STUDIES = {
     "single": Study("Single experts", "Models with one expert, compared with none and all.", "experts", single),
     "adaptation": Study(
         "Adaptors against LoRA, DoRA and full fine-tuning",
-        "What adapts the backbones: the paper's adaptors, both backbones frozen; LoRA or DoRA in all their linear "
-        "layers instead, with as many trained weights; or the training of everything, adaptors included. Adaptors "
-        "start anew; what a Prismer adds to the backbones besides is always trained.",
+        "The backbones are adapted by the paper's adaptors, both backbones frozen; by LoRA or DoRA in all their "
+        "linear layers, with the same number of trained weights; or by training everything, including the adaptors. "
+        "The adaptors are initialised anew. The other parts that Prismer adds are always trained.",
         "adapted by",
         adaptation,
         ("all", "cider", "exact_attributes", *COSTS),
@@ -241,8 +241,8 @@ STUDIES = {
     ),
     "transfer": Study(
         "Transfer to a shifted domain",
-        "Trained as usual; evaluated on scenes of other shades, textures, light, camera and resolution as well, with "
-        "what the experts see there, or with true labels in its place.",
+        "Models are trained as usual. They are also evaluated on scenes with other shades, textures, light, camera "
+        "and resolution, with the labels of the experts or with true labels.",
         "evaluated with",
         transfer,
     ),

@@ -75,7 +75,7 @@ def spread(values: list[float]) -> float:
 
 
 def table(study: Study, rows: Rows) -> str:
-    """In Markdown: mean ± standard deviation, and how many seeds they are of."""
+    """A Markdown table of mean ± standard deviation, with the number of seeds."""
     several = any(series for series, _ in rows)
     head = [*["", study.axis][not several :], "seeds", *(METRICS[name].head for name in study.columns)]
     lines = [head, ["---"] * len(head)]
@@ -161,9 +161,9 @@ def figure(study: Study, rows: Rows, path: Path) -> None:
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(48).save(path, optimize=True)
 
 
-INTRODUCTION = """Made from {runs} runs by
+INTRODUCTION = """These results come from {runs} runs of
 
-```
+```bash
 python training_examples/study_experts.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
     --labels runs/scenes/labels --data_dir runs/scenes-data --output_dir runs/study \\
     --train_rows {train_rows} --epochs {epochs:g} --batch_size {batch_size} --texts_per_image {texts_per_image} \\
@@ -171,14 +171,17 @@ python training_examples/study_experts.py --backbones runs/scenes/backbones --su
 python training_examples/study_experts.py --output_dir runs/study --report docs/study --seeds {seeds}
 ```
 
-Each model started from {start}, saw {train_rows:,} scenes {times}, and was asked all questions about
-{eval_rows} others ({device}). Numbers are mean ± standard deviation over the seeds; in the figures full marks are
-means, bars standard deviations, and white marks the seeds.
+Each model was initialised from {start}, trained on {train_rows:,} scenes {times}, and evaluated with all questions
+about {eval_rows} other scenes ({device}). Numbers are mean ± standard deviation over the seeds. In the figures, full marks
+are means, bars are standard deviations, and white marks are single seeds.
 
-"all" to "yes/no" are correct answers, %, in all and by type of question; "relation" is left, right, in front, behind.
-Of captions, made without beams: CIDEr times 100, and "attributes", %, the share of what they say of objects that is
-true of one in the picture with all its attributes. "s a step" is computing time, "MB" by how much memory grew in
-training."""
+| column | meaning |
+| --- | --- |
+| all … yes/no | correct answers in %, in total and by type of question; "relation" is left, right, in front, behind |
+| CIDEr | of the captions, times 100, generated without beams |
+| attributes | described objects that match an object of the image in all attributes, % |
+| s a step | computing time of a training step |
+| MB | growth of memory in training |"""
 
 
 def report(output_dir: Path, folder: Path, seeds: int) -> None:
@@ -191,7 +194,7 @@ def report(output_dir: Path, folder: Path, seeds: int) -> None:
     numbers = {**settings, "runs": len(results), "seeds": seeds, "start_argument": start_argument, "times": times}
     parts = ["# Results of the study", INTRODUCTION.format(**numbers)]
     if settings["label_store"] != "experts":
-        parts.append("**A trial: true labels stand for those of the experts.**")
+        parts.append("**This is a trial run: true labels replace those of the experts.**")
     for name, study in STUDIES.items():
         rows, missing = collect(study, results, seeds)
         parts += [f"## {study.title}", study.text]

@@ -348,7 +348,8 @@ def test_the_command_runs_each_in_its_own_process_and_then_reports(folder, tmp_p
     )
     study_experts.main()
     text = (tmp_path / "report" / "results.md").read_text()
-    assert "Made from 1 runs" in text and "Missing: all,labels=coarse-seed0, all-seed0, all,labels=true-seed0." in text
+    assert "These results come from 1 runs" in text
+    assert "Missing: all,labels=coarse-seed0, all-seed0, all,labels=true-seed0." in text
 
 
 def test_what_cannot_be_done_is_said(folder, tmp_path, monkeypatch, capsys):
