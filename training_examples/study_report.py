@@ -171,9 +171,9 @@ python training_examples/study_experts.py --backbones runs/scenes/backbones --su
 python training_examples/study_experts.py --output_dir runs/study --report docs/study --seeds {seeds}
 ```
 
-Each model was initialised from {start}, trained on {train_rows:,} scenes {times}, and evaluated with all questions
-about {eval_rows} other scenes ({device}). Numbers are mean ± standard deviation over the seeds. In the figures, full marks
-are means, bars are standard deviations, and white marks are single seeds.
+Each model was initialised from {start}, trained on {train_rows:,} scenes {times}, and
+evaluated with all questions about {eval_rows} other scenes ({device}). Numbers are mean ± standard deviation over the
+seeds. In the figures, full marks are means, bars are standard deviations, and white marks are single seeds.
 
 | column | meaning |
 | --- | --- |
