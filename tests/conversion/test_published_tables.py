@@ -85,7 +85,7 @@ def test_a_model_converted_without_tables_takes_those_of_coco(dataset):
     assert tables["segmentation"].class_names == COCO and tables["detection"].class_names == OBJECTS
 
 
-def test_published_tables_paint_and_name_the_classes_of_a_converted_model(dataset, prismer, tokenizer, tmp_path):
+def test_a_converted_model_has_the_published_features_and_names(dataset, prismer, tokenizer, tmp_path):
     config = prismer.config
     for expert in config.experts:
         expert.pop("num_classes", None)
@@ -203,7 +203,7 @@ def test_reading_the_analysis_imports_nothing(analysis, tmp_path, monkeypatch):
     assert "sklearn" not in sys.modules
 
 
-def test_the_analysis_is_converted_to_what_the_words_expert_reads(analysis, tmp_path):
+def test_the_analysis_becomes_what_the_words_expert_reads(analysis, tmp_path):
     (tmp_path / "clip_pca.pkl").write_bytes(as_of_0_24(analysis))
     path = convert_clip_pca(tmp_path / "clip_pca.pkl", tmp_path / "new" / "clip_pca.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == {
