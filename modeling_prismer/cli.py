@@ -161,7 +161,7 @@ def classify(
     with _clear_errors():
         processor, network = _load(model, device)
         inputs = processor(images=image, text=question, return_tensors="pt").to(network.device)
-        candidates = processor.prepare_candidates(labels).to(network.device)
+        candidates = processor.prepare_candidates(labels, task=processor.task_for(question)).to(network.device)
         ranking = network.rank_candidates(**candidates, k=len(labels), **_encode(network, inputs, model))
         table = Table("label", "mean log-probability")
         for row in processor.post_process_ranking(ranking, labels)[0]:

@@ -137,8 +137,23 @@ def seems_expert_input(key: str, experts: list[str]) -> bool:
     )
 
 
+class ImageOutputs:
+    """`image_outputs`, by which models of transformers hand on what their image encoder returned."""
+
+    @property
+    def image_outputs(self) -> BaseModelOutputWithPooling | None:
+        if self.encoder_last_hidden_state is None:
+            return None
+        return BaseModelOutputWithPooling(
+            last_hidden_state=self.encoder_last_hidden_state,
+            pooler_output=self.encoder_last_hidden_state,
+            hidden_states=self.encoder_hidden_states,
+            attentions=self.encoder_attentions,
+        )
+
+
 @dataclass
-class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
+class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions, ImageOutputs):
     """
     What [`PrismerModel`] returns.
 
@@ -152,7 +167,7 @@ class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
         encoder_last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_patches + num_latents, width)`):
             Output of the vision encoder; pass it as `encoder_outputs` to ask more about the same images.
         encoder_hidden_states, encoder_attentions (`tuple[torch.FloatTensor]`, *optional*):
-            Of the vision encoder.
+            Of the vision encoder. The property `image_outputs` has the encoder's outputs as one object.
 
     Example:
 
@@ -169,7 +184,7 @@ class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 
 @dataclass
-class PrismerCausalLMOutput(CausalLMOutputWithCrossAttentions):
+class PrismerCausalLMOutput(CausalLMOutputWithCrossAttentions, ImageOutputs):
     """
     What [`PrismerForConditionalGeneration`] returns.
 
@@ -2049,7 +2064,8 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         ```
         """
         inputs = processor(images=images, text=text, return_tensors="pt", **kwargs).to(self.device)
-        candidates = processor.prepare_candidates(labels, task=kwargs.get("task")).to(self.device)
+        task = kwargs.get("task") or processor.task_for(text)
+        candidates = processor.prepare_candidates(labels, task=task).to(self.device)
         ranking = self.rank_candidates(**candidates, k=len(labels), **inputs)
         return processor.post_process_ranking(ranking, labels)
 

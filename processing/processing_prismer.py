@@ -429,7 +429,7 @@ class PrismerProcessor(ProcessorMixin):
     ) -> tuple[list[str], list[str] | None, list[str]]:
         """Prompt, suffix and task of each row."""
         if task is None and text is None:
-            task = "caption" if "caption" in (self.tasks or ()) else self.task
+            task = self.task_for(None)
         if suffix is not None:
             suffix = [suffix] if isinstance(suffix, str) else _flatten_texts(suffix, num_images, "suffix")
         if text is not None and not isinstance(text, str):
@@ -469,6 +469,25 @@ class PrismerProcessor(ProcessorMixin):
         if suffix is not None:
             suffix = [self._continuation(answer, task) for answer, task in zip(suffix, tasks)]
         return prompts, suffix, tasks
+
+    def task_for(self, text: str | list[str] | list[list[str]] | None) -> str:
+        """
+        The task that texts are for where no `task` is named, as [`PrismerProcessor.__call__`] reads them.
+
+        Args:
+            text (`str`, `list[str]`, `list[list[str]]`, *optional*): as in [`PrismerProcessor.__call__`].
+
+        Raises:
+            ValueError: if the texts are for several tasks.
+        """
+        if text is None:
+            return "caption" if "caption" in (self.tasks or ()) else self.task
+        if isinstance(text, str):
+            return self._task_of(text)[0]
+        tasks = sorted({self.task_for(each) for each in text})
+        if len(tasks) > 1:
+            raise ValueError(f"the texts are for several tasks, {' and '.join(tasks)}; name one: task=…")
+        return tasks[0] if tasks else self.task
 
     def _task_of(self, text: str) -> tuple[str, str]:
         """The task that a text is for if nothing else says so; the text, with that task's prompt as it was learned."""
@@ -583,7 +602,9 @@ class PrismerProcessor(ProcessorMixin):
             answers (`list[str]`): the candidates: captions, answers or class names.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for lists.
             padding (`bool` or `str`, *optional*, defaults to `True`): as for a tokenizer.
-            task (`str`, *optional*): as in [`PrismerProcessor.__call__`].
+            task (`str`, *optional*):
+                The task whose form the candidates get, by default the processor's own; `processor.task_for(text)` is
+                the one of the text that they follow.
 
         Returns:
             [`BatchFeature`] with `candidate_ids` and `candidate_mask`, (number of answers, T) int64: `" "` + answer +

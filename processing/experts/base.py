@@ -115,9 +115,7 @@ class FrozenModel:
         """Loads the model if it is not there yet."""
         if self.is_loaded:
             return
-        for name, value in self._saved_hub_ids.items():
-            if getattr(self, name) == value:  # unless it has been set since
-                require_hub_id(value, self._name_of(name))
+        self.check_hub_ids()
         start = time.perf_counter()
         self.model = self.load_model()
         if isinstance(self.model, torch.nn.Module):
@@ -125,6 +123,12 @@ class FrozenModel:
             self.place_model()
         self.is_loaded = True
         self.loading_seconds += time.perf_counter() - start
+
+    def check_hub_ids(self) -> None:
+        """Raises a `ValueError` if a checkpoint named the id of a model on the Hub, which is now a path here."""
+        for name, value in self._saved_hub_ids.items():
+            if getattr(self, name) == value:  # unless it has been set since
+                require_hub_id(value, self._name_of(name))
 
     def unload(self) -> None:
         """Frees the model. The next use loads it again."""

@@ -115,6 +115,7 @@ class PretrainedExpert(Expert):
         if self._config is None:
             from transformers import AutoConfig
 
+            self.check_hub_ids()
             self._config = AutoConfig.from_pretrained(self.model_id)
         return self._config
 

@@ -237,6 +237,16 @@ def test_experts_labels_and_task_can_be_given(model, processor):
     assert model.classify(processor, RED_CIRCLE, LABELS, text=SHAPE, task="caption") != blind
 
 
+def test_labels_have_the_form_of_what_they_follow(scenes):
+    captions = ["a Red ball", "a blue cube"]
+    expected = scenes.model.classify(scenes.processor, RED_CIRCLE, captions, task="caption")
+    assert scenes.model.classify(scenes.processor, RED_CIRCLE, captions) == expected
+    assert scenes.model.classify(scenes.processor, RED_CIRCLE, captions, text="A picture of") == expected
+    assert scenes.model.classify(scenes.processor, RED_CIRCLE, captions, text="What is it?") != expected
+    with pytest.raises(ValueError, match="for several tasks"):
+        scenes.model.classify(scenes.processor, RED_CIRCLE, captions, text=["A picture of", "What is it?"])
+
+
 def test_what_classify_cannot_do_without_is_named(model, processor):
     with pytest.raises(ValueError, match="text is missing: the task 'vqa' needs a question"):
         model.classify(processor, RED_CIRCLE, LABELS)

@@ -688,6 +688,15 @@ def test_prompt_of_a_task_says_what_its_suffix_is(for_both, image):
     assert for_both.post_process_generation(inputs["input_ids"]) == ["A picture of two dogs", "what color? red"]
 
 
+def test_task_for_tells_how_texts_are_read(for_both, make_processor):
+    assert [for_both.task_for(text) for text in (None, "a picture of", "is it", [["is it"], ["what"]])] == (
+        ["caption", "caption", "vqa", "vqa"]
+    )
+    assert make_processor("vqa").task_for(None) == make_processor("vqa").task_for("A picture of") == "vqa"
+    with pytest.raises(ValueError, match="the texts are for several tasks, caption and vqa; name one: task=…"):
+        for_both.task_for(["A picture of", "is it"])
+
+
 def test_checkpoint_for_one_task_reads_every_text_as_it(make_processor, image):
     processor = make_processor("vqa")
     assert processor.batch_decode(processor(image, "A picture of")["input_ids"]) == ["<s>A picture of?"]

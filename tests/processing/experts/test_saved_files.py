@@ -213,6 +213,15 @@ def test_an_id_of_the_hub_is_never_a_local_folder(checkpoint, secret, tmp_path, 
         suite["weighed"].load()
 
 
+def test_the_configuration_of_an_id_is_never_a_local_one(checkpoint, secret, tmp_path, monkeypatch):
+    theirs = checkpoint({"type": "object_detector", "name": "detection", "model_id": "home/secret"})
+    monkeypatch.chdir(theirs)
+    suite = ExpertSuite.from_pretrained(theirs)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="which would be opened instead"):
+        suite["detection"].class_names  # noqa: B018
+
+
 def test_published_ids_are_accepted(checkpoint, tmp_path):
     suite = ExpertSuite.from_name("published")
     suite["ocr"] = PpOcrText()
