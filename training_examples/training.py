@@ -478,7 +478,7 @@ def make_trainer(
     logger.info("%.1f of %.1f million parameters are trained", trained / 1e6, model.num_parameters() / 1e6)
 
     if train_rows is not None:
-        train_rows = leave_undecoded(shorten_answers(train_rows, processor, model.config.text_config))
+        train_rows = shorten_answers(leave_undecoded(train_rows), processor, model.config.text_config)
     if eval_rows is not None:
         eval_rows = leave_undecoded(eval_rows)
     experts = args.experts and [name for name in args.experts.split(",") if name != "none"]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import pickle
 import unicodedata
 
 import datasets
@@ -9,10 +10,11 @@ import fsspec
 import numpy as np
 import pandas
 import pytest
-from data import load_rows, read_candidates, read_class_names
+from data import leave_undecoded, load_rows, read_candidates, read_class_names, shorten_answers
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 
+from modeling_prismer import PrismerConfig, PrismerProcessor
 from modeling_prismer.processing.labels import open_source
 from tests.training_examples.data_files import (
     columns,
@@ -264,7 +266,7 @@ def test_images_in_the_cells_of_parquet(folder, kind, streaming):
     assert columns(rows, "image_id", "suffix") == [("x", "p"), ("y", "q")] and values_of(rows) == [0, 1]
 
 
-def test_bytes_in_parquet_without_names_go_by_the_number_of_their_row(folder):
+def test_bytes_in_parquet_go_by_the_number_of_their_row(folder):
     pandas.DataFrame({"image": [png(0), png(1)], "caption": ["p", "q"]}).to_parquet(folder / "train.parquet")
     rows = load_rows(str(folder / "train.parquet"))
     assert rows["image_id"][:] == ["000000000000", "000000000001"] and values_of(rows) == [0, 1]
@@ -380,6 +382,19 @@ def test_stream_of_which_the_splits_are_not_known_asks_for_one():
     assert columns(load_rows(stream, split="val", train=False), "references") == [["q"]]
     with pytest.raises(ValueError, match="say by split which rows"):
         load_rows(stream, train=False)
+
+
+def test_streams_can_be_sent_to_other_processes(checkpoint, folder):
+    processor = PrismerProcessor.from_pretrained(checkpoint)
+    processor.task = "vqa"
+    features = {"image": datasets.Image(), "question": Value("string"), "answer": Value("string")}
+    rows = {"image": [picture(0)], "question": ["q"], "answer": ["x"], "split": ["train"]}
+    stream = datasets.Dataset.from_dict(rows, Features(features | {"split": Value("string")})).to_iterable_dataset()
+    write_tar(folder / "x.tar", {"a.png": png(0), "a.json": b'{"question": "q", "answer": "x"}'})
+    config = PrismerConfig.from_pretrained(checkpoint).text_config
+    for source in (stream, str(folder)):
+        sent = leave_undecoded(shorten_answers(load_rows(source, "vqa", streaming=True), processor, config))
+        assert columns(pickle.loads(pickle.dumps(sent)), "suffix") == ["x"]
 
 
 def test_row_without_a_split_is_named(folder):

@@ -14,8 +14,7 @@ import training
 from data import leave_undecoded, load_rows, shorten_answers
 from PIL import Image
 
-from modeling_prismer import DataCollatorForPrismer, PrismerProcessor
-from modeling_prismer.modeling_prismer import PrismerConfig
+from modeling_prismer import DataCollatorForPrismer, PrismerConfig, PrismerProcessor
 from tests.training_examples.data_files import (
     captioned,
     columns,
@@ -266,7 +265,7 @@ def test_image_that_is_damaged_later_is_named_in_the_training(checkpoint, folder
         run(run_captioning, checkpoint, folder, "--no_check_images", "--labels", "live", "--output_dir", tmp_path)
 
 
-def test_faults_of_training_and_evaluation_data_are_reported_together(folder, monkeypatch):
+def test_faults_of_both_data_sets_are_reported_together(folder, monkeypatch):
     write_pictures(folder, "a.png")
     write_csv(folder / "train.csv", ("image", "caption"), ("a.png", ""))
     write_csv(folder / "val.csv", ("image", "caption"), ("a.png", " "))
@@ -307,6 +306,16 @@ def test_answer_that_is_too_long_is_cut_with_a_warning(checkpoint, folder, tmp_p
         run(run_vqa, checkpoint, folder, "--output_dir", tmp_path / "out", *arguments)
     if "--streaming" not in arguments:
         assert re.search(r"answers of 1 of [23] rows are cut to \d+ tokens.*\n.*row 1: .*red red", caplog.text)
+
+
+def test_answers_about_shared_images_are_cut_too(checkpoint):
+    rows = {"image": [{"bytes": png(0)}], "question": ["what?"], "answers": [["red " * 600, "blue"]]}
+    rows = load_rows(datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()), "vqa")
+    processor = PrismerProcessor.from_pretrained(checkpoint)
+    processor.task = "vqa"
+    rows = shorten_answers(leave_undecoded(rows), processor, PrismerConfig.from_pretrained(checkpoint).text_config)
+    inputs = DataCollatorForPrismer(processor)([rows[0], rows[1]])
+    assert rows[1]["suffix"] == "blue" and inputs["input_ids"].shape[1] < 62
 
 
 def test_answers_that_fit_stay_as_they_are(checkpoint, folder):

@@ -185,7 +185,7 @@ def test_coco_with_ids_that_name_two_images_or_none(folder):
     assert columns(load_rows(path, bad_rows="skip"), "image_id", "suffix") == [("r.jpg", "text 2")]
 
 
-def test_published_list_with_an_entry_that_lacks_a_field_is_named(folder):
+def test_published_list_that_lacks_a_field_is_named(folder):
     path = write_json(folder / "captions.json", {"images": [{"id": 1}], "annotations": []})
     with pytest.raises(ValueError, match="captions.json is not as it was published: an entry has no 'file_name'"):
         load_rows(path, train=False)

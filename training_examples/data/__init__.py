@@ -8,7 +8,7 @@ that `datasets` reads.
 
 [`load_rows`] says what it reads and what a row holds. sources.py opens folders, tars and data sets, lists.py a user's
 lists, published_lists.py those of COCO and the like, tars.py webdataset tars; tables.py keeps their records on the
-disk; rows.py makes rows of what they give, pictures.py opens the cells of images, faults.py reports what is wrong.
+disk; rows.py makes rows of what they give; texts.py and pictures.py read the cells; faults.py reports what is wrong.
 """
 
 import os
@@ -23,8 +23,9 @@ from .faults import checked, raise_together
 from .grouping import group_by_image
 from .lists import COLUMN_NAMES, TASKS, open_text, parse_json
 from .pictures import leave_undecoded, pictures_of, refuse_doubled_names
-from .rows import RowMaker, as_text, find_columns, make_rows, stream_rows
+from .rows import RowMaker, find_columns, make_rows, stream_rows
 from .sources import choose_split, open_tables
+from .texts import as_text
 
 
 def load_rows(

@@ -30,7 +30,7 @@ def shorten_answers(
         features = rows.features
         if features is None or "suffix" not in features:
             return rows
-        return rows.map(lambda row: {"suffix": shortener.all_of(row["suffix"])}, features=features)
+        return rows.map(shortener, features=features)
     if "suffix" not in rows.column_names:
         return rows
     texts = rows["suffix"][:]
@@ -51,6 +51,9 @@ class _Shortener:
     def __init__(self, processor: PrismerProcessor, room: int):
         self.tokenizer = processor.tokenizer
         self.room = room
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"suffix": self.all_of(row["suffix"])}
 
     def all_of(self, suffix: str | list[str]) -> str | list[str]:
         return [self.one(text) for text in suffix] if isinstance(suffix, list) else self.one(suffix)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils.file_utils import xopen
 
 from modeling_prismer.processing.labels import KEY_COLUMNS
@@ -32,12 +32,12 @@ from .pictures import (
     with_pictures,
 )
 from .tables import CODE, FILE, NUMBER, is_packed, unpack
+from .texts import IS_NUMBER, as_text, named, one_text_of, texts_of
 
 
 logger = logging.getLogger(__name__)
 
 ROW_NUMBER = "number of the row"  # the column that stands in where a data set does not name its pictures
-IS_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}").fullmatch  # 007 is a text
 READ_AHEAD = 100  # records of a list of which the columns are known
 
 
@@ -320,48 +320,6 @@ class RowMaker:
         if self.class_names is not None and name not in self.class_names:
             raise BadRecord(f"class '{name}' is not among the {len(self.class_names)} of class_names")
         return name if self.class_names is None else self.class_names[name]
-
-
-def named(value: Any, feature: Any) -> Any:
-    """A value, with class numbers as their names, at any depth."""
-    if isinstance(feature, ClassLabel) and isinstance(value, int):
-        return feature.names[value] if 0 <= value < len(feature.names) else None
-    if isinstance(feature, dict) and isinstance(value, dict):
-        return {name: named(inner, feature.get(name)) for name, inner in value.items()}
-    inner_feature = getattr(feature, "feature", None)
-    if inner_feature is not None and isinstance(value, list):
-        return [named(inner, inner_feature) for inner in value]
-    return value
-
-
-def as_text(value: Any) -> str:
-    """A value as it was written."""
-    if isinstance(value, bytes):
-        return value.decode(errors="surrogateescape")
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def texts_of(value: Any, role: str) -> list[str]:
-    """The texts in "a cat", ["a cat", "a pet"], [{"raw": "a cat"}] (Karpathy) or [{"answer": "yes"}] (VQAv2)."""
-
-    def inner(value: Any) -> Any:
-        if isinstance(value, dict) and not {"answer", "raw"} & value.keys():
-            raise BadRecord(f"the {role} is an object with {', '.join(value) or 'nothing'}; a text is needed")
-        return value.get("answer", value.get("raw")) if isinstance(value, dict) else value
-
-    value = inner(value)
-    texts = [inner(text) for text in value] if isinstance(value, list) else [value]
-    texts = ["" if text is None else as_text(text) for text in texts]
-    if not texts or not all(text.strip() for text in texts):
-        raise BadRecord(f"the {role} is empty" if len(texts) < 2 else f"one of the {len(texts)} {role}s is empty")
-    return [checked(text, role) for text in texts]
-
-
-def one_text_of(value: Any, role: str) -> str:
-    texts = texts_of(value, role)
-    if len(texts) > 1:
-        raise BadRecord(f"the cell has {len(texts)} texts as its {role}; a row takes one, so write a row for each")
-    return texts[0]
 
 
 def make_rows(

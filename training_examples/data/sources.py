@@ -257,10 +257,12 @@ class _StreamSplits(dict):
         return True
 
     def __getitem__(self, split: str) -> Callable[[], IterableDataset]:
-        def belongs(values: list) -> list[bool]:
-            return [value is None or _split_name(value, self.names) == split for value in values]
-
+        belongs = partial(_belong, split=split, names=self.names)
         return lambda: self.table.filter(belongs, batched=True, batch_size=16, input_columns=self.column)
+
+
+def _belong(values: list, split: str, names: list[str] | None) -> list[bool]:
+    return [value is None or _split_name(value, names) == split for value in values]
 
 
 def _slice(table: Dataset, slice_: str) -> Dataset:
