@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio starts: nobody is told of visits
+# Before gradio starts: nobody is told of visits, and no statistics of 10,000 calls are worked out after each call.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
 
 import gradio as gr  # noqa: E402
 import hardware  # noqa: E402, F401  before torch
@@ -91,6 +93,8 @@ def tidy(blocks: gr.Blocks, sessions: Sessions, unread: Unread) -> None:
     sessions.sweep()
     sweep(UPLOADS, spare=sessions.uploads() | queued_files(blocks))
     unread.sweep()
+    for names in blocks.temp_file_sets:  # of all files that ever were; gradio deletes by them only if told to
+        names.clear()
 
 
 def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, **kwargs: object) -> None:
