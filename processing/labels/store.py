@@ -1,4 +1,4 @@
-"""Reads labels back: by key, as a data set, or as what a training asks for its images' labels."""
+"""Reads labels back: by key, as a data set, or as the source of labels of a training."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,9 +22,9 @@ class LabelStore(Mapping):
     """
     The labels of a folder that [`label_images`] wrote, by the images' keys.
 
-    Files are mapped into memory, not read: opening takes 24 bytes an image and the time to read the keys, and a
-    look-up reads the image's group of 32 rows. What is written after the store was opened is not seen. It can be sent
-    to the workers of a data loader.
+    Files are mapped into memory, not read. Opening takes 24 bytes an image and the time to read the keys; a look-up
+    reads the image's group of 32 rows. Labels that are written after the store was opened are not seen. A store can
+    be sent to the workers of a data loader.
 
     Args:
         folder (`str` or `Path`): the store.
@@ -92,13 +92,13 @@ class LabelStore(Mapping):
             experts (`Iterable[str]`, *optional*): only these experts' labels; by default all.
 
         Returns:
-            `list[dict]`: for each key a dict from each expert's name to its label, for an image of H×W pixels, or for
-            maps of H×W if they were stored with `map_size`:
+            `list[dict]`: for each key a dict from each expert's name to its label. Maps have the H×W pixels of the
+            image, or of `map_size` if they were stored with it:
 
             - dense: uint8 (H, W), or (H, W, C) for more than one channel;
             - label: `{"ids": uint8 (H, W)}`, 255 = background, with `classes` (`list[int]`) if the ids are instances,
               with `words` (`list[str]`) and `features` (float32 (words, channels)) if they are words;
-            - `None` where the expert is missing: everywhere for an image that could not be opened.
+            - `None` if the label is missing. An image that could not be opened has no labels.
 
         Raises:
             KeyError: if the store lacks keys; it names the first and says how many.
@@ -115,7 +115,7 @@ class LabelStore(Mapping):
 
     @property
     def errors(self) -> dict[str, str]:
-        """What went wrong, by key: images that could not be opened, and experts that failed."""
+        """The errors by key: of images that could not be opened, and of experts that failed."""
         errors: dict[str, str] = {}
         for path in self._files:
             table = read_columns(path, ["key", "error"])
@@ -127,8 +127,8 @@ class LabelStore(Mapping):
 
     def as_dataset(self, **kwargs: Any) -> datasets.Dataset:
         """
-        All rows as a `datasets.Dataset` with the columns `key`, `error`, and one an expert; see [`label_features`].
-        `datasets` makes an Arrow copy in its cache the first time, and maps it into memory.
+        All rows as a `datasets.Dataset` with the columns `key`, `error` and one for each expert; see
+        [`label_features`]. `datasets` makes an Arrow copy in its cache the first time, and maps it into memory.
 
         Args:
             kwargs: passed on to `datasets.Dataset.from_parquet`: `cache_dir`, `num_proc`, `streaming`, …
@@ -142,15 +142,16 @@ class LabelStore(Mapping):
         column: str = "expert_labels",
     ) -> datasets.Dataset | datasets.IterableDataset:
         """
-        Adds the labels to a data set of images. Nothing is copied: they are looked up when a row is read.
+        Adds the labels to a data set of images. Nothing is copied: labels are looked up when a row is read.
 
         Args:
-            dataset (`datasets.Dataset` or `datasets.IterableDataset`): the images, or what belongs to them.
+            dataset (`datasets.Dataset` or `datasets.IterableDataset`): the images, or rows about them.
             key_column (`str`, *optional*, defaults to `"key"`): its column with the keys of this store.
             column (`str`, *optional*, defaults to `"expert_labels"`): the new column, see [`LabelStore.labels_for`].
 
         Returns:
-            the same kind of data set, with the column `column`, except where single columns without the keys are read.
+            the same kind of data set with the column `column`. It is absent if single columns without the keys are
+            read.
 
         Raises:
             ValueError: if there is no column `key_column`.
@@ -213,19 +214,20 @@ def label_source(
     labels: "str | Path | LabelStore", experts: list[dict[str, Any]] | None = None
 ) -> Callable[[Iterable[str]], list[dict[str, Any]] | None]:
     """
-    Where a training or an evaluation has its labels from, by one argument.
+    Turns one argument of a training or an evaluation into the source of its labels.
 
     Args:
-        labels (`str`, `Path` or [`LabelStore`]): `"live"`: the processor's experts run; or a store.
+        labels (`str`, `Path` or [`LabelStore`]): `"live"` to run the processor's experts, or a store.
         experts (`list[dict]`, *optional*):
-            The configured experts' entries. Each must be in the store, alike; what else the store has is left out.
+            The configured experts' entries. The store must have each of them, with the same description. Its other
+            experts are left out.
 
     Returns:
-        a function from the images' keys to `expert_labels` of the processor: `None` for live ones.
+        a function from the images' keys to `expert_labels` of the processor; it returns `None` for `"live"`.
 
     Raises:
-        FileNotFoundError: if the folder is no store.
-        ValueError: if an expert is not in the store, or is described otherwise.
+        FileNotFoundError: if the folder is not a label store.
+        ValueError: if the store lacks an expert, describes it in another way, or is damaged.
 
     Example:
 

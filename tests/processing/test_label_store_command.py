@@ -48,7 +48,7 @@ def test_failed_images_are_labelled_again_on_request(run, tmp_path):
     assert not LabelStore(tmp_path / "labels").errors
 
 
-def test_damaged_shard_is_named_and_repaired_by_the_command_named(run, tmp_path):
+def test_damaged_shard_is_repaired_by_the_command_in_the_error(run, tmp_path):
     run()
     (shard,) = (tmp_path / "labels").glob("labels-*")
     os.truncate(shard, 100)

@@ -179,7 +179,7 @@ def test_failed_write_costs_its_shard_and_says_how_much(tmp_path, monkeypatch):
     assert list(LabelStore(tmp_path)) == [*map(str, range(80)), "again"]
 
 
-def test_full_disk_keeps_the_old_shard_when_failed_images_are_forgotten(photos, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_shard_that_forget_failed_rewrites(photos, tmp_path, monkeypatch):
     images = {"good": Image.new("RGB", (20, 8)), "bad": b"no image"}
     label(images, tmp_path)
 
@@ -278,7 +278,7 @@ def test_repair_leaves_a_sound_store_as_it_is(photos, store):
     assert {path: path.read_bytes() for path in shards(store)} == before
 
 
-def test_repair_refuses_other_settings_before_it_changes_anything(photos, store):
+def test_repair_with_other_settings_changes_nothing(photos, store):
     os.truncate(shards(store)[0], 100)
     with pytest.raises(ValueError, match="settings.map_size"):
         label(photos[0], store, repair=True, map_size=8)
@@ -385,7 +385,7 @@ def test_hostile_maps_are_refused_by_key_and_shard(tmp_path, content):
     assert len(set_aside_damaged(tmp_path)) == 1
 
 
-def test_expert_that_no_configuration_accepts_is_refused_before_writing():
+def test_invalid_expert_is_refused_before_writing():
     with pytest.raises(ValueError, match="an identifier"):
         make_manifest(None, [{**EDGE, "name": "../edge"}], {})
 
