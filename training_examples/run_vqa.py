@@ -16,7 +16,8 @@ takes a folder of pictures with a file of questions and answers (docs/own_data.m
 
 The defaults are the paper's: 10 epochs, batches of 512, learning rate 5e-5 with a cosine to 0, weight decay 0.05,
 480×480 pixels, the vision backbone frozen. Answers are generated; `--candidates answers.txt` ranks the answers of a
-file instead, one a line or a JSON list. run_easy_vqa.py does the same on a real data set that is a package, from scratch, in half an hour.
+file instead, one a line or a JSON list. run_easy_vqa.py does the same on a real data set that is a package, from
+scratch, in half an hour.
 """
 
 from dataclasses import dataclass, field

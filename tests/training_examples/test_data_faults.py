@@ -1,5 +1,6 @@
 """What is wrong with a data set is said before the training, of all rows at once, or left out."""
 
+import json
 import logging
 import os
 import re
@@ -306,6 +307,17 @@ def test_answer_that_is_too_long_is_cut_with_a_warning(checkpoint, folder, tmp_p
         run(run_vqa, checkpoint, folder, "--output_dir", tmp_path / "out", *arguments)
     if "--streaming" not in arguments:
         assert re.search(r"answers of 1 of [23] rows are cut to \d+ tokens.*\n.*row 1: .*red red", caplog.text)
+
+
+def test_candidates_of_a_json_list_are_chosen_among(checkpoint, folder, tmp_path, monkeypatch):
+    write_pictures(folder, "a.png")
+    write_json(folder / "q.jsonl", [{"image": "a.png", "question": "what?"}], lines=True)
+    candidates = write_json(tmp_path / "answer_list.json", ["red", "blue"])
+    command = ["run_vqa", "--model", checkpoint, "--eval_data", folder, "--predict_only", "--candidates", candidates]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--output_dir", str(tmp_path)])
+    run_vqa.main()
+    (prediction,) = json.loads((tmp_path / "predictions.json").read_text())
+    assert prediction["answer"] in ("red", "blue")
 
 
 def test_answers_about_shared_images_are_cut_too(checkpoint):
