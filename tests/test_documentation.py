@@ -5,10 +5,15 @@ import copy
 import doctest
 import importlib.util
 import inspect
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers.testing_utils import HfDocTestParser
 
 import modeling_prismer
@@ -191,3 +196,30 @@ def test_a_docstring_of_transformers_style_becomes_markdown():
     spec.loader.exec_module(docstring_markdown)
     markdown = docstring_markdown.to_markdown(inspect.cleandoc(DOCSTRING), {"Widget": "package.Widget"})
     assert re.sub(r"\n\s*\n", "\n\n", markdown).strip() == MARKDOWN.strip()
+
+
+def test_search_works_in_pages_opened_as_files(tmp_path):
+    """The site's own settings, with one page."""
+    pytest.importorskip("material", reason="mkdocs-material comes with the extra `docs`")
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or pytest.skip("no chromium is installed")
+    settings = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+    settings["plugins"] = [plugin for plugin in settings["plugins"] if isinstance(plugin, str)]
+    for name in ("hooks", "nav", "docs_dir", "site_dir"):
+        del settings[name]
+    shutil.copytree(REPOSITORY / "docs" / "javascripts", tmp_path / "docs" / "javascripts")
+    (tmp_path / "docs" / "index.md").write_text("# Experts\n\nA resampler reads their maps.\n")
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--config-file", str(tmp_path / "mkdocs.yml")]
+    subprocess.run(command, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        fetched: list[str] = []
+        page.on("request", lambda request: fetched.append(request.url))
+        page.goto((tmp_path / "site" / "index.html").as_uri())
+        page.locator(".md-search__input").click()
+        page.locator(".md-search__input").press_sequentially("resampler")
+        page.locator(".md-search-result__item").first.wait_for()
+        browser.close()
+    assert [url for url in fetched if not url.startswith("file:")] == []
