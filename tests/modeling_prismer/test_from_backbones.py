@@ -60,6 +60,14 @@ def model(clip, roberta):
     return PrismerForConditionalGeneration.from_backbones(clip, roberta, EXPERTS).eval()
 
 
+def test_backbones_in_half_precision_give_a_model_in_float32(clip, roberta, tmp_path):
+    for name, backbone in (("clip", clip), ("roberta", roberta)):
+        backbone.half().save_pretrained(tmp_path / name)
+    for vision, text in ((clip, roberta), (tmp_path / "clip", tmp_path / "roberta")):
+        model = PrismerForConditionalGeneration.from_backbones(vision, text, EXPERTS)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 @torch.no_grad()
 def test_each_block_of_the_vision_encoder_gives_what_its_source_gives(clip, model):
     states = torch.randn(2, 9, 32)
