@@ -18,6 +18,7 @@ from uploads import is_full
 
 
 MAX_JSON = 512 * 1024  # bytes: the longest link has 200,000 letters, the largest edit 20,000 points
+MAX_CONTAINERS = 40_000  # lists and objects, which cost gradio far more time than their bytes
 MAX_UPLOAD = MAX_BYTES + 64 * 1024  # a file, and the form around it
 JSON_SECONDS, UPLOAD_SECONDS = 30.0, 300.0  # for the whole body
 # Of a refused body this much is read and thrown away: a client that is cut off while it sends sees no answer.
@@ -82,8 +83,11 @@ class Guard:
     def check(self, called: re.Match, content: bytes) -> None:
         """
         Raises:
-            Rejected: if the body is no JSON object, is nested too deeply, or calls a function that is not there.
+            Rejected: if the body is no JSON object, has too many parts, is nested too deeply, or calls a function that
+                is not there.
         """
+        if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+            raise Rejected(400, f"The body has more than {MAX_CONTAINERS:,} lists and objects.")
         try:
             values = parse_json(content)
         except ValueError as error:
