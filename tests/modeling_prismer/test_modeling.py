@@ -52,6 +52,18 @@ def test_the_shapes_of_what_comes_out(model):
     assert outputs[CACHE_NAME].get_seq_length() == 5
 
 
+def test_image_outputs_are_those_of_the_encoder(model):
+    model.set_attn_implementation("eager")
+    recorded = {"output_hidden_states": True, "output_attentions": True}
+    encoded = model.get_image_features(**image_inputs(), **recorded)
+    images = model(input_ids=prompts(), **image_inputs(), **recorded).image_outputs
+    assert torch.equal(images.last_hidden_state, encoded.last_hidden_state)
+    assert torch.equal(images.pooler_output, encoded.pooler_output)
+    assert len(images.hidden_states) == len(encoded.hidden_states) == 3
+    assert torch.equal(images.attentions[1], encoded.attentions[1])
+    assert model(input_ids=prompts()).image_outputs is None
+
+
 def test_the_shapes_of_attentions(model):
     model.set_attn_implementation("eager")
     outputs = model(input_ids=prompts(6), **image_inputs(3), output_attentions=True)
