@@ -138,7 +138,11 @@ def seems_expert_input(key: str, experts: list[str]) -> bool:
 
 
 class ImageOutputs:
-    """`image_outputs`, by which models of transformers hand on what their image encoder returned."""
+    """Gives an output class `image_outputs`, where models of transformers have the output of their image encoder."""
+
+    encoder_last_hidden_state: torch.FloatTensor | None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None
 
     @property
     def image_outputs(self) -> BaseModelOutputWithPooling | None:
