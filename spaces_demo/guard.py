@@ -119,7 +119,7 @@ class Guard:
             missing = f"There is no such endpoint; there are: {', '.join(names)}."
         if function is None:
             raise Rejected(404, missing)
-        return [component.label for component in function.inputs]
+        return [str(getattr(component, "label", None)) for component in function.inputs]
 
 
 class _Body:
