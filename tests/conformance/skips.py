@@ -8,7 +8,7 @@ REASONS = {
     "for another pipeline than image-text-to-text": r"test_pipeline_(?!image_text_to_text)",
     "for another modality (sound, video)": r"video|audio",
     "for processors with a chat template": r"no chat template",
-    "for processors with placeholder tokens for the picture": r"_get_num_multimodal_tokens",
+    "for processors with placeholder tokens for the image": r"_get_num_multimodal_tokens",
     "for image processors that check their arguments by a decorator": r"No validation found for `preprocess`",
     "for models of one part; the test for models of several parts runs": r"sdpa_can_dispatch_non_composite",
     "for positions in one dimension; the resizing of ours is tested in tests/modeling_prismer": (
@@ -33,7 +33,7 @@ REASONS = {
     "needs an accelerator": r"requires (multiple )?accelerators?$|requires MPS",
     "marked as slow: the library does not run it by default either": r"test is slow",
     # ---- what Prismer does on purpose; the library's models do not skip these ----
-    "a text without a picture is refused": r"test_processor_text_has_no_visual",
+    "a text without an image is refused": r"test_processor_text_has_no_visual",
     "a prompt's length and padding are the task's, not those saved with the tokenizer": r"saved with the tokenizer",
-    "every picture becomes RGB": r"test_call_numpy_4_channels",
+    "every image becomes RGB": r"test_call_numpy_4_channels",
 }
