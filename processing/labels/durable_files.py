@@ -24,7 +24,10 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then publishes it. A failed write leaves nothing."""
+    """
+    Writes a text file under a temporary name, then publishes it. A failed write leaves nothing. Hold a lock if several
+    processes may write the file.
+    """
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
         temporary.write_text(text, encoding="utf-8")

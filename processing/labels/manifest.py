@@ -180,6 +180,11 @@ def _check_manifest(manifest: Any) -> None:
     validate_experts(list(manifest["descriptions"].values()))
 
 
+def manifest_lock(folder: Path) -> FileLock:
+    """Held by the process that writes the files that all processes share."""
+    return FileLock(folder / f".{MANIFEST_FILE}.lock")
+
+
 def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_versions: bool = False) -> None:
     """
     Makes a folder the store of a manifest, or checks that it already is. Several processes may do so at once.
@@ -201,7 +206,7 @@ def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_ve
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST_FILE
     if not path.exists():
-        with FileLock(folder / f".{MANIFEST_FILE}.lock"):  # one process writes it, the others wait for that
+        with manifest_lock(folder):  # one process writes it, the others wait for that
             if not path.exists():
                 if shard := next(folder.glob("labels-*.parquet"), None):
                     raise ValueError(

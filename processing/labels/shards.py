@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .durable_files import publish, write_durably
 from .encoding import decode_labels, encode_labels, label_features
 from .key_index import KeyIndex, as_text, key_digests
-from .manifest import claim_folder, read_manifest
+from .manifest import claim_folder, manifest_lock, read_manifest
 
 
 logger = logging.get_logger(__name__)
@@ -223,8 +223,9 @@ class LabelWriter:
         try:
             for left_over in self.folder.glob(f".{self._prefix}*"):
                 left_over.unlink()
-            if not (self.folder / README_FILE).exists():
-                write_durably(self.folder / README_FILE, _README)
+            with manifest_lock(self.folder):
+                if not (self.folder / README_FILE).exists():
+                    write_durably(self.folder / README_FILE, _README)
         except BaseException:
             self._lock.release()
             raise
