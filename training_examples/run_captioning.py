@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 
 import evaluate
+
 from result_files import write_caption_results
 from training import load_checkpoint, load_data, make_trainer, parse_arguments, run
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import evaluate
+
 from data import read_class_names
 from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run, write_json
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer
-from training import Rows, load_checkpoint, make_trainer, parse_arguments, run, write_json
 from transformers import CLIPVisionConfig, CLIPVisionModel, RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
 from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, RapidOcrText
+from training import Rows, load_checkpoint, make_trainer, parse_arguments, run, write_json
 
 
 DEFAULTS = {

@@ -19,12 +19,12 @@ what to adapt, and what to do without this script.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+
 import run_captioning
 import run_vqa
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run
-
 from modeling_prismer import PrismerProcessor
+from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run
 
 
 DEFAULTS = {

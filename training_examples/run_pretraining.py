@@ -14,13 +14,13 @@ times the picture's area (those above 1 fall back to the whole picture). Evaluat
 
 from dataclasses import dataclass, field
 
-from run_captioning import run_captions
-from training import RecipeArguments, load_checkpoint, parse_arguments
 from transformers import AutoTokenizer
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
 from modeling_prismer.conversion import class_features_from_names
 from modeling_prismer.processing.experts import ClipTextFeatures, ExpertSuite
+from run_captioning import run_captions
+from training import RecipeArguments, load_checkpoint, parse_arguments
 
 
 PAPER = {

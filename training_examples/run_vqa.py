@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import evaluate
+
 from data import group_by_image, read_candidates
 from result_files import write_vqa_results
 from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+
 from scenes.language import TYPES
 from scenes.scenes import EXPERTS
 

@@ -11,7 +11,7 @@ each into runs/study/runs. It can be stopped and started again, and several may 
 transfer (study_design.py). The second makes a figure of each study, and results.md with their tables, from the files
 that there are; what is missing is said.
 
-All models start from the backbones of train_scenes_backbones.py and see the same scenes; they are trained as in the
+All models start from the backbones of scenes/train_backbones.py and see the same scenes; they are trained as in the
 first stage of run_scenes.py, but shorter. With `--start` they also have the weights of a model that run_scenes.py
 trained with six experts, as far as they have the same parts, and each learns in less time to make do with what it is
 given. One model, with six experts, their predicted labels, both backbones frozen and no expert dropout, is what all
@@ -39,9 +39,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from muon import muon_with
 from PIL import Image
-from run_scenes import (
+from torch import nn
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+
+from modeling_prismer import PrismerForConditionalGeneration
+from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
+from modeling_prismer.processing.labels import label_images, label_source
+from muon import muon_with
+from scenes.run_scenes import (
     DEFAULTS,
     DESCRIPTIONS,
     GENERATION,
@@ -56,13 +62,7 @@ from run_scenes import (
 from scenes.scenes import EXPERTS, Scenes
 from study_design import STUDIES, Run, conditions_of, runs_of
 from study_report import report
-from torch import nn
 from training import PrismerTrainer, make_trainer, write_json
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
-
-from modeling_prismer import PrismerForConditionalGeneration
-from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
-from modeling_prismer.processing.labels import label_images, label_source
 
 
 SETTINGS = ("train_rows", "epochs", "batch_size", "texts_per_image", "learning_rate", "eval_rows")
@@ -394,9 +394,9 @@ def work(args: argparse.Namespace, start: Callable[[Run, int, argparse.Namespace
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="where the results are")
-    parser.add_argument("--backbones", type=Path, help="folder that train_scenes_backbones.py wrote")
-    parser.add_argument("--suite", type=Path, help="folder that train_scenes_experts.py wrote, for the shifted domain")
-    parser.add_argument("--labels", help="label store of train_scenes_experts.py; `true` to try this without")
+    parser.add_argument("--backbones", type=Path, help="folder that scenes/train_backbones.py wrote")
+    parser.add_argument("--suite", type=Path, help="folder that scenes/train_experts.py wrote, for the shifted domain")
+    parser.add_argument("--labels", help="label store of scenes/train_experts.py; `true` to try this without")
     parser.add_argument("--data_dir", help="where the data set is or is made")
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="studies to run")
     parser.add_argument("--seeds", type=int, default=3)

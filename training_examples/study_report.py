@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
 from scenes.language import TYPES
 from study_design import STUDIES, Condition, Study, expert_order, number_of_experts
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from data import leave_undecoded, load_rows, pictures_of, raise_together, shorten_answers
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (
     GenerationConfig,
@@ -31,6 +30,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints, speed_metrics
 
+from data import leave_undecoded, load_rows, pictures_of, raise_together, shorten_answers
 from modeling_prismer import (
     DataCollatorForPrismer,
     PrismerForConditionalGeneration,

@@ -1,8 +1,6 @@
-"""A small checkpoint and pictures with texts for the recipes, which import each other as a user's copies would."""
+"""A small checkpoint, and images with texts, for the recipes."""
 
 import json
-import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,8 +13,6 @@ from modeling_prismer import PrismerImageProcessor, PrismerProcessor
 from modeling_prismer.processing.experts import CannyEdges, ExpertSuite
 from tests.modeling_prismer.tiny import tiny_config, tiny_model
 
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "training_examples"))
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210), "white": (240, 240, 240)}
 NUM_PICTURES = 12

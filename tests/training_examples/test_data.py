@@ -6,15 +6,15 @@ import logging
 import shutil
 from pathlib import Path
 
-import data
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from data import group_by_image, load_rows, pictures_of, read_class_names
-from data.rows import RowMaker
 from torch.utils.data import DataLoader
 
+import data
+from data import group_by_image, load_rows, pictures_of, read_class_names
+from data.rows import RowMaker
 from modeling_prismer.processing.labels import open_source
 from tests.training_examples.data_files import (
     captioned,

@@ -10,10 +10,10 @@ import fsspec
 import numpy as np
 import pandas
 import pytest
-from data import leave_undecoded, load_rows, read_candidates, read_class_names, shorten_answers
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 
+from data import leave_undecoded, load_rows, read_candidates, read_class_names, shorten_answers
 from modeling_prismer import PrismerConfig, PrismerProcessor
 from modeling_prismer.processing.labels import open_source
 from tests.training_examples.data_files import (

@@ -6,15 +6,15 @@ import os
 import re
 import sys
 
-import data
 import datasets
 import pytest
+from PIL import Image
+
+import data
 import run_captioning
 import run_vqa
 import training
 from data import leave_undecoded, load_rows, shorten_answers
-from PIL import Image
-
 from modeling_prismer import DataCollatorForPrismer, PrismerConfig, PrismerProcessor
 from tests.training_examples.data_files import (
     captioned,

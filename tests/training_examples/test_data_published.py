@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from data import load_rows
 
+from data import load_rows
 from tests.training_examples.data_files import columns, write_csv, write_json, write_pictures
 
 

@@ -1,9 +1,9 @@
 """Muon and AdamW as one optimizer: who changes what, schedules, and going on from a checkpoint."""
 
-import muon
 import pytest
 import torch
 
+import muon
 from tests.modeling_prismer.tiny import tiny_config, tiny_model
 
 

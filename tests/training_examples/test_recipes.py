@@ -5,15 +5,15 @@ import shutil
 import sys
 
 import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, GenerationConfig, RobertaConfig, RobertaForMaskedLM
+
 import run_captioning
 import run_classification
 import run_pretraining
 import run_vqa
-import torch
 import training
-from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, GenerationConfig, RobertaConfig, RobertaForMaskedLM
-
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from tests.training_examples.conftest import NUM_PICTURES, color_of
 

@@ -4,11 +4,11 @@ import json
 import sys
 
 import pytest
-import run_easy_vqa
 import torch
 from datasets import Dataset
 from PIL import Image
 
+import run_easy_vqa
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 
 

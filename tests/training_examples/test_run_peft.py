@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 peft = pytest.importorskip("peft")
 
-from data import load_rows  # noqa: E402
-from run_peft import DEFAULTS, PARTS, TASKS, PeftArguments, load_model, main  # noqa: E402
-from training import make_trainer, parse_arguments  # noqa: E402
 from transformers import GenerationConfig  # noqa: E402
 
+from data import load_rows  # noqa: E402
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor  # noqa: E402
+from run_peft import DEFAULTS, PARTS, TASKS, PeftArguments, load_model, main  # noqa: E402
+from training import make_trainer, parse_arguments  # noqa: E402
 
 
 METHODS = ("lora", "dora", "ia3")

@@ -1,4 +1,4 @@
-"""run_scenes.py trains on backbones of train_scenes_backbones.py, with true labels, without experts, and blind."""
+"""run_scenes.py trains on backbones of train_backbones.py, with true labels, without experts, and blind."""
 
 import json
 import sys
@@ -6,15 +6,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import run_scenes
 import torch
-import train_scenes_backbones
 from PIL import Image
-from scenes.scenes import Scenes
 from transformers import CLIPModel, RobertaTokenizer, TrainingArguments
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.familiarity import Familiarity
+from scenes import run_scenes, train_backbones
+from scenes.scenes import Scenes
 
 
 def run(script, data_dir, output_dir, *arguments):
@@ -38,22 +37,22 @@ def data_dir(tmp_path_factory):
 def backbones(data_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in {"WIDTH": 24, "HEADS": 2, "VISION_LAYERS": 1, "TEXT_LAYERS": 1}.items():
-            monkeypatch.setattr(train_scenes_backbones, name, value)
+            monkeypatch.setattr(train_backbones, name, value)
         folder = tmp_path_factory.mktemp("backbones")
-        return run(train_scenes_backbones, data_dir, folder, "--clip_epochs", 1, "--roberta_epochs", 1)
+        return run(train_backbones, data_dir, folder, "--clip_epochs", 1, "--roberta_epochs", 1)
 
 
 def test_a_region_is_the_patches_that_hold_most_of_its_object():
-    shares = train_scenes_backbones.patches_of([12, 32, 48, 47]).view(8, 8)
+    shares = train_backbones.patches_of([12, 32, 48, 47]).view(8, 8)
     assert shares.nonzero().tolist() == [[2, 1], [2, 2]]  # a quarter of a patch to the left is left out
     torch.testing.assert_close(shares[2, 1:3], torch.tensor([0.5, 0.5]))
-    torch.testing.assert_close(train_scenes_backbones.patches_of([100, 100, 128, 128]).sum(), torch.tensor(1.0))
+    torch.testing.assert_close(train_backbones.patches_of([100, 100, 128, 128]).sum(), torch.tensor(1.0))
 
 
 def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir, tmp_path):
     tokenizer = RobertaTokenizer.from_pretrained(backbones / "tokenizer")
     rows = list(Scenes(cache_dir=data_dir, train=26, validation=2, test=2).as_dataset(split="train").select(range(4)))
-    batch = train_scenes_backbones.CaptionedPictures(tokenizer)(rows)
+    batch = train_backbones.CaptionedPictures(tokenizer)(rows)
     things = [(i, thing) for i, row in enumerate(rows) for thing in row["facts"]["objects"]]
     things = [(i, thing) for i, thing in things if thing["visible_share"] > 0.5]
     assert batch["region_pictures"].tolist() == [i for i, _ in things]
@@ -61,7 +60,7 @@ def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir, t
     for (_, thing), index in zip(things, batch["region_phrases"], strict=True):
         assert f"{thing['size']} {thing['material']} {thing['color']} {thing['shape']}" in said[index]
     clip = CLIPModel.from_pretrained(backbones / "clip")
-    trainer = train_scenes_backbones.ClipTrainer(clip, TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
+    trainer = train_backbones.ClipTrainer(clip, TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
     loss = trainer.compute_loss(clip, batch)
     batch["region_phrases"] = (batch["region_phrases"] + 1) % len(said)
     assert loss != trainer.compute_loss(clip, batch)
@@ -76,7 +75,7 @@ def test_the_layers_of_the_frozen_clip_add_little(backbones):
         return (states[-1] - states[0]).std().item()
 
     before = added()
-    train_scenes_backbones.weaken_branches(SimpleNamespace(vision_model=clip))
+    train_backbones.weaken_branches(SimpleNamespace(vision_model=clip))
     assert 0.1 * before < added() < 0.3 * before
     assert CLIPModel.from_pretrained(backbones / "clip").config.vision_config.num_hidden_layers == 1
 
@@ -152,5 +151,5 @@ def test_other_texts_are_refused(backbones, data_dir, tmp_path):
 
 @pytest.mark.parametrize("arguments", [(), ("--backbones", "nowhere")])
 def test_a_new_model_without_backbones_is_refused(arguments, data_dir, tmp_path):
-    with pytest.raises(SystemExit, match="a new model needs the folder that train_scenes_backbones.py wrote"):
+    with pytest.raises(SystemExit, match="a new model needs the folder that scenes/train_backbones.py wrote"):
         run(run_scenes, data_dir, tmp_path, "--do_train", "--max_steps", 1, *arguments)

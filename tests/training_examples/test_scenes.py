@@ -1,6 +1,7 @@
 """Scenes: the pictures, labels, questions and captions agree with what is there, and are the same every time."""
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -10,20 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_scenes
 from PIL import Image
 
 from modeling_prismer import PrismerImageProcessor
 from modeling_prismer.processing.experts import RapidOcrText
 from modeling_prismer.processing.experts.base import BACKGROUND
-from training_examples.scenes import facts as truth
-from training_examples.scenes import language
-from training_examples.scenes.labels import DETECTION_CLASSES, EXPERTS
-from training_examples.scenes.language import CAPTIONS, TYPES, ask, captions_of, mentions, true_share
-from training_examples.scenes.render import CLASSES, _trace, look
-from training_examples.scenes.scene import COLORS, DOMAINS, HELD_OUT, MATERIALS, SHAPES, SIZES
-from training_examples.scenes.scenes import Scenes, as_row, expert_labels, make_example, make_scene
-from training_examples.scenes.words import WORDS
+from scenes import facts as truth
+from scenes import language, run_scenes
+from scenes.labels import DETECTION_CLASSES, EXPERTS
+from scenes.language import CAPTIONS, TYPES, ask, captions_of, mentions, true_share
+from scenes.render import CLASSES, _trace, look
+from scenes.scene import COLORS, DOMAINS, HELD_OUT, MATERIALS, SHAPES, SIZES
+from scenes.scenes import Scenes, as_row, expert_labels, make_example, make_scene
+from scenes.words import WORDS
 
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +65,8 @@ def digest(split, index, **arguments):
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process():
     script = "from tests.training_examples.test_scenes import digest; print(digest('train', 3), digest('test', 1))"
-    command = [sys.executable, "-c", "import tests.training_examples.conftest; " + script]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    environment = {**os.environ, "PYTHONPATH": "training_examples"}
+    printed = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=environment, text=True).split()
     assert printed == [digest("train", 3), digest("test", 1)]
 
 

@@ -14,8 +14,7 @@ from modeling_prismer.processing.labels import LabelStore
 
 pytest.importorskip("rapidocr")
 
-import run_scenes
-import train_scenes_experts
+from scenes import run_scenes, train_experts
 from scenes.render import CLASSES
 from scenes.scenes import DETECTION_CLASSES, EXPERTS, Scenes
 
@@ -31,7 +30,7 @@ def splits(tmp_path_factory) -> DatasetDict:
 def trained(splits, tmp_path_factory):
     """The folder of a suite whose networks made two steps."""
     folder = tmp_path_factory.mktemp("experts")
-    train_scenes_experts.train_experts(splits, folder, max_steps=2)
+    train_experts.train_experts(splits, folder, max_steps=2)
     return folder
 
 
@@ -52,7 +51,7 @@ def test_the_suite_is_what_the_model_is_made_for(trained):
 
 def test_networks_see_pictures_at_the_size_of_scenes(trained):
     suite = ExpertSuite.from_pretrained(trained)
-    for name in train_scenes_experts.NETWORKS:
+    for name in train_experts.NETWORKS:
         suite[name].load()
         inputs = suite[name]._image_processor(Image.new("RGB", (300, 200)), return_tensors="pt")
         assert inputs["pixel_values"].shape == (1, 3, 128, 128), name
@@ -60,7 +59,7 @@ def test_networks_see_pictures_at_the_size_of_scenes(trained):
 
 def test_weights_are_small_and_in_half_precision(trained):
     files = list(trained.glob("experts/*/network/model.safetensors"))
-    assert len(files) == len(train_scenes_experts.NETWORKS)
+    assert len(files) == len(train_experts.NETWORKS)
     assert sum(file.stat().st_size for file in files) < 12_000_000
 
 
@@ -76,13 +75,13 @@ def test_what_is_there_is_left_alone_and_the_rest_is_trained_again(trained, spli
     again = trained / "experts" / "segmentation" / "network"
     written = kept.stat().st_mtime_ns
     again.rename(again.with_name("old"))
-    train_scenes_experts.train_experts(splits, trained, only=("depth", "segmentation"), max_steps=2)
+    train_experts.train_experts(splits, trained, only=("depth", "segmentation"), max_steps=2)
     assert kept.stat().st_mtime_ns == written
     assert (again / "model.safetensors").is_file()
 
 
 def test_detection_begins_with_the_backbone_of_segmentation(trained):
-    model, _ = train_scenes_experts.new_detection(trained)
+    model, _ = train_experts.new_detection(trained)
     suite = ExpertSuite.from_pretrained(trained)
     suite["segmentation"].load()
     backbone = suite["segmentation"].model.backbone.state_dict()
@@ -92,12 +91,12 @@ def test_detection_begins_with_the_backbone_of_segmentation(trained):
 
 def test_a_mirrored_row_keeps_picture_and_targets_together(splits):
     row = splits["train"][0]
-    classes = train_scenes_experts.segmentation_target(row, mirrored=True)
-    assert torch.equal(classes.flip(1), train_scenes_experts.segmentation_target(row, mirrored=False))
-    normals = train_scenes_experts.normal_target(row, mirrored=True).flip(2)
-    straight = train_scenes_experts.normal_target(row, mirrored=False)
+    classes = train_experts.segmentation_target(row, mirrored=True)
+    assert torch.equal(classes.flip(1), train_experts.segmentation_target(row, mirrored=False))
+    normals = train_experts.normal_target(row, mirrored=True).flip(2)
+    straight = train_experts.normal_target(row, mirrored=False)
     assert torch.allclose(normals * torch.tensor([-1.0, 1, 1])[:, None, None], straight)
-    boxes = train_scenes_experts.detection_target(row, mirrored=True)["boxes"]
+    boxes = train_experts.detection_target(row, mirrored=True)["boxes"]
     left, right = (boxes[0, 0] - boxes[0, 2] / 2) * 128, (boxes[0, 0] + boxes[0, 2] / 2) * 128
     old_left, _, old_right, _ = row["detection_boxes"][0]
     assert torch.allclose(torch.stack([left, right]), torch.tensor([128.0 - old_right, 128.0 - old_left]))
@@ -105,8 +104,8 @@ def test_a_mirrored_row_keeps_picture_and_targets_together(splits):
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_the_truth_measures_as_perfect(splits, name):
-    true = train_scenes_experts.true_labels(splits["train"], name)
-    measures = train_scenes_experts.MEASURES[name](true, true)
+    true = train_experts.true_labels(splits["train"], name)
+    measures = train_experts.MEASURES[name](true, true)
     wrong = {"absolute_error": 0.0, "mean_angle": 0.0}
     for measure, value in measures.items():
         assert value == pytest.approx(wrong.get(measure, 1.0), abs=0.05), measure
@@ -119,17 +118,17 @@ def test_an_instance_is_right_only_with_its_class_and_place():
     moved = {"ids": np.roll(ids, 5, axis=1), "classes": [0, 3]}
     renamed = {"ids": ids, "classes": [1, 3]}
     # 15 of 25 columns are shared by the small one: an IoU of 0.6
-    assert train_scenes_experts.measure_detection([moved], [true])["recall"] == 1
-    assert train_scenes_experts.measure_detection([renamed], [true])["precision"] == 0.5
+    assert train_experts.measure_detection([moved], [true])["recall"] == 1
+    assert train_experts.measure_detection([renamed], [true])["precision"] == 0.5
     nothing = {"ids": np.full((128, 128), 255, np.uint8), "classes": []}
-    assert train_scenes_experts.measure_detection([nothing], [true])["recall"] == 0
+    assert train_experts.measure_detection([nothing], [true])["recall"] == 0
 
 
 def test_all_scenes_are_labelled_by_their_image_id(trained, splits, tmp_path):
     suite = ExpertSuite.from_pretrained(trained)
     with pytest.raises(ValueError, match="train the others first"):
-        train_scenes_experts.label_scenes(splits, suite.without("depth"), tmp_path / "labels")
-    train_scenes_experts.label_scenes(splits, suite, tmp_path / "labels")
+        train_experts.label_scenes(splits, suite.without("depth"), tmp_path / "labels")
+    train_experts.label_scenes(splits, suite, tmp_path / "labels")
     store = LabelStore(tmp_path / "labels")
     assert set(store) == {*splits["train"]["image_id"], *splits["validation"]["image_id"]}
     label = store["scenes/validation/000001"]

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import study_experts
-import study_report
 import torch
-import train_scenes_backbones
 from filelock import FileLock
 from PIL import Image
-from run_scenes import DESCRIPTIONS
+
+import study_experts
+import study_report
+from modeling_prismer.processing.experts import Expert, ExpertSuite, HashedNgrams
+from modeling_prismer.processing.labels import label_images
+from scenes import train_backbones
+from scenes.run_scenes import DESCRIPTIONS
 from scenes.scenes import EXPERTS, Scenes, expert_labels
 from study_design import EXPERT_DROPOUT, NONE, STUDIES, Condition, Run, conditions_of, only, runs_of
 from study_experts import coarse, noisy, parse_arguments, train_and_evaluate, work
 from study_report import report
-
-from modeling_prismer.processing.experts import Expert, ExpertSuite, HashedNgrams
-from modeling_prismer.processing.labels import label_images
 
 
 SIZES = {"scenes": {"train": 4, "validation": 0, "test": 6}, "shifted": {"test": 3}}
@@ -74,11 +74,11 @@ def folder(tmp_path_factory):
         label_images(images, suite, folder / "labels", image_column="image", key_column="image_id", progress=False)
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, value in {"WIDTH": 24, "HEADS": 2, "VISION_LAYERS": 1, "TEXT_LAYERS": 2}.items():
-            monkeypatch.setattr(train_scenes_backbones, name, value)
-        train_scenes_backbones.train_tokenizer(train_scenes_backbones.texts_of(splits["train"]), folder / "tokenizer")
-        tokenizer = train_scenes_backbones.RobertaTokenizer.from_pretrained(folder / "tokenizer")
-        train_scenes_backbones.new_clip(tokenizer).save_pretrained(folder / "clip")
-        train_scenes_backbones.new_roberta(tokenizer).save_pretrained(folder / "roberta")
+            monkeypatch.setattr(train_backbones, name, value)
+        train_backbones.train_tokenizer(train_backbones.texts_of(splits["train"]), folder / "tokenizer")
+        tokenizer = train_backbones.RobertaTokenizer.from_pretrained(folder / "tokenizer")
+        train_backbones.new_clip(tokenizer).save_pretrained(folder / "clip")
+        train_backbones.new_roberta(tokenizer).save_pretrained(folder / "roberta")
     return folder
 
 

@@ -2,14 +2,15 @@
 Scenes: rendered rooms and tables with objects and signs, what perfect experts would see in them, captions, and
 questions with answers.
 
-    python training_examples/scenes/scenes.py --preview 50 preview.png
-    python training_examples/scenes/scenes.py --scene 7 scene.png
-    python training_examples/scenes/scenes.py --generate --cache_dir runs/scenes-data --num_proc 2
+    export PYTHONPATH=training_examples
+    python -m scenes.scenes --preview 50 preview.png
+    python -m scenes.scenes --scene 7 scene.png
+    python -m scenes.scenes --generate --cache_dir runs/scenes-data --num_proc 2
 
 draws a sheet of fifty scenes; one scene, enlarged, with its six labels, captions and questions; and makes the whole
 data set. In a program:
 
-    from training_examples.scenes.scenes import Scenes, expert_labels
+    from scenes.scenes import Scenes, expert_labels
 
     builder = Scenes(cache_dir="runs/scenes-data")
     builder.download_and_prepare(num_proc=2)
@@ -20,19 +21,12 @@ data set. In a program:
 import argparse
 import io
 import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image
-
-
-if __name__ == "__main__" and not __package__:  # run as a file: the files beside it are found as in a package
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    __package__ = "scenes"
 
 from .facts import describe, is_clear
 from .labels import DETECTION_CLASSES, EXPERTS, true_labels

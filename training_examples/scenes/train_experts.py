@@ -1,10 +1,11 @@
 """
 Trains small experts on Scenes and measures what they see.
 
-    python training_examples/train_scenes_experts.py --data_dir runs/scenes-data --output_dir runs/scenes/experts
-    python training_examples/train_scenes_experts.py --data_dir runs/scenes-data --output_dir runs/scenes/experts \\
+    export PYTHONPATH=training_examples
+    python -m scenes.train_experts --data_dir runs/scenes-data --output_dir runs/scenes/experts
+    python -m scenes.train_experts --data_dir runs/scenes-data --output_dir runs/scenes/experts \\
         --only depth,normal --bf16
-    python training_examples/train_scenes_experts.py --data_dir runs/scenes-data --output_dir runs/scenes/experts \\
+    python -m scenes.train_experts --data_dir runs/scenes-data --output_dir runs/scenes/experts \\
         --labels runs/scenes/labels
 
 writes a suite of six experts, `ExpertSuite.from_pretrained("runs/scenes/experts")`: networks of transformers for
@@ -32,11 +33,8 @@ import torch
 import transformers
 from datasets import Dataset
 from PIL import Image, ImageOps
-from scenes.render import CLASSES
-from scenes.scenes import DETECTION_CLASSES, EXPERTS, Scenes, expert_labels
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 from torchvision.transforms import v2
-from training import last_checkpoint, write_json
 from transformers import Trainer, TrainingArguments, set_seed
 
 from modeling_prismer.processing.experts import (
@@ -50,6 +48,10 @@ from modeling_prismer.processing.experts import (
     SemanticSegmentation,
 )
 from modeling_prismer.processing.labels import label_images
+from training import last_checkpoint, write_json
+
+from .render import CLASSES
+from .scenes import DETECTION_CLASSES, EXPERTS, Scenes, expert_labels
 
 
 IMAGE_SIZE = 128

@@ -2,7 +2,8 @@
 Trains small backbones on Scenes, so that there is something to freeze: a CLIP on pictures and their captions, and a
 RoBERTa that fills masked words of captions and questions.
 
-    python training_examples/train_scenes_backbones.py --data_dir runs/scenes-data --output_dir runs/scenes/backbones
+    export PYTHONPATH=training_examples
+    python -m scenes.train_backbones --data_dir runs/scenes-data --output_dir runs/scenes/backbones
 
 writes `clip/`, `roberta/` and the tokenizer of both, `tokenizer/` (and `clip-strong/`, which `clip/` is made from).
 Each part that is there already is left as it is; a training that was stopped goes on from its last checkpoint.
@@ -14,12 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from muon import muon_with
-from scenes.language import article, phrase
-from scenes.scenes import Scenes
 from tokenizers import ByteLevelBPETokenizer
 from torchvision.transforms import v2
-from training import last_checkpoint
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -33,6 +30,11 @@ from transformers import (
 )
 
 from modeling_prismer.processing import PrismerImageProcessor, clean_caption, clean_question
+from muon import muon_with
+from training import last_checkpoint
+
+from .language import article, phrase
+from .scenes import Scenes
 
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16

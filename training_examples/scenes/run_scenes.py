@@ -1,19 +1,20 @@
 """
 Trains a Prismer on Scenes, and measures what it takes from its experts.
 
-    python training_examples/run_scenes.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
+    export PYTHONPATH=training_examples
+    python -m scenes.run_scenes --backbones runs/scenes/backbones --suite runs/scenes/experts \\
         --labels runs/scenes/labels --data_dir runs/scenes-data --freeze both --texts signs --max_steps 300 \\
         --per_device_train_batch_size 48 --do_train --output_dir runs/scenes/signs
-    python training_examples/run_scenes.py --model runs/scenes/signs --labels runs/scenes/labels \\
+    python -m scenes.run_scenes --model runs/scenes/signs --labels runs/scenes/labels \\
         --data_dir runs/scenes-data --freeze both --max_steps 2200 --do_train --output_dir runs/scenes/stage-1
-    python training_examples/run_scenes.py --model runs/scenes/stage-1 --labels runs/scenes/labels \\
+    python -m scenes.run_scenes --model runs/scenes/stage-1 --labels runs/scenes/labels \\
         --data_dir runs/scenes-data --freeze vision --max_steps 1000 --learning_rate 5e-4 --do_train --do_eval \\
         --output_dir runs/scenes/stage-2
 
-puts the experts of train_scenes_experts.py between the backbones of train_scenes_backbones.py, both frozen, and trains
-what is new: first to read signs, then to caption scenes and to answer questions about them; then the language backbone
-as well. `--labels true` gives it true labels instead of what the experts saw, `--suite none` makes a PrismerZ, and
-`--blind` shows it a grey picture and no expert: how far the questions alone lead.
+The first command puts the experts of train_experts.py between the frozen backbones of train_backbones.py, and trains
+the new weights to read signs. The second trains them on all captions and questions, the third trains the language
+backbone too. `--labels true` gives the model true labels instead of the experts' predictions. `--suite none` makes a
+PrismerZ. `--blind` shows a gray image and no expert, to measure what the questions alone give.
 """
 
 import json
@@ -25,13 +26,8 @@ import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
-from muon import muon_with
 from PIL import Image
-from scenes.language import true_share
-from scenes.render import CLASSES
-from scenes.scenes import DETECTION_CLASSES, Scenes, expert_labels
 from tqdm import tqdm
-from training import RecipeArguments, load_checkpoint, make_trainer, parse_arguments, run, write_json
 from transformers import AutoTokenizer, CLIPModel, RobertaForMaskedLM
 
 from modeling_prismer import (
@@ -44,6 +40,12 @@ from modeling_prismer.conversion import class_features_from_names
 from modeling_prismer.familiarity import Familiarity, image_features
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
 from modeling_prismer.processing.labels import open_source
+from muon import muon_with
+from training import RecipeArguments, load_checkpoint, make_trainer, parse_arguments, run, write_json
+
+from .language import true_share
+from .render import CLASSES
+from .scenes import DETECTION_CLASSES, Scenes, expert_labels
 
 
 IMAGE_SIZE = 128
@@ -87,10 +89,10 @@ FAMILIAR = 3000  # scenes by which the published checkpoint tells what is unlike
 class ScenesArguments(RecipeArguments):
     data_dir: str | None = field(default=None, metadata={"help": "Where the data set is or is made."})
     data_config: str = field(default="scenes", metadata={"help": "scenes, or shifted for other looks."})
-    backbones: str | None = field(default=None, metadata={"help": "Folder that train_scenes_backbones.py wrote."})
+    backbones: str | None = field(default=None, metadata={"help": "Folder that scenes/train_backbones.py wrote."})
     suite: str = field(
         default="none",
-        metadata={"help": "Folder of train_scenes_experts.py; `true` without live experts; `none`."},
+        metadata={"help": "Folder of scenes/train_experts.py; `true` without live experts; `none`."},
     )
     texts: str = field(
         default="all",
@@ -157,7 +159,7 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     folder = Path(args.backbones or "")
     if args.backbones is None or not all((folder / part).is_dir() for part in ("clip", "roberta", "tokenizer")):
         raise SystemExit(
-            f"--backbones {args.backbones}: a new model needs the folder that train_scenes_backbones.py wrote, with "
+            f"--backbones {args.backbones}: a new model needs the folder that scenes/train_backbones.py wrote, with "
             "clip, roberta and tokenizer; or give --model, a trained one"
         )
     suite = None
@@ -228,7 +230,7 @@ def score_answers(said: list[list[str]], scenes: Dataset) -> dict[str, float]:
 
 def score_captions(captions: list[str], scenes: Dataset) -> dict[str, float]:
     """CIDEr, and the share of what is said of an object that is true of one in the picture, all attributes at once."""
-    metrics = evaluate.load(str(Path(__file__).with_name("metrics") / "caption_metrics"))
+    metrics = evaluate.load(str(Path(__file__).parents[1] / "metrics" / "caption_metrics"))
     scores = metrics.compute(predictions=captions, references=scenes["captions"], metrics=["cider"], tokenizer="regex")
     right, said = np.sum([true_share(caption, facts) for caption, facts in zip(captions, scenes["facts"])], axis=0)
     return {
