@@ -1,14 +1,15 @@
 """
 What do experts give? Trains many small Prismers on Scenes, each a little different, and compares what they say.
 
-    python training_examples/study_experts.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
+    export PYTHONPATH=training_examples
+    python -m studies.experts --backbones runs/scenes/backbones --suite runs/scenes/experts \\
         --labels runs/scenes/labels --data_dir runs/scenes-data --output_dir runs/study
-    python training_examples/study_experts.py --output_dir runs/study --report docs/study
+    python -m studies.experts --output_dir runs/study --report docs/study
 
 The first trains and evaluates what is not there yet, each model in a process of its own, and writes a JSON file for
 each into runs/study/runs. It can be stopped and started again, and several may work on one folder at the same time.
 `--only` names the studies to run: number_of_experts, quality, noise, missing, freezing, resampler, single, adaptation,
-transfer (study_design.py). The second makes a figure of each study, and results.md with their tables, from the files
+transfer (design.py). The second makes a figure of each study, and results.md with their tables, from the files
 that there are; what is missing is said.
 
 All models start from the backbones of scenes/train_backbones.py and see the same scenes; they are trained as in the
@@ -60,9 +61,10 @@ from scenes.run_scenes import (
     training_rows,
 )
 from scenes.scenes import EXPERTS, Scenes
-from study_design import STUDIES, Run, conditions_of, runs_of
-from study_report import report
 from training import PrismerTrainer, make_trainer, write_json
+
+from .design import STUDIES, Run, conditions_of, runs_of
+from .report import report
 
 
 SETTINGS = ("train_rows", "epochs", "batch_size", "texts_per_image", "learning_rate", "eval_rows")
@@ -367,7 +369,7 @@ def in_own_process(run: Run, seed: int, args: argparse.Namespace) -> None:
     """This script again, for one run: what memory it takes is its own then."""
     log = args.output_dir / "runs" / f"{run.name}-seed{seed}.log"
     with log.open("w") as output:
-        command = [sys.executable, __file__, *sys.argv[1:], "--run", f"{run.name}-seed{seed}"]
+        command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--run", f"{run.name}-seed{seed}"]
         if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
             raise SystemExit(f"{run.name}-seed{seed} failed: {log} says why")
 

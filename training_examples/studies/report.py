@@ -1,4 +1,4 @@
-"""Tables and figures of what study_experts.py measured."""
+"""Tables and figures of what experts.py measured."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from scenes.language import TYPES
-from study_design import STUDIES, Condition, Study, expert_order, number_of_experts
+
+from .design import STUDIES, Condition, Study, expert_order, number_of_experts
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,12 @@ def figure(study: Study, rows: Rows, path: Path) -> None:
 INTRODUCTION = """These results come from {runs} runs of
 
 ```bash
-python training_examples/study_experts.py --backbones runs/scenes/backbones --suite runs/scenes/experts \\
+export PYTHONPATH=training_examples
+python -m studies.experts --backbones runs/scenes/backbones --suite runs/scenes/experts \\
     --labels runs/scenes/labels --data_dir runs/scenes-data --output_dir runs/study \\
     --train_rows {train_rows} --epochs {epochs:g} --batch_size {batch_size} --texts_per_image {texts_per_image} \\
     --learning_rate {learning_rate:g} --eval_rows {eval_rows} --seeds {seeds}{start_argument}
-python training_examples/study_experts.py --output_dir runs/study --report docs/study --seeds {seeds}
+python -m studies.experts --output_dir runs/study --report docs/study --seeds {seeds}
 ```
 
 Each model was initialised from {start}, trained on {train_rows:,} scenes {times}, and

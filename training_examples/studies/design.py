@@ -1,5 +1,5 @@
 """
-What study_experts.py compares: trainings that differ in one thing each, and the conditions that they are evaluated
+What experts.py compares: trainings that differ in one thing each, and the conditions that they are evaluated
 under.
 """
 

@@ -1,4 +1,4 @@
-"""study_experts.py: every kind of run trains, conditions do what they say, runs are resumed, reports are right."""
+"""studies/experts.py: every kind of run trains, conditions do what they say, runs are resumed, reports are right."""
 
 import argparse
 import json
@@ -12,16 +12,16 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-import study_experts
-import study_report
 from modeling_prismer.processing.experts import Expert, ExpertSuite, HashedNgrams
 from modeling_prismer.processing.labels import label_images
 from scenes import train_backbones
 from scenes.run_scenes import DESCRIPTIONS
 from scenes.scenes import EXPERTS, Scenes, expert_labels
-from study_design import EXPERT_DROPOUT, NONE, STUDIES, Condition, Run, conditions_of, only, runs_of
-from study_experts import coarse, noisy, parse_arguments, train_and_evaluate, work
-from study_report import report
+from studies import experts as study
+from studies import report as study_report
+from studies.design import EXPERT_DROPOUT, NONE, STUDIES, Condition, Run, conditions_of, only, runs_of
+from studies.experts import coarse, noisy, parse_arguments, train_and_evaluate, work
+from studies.report import report
 
 
 SIZES = {"scenes": {"train": 4, "validation": 0, "test": 6}, "shifted": {"test": 3}}
@@ -56,7 +56,7 @@ def simple_expert(description):
 @pytest.fixture(scope="module", autouse=True)
 def few():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(study_experts, "Scenes", few_scenes)
+        monkeypatch.setattr(study, "Scenes", few_scenes)
         yield
 
 
@@ -92,7 +92,7 @@ def command_line(folder, output_dir, *more):
 def prepared(folder, tmp_path_factory):
     """Arguments, with the shifted domain labelled."""
     args = parse_arguments(command_line(folder, tmp_path_factory.mktemp("runs")))
-    study_experts.prepare(args)
+    study.prepare(args)
     return args
 
 
@@ -118,7 +118,7 @@ RUNS = [
 
 
 def train_under(conditions, run, args, monkeypatch):
-    monkeypatch.setattr(study_experts, "conditions_of", lambda run, seed: conditions)
+    monkeypatch.setattr(study, "conditions_of", lambda run, seed: conditions)
     return json.loads(json.dumps(train_and_evaluate(run, 1, args)))
 
 
@@ -151,7 +151,7 @@ def test_lora_replaces_the_adaptors_with_about_as_many_weights(prepared, adaptat
 
     def trainer(run):
         args = argparse.Namespace(**{**vars(prepared), "epochs": 3})  # the first step only warms up
-        return study_experts.trainer_of(run, 0, args, rows, dict.fromkeys(rows["image_id"], {}))
+        return study.trainer_of(run, 0, args, rows, dict.fromkeys(rows["image_id"], {}))
 
     def parts(model):
         """Trained and frozen weights: of adaptors, LoRA, what is left of the backbones, and all else."""
@@ -185,10 +185,10 @@ def test_lora_replaces_the_adaptors_with_about_as_many_weights(prepared, adaptat
 def test_all_can_start_with_what_another_model_has_learned(prepared, tmp_path, trained, run):
     rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
     labels = dict.fromkeys(rows["image_id"], {})
-    start = study_experts.trainer_of(trained, 5, prepared, rows, labels).model
+    start = study.trainer_of(trained, 5, prepared, rows, labels).model
     start.save_pretrained(tmp_path)
     args = argparse.Namespace(**{**vars(prepared), "start": tmp_path})
-    found, expected = study_experts.trainer_of(run, 0, args, rows, labels).model.state_dict(), start.state_dict()
+    found, expected = study.trainer_of(run, 0, args, rows, labels).model.state_dict(), start.state_dict()
     shared = found.keys() & expected.keys()
     assert all(found[name].equal(expected[name]) for name in shared)
     assert {name.split(".")[2] for name in found.keys() ^ shared} <= {"expert_stems", "resampler"}
@@ -200,13 +200,13 @@ def test_all_can_start_with_what_another_model_has_learned(prepared, tmp_path, t
 def test_a_part_can_start_anew(prepared, tmp_path, part):
     rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
     labels = dict.fromkeys(rows["image_id"], {})
-    start = study_experts.trainer_of(Run(), 5, prepared, rows, labels).model
+    start = study.trainer_of(Run(), 5, prepared, rows, labels).model
     with torch.no_grad():
         for weights in start.parameters():
             weights.add_(1.0)
     start.save_pretrained(tmp_path)
     args = argparse.Namespace(**{**vars(prepared), "start": tmp_path})
-    found = study_experts.trainer_of(Run(renewed=part), 0, args, rows, labels).model
+    found = study.trainer_of(Run(renewed=part), 0, args, rows, labels).model
     renewed = {name for name, weights in start.named_parameters() if not weights.equal(found.get_parameter(name))}
     assert renewed == {name for name, _ in start.named_parameters() if part.removesuffix("s") in name}
 
@@ -266,7 +266,7 @@ def test_each_condition_shows_the_network_its_labels(prepared, true_labels, monk
         seen.append((dict(zip(scenes["image_id"], labels, strict=True)), inputs))
         return {}
 
-    monkeypatch.setattr(study_experts, "measure", note)
+    monkeypatch.setattr(study, "measure", note)
     conditions = {
         "test": Condition(),
         "noise": Condition(noise=1.0),
@@ -293,9 +293,9 @@ def test_each_condition_shows_the_network_its_labels(prepared, true_labels, monk
 def test_models_with_some_experts_see_no_others(prepared):
     rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
     run = only("depth", "ocr")
-    labels = study_experts.labels_for(rows, run, "predicted", prepared.labels)
+    labels = study.labels_for(rows, run, "predicted", prepared.labels)
     assert all(label.keys() == {"depth", "ocr"} for label in labels.values())
-    trainer = study_experts.trainer_of(run, 0, prepared, rows, study_experts.labels_for(rows, run, "true", "true"))
+    trainer = study.trainer_of(run, 0, prepared, rows, study.labels_for(rows, run, "true", "true"))
     batch = trainer.data_collator([trainer.train_dataset[0]])
     assert batch["expert_mask"].tolist() == [[name in run.experts for name in EXPERTS]]
 
@@ -308,8 +308,8 @@ def test_what_is_there_is_left_and_what_is_being_done_too(folder, tmp_path, caps
 
     def start(run, seed, args):
         started.append(f"{run.name}-seed{seed}")
-        result = {"settings": study_experts.settings_of(args), "evaluations": {"test": {"answers": {"all": 0.5}}}}
-        study_experts.file_of(args.output_dir, run, seed).write_text(json.dumps(result))
+        result = {"settings": study.settings_of(args), "evaluations": {"test": {"answers": {"all": 0.5}}}}
+        study.file_of(args.output_dir, run, seed).write_text(json.dumps(result))
 
     (tmp_path / "runs").mkdir()
     args = parse_arguments(command_line(folder, tmp_path, "--seeds=2", "--only", "quality", "freezing"))
@@ -329,33 +329,33 @@ def test_what_is_there_is_left_and_what_is_being_done_too(folder, tmp_path, caps
 
 def test_the_command_runs_each_in_its_own_process_and_then_reports(folder, tmp_path, monkeypatch):
     def run_here(command, stdout, stderr):
-        assert command[:2] == [sys.executable, study_experts.__file__]
-        monkeypatch.setattr(sys, "argv", command[1:])
-        study_experts.main()
+        assert command[:3] == [sys.executable, "-m", "studies.experts"]
+        monkeypatch.setattr(sys, "argv", command[2:])
+        study.main()
         return subprocess.CompletedProcess(command, 0)
 
-    script = study_experts.__file__
+    script = study.__file__
     arguments = command_line(folder, tmp_path / "out", "--seeds=1", "--only", "quality")
-    monkeypatch.setattr(study_experts, "runs_of", lambda studies, seed: [NONE])
-    monkeypatch.setattr(study_experts, "conditions_of", lambda run, seed: [Condition()])
-    monkeypatch.setattr(study_experts.subprocess, "run", run_here)
+    monkeypatch.setattr(study, "runs_of", lambda studies, seed: [NONE])
+    monkeypatch.setattr(study, "conditions_of", lambda run, seed: [Condition()])
+    monkeypatch.setattr(study.subprocess, "run", run_here)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    study_experts.main()
+    study.main()
     assert [path.name for path in (tmp_path / "out" / "runs").glob("*.json")] == ["none-seed0.json"]
     monkeypatch.setattr(study_report, "figure", lambda study, rows, path: None)
     monkeypatch.setattr(
         sys, "argv", [script, f"--output_dir={tmp_path / 'out'}", f"--report={tmp_path / 'report'}", "--seeds=1"]
     )
-    study_experts.main()
+    study.main()
     text = (tmp_path / "report" / "results.md").read_text()
     assert "These results come from 1 runs" in text
     assert "Missing: all,labels=coarse-seed0, all-seed0, all,labels=true-seed0." in text
 
 
 def test_what_cannot_be_done_is_said(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["study_experts.py", *command_line(folder, tmp_path, "--run", "al-seed0")])
+    monkeypatch.setattr(sys, "argv", ["experts.py", *command_line(folder, tmp_path, "--run", "al-seed0")])
     with pytest.raises(SystemExit, match="--run al-seed0 is none of .*all-seed0"):
-        study_experts.main()
+        study.main()
     with pytest.raises(SystemExit):
         parse_arguments([f"--output_dir={tmp_path}"])
     assert "--backbones and --labels are missing" in capsys.readouterr().err
@@ -371,11 +371,11 @@ def write_result(output_dir, run, seed, all_right, conditions=None, **settings):
     args = parse_arguments([f"--output_dir={output_dir}", "--backbones=there", "--labels=there"])
     scores = {"answers": {"all": all_right, "sign": 0.25}, "captions": {"cider": 1.5, "exact_attributes": 0.75}}
     result = {
-        "settings": {**study_experts.settings_of(args), **settings},
+        "settings": {**study.settings_of(args), **settings},
         "training": {"trained_share": 0.5, "seconds_per_step": 0.125 * (seed + 1), "memory": 800.0},
         "evaluations": {condition.name: scores for condition in conditions or conditions_of(run, seed)},
     }
-    study_experts.file_of(output_dir, run, seed).write_text(json.dumps(result))
+    study.file_of(output_dir, run, seed).write_text(json.dumps(result))
 
 
 @pytest.fixture
@@ -452,11 +452,11 @@ def test_studies_share_their_runs():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process")
 def test_the_memory_of_a_run_is_its_own_and_not_that_of_its_parent():
-    start = "import study_experts; print(study_experts.peak_memory())"
+    start = "from studies import experts; print(experts.peak_memory())"
     parent = (
         f"import subprocess, sys; held = bytearray(1_500_000_000); subprocess.run([sys.executable, '-c', {start!r}])"
     )
-    folder = Path(study_experts.__file__).parent
+    folder = Path(study.__file__).parents[1]
     command = [sys.executable, "-c", parent]
     printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
     assert 100 < float(printed) < 1400
