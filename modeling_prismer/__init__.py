@@ -1,17 +1,10 @@
 """Prismer for transformers: a vision-language model that looks through frozen experts (arXiv 2303.02506)."""
 
-from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
-from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
-from .memory import keep_freed_memory
-from .modeling_prismer import (
-    PrismerForConditionalGeneration,
-    PrismerModel,
-    PrismerPreTrainedModel,
-    PrismerTextModel,
-    PrismerVisionModel,
-)
-from .pretrained import pretrained_path, sample_image
-from .processing.data_collator import DataCollatorForPrismer
+# ruff: noqa: F403, F405
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .installation import check_one_checkout, is_command
 
 
 __version__ = "0.1.0"
@@ -33,3 +26,15 @@ __all__ = [
     "register_for_auto_class",
     "sample_image",
 ]
+
+check_one_checkout()
+
+if TYPE_CHECKING or not is_command():
+    from .public import *
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The command line imports the public names when it needs one of them."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(".public", __name__), name)

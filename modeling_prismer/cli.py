@@ -1,5 +1,6 @@
 """The command line: `prismer ask`, `caption`, `classify`, `experts`, `label`, `convert`, `check` and others."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from rich.text import Text
 
 
 app = typer.Typer(
-    help="Prismer: captions, answers and classifies pictures, looking through frozen experts.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
@@ -30,16 +30,90 @@ DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.
 Image = Annotated[str, typer.Argument(help="A picture: a file or a URL.", metavar="IMAGE")]
 
 
+# Accelerators that torch knows, or gets to know from an extension. Which are there is known once torch is imported.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mlu", "musa", "npu")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from modeling_prismer import __version__
+
+        print(f"prismer {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prismer: captions, answers and classifies images, looking through frozen experts."""
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turns the errors that bad input causes into one line and exit code 1."""
-    from modeling_prismer.processing.experts import ExpertError
-
     try:
         yield
-    except (ValueError, OSError, ImportError, StrictDataclassError, ExpertError) as error:
-        err.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        raise _failed(error) from error
+    except RuntimeError as error:
+        from modeling_prismer.processing.experts import ExpertError
+
+        if not isinstance(error, ExpertError):
+            raise
+        raise _failed(error) from error
+
+
+def _failed(error: Exception) -> typer.Exit:
+    err.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def _start(image: str | None = None, model: str | None = None, device: str = "cpu") -> None:
+    """Checks the arguments that several commands have, as far as torch is not needed. Then imports the package."""
+    if image is not None:
+        _check_image(image)
+    if model is not None:
+        _check_model(model)
+    name, _, index = device.partition(":")
+    if device != "auto" and (name not in _DEVICES or (":" in device and not index.isdecimal())):
+        raise ValueError(
+            f"--device is {device!r}; accepted are auto, {', '.join(_DEVICES)}, and a number as in cuda:1"
+        )
+    import modeling_prismer.public  # noqa: F401  registers the Auto classes
+
+
+def _check_image(image: str) -> None:
+    if image.lower().startswith(("http://", "https://", "data:")):
+        return
+    if not os.path.exists(image):
+        raise FileNotFoundError(f"IMAGE: there is no file {image!r}; a file or an http(s) URL is needed")
+    if not os.path.isfile(image):
+        raise ValueError(f"IMAGE: {image!r} is not a file; a file or an http(s) URL is needed")
+
+
+def _check_model(model: str) -> None:
+    """Raises if there is no such model; of one on the Hub, the configuration is fetched."""
+    path = Path(_path(model))
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(f"model: the folder {model!r} has no config.json; it is not a saved model")
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    from modeling_prismer.pretrained import shipped_checkpoints
+
+    disable_progress_bars()
+    try:
+        snapshot_download(model, allow_patterns=["config.json", "adapter_config.json"])
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"model {model!r} is neither a folder, nor one of the shipped checkpoints "
+            f"({', '.join(shipped_checkpoints())}), nor found on the Hub: {error}"
+        ) from error
 
 
 def _device(device: str) -> str:
@@ -60,23 +134,24 @@ def _path(model: str | None) -> str:
     return pretrained_path() if model is None else find_checkpoint(model)
 
 
-def _load(model: str | None, device: str, with_network: bool = True) -> tuple[Any, Any]:
-    """The processor and the network of a checkpoint; `model` left out means the shipped one."""
-    import torch
+def _load_processor(model: str | None, device: str) -> Any:
+    """The processor of a checkpoint; `model` left out means the shipped one."""
     from transformers import logging
 
-    from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+    from modeling_prismer import PrismerProcessor
 
     logging.disable_progress_bar()
-    path = _path(model)
-    device = _device(device)
-    processor = PrismerProcessor.from_pretrained(path, expert_device=device)
-    if not with_network:
-        return processor, None
+    return PrismerProcessor.from_pretrained(_path(model), expert_device=device)
+
+
+def _load_network(model: str | None, device: str) -> Any:
+    import torch
+
+    from modeling_prismer import PrismerForConditionalGeneration
+
     # Half precision on a CPU is slower than float32.
     dtype = torch.float32 if device == "cpu" else "auto"
-    network = PrismerForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
-    return processor, network
+    return PrismerForConditionalGeneration.from_pretrained(_path(model), dtype=dtype).to(device).eval()
 
 
 def _encode(network: Any, inputs: Any, model: str | None) -> Any:
@@ -106,15 +181,18 @@ def _encode(network: Any, inputs: Any, model: str | None) -> Any:
 def _generate(image: str, texts: list[str] | None, task: str, model: str | None, device: str, beams: int) -> list[str]:
     if task == "vqa" and not all(text.strip() for text in texts or []):
         raise ValueError("a question is empty; put it in quotes: 'What color is it?'")
-    processor, network = _load(model, device)
+    _start(image, model, device)
+    device = _device(device)
+    processor = _load_processor(model, device)
     tasks = processor.tasks or [processor.task]
     if task not in tasks:
         command = "ask" if task == "vqa" else task
         raise ValueError(
             f"this checkpoint was made for {', '.join(tasks)}; `prismer {command}` needs one for {task!r}"
         )
-    inputs = processor(images=image, text=texts, task=task, return_tensors="pt").to(network.device)
+    inputs = processor(images=image, text=texts, task=task, return_tensors="pt").to(device)
     prompt_length = inputs["input_ids"].shape[1]
+    network = _load_network(model, device)
     generated = network.generate(**_encode(network, inputs, model), num_beams=beams, do_sample=False)
     return processor.post_process_generation(generated, prompt_length, task=task)
 
@@ -159,9 +237,12 @@ def classify(
 ) -> None:
     """Ranks labels of your own for a picture, best first."""
     with _clear_errors():
-        processor, network = _load(model, device)
-        inputs = processor(images=image, text=question, return_tensors="pt").to(network.device)
-        candidates = processor.prepare_candidates(labels, task=processor.task_for(question)).to(network.device)
+        _start(image, model, device)
+        device = _device(device)
+        processor = _load_processor(model, device)
+        candidates = processor.prepare_candidates(labels, task=processor.task_for(question)).to(device)
+        inputs = processor(images=image, text=question, return_tensors="pt").to(device)
+        network = _load_network(model, device)
         ranking = network.rank_candidates(**candidates, k=len(labels), **_encode(network, inputs, model))
         table = Table("label", "mean log-probability")
         for row in processor.post_process_ranking(ranking, labels)[0]:
@@ -181,14 +262,15 @@ def experts(
 ) -> None:
     """Draws what each expert saw in a picture."""
     with _clear_errors():
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--out {output} is a file; a folder is needed")
+        _start(image, model, device)
         from modeling_prismer.processing.image_loading import load_image
         from modeling_prismer.processing.visualization import experts_panel
 
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"--out {output} is a file; a folder is needed")
         picture = load_image(image)
         if suite is None:
-            processor, _ = _load(model, device, with_network=False)
+            processor = _load_processor(model, _device(device))
             live, descriptions, run = processor.experts, processor.image_processor.experts, processor.run_experts
         else:
             from modeling_prismer.processing.experts import ExpertSuite
@@ -261,9 +343,11 @@ def label(
     Run the same command again after an interruption or a full disk: it labels the images that are left.
     """
     with _clear_errors():
+        _start(device=device)
         from modeling_prismer.processing.experts import ExpertSuite
         from modeling_prismer.processing.labels import forget_failed, label_images, parse_shard, set_aside_damaged
 
+        part = None if shard is None else parse_shard(shard)
         is_folder = Path(experts).is_dir()
         suite = ExpertSuite.from_pretrained(experts) if is_folder else ExpertSuite.from_name(experts)
         if retry_failed:
@@ -277,7 +361,7 @@ def label(
             engine,
             batch_size=batch_size,
             num_workers=workers,
-            shard=None if shard is None else parse_shard(shard),
+            shard=part,
             image_column=image_column,
             key_column=key_column,
             map_size=map_size,
@@ -309,12 +393,13 @@ def features(
 ) -> None:
     """Makes the features with which an expert's classes are painted, from the classes' names."""
     with _clear_errors():
-        from modeling_prismer.conversion import convert_clip_pca, save_class_features
-        from modeling_prismer.processing.experts import ClipTextFeatures
-
         classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not classes:
             raise ValueError(f"{names} names no class; one name on each line is needed")
+        _start()
+        from modeling_prismer.conversion import convert_clip_pca, save_class_features
+        from modeling_prismer.processing.experts import ClipTextFeatures
+
         if pca is None:
             pca = output.with_name(f"{output.stem}_pca.safetensors")
             ClipTextFeatures.fit_pca(classes, pca, model_name=text_encoder)
@@ -341,6 +426,7 @@ def convert(
 ) -> None:
     """Turns a published checkpoint into a folder for `from_pretrained`."""
     with _clear_errors():
+        _start()
         from modeling_prismer.conversion import convert_original_checkpoint
 
         convert_original_checkpoint(
@@ -365,9 +451,12 @@ def export(
 ) -> None:
     """Writes a model as ONNX, for onnxruntime: encoder.onnx, decoder.onnx, the processor."""
     with _clear_errors():
+        _start(model=model)
         from modeling_prismer.conversion import export_onnx
+        from modeling_prismer.conversion.output_folder import check_output_dir
 
-        processor, network = _load(model, "cpu")
+        check_output_dir(output, overwrite)
+        processor, network = _load_processor(model, "cpu"), _load_network(model, "cpu")
         print(export_onnx(network, processor, output, opset_version=opset, overwrite=overwrite))
 
 
@@ -378,6 +467,7 @@ def check(
 ) -> None:
     """Tests this installation: runs a small recorded network on a device and compares what comes out."""
     with _clear_errors():
+        _start(device=device)
         import torch
         from transformers import logging
 

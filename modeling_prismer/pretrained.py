@@ -30,10 +30,15 @@ def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
     'prismer-easy-vqa'
     ```
     """
-    shipped = sorted(path.parent.name for path in _CHECKPOINTS.glob("*/config.json"))
+    shipped = shipped_checkpoints()
     if name not in shipped:
         raise ValueError(f"no checkpoint {name!r} is shipped; there are: {', '.join(shipped) or 'none'}")
     return str(_CHECKPOINTS / name)
+
+
+def shipped_checkpoints() -> list[str]:
+    """The names that [`pretrained_path`] takes."""
+    return sorted(path.parent.name for path in _CHECKPOINTS.glob("*/config.json"))
 
 
 def sample_image(name: str = "scene") -> Image.Image:

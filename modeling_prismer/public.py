@@ -1,0 +1,15 @@
+"""The public names of `modeling_prismer`. Importing this file registers Prismer with the Auto classes."""
+
+# ruff: noqa: F401
+from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
+from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .memory import keep_freed_memory
+from .modeling_prismer import (
+    PrismerForConditionalGeneration,
+    PrismerModel,
+    PrismerPreTrainedModel,
+    PrismerTextModel,
+    PrismerVisionModel,
+)
+from .pretrained import pretrained_path, sample_image
+from .processing.data_collator import DataCollatorForPrismer
