@@ -1,24 +1,17 @@
 """
-Which modules peft adapts where a configuration names none, as in `LoraConfig()`.
+The modules that peft adapts if a configuration names none, as in `LoraConfig()`.
 
-peft keeps a table for each method, from `model_type` to names of modules, and no door for models from outside: the
-entries are put in when peft is imported, whether that is before this package or long after a model has been made.
-peft itself is not imported here.
+peft keeps one table for each method, from `model_type` to names of modules, and has no function to add to them. peft
+itself is not imported here.
 """
 
 import re
 import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
-from typing import Any
 
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 
 
-_TABLES = "peft.utils.constants"
-
-# Attention's queries and values, in the encoder, the resampler and the decoder, whose cross-attention has them too.
+# Queries and values of all attention, in the encoder, the resampler and the decoder with its cross-attention.
 QUERY_AND_VALUE = ["q_proj", "v_proj"]
 # Every projection of attention and MLP.
 ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -36,8 +29,15 @@ ADAPTER_TARGETS = {
 _FROD_TARGETS = r".*text_model\..*\.(q_proj|v_proj)"
 
 
-def add_adapter_targets(tables: ModuleType) -> None:
-    """Puts Prismer's model types in the tables of `peft.utils.constants`; what is in them already stays."""
+def register_adapter_targets() -> None:
+    """
+    Puts Prismer's model types in peft's tables if peft is imported; existing entries stay.
+
+    Call it where a model is made, so that the order of the imports does not matter.
+    """
+    tables = sys.modules.get("peft.utils.constants")
+    if tables is None:
+        return
     for name, table in vars(tables).items():
         match = re.fullmatch(r"TRANSFORMERS_MODELS_TO_(\w+?)(_TARGET)?_MODULES_MAPPING", name)
         if match is None:
@@ -47,29 +47,3 @@ def add_adapter_targets(tables: ModuleType) -> None:
             if match[1] == "FROD" and config_class is PrismerConfig:
                 targets = _FROD_TARGETS
             table.setdefault(config_class.model_type, targets)
-
-
-class _WhenImported(MetaPathFinder):
-    """Finds peft's tables as Python would, and has the entries put in after they are loaded."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != _TABLES:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_and_add(module: ModuleType) -> None:
-                load(module)
-                add_adapter_targets(module)
-
-            spec.loader.exec_module = load_and_add  # type: ignore[method-assign]
-        return spec
-
-
-def register_adapter_targets() -> None:
-    """Has the entries put in peft's tables: now if peft is imported, else as soon as it is."""
-    if _TABLES in sys.modules:
-        add_adapter_targets(sys.modules[_TABLES])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())

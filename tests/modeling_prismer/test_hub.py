@@ -70,6 +70,8 @@ SCRIPT = """
 import importlib.util, json, sys
 from pathlib import Path
 
+if importlib.util.find_spec("peft"):  # before a model is made: with default modules
+    from peft import LoraConfig, get_peft_model
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -97,8 +99,6 @@ for name in ("six experts", "no experts"):
     save_file(found, folder / f"{name} found.safetensors")
 
 if importlib.util.find_spec("peft"):
-    from peft import LoraConfig, get_peft_model
-
     said["adapts"] = sorted(get_peft_model(model, LoraConfig()).peft_config["default"].target_modules)
 
 bundled = folder / "bundled"

@@ -1,8 +1,5 @@
 """peft: its methods, its task types, its ways to save, load and merge, and what it adapts when it is not told."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
@@ -23,8 +20,6 @@ from .tiny import TOLERANCE, VOCAB_SIZE, image_inputs, prompts, tiny_config, tin
 
 
 peft = pytest.importorskip("peft")
-
-from modeling_prismer.adapter_targets import register_adapter_targets  # noqa: E402
 
 from . import peft_methods  # noqa: E402
 
@@ -142,21 +137,13 @@ def test_lora_needs_no_names_of_modules(part):
         assert all(any(place in name for name in adapted) for place in places)
 
 
-def test_the_names_are_there_when_peft_is_imported_later_which_this_package_does_not():
-    code = """
-import sys, modeling_prismer
-assert "peft" not in sys.modules
-import peft
-assert peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["prismer"] == ["q_proj", "v_proj"]
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
-
-
-def test_the_names_are_added_to_a_peft_that_is_imported_already_and_replace_none(monkeypatch):
+def test_a_new_model_adds_the_default_modules_and_replaces_none(monkeypatch):
     tables = peft.utils.constants
-    monkeypatch.delitem(tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "prismer")
+    for model_type in ("prismer", "prismer_vision_model", "prismer_text_model"):
+        monkeypatch.delitem(tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, model_type, raising=False)
     monkeypatch.setitem(tables.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, "prismer", ["fc1"])
-    register_adapter_targets()
+    tiny_model()
+    assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["prismer_text_model"] == ["q_proj", "v_proj"]
     assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["prismer"] == ["q_proj", "v_proj"]
     assert tables.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["prismer"] == ["fc1"]
 

@@ -134,9 +134,11 @@ def test_the_network_is_loaded_last(tmp_path, monkeypatch, arguments):
 # ---- the import ----
 
 
-def test_import_registers_the_auto_classes(tmp_path):
+def test_import_registers_the_auto_classes_and_no_hook(tmp_path):
     code = f"""
-import modeling_prismer
+import sys, modeling_prismer
+assert "peft" not in sys.modules
+assert not any(type(finder).__module__.startswith("modeling_prismer") for finder in sys.meta_path)
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained({EASY_VQA!r})
 assert isinstance(model, modeling_prismer.PrismerForConditionalGeneration)
