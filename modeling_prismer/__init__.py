@@ -2,6 +2,7 @@
 
 from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .cpu_inference import optimize_for_cpu
 from .memory import keep_freed_memory
 from .modeling_prismer import (
     PrismerForConditionalGeneration,
@@ -29,6 +30,7 @@ __all__ = [
     "PrismerVisionConfig",
     "PrismerVisionModel",
     "keep_freed_memory",
+    "optimize_for_cpu",
     "pretrained_path",
     "register_for_auto_class",
     "sample_image",

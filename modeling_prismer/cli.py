@@ -65,7 +65,7 @@ def _load(model: str | None, device: str, with_network: bool = True) -> tuple[An
     import torch
     from transformers import logging
 
-    from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+    from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, optimize_for_cpu
 
     logging.disable_progress_bar()
     path = _path(model)
@@ -76,7 +76,7 @@ def _load(model: str | None, device: str, with_network: bool = True) -> tuple[An
     # Half precision on a CPU is slower than float32.
     dtype = torch.float32 if device == "cpu" else "auto"
     network = PrismerForConditionalGeneration.from_pretrained(path, dtype=dtype).to(device).eval()
-    return processor, network
+    return processor, optimize_for_cpu(network) if device == "cpu" else network
 
 
 def _encode(network: Any, inputs: Any, model: str | None) -> Any:
