@@ -21,6 +21,7 @@ from modeling_prismer import (
     PrismerForConditionalGeneration,
     PrismerImageProcessor,
     keep_freed_memory,
+    optimize_for_cpu,
 )
 
 
@@ -104,8 +105,10 @@ def make_model(
 ) -> PrismerForConditionalGeneration:
     """In evaluation mode, in the setup's size and type unless others are asked for."""
     config = make_config(setup, image_size or setup.image_size)
-    model = AutoModelForImageTextToText.from_config(config, dtype=dtype or setup.torch_dtype)
-    return model.to(setup.torch_device).eval()
+    dtype = dtype or setup.torch_dtype
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype).to(setup.torch_device).eval()
+    is_on_cpu = setup.torch_device.type == "cpu" and dtype == torch.float32
+    return optimize_for_cpu(model) if is_on_cpu else model
 
 
 def image_inputs(model: PrismerForConditionalGeneration, images: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache
 
-from modeling_prismer.modeling_prismer import CACHE_NAME, PrismerForConditionalGeneration
+from modeling_prismer.cache import CACHE_NAME
+from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
 
 from .output_folder import check_output_dir, written_whole
 

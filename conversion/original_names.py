@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from modeling_prismer.backbones import ROBERTA_EMBEDDING_NAMES, ROBERTA_LAYER_NAMES
 from modeling_prismer.configuration_prismer import PrismerConfig
-from modeling_prismer.modeling_prismer import ROBERTA_EMBEDDING_NAMES, ROBERTA_LAYER_NAMES
 
 
 class Source(NamedTuple):

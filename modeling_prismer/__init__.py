@@ -22,6 +22,7 @@ __all__ = [
     "PrismerVisionConfig",
     "PrismerVisionModel",
     "keep_freed_memory",
+    "optimize_for_cpu",
     "pretrained_path",
     "register_for_auto_class",
     "sample_image",

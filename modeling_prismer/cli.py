@@ -147,11 +147,12 @@ def _load_processor(model: str | None, device: str) -> Any:
 def _load_network(model: str | None, device: str) -> Any:
     import torch
 
-    from modeling_prismer import PrismerForConditionalGeneration
+    from modeling_prismer import PrismerForConditionalGeneration, optimize_for_cpu
 
     # Half precision on a CPU is slower than float32.
     dtype = torch.float32 if device == "cpu" else "auto"
-    return PrismerForConditionalGeneration.from_pretrained(_path(model), dtype=dtype).to(device).eval()
+    network = PrismerForConditionalGeneration.from_pretrained(_path(model), dtype=dtype).to(device).eval()
+    return optimize_for_cpu(network) if device == "cpu" else network
 
 
 def _encode(network: Any, inputs: Any, model: str | None) -> Any:

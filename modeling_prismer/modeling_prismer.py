@@ -1,16 +1,15 @@
 """
 The Prismer network (arXiv 2303.02506): an image, and the maps that frozen experts made of it, to text.
 
-The file reads from the smallest module to the model: attention and adaptor, the experts' stems, the resampler, the
-vision encoder, the text decoder, and the two put together with their loss, generation and ranking.
+The file reads from the smallest module to the model: adaptor, vision encoder, text decoder, and the two put together
+with loss and generation. Attention and MLP are in layers.py, the experts' stems and the resampler in expert_stems.py,
+ranking in ranking.py, and building from CLIP and RoBERTa in backbones.py.
 """
 
 import copy
-import difflib
 import functools
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,122 +18,46 @@ import torch
 from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig, RobertaForMaskedLM, RobertaPreTrainedModel
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import torch_compilable_check
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapter_targets import register_adapter_targets
-from .configuration_prismer import (
-    PUBLISHED_EXPERTS,
-    RESERVED_NAMES,
-    PrismerConfig,
-    PrismerTextConfig,
-    PrismerVisionConfig,
-    update_classes,
+from .backbones import build_from_backbones
+from .cache import CACHE_NAME, accept_past_key_values
+from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig, update_classes
+from .expert_stems import (
+    PrismerExpertStem,
+    PrismerResampler,
+    init_expert_weights,
+    is_expert_input,
+    look_up,
+    require_kind,
+    seems_expert_input,
 )
+from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
+from .loss import sample_losses
+from .ranking import RankingMixin
 
 
 logger = logging.get_logger(__name__)
 
-# transformers 5.24 renamed `past_key_values` to `cache`. This keeps 5.23 working, whose `generate` and peft pass and
-# expect the old name; without a warning there, as it is the right one.
-CACHE_NAME = (
-    "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
-)
-accept_past_key_values = deprecate_kwarg(
-    "past_key_values", "5.40.0" if CACHE_NAME == "cache" else "5.23.0", new_name="cache"
-)
-
-register_adapter_targets()  # here, so that a saved folder that brings its code has them too
-
 ModelType = TypeVar("ModelType", bound="PrismerPreTrainedModel")
-BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
-
-MAX_IDS = 1 << 15  # a map of ids is of uint8 or int16
-
-# What an expert may hand over: its tensors are named `<expert>_<suffix>`.
-EXPERT_INPUT_SUFFIXES = ("values", "ids", "classes", "features", "rows")
-_LIBRARY_VALUES = ("pixel", "input", "past", "future", "target", "audio", "video")  # `pixel_values` and the like
-
-# Names in a RoBERTa of transformers -> names in this decoder. The conversion of published checkpoints reads it too.
-ROBERTA_EMBEDDING_NAMES = {
-    "word_embeddings": "word_embeddings",
-    "position_embeddings": "position_embeddings",
-    "token_type_embeddings": "token_type_embeddings",
-    "LayerNorm": "layer_norm",
-}
-ROBERTA_LAYER_NAMES = {
-    "attention.self.query": "self_attn.q_proj",
-    "attention.self.key": "self_attn.k_proj",
-    "attention.self.value": "self_attn.v_proj",
-    "attention.output.dense": "self_attn.out_proj",
-    "attention.output.LayerNorm": "self_attn_layer_norm",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "output.LayerNorm": "mlp_layer_norm",
-}
-CLIP_LAYER_NAMES = (  # the same in both
-    "layer_norm1",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "layer_norm2",
-    "mlp.fc1",
-    "mlp.fc2",
-)
-
-# The fields of a CLIP vision tower's and a RoBERTa's configuration that `from_backbones` takes over.
-_CLIP_FIELDS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size"),
-    *("patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range"),
-)
-_ROBERTA_FIELDS = (
-    *("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob"),
-    *("attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"),
-)
-
-
-def is_expert_input(key: str, experts: list[str]) -> bool:
-    """Whether `key` names a tensor of one of these experts, `<expert>_<suffix>`."""
-    name, _, suffix = key.rpartition("_")
-    return name in experts and suffix in EXPERT_INPUT_SUFFIXES
-
-
-def seems_expert_input(key: str, experts: list[str]) -> bool:
-    """
-    Whether `key` was meant for an expert that the configuration lacks: a published one, one that is misspelt, or a
-    name with a suffix that only experts use. Other inputs of models in transformers pass.
-    """
-    name, _, suffix = key.rpartition("_")
-    if not name or suffix not in EXPERT_INPUT_SUFFIXES or name in experts or name in RESERVED_NAMES:
-        return False
-    if suffix == "values":
-        return name.rpartition("_")[2] not in _LIBRARY_VALUES
-    published = [expert["name"] for expert in PUBLISHED_EXPERTS]
-    return (
-        suffix in ("classes", "rows")
-        or name in published
-        or bool(difflib.get_close_matches(name, [*experts, *published], n=1, cutoff=0.8))
-    )
 
 
 class ImageOutputs:
@@ -218,309 +141,6 @@ class PrismerCausalLMOutput(CausalLMOutputWithCrossAttentions, ImageOutputs):
     encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-@dataclass
-class PrismerRankingOutput(ModelOutput):
-    """
-    What [`PrismerForConditionalGeneration.rank_candidates`] returns.
-
-    Args:
-        scores (`torch.FloatTensor` of shape `(batch_size, k)`):
-            Mean log-probability of each candidate's tokens (label-smoothed), best first.
-        indices (`torch.LongTensor` of shape `(batch_size, k)`):
-            Which candidates these are.
-
-    Example:
-
-    ```python
-    >>> inputs = processor(images=image, text="What shape is in the image?")
-    >>> ranking = model.rank_candidates(**processor.prepare_candidates(["circle", "triangle"]), k=2, **inputs)
-    >>> ranking.scores.shape, ranking.indices.tolist()
-    (torch.Size([1, 2]), [[1, 0]])
-    ```
-    """
-
-    scores: torch.FloatTensor | None = None
-    indices: torch.LongTensor | None = None
-
-
-class PrismerLayerNorm(nn.LayerNorm):
-    """LayerNorm computed in float32 and cast back, whatever the type of the weights."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype == torch.float32 == self.weight.dtype:
-            return super().forward(hidden_states)
-        normed = F.layer_norm(
-            hidden_states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
-        return normed.to(hidden_states.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
-    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
-    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
-    return attn_output, attn_weights
-
-
-class PrismerAttention(nn.Module):
-    """
-    Multi-head attention of `hidden_states` over themselves or over other states of width `key_value_size`.
-
-    Those are given as `states`, or projected already as `keys_values`. They may have fewer rows than the queries, one
-    for each image: rows that follow each other (the beams, candidates or questions of one image) then share theirs.
-    """
-
-    def __init__(
-        self,
-        config: PrismerVisionConfig | PrismerTextConfig,
-        num_heads: int,
-        dropout: float = 0.0,
-        key_value_size: int | None = None,
-        is_causal: bool = False,
-        layer_idx: int | None = None,
-    ):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // num_heads
-        self.scaling = self.head_dim**-0.5
-        self.dropout = dropout
-        self.is_causal = is_causal
-        self.layer_idx = layer_idx
-        key_value_size = key_value_size or config.hidden_size
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(key_value_size, config.hidden_size)
-        self.v_proj = nn.Linear(key_value_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (batch, heads, length, head_dim)
-
-    def project_keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.split_heads(_project(self.k_proj, states)), self.split_heads(_project(self.v_proj, states))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: Cache | None = None,
-        states: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows, length, _ = hidden_states.shape
-        if keys_values is None and states is not None and self.need_no_keys(hidden_states, states):
-            return self.attend_without_keys(hidden_states, states, attention_mask), None
-        query = self.split_heads(_project(self.q_proj, hidden_states))
-        if keys_values is None:
-            keys_values = self.project_keys_values(hidden_states if states is None else states)
-        key, value = keys_values
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-
-        images = key.shape[0]
-        if images != rows:  # queries of one image side by side: (images, heads, rows_per_image * length, head_dim)
-            query = query.unflatten(0, (images, -1)).transpose(1, 2).flatten(2, 3)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        attn_output = _project(self.out_proj, attn_output.reshape(rows, length, -1))
-        if attn_weights is not None and images != rows:
-            attn_weights = attn_weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-        return attn_output, attn_weights
-
-    def need_no_keys(self, hidden_states: torch.Tensor, states: torch.Tensor) -> bool:
-        """
-        Whether `attend_without_keys` gives the same for less: on a CPU, where no attention kernel saves as much, and
-        where an image has fewer queries than a head has elements.
-        """
-        return (
-            not torch.compiler.is_exporting()  # for any number of queries
-            and self.config._attn_implementation == "sdpa"
-            and _are_plain_on_cpu(states, self.k_proj, self.v_proj)
-            and hidden_states.shape[:2].numel() // states.shape[0] < self.head_dim
-        )
-
-    def attend_without_keys(
-        self, hidden_states: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """
-        Attention to states that are many by queries that are few, without making keys and values of all states: with
-        `k = W_k s + b_k`, the score `q·k` is `(W_kᵀ q)·s + q·b_k`, and the sum of values is `W_v` times that of
-        states. As DeepSeek-V2 takes projections into its queries (arXiv 2405.04434, 2.1.2).
-
-        Args:
-            hidden_states (`torch.FloatTensor` of shape `(rows, length, hidden_size)`)
-            states (`torch.FloatTensor` of shape `(images, num_states, key_value_size)`)
-            attention_mask (`torch.Tensor` of shape `(images, 1, queries, num_states)`, *optional*): for `sdpa`.
-
-        Returns:
-            `torch.FloatTensor` of shape `(rows, length, hidden_size)`.
-        """
-        query = (_project(self.q_proj, hidden_states) * self.scaling).view(
-            states.shape[0], -1, self.config.hidden_size
-        )
-        query = self.split_heads(query)  # (images, heads, queries, head_dim)
-        heads, queries = query.shape[1:3]
-        key_weight, key_bias, value_weight, value_bias = (
-            weight.unflatten(0, (heads, -1))
-            for projection in (self.k_proj, self.v_proj)
-            for weight in (projection.weight, projection.bias)
-        )
-        bias = torch.einsum("bhqd,hd->bhq", query, key_bias).flatten(1)[..., None]
-        query = torch.einsum("bhqd,hdc->bhqc", query, key_weight).flatten(1, 2)
-        scores = torch.baddbmm(bias, query, states.transpose(1, 2))  # (images, heads * queries, num_states)
-        if attention_mask is not None:
-            scores = scores.unflatten(1, (heads, queries))
-            if attention_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attention_mask, -torch.inf).flatten(1, 2)
-            else:
-                scores = (scores + attention_mask).flatten(1, 2)
-        weights = F.dropout(F.softmax(scores, dim=-1), p=self.dropout, training=self.training)
-        output = torch.einsum("bhqc,hdc->bqhd", (weights @ states).unflatten(1, (heads, queries)), value_weight)
-        total = weights.sum(dim=-1).unflatten(1, (heads, queries)).transpose(1, 2)[..., None]  # not 1 after dropout
-        return _project(self.out_proj, (output + total * value_bias).reshape(hidden_states.shape))
-
-
-# oneDNN's linear layer, which torch.compile calls on a CPU; `None` in a build of torch without oneDNN, or without MKL.
-_onednn_linear: Any = None
-if torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
-    _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-def _project(projection: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """
-    `projection(hidden_states)`, in inference in float32 on a CPU by oneDNN. A linear layer of torch is MKL's product
-    there, which reads weights slowly where rows are few, as in a caption; on AMD's processors it is the slower one of
-    any number of rows.
-    """
-    if _onednn_takes(hidden_states, projection):
-        return _onednn_linear(hidden_states, projection.weight, projection.bias, "none", [], "")
-    return projection(hidden_states)
-
-
-def _onednn_takes(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
-    """
-    Whether oneDNN is to do what these modules do. In training not even without gradients: gradient checkpointing does
-    the same once more with them.
-    """
-    return (
-        _onednn_linear is not None
-        and _is_eager_cpu_inference(hidden_states)
-        and not any(module.training for module in modules)
-        and _are_plain_on_cpu(hidden_states, *modules)
-    )
-
-
-def _is_eager_cpu_inference(hidden_states: torch.Tensor) -> bool:
-    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _are_plain_on_cpu(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
-    """
-    Whether these modules, called with float32 on a CPU, do what their classes and weights say and no more: no
-    autocast, adapter, hook or other storage. Only then may their weights be used without calling them.
-    """
-    return (
-        hidden_states.device.type == "cpu"
-        and hidden_states.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and all(
-            type(module) in (nn.Linear, PrismerQuickGELU)
-            and all(type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in module.parameters())
-            for module in modules
-        )
-        and not _are_observed(*modules)
-    )
-
-
-def _are_observed(*modules: nn.Module) -> bool:
-    """Whether a hook sees calls of one of these modules, or something replaced its `forward`."""
-    return _has_any_global_hook() or any(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        for module in modules
-    )
-
-
-class PrismerQuickGELU(nn.Module):
-    """`x · sigmoid(1.702 x)` as `silu(1.702 x) / 1.702`, which makes fewer temporaries."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.silu(hidden_states * 1.702, inplace=not torch.is_grad_enabled()).div_(1.702)
-
-
-class PrismerSquaredReLU(nn.Module):
-    """`relu(x)²`"""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = F.relu(hidden_states)
-        return hidden_states.square() if torch.is_grad_enabled() else hidden_states.square_()
-
-
-def _activation(name: str) -> nn.Module:
-    lean = {"quick_gelu": PrismerQuickGELU, "relu2": PrismerSquaredReLU}
-    return lean[name]() if name in lean else ACT2FN[name]
-
-
-class PrismerMLP(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.activation = _activation(hidden_act)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if _may_take_rows_apart(hidden_states, self.fc1, self.activation, self.fc2):
-            return torch.cat([self.forward_rows(row) for row in hidden_states.split(1)])
-        return self.forward_rows(hidden_states)
-
-    def forward_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if type(self.activation) is PrismerQuickGELU and _onednn_takes(
-            hidden_states, self.fc1, self.activation, self.fc2
-        ):
-            # oneDNN's swish is `x · sigmoid(x)`: QuickGELU's scale goes into what is narrow.
-            inner = _onednn_linear(hidden_states * 1.702, self.fc1.weight, self.fc1.bias * 1.702, "swish", [], "")
-            output = _onednn_linear(inner, self.fc2.weight, None, "none", [], "")
-            return torch.add(self.fc2.bias, output, alpha=1 / 1.702, out=output)
-        return _project(self.fc2, self.activation(_project(self.fc1, hidden_states)))
-
-
-def _may_take_rows_apart(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
-    """Long rows on a CPU, one at a time: what is between two layers stays in the cache. Hooks see all rows at once."""
-    return (
-        _is_eager_cpu_inference(hidden_states)
-        and len(hidden_states) > 1
-        and hidden_states.shape[1] >= 256
-        and not _are_observed(*(part for module in modules for part in module.modules()))
-    )
-
-
 class PrismerAdaptor(nn.Module):
     """
     The small trained bottleneck inside a frozen layer: `up(relu(down(x))²)` with a residual connection. The vision
@@ -531,274 +151,14 @@ class PrismerAdaptor(nn.Module):
         super().__init__()
         self.norm_first = norm_first
         self.down_proj = nn.Linear(hidden_size, hidden_size)
-        self.activation = _activation("relu2")
+        self.activation = ACT2FN["relu2"]
         self.up_proj = nn.Linear(hidden_size, hidden_size)
         self.layer_norm = PrismerLayerNorm(hidden_size, eps=layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = self.layer_norm(hidden_states) if self.norm_first else hidden_states
-        hidden_states = hidden_states + _project(self.up_proj, self.activation(_project(self.down_proj, inner)))
+        hidden_states = hidden_states + self.up_proj(self.activation(self.down_proj(inner)))
         return hidden_states if self.norm_first else self.layer_norm(hidden_states)
-
-
-class PrismerExpertStem(nn.Module):
-    """
-    Turns an expert's map into tokens on a grid: a bilinear resize, four 3×3 convolutions each followed by BatchNorm
-    and ReLU, and a 1×1 convolution. Maps of ids are painted with features on the way, without ever making the painted
-    map at full size.
-    """
-
-    def __init__(self, config: PrismerVisionConfig, expert: dict):
-        super().__init__()
-        width = config.hidden_size
-        self.name = expert["name"]
-        self.channels = expert["channels"]
-        self.num_instance_embeddings = config.num_instance_embeddings if expert.get("instances") else 0
-        is_label = expert["kind"] == "label"
-        # After this resize, strides of 16 (dense) or 4 (label) in all lead to the grid of the image's patches.
-        self.scale_factor = (4 if is_label else 16) / config.patch_size
-        strides = (2, 2, 1, 1) if is_label else (2, 2, 2, 2)
-        sizes = (self.channels, width // 8, width // 4, width // 2, width)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(sizes[i], sizes[i + 1], kernel_size=3, stride=strides[i], padding=1, bias=False)
-            for i in range(4)
-        )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(size, eps=1e-5) for size in sizes[1:])
-        self.projection = nn.Conv2d(width, width, kernel_size=1, bias=False)
-        if is_label:
-            # One row a class, and the background's as the last.
-            features = self.initial_class_features((expert.get("num_classes") or 0) + 1)
-            self.class_features = nn.Buffer(torch.empty(features.shape).copy_(features))
-        if self.num_instance_embeddings:
-            self.instance_embedding = nn.Parameter(torch.empty(self.num_instance_embeddings, width))
-
-    def initial_class_features(self, num_rows: int) -> torch.Tensor:
-        """
-        What ids are painted with until `set_class_features` brings features that mean something: random, but always
-        the same, as for every buffer, which can then be made anew after the model was on the meta device.
-        """
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(num_rows, self.channels, generator=generator, device="cpu") * self.channels**-0.5
-
-    def feature_table(
-        self, classes: torch.Tensor | None, features: torch.Tensor | None, batch_size: int
-    ) -> torch.Tensor:
-        """
-        What each id of a map stands for: `(batch_size or 1, number of ids + 1, channels)`, background last. A class
-        that the model has no feature for is background as well.
-        """
-        background, num_classes = self.class_features[-1], self.class_features.shape[0] - 1
-        if features is not None and (features.ndim != 3 or features.shape[2] != self.channels):
-            raise ValueError(
-                f"{self.name}_features has the shape {tuple(features.shape)}; (batch, number of ids, {self.channels}) "
-                "is needed"
-            )
-        if classes is not None and classes.ndim != 2:
-            raise ValueError(f"{self.name}_classes has the shape {tuple(classes.shape)}; (batch, instances) is needed")
-        if features is None and not num_classes:
-            raise ValueError(
-                f"{self.name}_ids given, but neither a table of class features in the model (`set_class_features`), "
-                f"nor {self.name}_features with the sample; dense {self.name}_values would do as well"
-            )
-        if features is None:
-            if classes is None:
-                if self.num_instance_embeddings:
-                    raise ValueError(
-                        f"{self.name}_ids count instances; their classes are needed as {self.name}_classes"
-                    )
-                return self.class_features[None]
-            _require_kind(classes, f"{self.name}_classes", is_float=False)
-            classes = classes.long()
-            known = (classes >= 0) & (classes < num_classes)
-            features = self.class_features[torch.where(known, classes, num_classes)]
-        _require_kind(features, f"{self.name}_features", is_float=True)
-        features = features.to(background)
-        return torch.cat([features, background.expand(batch_size, 1, -1)], dim=1)
-
-    def paint(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """
-        The features of `ids` `(batch, height, width)` from `table` `(batch or 1, ids + 1, channels)`, resized
-        bilinearly (`align_corners=True`) by gathering the four taps of each output pixel: `(batch, channels, h, w)`.
-        The background's feature stands for every id that has no row.
-        """
-        batch, height, width = ids.shape
-        out_height, out_width = (max(1, math.floor(size * self.scale_factor)) for size in (height, width))
-        num_ids = table.shape[1] - 1
-        if table.shape[0] > 1:
-            row_offset = torch.arange(batch, device=ids.device)[:, None, None] * (num_ids + 1)
-        else:
-            row_offset = 0
-        table = table.flatten(0, 1)
-
-        def gather(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            tap = _read_ids(ids[:, rows][:, :, columns])
-            tap = torch.where((tap == BACKGROUND) | (tap >= num_ids), num_ids, tap)
-            return F.embedding(tap + row_offset, table)  # (batch, out_height, out_width, channels)
-
-        if (out_height, out_width) == (height, width):
-            rows, columns = (torch.arange(size, device=ids.device) for size in (height, width))
-            return gather(rows, columns).permute(0, 3, 1, 2)
-        top, bottom, row_weight = _linear_taps(height, out_height, ids.device)
-        left, right, column_weight = _linear_taps(width, out_width, ids.device)
-        row_weight, column_weight = row_weight[:, None, None].to(table), column_weight[:, None].to(table)
-        upper = torch.lerp(gather(top, left), gather(top, right), column_weight)
-        lower = torch.lerp(gather(bottom, left), gather(bottom, right), column_weight)
-        return torch.lerp(upper, lower, row_weight).permute(0, 3, 1, 2)
-
-    def instance_rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Which row of the instance embedding each id takes: see `detection_rows` of [`PrismerModel.forward`]."""
-        ids = _read_ids(ids)
-        if self.training:
-            row_of_value = torch.randint(self.num_instance_embeddings, (MAX_IDS,), device=ids.device)
-            return row_of_value[ids]
-        background_row = self.num_instance_embeddings - 1
-        return torch.where(ids == BACKGROUND, background_row, ids % background_row)
-
-    def embed_instances(self, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """`rows` `(batch, height, width)`, brought to the token grid by the floor rule of `"nearest"`, embedded."""
-        taps = []
-        for size, out_size in zip(rows.shape[1:], grid):
-            positions = torch.arange(size, dtype=torch.float32, device=rows.device)
-            taps.append(F.interpolate(positions[None, None], size=out_size, mode="nearest")[0, 0].long())
-        rows = rows[:, taps[0]][:, :, taps[1]].long()
-        table = self.instance_embedding
-        return _look_up(lambda rows: F.embedding(rows, table), rows, f"{self.name}_rows", len(table))
-
-    def forward(
-        self,
-        values: torch.Tensor | None = None,
-        ids: torch.Tensor | None = None,
-        classes: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Shapes as in [`PrismerModel.forward`]. Returns tokens on their grid: `(batch, width, height, width)`."""
-        dtype = self.projection.weight.dtype
-        if ids is not None and not hasattr(self, "class_features"):
-            raise ValueError(f"{self.name}_ids given; the dense expert '{self.name}' takes {self.name}_values")
-        if values is not None:
-            if values.ndim != 4 or values.shape[1] != self.channels:
-                raise ValueError(
-                    f"{self.name}_values has the shape {tuple(values.shape)}; "
-                    f"the config's expert '{self.name}' needs (batch, {self.channels}, height, width)"
-                )
-            _require_kind(values, f"{self.name}_values", is_float=True)
-            hidden_states = values.to(dtype)
-            if self.scale_factor != 1:
-                hidden_states = F.interpolate(
-                    hidden_states, scale_factor=self.scale_factor, mode="bilinear", align_corners=True
-                )
-        elif ids is None:
-            raise ValueError(f"neither {self.name}_values nor {self.name}_ids given")
-        else:
-            if ids.ndim != 3:
-                raise ValueError(f"{self.name}_ids has the shape {tuple(ids.shape)}; (batch, height, width) is needed")
-            _require_kind(ids, f"{self.name}_ids", is_float=False)
-            hidden_states = self.paint(ids, self.feature_table(classes, features, ids.shape[0])).to(dtype)
-        for conv, norm in zip(self.convs, self.norms):
-            if not norm.weight.requires_grad:
-                norm.eval()  # a frozen stem keeps its statistics: an adapter, such as LoRA, is saved without them
-            hidden_states = F.relu(norm(conv(hidden_states)))
-        hidden_states = self.projection(hidden_states)
-        if self.num_instance_embeddings and (rows is not None or ids is not None):
-            if rows is None:
-                rows = self.instance_rows(ids)
-            _require_kind(rows, f"{self.name}_rows", is_float=False)
-            embeddings = self.embed_instances(rows, hidden_states.shape[2:])
-            hidden_states = hidden_states + embeddings.permute(0, 3, 1, 2)
-        return hidden_states
-
-
-def _require_kind(tensor: torch.Tensor, name: str, is_float: bool) -> None:
-    if tensor.is_floating_point() != is_float or tensor.is_complex():
-        needed = "floating point numbers are" if is_float else "an integer type is"
-        raise ValueError(f"{name} is of the type {tensor.dtype}; {needed} needed")
-
-
-def _read_ids(ids: torch.Tensor) -> torch.Tensor:
-    """Ids of any integer type as int64: `BACKGROUND` stands for all that are negative or beyond what a map holds."""
-    ids = ids.long()
-    return torch.where((ids < 0) | (ids >= MAX_IDS), BACKGROUND, ids)
-
-
-def _look_up(embed: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, name: str, number: int) -> torch.Tensor:
-    """`embed(ids)`, with an error that says what is wrong; a GPU fails with an assertion of its own."""
-    try:
-        return embed(ids)
-    except IndexError as error:
-        raise ValueError(
-            f"{name} has values from {ids.min()} to {ids.max()}; 0 to {number - 1} is accepted"
-        ) from error
-
-
-def _linear_taps(size: int, out_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The two source indices and the weight of the second for each output of a linear resize with aligned corners."""
-    scale = (size - 1) / (out_size - 1) if out_size > 1 else 0.0
-    source = torch.arange(out_size, dtype=torch.float32, device=device) * scale
-    first = source.long().clamp(max=size - 1)
-    return first, (first + 1).clamp(max=size - 1), source - first
-
-
-class PrismerResamplerLayer(GradientCheckpointingLayer):
-    def __init__(self, config: PrismerVisionConfig):
-        super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.latents_layer_norm = PrismerLayerNorm(width, eps=eps)
-        self.tokens_layer_norm = PrismerLayerNorm(width, eps=eps)
-        self.latent_attn = PrismerAttention(config, config.resampler_attention_heads, config.attention_dropout)
-        self.mlp_layer_norm = PrismerLayerNorm(width, eps=eps)
-        self.mlp = PrismerMLP(width, 4 * width, "relu2")
-
-    def forward(
-        self,
-        latents: torch.Tensor,
-        tokens: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        normed_latents = self.latents_layer_norm(latents)
-        # The latents are the last keys: flash attention takes the end of the keys' mask for that of the queries.
-        states = torch.cat([self.tokens_layer_norm(tokens), normed_latents], dim=1)
-        attn_output, _ = self.latent_attn(normed_latents, attention_mask=attention_mask, states=states, **kwargs)
-        latents = latents + attn_output
-        return latents + self.mlp(self.mlp_layer_norm(latents))
-
-
-class PrismerResampler(nn.Module):
-    """Condenses the tokens of all experts, however many there are, to a fixed number of latents."""
-
-    def __init__(self, config: PrismerVisionConfig):
-        super().__init__()
-        self.config = config
-        self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
-        self.layers = nn.ModuleList(PrismerResamplerLayer(config) for _ in range(config.resampler_layers))
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        token_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """
-        Args:
-            tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): zero where masked.
-            token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*): which tokens there are.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, num_latents, width)`.
-        """
-        latents = self.latents.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-        attention_mask = None
-        if token_mask is not None:
-            attention_mask = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=latents,
-                attention_mask=F.pad(token_mask, (0, latents.shape[1]), value=True),
-                encoder_hidden_states=torch.cat([tokens, latents], dim=1),
-            )
-        for layer in self.layers:
-            latents = layer(latents, tokens, attention_mask=attention_mask, **kwargs)
-        return latents
 
 
 class PrismerVisionLayer(GradientCheckpointingLayer):
@@ -859,42 +219,6 @@ class PrismerVisionEmbeddings(nn.Module):
         return patches.flatten(2).transpose(1, 2) + self.position_embedding  # (batch, patches, width)
 
 
-@torch.no_grad()
-def _init_vision_weights(module: nn.Module) -> None:
-    """CLIP's initialisation; adaptors start as the identity, stems keep the variance of their input."""
-    if isinstance(module, PrismerVisionEmbeddings):
-        init.normal_(module.patch_embedding.weight, std=0.02)
-        init.normal_(module.position_embedding, std=0.02)
-    elif isinstance(module, PrismerExpertStem):
-        for conv in module.convs:
-            init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        # What is the same of all channels after their ReLU is the same everywhere and in every picture: it cancels.
-        weight = module.projection.weight
-        init.normal_(weight, std=module.projection.in_channels**-0.5)
-        init.copy_(weight, weight - weight.mean(1, keepdim=True))
-        if hasattr(module, "class_features"):
-            init.copy_(module.class_features, module.initial_class_features(len(module.class_features)))
-        if module.num_instance_embeddings:
-            init.normal_(module.instance_embedding, std=0.02)
-    elif isinstance(module, PrismerResampler):
-        init.normal_(module.latents, std=module.latents.shape[-1] ** -0.5)
-    elif isinstance(module, (PrismerResamplerLayer, PrismerVisionLayer)):
-        attention = getattr(module, "self_attn", None) or module.latent_attn
-        depth = attention.config.num_hidden_layers
-        if isinstance(module, PrismerResamplerLayer):
-            depth = attention.config.resampler_layers
-        width = attention.config.hidden_size
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, module.mlp.fc2):
-            init.normal_(projection.weight, std=(width * 2 * depth) ** -0.5)
-        if isinstance(module, PrismerResamplerLayer):
-            # Scores with a spread of 2: each latent starts on tokens of its own. All on the mean of all tokens would
-            # hand on next to nothing of what differs between pictures.
-            for projection in (attention.q_proj, attention.k_proj):
-                init.normal_(projection.weight, std=(2 / width) ** 0.5)
-        init.normal_(attention.out_proj.weight, std=width**-0.5)
-        init.normal_(module.mlp.fc1.weight, std=(2 * width) ** -0.5)
-
-
 class PrismerPreTrainedModel(PreTrainedModel):
     """
     What all models of Prismer have in common: how weights start and load, and the resolution.
@@ -930,6 +254,10 @@ class PrismerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        register_adapter_targets()
+
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         # Without the flag for code from outside transformers, which skips every module that has no weight of its own,
         # such as an adaptor. It protects from code that overwrites loaded weights; what is used here never does.
@@ -938,9 +266,14 @@ class PrismerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        _init_vision_weights(module)
-        if isinstance(module, PrismerAdaptor):
-            init.zeros_(module.up_proj.weight)
+        init_expert_weights(module)
+        if isinstance(module, PrismerVisionEmbeddings):
+            init.normal_(module.patch_embedding.weight, std=0.02)
+            init.normal_(module.position_embedding, std=0.02)
+        elif isinstance(module, PrismerVisionLayer):
+            init_layer_weights(module.self_attn, module.mlp, module.self_attn.config.num_hidden_layers)
+        elif isinstance(module, PrismerAdaptor):
+            init.zeros_(module.up_proj.weight)  # an adaptor starts as the identity
 
     @torch.no_grad()
     def resize_position_embeddings(self, image_size: int) -> "PrismerPreTrainedModel":
@@ -1370,7 +703,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
         if inputs_embeds is None:
-            inputs_embeds = _look_up(self.embeddings.word_embeddings, input_ids, "input_ids", self.config.vocab_size)
+            inputs_embeds = look_up(self.embeddings.word_embeddings, input_ids, "input_ids", self.config.vocab_size)
         rows, length = inputs_embeds.shape[:2]
         if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
             raise ValueError(
@@ -1645,33 +978,11 @@ class PrismerLMHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.layer_norm(self.activation(_project(self.dense, hidden_states)))
-        return _project(self.decoder, hidden_states)
+        hidden_states = self.layer_norm(self.activation(self.dense(hidden_states)))
+        return self.decoder(hidden_states)
 
 
-def sample_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """
-    Cross-entropy with label smoothing, summed over the tokens of each sample.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(batch_size, length, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(batch_size, length)`): what each position should predict; -100 counts
-            for nothing.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch_size,)`, in float32.
-    """
-    losses = F.cross_entropy(
-        logits.float().flatten(0, 1),
-        labels.to(logits.device).flatten(),
-        ignore_index=-100,
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )
-    return losses.view(labels.shape).sum(dim=-1)
-
-
-class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
+class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, GenerationMixin):
     """
     Prismer with its language modelling head: captions, answers, and ranking of given answers.
 
@@ -1916,163 +1227,6 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             generator.assistant_kwargs["encoder_outputs"] = assistant_model.get_image_features(**images)
         return generator
 
-    @torch.no_grad()
-    def rank_candidates(
-        self,
-        candidate_ids: torch.Tensor,
-        candidate_mask: torch.Tensor,
-        k: int,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_outputs: ModelOutput | None = None,
-        chunk_size: int = 128,
-        **image_inputs: Any,
-    ) -> PrismerRankingOutput:
-        r"""
-        Ranks given answers (or class names) for each image, as the paper does for VQA (k=16) and classification
-        (k=32): the `k` candidates whose first token is most probable are scored by the mean log-probability of their
-        tokens. The prompt is run once, and all candidates share its cache.
-
-        Args:
-            candidate_ids (`torch.LongTensor` of shape `(num_candidates, length)`):
-                The candidates, each closed by `</s>`, padded on the right; `processor.prepare_candidates` makes them.
-            candidate_mask (`torch.Tensor` of shape `(num_candidates, length)`):
-                0 for padding.
-            k (`int`):
-                How many candidates to score for each row; more than there are is taken as all.
-            input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
-                The prompts, padded on either side.
-            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
-                0 for padding; left out, what is not `pad_token_id` counts.
-            encoder_outputs (`ModelOutput`, *optional*):
-                Images encoded before; else the image inputs of [`PrismerModel.forward`] are given.
-            chunk_size (`int`, *optional*, defaults to 128):
-                How many candidates are run at a time (over all rows), which bounds the memory.
-
-        Returns:
-            [`PrismerRankingOutput`] with `scores` and `indices` of shape `(batch_size, k)`, best first.
-
-        Raises:
-            ValueError: if `k` or `chunk_size` is below 1, if there are no candidates, or they have not one mask entry
-                for each token, or are not padded on the right; if a candidate or a prompt is empty.
-
-        Example:
-
-        ```python
-        >>> inputs = processor(images=image, text="What shape is in the image?")
-        >>> candidates = processor.prepare_candidates(["circle", "rectangle", "triangle"])
-        >>> model.rank_candidates(**candidates, k=2, **inputs).indices[:, 0].tolist()
-        [2]
-        ```
-        """
-        if k < 1 or chunk_size < 1:
-            raise ValueError(f"k={k}, chunk_size={chunk_size}; both must be at least 1")
-        candidate_mask = candidate_mask.bool()
-        if (
-            candidate_ids.shape != candidate_mask.shape
-            or candidate_ids.ndim != 2
-            or not candidate_ids.numel()
-            or not candidate_mask[:, 0].all()
-            or (candidate_mask[:, 1:] & ~candidate_mask[:, :-1]).any()
-        ):
-            raise ValueError(
-                f"candidate_ids {tuple(candidate_ids.shape)} and candidate_mask {tuple(candidate_mask.shape)} must "
-                "both be (num_candidates, length), at least one, padded on the right, and no candidate empty"
-            )
-        rows, prompt_length = input_ids.shape
-        k = min(k, candidate_ids.shape[0])
-        candidate_ids, candidate_mask = candidate_ids.to(input_ids.device), candidate_mask.to(input_ids.device)
-        if attention_mask is None:
-            attention_mask = input_ids.ne(self.config.pad_token_id)
-        attention_mask = attention_mask.long()
-        if not attention_mask.any(dim=-1).all():
-            raise ValueError("a row of input_ids is all padding; a prompt has at least one token")
-
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            encoder_outputs=encoder_outputs,
-            use_cache=True,
-            return_dict=True,
-            **image_inputs,
-        )
-        prompt_cache = getattr(outputs, CACHE_NAME)
-        last = (attention_mask * torch.arange(prompt_length, device=input_ids.device)).argmax(dim=-1)
-        first_logits = self.lm_head(outputs.last_hidden_state[torch.arange(rows, device=last.device), last])
-        first_logits = first_logits.to(input_ids.device)
-        first_probs = first_logits.float().softmax(dim=-1)
-        # (rows, k); of equally probable ones, such as those with the same first token, the first
-        chosen = first_probs[:, candidate_ids[:, 0]].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-
-        scores = []
-        for indices in chosen.split(max(1, chunk_size // rows), dim=1):
-            each = indices.shape[1]  # candidates of each row in this chunk
-            ids, mask = candidate_ids[indices.flatten()], candidate_mask[indices.flatten()]
-            lengths = mask.sum(dim=-1)
-            ids, mask = ids[:, : lengths.max()], mask[:, : lengths.max()]  # (rows * each, length)
-            losses = sample_losses(
-                first_logits.repeat_interleave(each, dim=0)[:, None], ids[:, :1], self.config.label_smoothing
-            )
-            if ids.shape[1] > 1:
-                hidden_states = self.model(
-                    input_ids=ids[:, :-1],
-                    attention_mask=torch.cat([attention_mask.repeat_interleave(each, dim=0), mask[:, :-1]], dim=1),
-                    cache=_repeat_cache(prompt_cache, each, self.config.text_config),
-                    use_cache=True,
-                    return_dict=True,
-                ).last_hidden_state.to(input_ids.device)
-                logits = self.lm_head(hidden_states[mask[:, 1:]]).to(input_ids.device)  # (number of tokens, vocab)
-                token_losses = sample_losses(
-                    logits[:, None], ids[:, 1:][mask[:, 1:]][:, None], self.config.label_smoothing
-                )
-                losses = losses + torch.zeros_like(mask[:, 1:], dtype=losses.dtype).masked_scatter(
-                    mask[:, 1:], token_losses
-                ).sum(dim=-1)
-            scores.append((-losses / lengths).view(rows, each))
-        scores, order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True)
-        return PrismerRankingOutput(scores=scores, indices=chosen.gather(1, order))
-
-    def classify(
-        self, processor: Any, images: Any, labels: list[str], text: str | list[str] | None = None, **kwargs: Any
-    ) -> list[list[dict[str, Any]]]:
-        r"""
-        Ranks labels of your own for pictures: zero-shot classification in one call. The experts see the pictures, and
-        each label's score is the mean log-probability of its tokens after the prompt; see `rank_candidates`.
-
-        Args:
-            processor ([`PrismerProcessor`]):
-                Of the same checkpoint.
-            images:
-                One or many pictures: paths, URLs, PIL images, arrays, tensors.
-            labels (`list[str]`):
-                What to choose from.
-            text (`str` or `list[str]`, *optional*):
-                The question, or the beginning of the sentence that a label ends; left out, the prompt of the
-                checkpoint's task. A checkpoint for questions needs one.
-            kwargs:
-                Passed on to the processor, such as `expert_labels` or `task`.
-
-        Returns:
-            `list[list[dict]]`: for each picture (or each question) `{"label": …, "score": …}` of every label, best
-            first.
-
-        Raises:
-            ValueError: as the processor does, and if there are no labels, or an empty one.
-
-        Example:
-
-        ```python
-        >>> ranking = model.classify(processor, image, ["circle", "triangle"], text="What shape is in the image?")
-        >>> [choice["label"] for choice in ranking[0]]
-        ['triangle', 'circle']
-        ```
-        """
-        inputs = processor(images=images, text=text, return_tensors="pt", **kwargs).to(self.device)
-        task = kwargs.get("task") or processor.task_for(text)
-        candidates = processor.prepare_candidates(labels, task=task).to(self.device)
-        ranking = self.rank_candidates(**candidates, k=len(labels), **inputs)
-        return processor.post_process_ranking(ranking, labels)
-
     @staticmethod
     def _backbone_parameters(model: PrismerModel, vision: bool) -> Iterator[nn.Parameter]:
         """The parameters that come from CLIP's or RoBERTa's layers: all of a layer but what Prismer put into it."""
@@ -2157,7 +1311,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
             )
         for what, tensor in {"features": features, "background": background}.items():
             if tensor is not None:
-                _require_kind(tensor, f"{what} of '{name}'", is_float=True)
+                require_kind(tensor, f"{what} of '{name}'", is_float=True)
                 if not torch.isfinite(tensor.to(old.dtype)).all():
                     raise ValueError(f"{what} of '{name}' has numbers that are not finite in {old.dtype}")
         (expert,) = (expert for expert in self.config.experts if expert["name"] == name)
@@ -2251,88 +1405,7 @@ class PrismerForConditionalGeneration(PrismerPreTrainedModel, GenerationMixin):
         3
         ```
         """
-        if not isinstance(vision, PreTrainedModel):
-            kind = AutoConfig.from_pretrained(vision).model_type
-            if kind not in ("clip", "clip_vision_model"):
-                raise ValueError(f"{vision} holds a model of the type {kind!r}; a CLIP vision tower is needed")
-            vision = CLIPVisionModel.from_pretrained(vision)
-        vision = getattr(vision, "vision_model", vision)
-        if vision.config.model_type != "clip_vision_model":
-            raise ValueError(f"vision is a {type(vision).__name__}; a CLIP vision tower is needed (CLIPVisionModel)")
-        if not isinstance(text, PreTrainedModel):
-            kind = AutoConfig.from_pretrained(text).model_type
-            if kind != "roberta":
-                raise ValueError(f"{text} holds a model of the type {kind!r}; a RoBERTa is needed")
-            text = RobertaForMaskedLM.from_pretrained(text)
-        if not isinstance(text, RobertaPreTrainedModel):
-            raise ValueError(f"text is a {type(text).__name__}; a RoBERTa is needed (RobertaForMaskedLM)")
-
-        clip, roberta = vision.config, text.config
-        config = PrismerConfig(
-            vision_config={field: getattr(clip, field) for field in _CLIP_FIELDS},
-            text_config={field: getattr(roberta, field) for field in _ROBERTA_FIELDS}
-            | {"num_hidden_layers": roberta.num_hidden_layers + 1},
-            experts=experts,
-            **kwargs,
-        )
-        model = cls(config)
-        names = backbone_names(config.vision_config.num_hidden_layers, roberta.num_hidden_layers)
-        source = {f"vision.{name}": tensor for name, tensor in vision.state_dict().items()}
-        text_body = text.roberta if hasattr(text, "roberta") else text
-        source |= {f"text.{name}": tensor for name, tensor in text_body.state_dict().items()}
-        if hasattr(text, "lm_head"):
-            source |= {f"lm_head.{name}": tensor for name, tensor in text.lm_head.state_dict().items()}
-        positions = "vision.embeddings.position_embedding.weight"
-        source[positions] = source[positions][1:]  # the first is the class token's
-
-        target = model.state_dict()
-        with torch.no_grad():
-            for name, source_name in names.items():
-                if source_name in source:
-                    target[name].copy_(source[source_name])
-                elif not source_name.startswith("lm_head."):
-                    raise ValueError(f"the backbone has no weight {source_name!r}, which {name} is to be taken from")
-            for layer in model.model.text_model.layers[:-1]:
-                for norm in (layer.cross_attn_layer_norm, layer.adaptor.layer_norm):
-                    norm.load_state_dict(layer.self_attn_layer_norm.state_dict())
-        if image_size is not None and image_size != config.vision_config.image_size:
-            model.resize_position_embeddings(image_size)
-        return model
-
-
-def backbone_names(vision_layers: int, text_layers: int) -> dict[str, str]:
-    """
-    The weights that `from_backbones` takes over: name in a [`PrismerForConditionalGeneration`] -> name in the CLIP
-    vision tower (`vision.…`), the RoBERTa (`text.…`) or its language modelling head (`lm_head.…`).
-    """
-    vision, text = "model.vision_model.", "model.text_model."
-    modules = {f"{vision}pre_layernorm": "vision.pre_layrnorm", f"{vision}post_layernorm": "vision.post_layernorm"}
-    for i in range(vision_layers):
-        modules |= {f"{vision}layers.{i}.{name}": f"vision.encoder.layers.{i}.{name}" for name in CLIP_LAYER_NAMES}
-    for i in range(text_layers):
-        for source, name in ROBERTA_LAYER_NAMES.items():
-            modules[f"{text}layers.{i}.{name}"] = f"text.encoder.layer.{i}.{source}"
-    modules[f"{text}embeddings.layer_norm"] = "text.embeddings.LayerNorm"
-    modules |= {f"lm_head.{name}": f"lm_head.{name}" for name in ("dense", "layer_norm")}
-    names = {f"{name}.{kind}": f"{source}.{kind}" for name, source in modules.items() for kind in ("weight", "bias")}
-    for source, name in ROBERTA_EMBEDDING_NAMES.items():
-        names[f"{text}embeddings.{name}.weight"] = f"text.embeddings.{source}.weight"
-    names[f"{vision}embeddings.patch_embedding.weight"] = "vision.embeddings.patch_embedding.weight"
-    names[f"{vision}embeddings.position_embedding"] = "vision.embeddings.position_embedding.weight"
-    names["lm_head.decoder.bias"] = "lm_head.bias"
-    return names
-
-
-def _repeat_cache(cache: Cache, repeats: int, config: PrismerTextConfig) -> DynamicCache:
-    """A copy of a prompt's cache with every row repeated; the image's keys and values are shared."""
-    repeated = DynamicCache(config=config)
-    for index, layer in enumerate(cache.layers):
-        repeated.update(
-            layer.keys.repeat_interleave(repeats, dim=0), layer.values.repeat_interleave(repeats, dim=0), index
-        )
-    repeated.encoded = getattr(cache, "encoded", None)
-    repeated.cross_keys_values = getattr(cache, "cross_keys_values", {})
-    return repeated
+        return build_from_backbones(cls, vision, text, experts, image_size, **kwargs)
 
 
 __all__ = [

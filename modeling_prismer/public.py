@@ -3,6 +3,7 @@
 # ruff: noqa: F401
 from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .cpu_inference import optimize_for_cpu
 from .memory import keep_freed_memory
 from .modeling_prismer import (
     PrismerForConditionalGeneration,

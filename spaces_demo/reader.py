@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
-from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, optimize_for_cpu
 from modeling_prismer.familiarity import Familiarity, image_features
 from modeling_prismer.processing.visualization import TITLES
 
@@ -81,6 +81,8 @@ class Reader:
         dtype = torch.float32 if self.device == "cpu" else "auto"
         self.model = PrismerForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="eager")
         self.model.to(self.device).eval()
+        if dtype == torch.float32:
+            optimize_for_cpu(self.model)
         self.familiarity = Familiarity.from_pretrained(path)
         self.descriptions = {entry["name"]: entry for entry in self.processor.image_processor.experts}
         self.tasks = [task for task in self.processor.tasks or [self.processor.task] if task in ("caption", "vqa")]

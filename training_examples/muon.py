@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_prismer.modeling_prismer import PrismerAdaptor, PrismerResampler
+from modeling_prismer.expert_stems import PrismerResampler
+from modeling_prismer.modeling_prismer import PrismerAdaptor
 
 
 FASTER = 3

@@ -36,6 +36,7 @@ from modeling_prismer import (
     PrismerForConditionalGeneration,
     PrismerProcessor,
     keep_freed_memory,
+    optimize_for_cpu,
 )
 from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing import JointAugmentation
@@ -528,6 +529,8 @@ def run(
     processor and model card, `train_results.json`, `eval_results.json` and `predictions.json`.
     """
     training_args = trainer.args
+    if training_args.device.type == "cpu" and not training_args.do_train:
+        optimize_for_cpu(trainer.model)
     if training_args.do_train:
         if training_args.device.type == "cpu":
             keep_freed_memory()

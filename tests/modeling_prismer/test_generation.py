@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling_prismer.modeling_prismer import CACHE_NAME
+from modeling_prismer.cache import CACHE_NAME
 
 from .tiny import TOLERANCE, VOCAB_SIZE, image_inputs, pick, prompts, tiny_config, tiny_model, without
 

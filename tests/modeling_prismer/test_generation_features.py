@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration
-from modeling_prismer.modeling_prismer import CACHE_NAME
+from modeling_prismer.cache import CACHE_NAME
 
 from .test_generation import BEAMS, EOS, GREEDY, PAD, Calls, cross_projections, strip
 from .tiny import (

@@ -31,7 +31,8 @@ from modeling_prismer.processing.image_processing_prismer import PrismerImagePro
 from .tiny import image_inputs, prompts, tiny_model
 
 
-CODE = {"configuration_prismer.py", "modeling_prismer.py", "adapter_targets.py"}
+NETWORK = ("modeling_prismer", "adapter_targets", "backbones", "cache", "expert_stems", "layers", "loss", "ranking")
+CODE = {f"{name}.py" for name in ("configuration_prismer", *NETWORK)}
 PROCESSOR_CODE = {"processing_prismer.py", "image_processing_prismer.py", "image_loading.py", "image_fetching.py"}
 SHAPE = Path(modeling_prismer.__file__).parent / "assets" / "shape.png"
 QUESTION = "What shape is in the image?"

@@ -8,16 +8,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
 from transformers.masking_utils import flash_attention_mask
 
-from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration, PrismerModel, modeling_prismer
-from modeling_prismer.configuration_prismer import PrismerVisionConfig
-from modeling_prismer.modeling_prismer import (
-    CACHE_NAME,
-    PrismerAdaptor,
-    PrismerAttention,
-    PrismerLayerNorm,
-    PrismerMLP,
-    _project,
-)
+from modeling_prismer import PrismerConfig, PrismerForConditionalGeneration, PrismerModel
+from modeling_prismer.cache import CACHE_NAME
+from modeling_prismer.layers import PrismerLayerNorm
+from modeling_prismer.modeling_prismer import PrismerAdaptor
 
 from .tiny import (
     TOLERANCE,
@@ -217,138 +211,7 @@ def test_the_head_scores_many_places_as_it_does_each_alone(model, shape):
     torch.testing.assert_close(logits.flatten(0, 1), alone, **TOLERANCE)
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    """The calls of oneDNN's linear layer."""
-    calls, function = [], modeling_prismer._onednn_linear
-    if function is None:
-        pytest.skip("this torch was built without oneDNN, or without MKL: its own linear layers are taken")
-    monkeypatch.setattr(modeling_prismer, "_onednn_linear", lambda *args: calls.append(args) or function(*args))
-    return calls
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "states",
-    [
-        torch.randn(16),
-        torch.randn(3, 16),
-        torch.randn(2, 1, 3, 16),
-        torch.randn(0, 4, 16),
-        torch.randn(3, 2, 16).transpose(0, 1),
-        torch.randn(2, 3, 32)[..., ::2],
-        torch.randn(1, 1, 16).expand(4, 3, 16),
-    ],
-    ids=lambda states: "×".join(map(str, states.shape)),
-)
-def test_without_gradients_a_linear_layer_is_onednns(onednn, states):
-    layer = torch.nn.Linear(16, 20).eval()
-    torch.testing.assert_close(_project(layer, states), layer(states), **TOLERANCE)
-    layer.bias = None
-    torch.testing.assert_close(_project(layer, states), layer(states), **TOLERANCE)
-    assert len(onednn) == 2
-
-
-def test_a_linear_layer_is_torchs_where_it_is_more_than_a_product_of_float32(onednn):
-    layer, states = torch.nn.Linear(16, 20).eval(), torch.randn(3, 16)
-    assert _project(layer, states).requires_grad
-    with torch.no_grad():
-        assert _project(layer.train(), states).shape == (3, 20)  # gradient checkpointing does it again with gradients
-        layer.eval()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert _project(layer, states).dtype == torch.bfloat16
-        assert _project(copy.deepcopy(layer).bfloat16(), states.bfloat16()).dtype == torch.bfloat16
-        assert _project(copy.deepcopy(layer).double(), states.double()).dtype == torch.float64
-        hooked = copy.deepcopy(layer)
-        hooked.register_forward_hook(lambda module, inputs, output: 0 * output)
-        assert not _project(hooked, states).any()
-        adapted = torch.nn.Sequential(layer, torch.nn.Linear(20, 5))  # such as LoRA puts around one
-        assert _project(adapted, states).shape == (3, 5)
-        torch.nn.utils.parametrizations.weight_norm(layer)  # a weight that is computed
-        torch.testing.assert_close(_project(layer, states), layer(states), **TOLERANCE)
-    assert not onednn
-
-
-@pytest.mark.parametrize("shape", [(2, 5), (2, 300), (7,)])
-def test_a_visions_mlp_says_the_same_without_gradients(shape):
-    mlp, states = PrismerMLP(24, 48, "quick_gelu").eval(), torch.randn(*shape, 24)
-    expected = mlp(states.clone())
-    inner = F.linear(states, mlp.fc1.weight, mlp.fc1.bias)
-    by_definition = F.linear(inner * torch.sigmoid(1.702 * inner), mlp.fc2.weight, mlp.fc2.bias)
-    torch.testing.assert_close(expected, by_definition, **TOLERANCE)
-    with torch.no_grad():
-        torch.testing.assert_close(mlp(states.clone()), expected, **TOLERANCE)
-        for module in (mlp.fc1, mlp.activation, mlp.fc2):
-            seen = []
-            handle = module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(1))
-            torch.testing.assert_close(mlp(states.clone()), expected, **TOLERANCE)
-            assert seen
-            handle.remove()
-
-
 # ---- attention, memory, number types
-
-
-@pytest.fixture
-def few_queries():
-    """An attention of 2 rows of 3 queries to each of 2 images, in heads of 8 elements."""
-    config = PrismerVisionConfig(hidden_size=32, num_attention_heads=4)
-    config._attn_implementation = "sdpa"
-    attention = PrismerAttention(config, num_heads=4, dropout=0.5, key_value_size=40).eval()
-    return attention, torch.randn(4, 3, 32, requires_grad=True), torch.randn(2, 50, 40, requires_grad=True)
-
-
-def results_and_gradients(attention, hidden_states, states, mask):
-    torch.manual_seed(1)
-    output = attention(hidden_states, mask, states=states)[0]
-    (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
-    tensors = {"hidden_states": hidden_states, "states": states, **dict(attention.named_parameters())}
-    gradients = {name: tensor.grad.clone() for name, tensor in tensors.items()}
-    for tensor in tensors.values():
-        tensor.grad = None
-    return output, gradients
-
-
-@pytest.mark.parametrize("mask", ["no mask", "bool", "added"])
-@pytest.mark.parametrize("training", [False, True])
-def test_few_queries_attend_without_keys_as_with_them(few_queries, monkeypatch, mask, training):
-    attention, hidden_states, states = few_queries
-    attention.train(training)  # with dropout, of which eager attention draws the same
-    calls = []
-    attend_without_keys = attention.attend_without_keys
-    monkeypatch.setattr(attention, "attend_without_keys", lambda *args: calls.append(1) or attend_without_keys(*args))
-    masks = {"no mask": None, "bool": torch.rand(2, 1, 6, 50) < 0.5, "added": torch.randn(2, 1, 6, 50)}
-    output, gradients = results_and_gradients(*few_queries, masks[mask])
-    assert calls
-    attention.config._attn_implementation = "eager"
-    shown = torch.zeros(2, 1, 6, 50).masked_fill(~masks["bool"], -torch.inf) if mask == "bool" else masks[mask]
-    expected_output, expected = results_and_gradients(*few_queries, shown)
-    assert len(calls) == 1
-    torch.testing.assert_close(output, expected_output, **TOLERANCE)
-    torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_few_queries_pass_by_no_hook_adapter_or_type(few_queries):
-    attention, hidden_states, states = few_queries
-
-    def attend(dtype=torch.float32):
-        return attention(hidden_states.to(dtype), states=states.to(dtype))[0]
-
-    before = attend()
-    handle = attention.v_proj.register_forward_hook(lambda module, inputs, output: 0 * output)
-    torch.testing.assert_close(attend(), attention.out_proj.bias.expand(4, 3, 32))
-    handle.remove()
-    projection = attention.k_proj
-    attention.k_proj = torch.nn.Sequential(projection, torch.nn.Linear(32, 32))  # such as LoRA puts around one
-    assert (attend() - before).abs().max() > 1e-3
-    attention.k_proj = projection
-    attention.q_proj = torch.nn.Sequential(attention.q_proj)  # queries are projected in any case
-    torch.testing.assert_close(attend(), before)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert attend().dtype == torch.bfloat16
-    attention.bfloat16()
-    assert attend(torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all experts", "some experts"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_prismer.modeling_prismer import sample_losses
+from modeling_prismer.loss import sample_losses
 
 from .largest_tensor import LargestTensor
 from .tiny import TOLERANCE, VOCAB_SIZE, image_inputs, pick, prompts, tiny_config, tiny_model

@@ -10,12 +10,13 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 from PIL import Image
 
 
 pytest.importorskip("gradio")
+
+import httpx  # comes with gradio
 
 from tests.spaces_demo.conftest import ROOT
 

@@ -1,0 +1,331 @@
+"""From the experts' maps to latents: the names of their tensors, a stem for each expert, and the resampler."""
+
+import difflib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_prismer import PUBLISHED_EXPERTS, RESERVED_NAMES, PrismerVisionConfig
+from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
+
+
+BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
+
+MAX_IDS = 1 << 15  # a map of ids is of uint8 or int16
+
+# What an expert may hand over: its tensors are named `<expert>_<suffix>`.
+EXPERT_INPUT_SUFFIXES = ("values", "ids", "classes", "features", "rows")
+_LIBRARY_VALUES = ("pixel", "input", "past", "future", "target", "audio", "video")  # `pixel_values` and the like
+
+
+def is_expert_input(key: str, experts: list[str]) -> bool:
+    """Whether `key` names a tensor of one of these experts, `<expert>_<suffix>`."""
+    name, _, suffix = key.rpartition("_")
+    return name in experts and suffix in EXPERT_INPUT_SUFFIXES
+
+
+def seems_expert_input(key: str, experts: list[str]) -> bool:
+    """
+    Whether `key` was meant for an expert that the configuration lacks: a published one, one that is misspelt, or a
+    name with a suffix that only experts use. Other inputs of models in transformers pass.
+    """
+    name, _, suffix = key.rpartition("_")
+    if not name or suffix not in EXPERT_INPUT_SUFFIXES or name in experts or name in RESERVED_NAMES:
+        return False
+    if suffix == "values":
+        return name.rpartition("_")[2] not in _LIBRARY_VALUES
+    published = [expert["name"] for expert in PUBLISHED_EXPERTS]
+    return (
+        suffix in ("classes", "rows")
+        or name in published
+        or bool(difflib.get_close_matches(name, [*experts, *published], n=1, cutoff=0.8))
+    )
+
+
+class PrismerExpertStem(nn.Module):
+    """
+    Turns an expert's map into tokens on a grid: a bilinear resize, four 3×3 convolutions each followed by BatchNorm
+    and ReLU, and a 1×1 convolution. Maps of ids are painted with features on the way, without ever making the painted
+    map at full size.
+    """
+
+    def __init__(self, config: PrismerVisionConfig, expert: dict):
+        super().__init__()
+        width = config.hidden_size
+        self.name = expert["name"]
+        self.channels = expert["channels"]
+        self.num_instance_embeddings = config.num_instance_embeddings if expert.get("instances") else 0
+        is_label = expert["kind"] == "label"
+        # After this resize, strides of 16 (dense) or 4 (label) in all lead to the grid of the image's patches.
+        self.scale_factor = (4 if is_label else 16) / config.patch_size
+        strides = (2, 2, 1, 1) if is_label else (2, 2, 2, 2)
+        sizes = (self.channels, width // 8, width // 4, width // 2, width)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(sizes[i], sizes[i + 1], kernel_size=3, stride=strides[i], padding=1, bias=False)
+            for i in range(4)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size, eps=1e-5) for size in sizes[1:])
+        self.projection = nn.Conv2d(width, width, kernel_size=1, bias=False)
+        if is_label:
+            # One row a class, and the background's as the last.
+            features = self.initial_class_features((expert.get("num_classes") or 0) + 1)
+            self.class_features = nn.Buffer(torch.empty(features.shape).copy_(features))
+        if self.num_instance_embeddings:
+            self.instance_embedding = nn.Parameter(torch.empty(self.num_instance_embeddings, width))
+
+    def initial_class_features(self, num_rows: int) -> torch.Tensor:
+        """
+        What ids are painted with until `set_class_features` brings features that mean something: random, but always
+        the same, as for every buffer, which can then be made anew after the model was on the meta device.
+        """
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(num_rows, self.channels, generator=generator, device="cpu") * self.channels**-0.5
+
+    def feature_table(
+        self, classes: torch.Tensor | None, features: torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor:
+        """
+        What each id of a map stands for: `(batch_size or 1, number of ids + 1, channels)`, background last. A class
+        that the model has no feature for is background as well.
+        """
+        background, num_classes = self.class_features[-1], self.class_features.shape[0] - 1
+        if features is not None and (features.ndim != 3 or features.shape[2] != self.channels):
+            raise ValueError(
+                f"{self.name}_features has the shape {tuple(features.shape)}; (batch, number of ids, {self.channels}) "
+                "is needed"
+            )
+        if classes is not None and classes.ndim != 2:
+            raise ValueError(f"{self.name}_classes has the shape {tuple(classes.shape)}; (batch, instances) is needed")
+        if features is None and not num_classes:
+            raise ValueError(
+                f"{self.name}_ids given, but neither a table of class features in the model (`set_class_features`), "
+                f"nor {self.name}_features with the sample; dense {self.name}_values would do as well"
+            )
+        if features is None:
+            if classes is None:
+                if self.num_instance_embeddings:
+                    raise ValueError(
+                        f"{self.name}_ids count instances; their classes are needed as {self.name}_classes"
+                    )
+                return self.class_features[None]
+            require_kind(classes, f"{self.name}_classes", is_float=False)
+            classes = classes.long()
+            known = (classes >= 0) & (classes < num_classes)
+            features = self.class_features[torch.where(known, classes, num_classes)]
+        require_kind(features, f"{self.name}_features", is_float=True)
+        features = features.to(background)
+        return torch.cat([features, background.expand(batch_size, 1, -1)], dim=1)
+
+    def paint(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """
+        The features of `ids` `(batch, height, width)` from `table` `(batch or 1, ids + 1, channels)`, resized
+        bilinearly (`align_corners=True`) by gathering the four taps of each output pixel: `(batch, channels, h, w)`.
+        The background's feature stands for every id that has no row.
+        """
+        batch, height, width = ids.shape
+        out_height, out_width = (max(1, math.floor(size * self.scale_factor)) for size in (height, width))
+        num_ids = table.shape[1] - 1
+        if table.shape[0] > 1:
+            row_offset = torch.arange(batch, device=ids.device)[:, None, None] * (num_ids + 1)
+        else:
+            row_offset = 0
+        table = table.flatten(0, 1)
+
+        def gather(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            tap = _read_ids(ids[:, rows][:, :, columns])
+            tap = torch.where((tap == BACKGROUND) | (tap >= num_ids), num_ids, tap)
+            return F.embedding(tap + row_offset, table)  # (batch, out_height, out_width, channels)
+
+        if (out_height, out_width) == (height, width):
+            rows, columns = (torch.arange(size, device=ids.device) for size in (height, width))
+            return gather(rows, columns).permute(0, 3, 1, 2)
+        top, bottom, row_weight = _linear_taps(height, out_height, ids.device)
+        left, right, column_weight = _linear_taps(width, out_width, ids.device)
+        row_weight, column_weight = row_weight[:, None, None].to(table), column_weight[:, None].to(table)
+        upper = torch.lerp(gather(top, left), gather(top, right), column_weight)
+        lower = torch.lerp(gather(bottom, left), gather(bottom, right), column_weight)
+        return torch.lerp(upper, lower, row_weight).permute(0, 3, 1, 2)
+
+    def instance_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which row of the instance embedding each id takes: see `detection_rows` of [`PrismerModel.forward`]."""
+        ids = _read_ids(ids)
+        if self.training:
+            row_of_value = torch.randint(self.num_instance_embeddings, (MAX_IDS,), device=ids.device)
+            return row_of_value[ids]
+        background_row = self.num_instance_embeddings - 1
+        return torch.where(ids == BACKGROUND, background_row, ids % background_row)
+
+    def embed_instances(self, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`rows` `(batch, height, width)`, brought to the token grid by the floor rule of `"nearest"`, embedded."""
+        taps = []
+        for size, out_size in zip(rows.shape[1:], grid):
+            positions = torch.arange(size, dtype=torch.float32, device=rows.device)
+            taps.append(F.interpolate(positions[None, None], size=out_size, mode="nearest")[0, 0].long())
+        rows = rows[:, taps[0]][:, :, taps[1]].long()
+        table = self.instance_embedding
+        return look_up(lambda rows: F.embedding(rows, table), rows, f"{self.name}_rows", len(table))
+
+    def forward(
+        self,
+        values: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+        classes: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Shapes as in [`PrismerModel.forward`]. Returns tokens on their grid: `(batch, width, height, width)`."""
+        dtype = self.projection.weight.dtype
+        if ids is not None and not hasattr(self, "class_features"):
+            raise ValueError(f"{self.name}_ids given; the dense expert '{self.name}' takes {self.name}_values")
+        if values is not None:
+            if values.ndim != 4 or values.shape[1] != self.channels:
+                raise ValueError(
+                    f"{self.name}_values has the shape {tuple(values.shape)}; "
+                    f"the config's expert '{self.name}' needs (batch, {self.channels}, height, width)"
+                )
+            require_kind(values, f"{self.name}_values", is_float=True)
+            hidden_states = values.to(dtype)
+            if self.scale_factor != 1:
+                hidden_states = F.interpolate(
+                    hidden_states, scale_factor=self.scale_factor, mode="bilinear", align_corners=True
+                )
+        elif ids is None:
+            raise ValueError(f"neither {self.name}_values nor {self.name}_ids given")
+        else:
+            if ids.ndim != 3:
+                raise ValueError(f"{self.name}_ids has the shape {tuple(ids.shape)}; (batch, height, width) is needed")
+            require_kind(ids, f"{self.name}_ids", is_float=False)
+            hidden_states = self.paint(ids, self.feature_table(classes, features, ids.shape[0])).to(dtype)
+        for conv, norm in zip(self.convs, self.norms):
+            if not norm.weight.requires_grad:
+                norm.eval()  # a frozen stem keeps its statistics: an adapter, such as LoRA, is saved without them
+            hidden_states = F.relu(norm(conv(hidden_states)))
+        hidden_states = self.projection(hidden_states)
+        if self.num_instance_embeddings and (rows is not None or ids is not None):
+            if rows is None:
+                rows = self.instance_rows(ids)
+            require_kind(rows, f"{self.name}_rows", is_float=False)
+            embeddings = self.embed_instances(rows, hidden_states.shape[2:])
+            hidden_states = hidden_states + embeddings.permute(0, 3, 1, 2)
+        return hidden_states
+
+
+def require_kind(tensor: torch.Tensor, name: str, is_float: bool) -> None:
+    if tensor.is_floating_point() != is_float or tensor.is_complex():
+        needed = "floating point numbers are" if is_float else "an integer type is"
+        raise ValueError(f"{name} is of the type {tensor.dtype}; {needed} needed")
+
+
+def _read_ids(ids: torch.Tensor) -> torch.Tensor:
+    """Ids of any integer type as int64: `BACKGROUND` stands for all that are negative or beyond what a map holds."""
+    ids = ids.long()
+    return torch.where((ids < 0) | (ids >= MAX_IDS), BACKGROUND, ids)
+
+
+def look_up(embed: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, name: str, number: int) -> torch.Tensor:
+    """`embed(ids)`, with an error that says what is wrong; a GPU fails with an assertion of its own."""
+    try:
+        return embed(ids)
+    except IndexError as error:
+        raise ValueError(
+            f"{name} has values from {ids.min()} to {ids.max()}; 0 to {number - 1} is accepted"
+        ) from error
+
+
+def _linear_taps(size: int, out_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two source indices and the weight of the second for each output of a linear resize with aligned corners."""
+    scale = (size - 1) / (out_size - 1) if out_size > 1 else 0.0
+    source = torch.arange(out_size, dtype=torch.float32, device=device) * scale
+    first = source.long().clamp(max=size - 1)
+    return first, (first + 1).clamp(max=size - 1), source - first
+
+
+class PrismerResamplerLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PrismerVisionConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.latents_layer_norm = PrismerLayerNorm(width, eps=eps)
+        self.tokens_layer_norm = PrismerLayerNorm(width, eps=eps)
+        self.latent_attn = PrismerAttention(config, config.resampler_attention_heads, config.attention_dropout)
+        self.mlp_layer_norm = PrismerLayerNorm(width, eps=eps)
+        self.mlp = PrismerMLP(width, 4 * width, "relu2")
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        normed_latents = self.latents_layer_norm(latents)
+        # The latents are the last keys: flash attention takes the end of the keys' mask for that of the queries.
+        states = torch.cat([self.tokens_layer_norm(tokens), normed_latents], dim=1)
+        attn_output, _ = self.latent_attn(normed_latents, attention_mask=attention_mask, states=states, **kwargs)
+        latents = latents + attn_output
+        return latents + self.mlp(self.mlp_layer_norm(latents))
+
+
+class PrismerResampler(nn.Module):
+    """Condenses the tokens of all experts, however many there are, to a fixed number of latents."""
+
+    def __init__(self, config: PrismerVisionConfig):
+        super().__init__()
+        self.config = config
+        self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
+        self.layers = nn.ModuleList(PrismerResamplerLayer(config) for _ in range(config.resampler_layers))
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): zero where masked.
+            token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*): which tokens there are.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_latents, width)`.
+        """
+        latents = self.latents.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        attention_mask = None
+        if token_mask is not None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=latents,
+                attention_mask=F.pad(token_mask, (0, latents.shape[1]), value=True),
+                encoder_hidden_states=torch.cat([tokens, latents], dim=1),
+            )
+        for layer in self.layers:
+            latents = layer(latents, tokens, attention_mask=attention_mask, **kwargs)
+        return latents
+
+
+@torch.no_grad()
+def init_expert_weights(module: nn.Module) -> None:
+    """Initialises a stem, so that it keeps the variance of its input, or a part of the resampler."""
+    if isinstance(module, PrismerExpertStem):
+        for conv in module.convs:
+            init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        # The mean over channels carries no information after ReLU, so the projection removes it.
+        weight = module.projection.weight
+        init.normal_(weight, std=module.projection.in_channels**-0.5)
+        init.copy_(weight, weight - weight.mean(1, keepdim=True))
+        if hasattr(module, "class_features"):
+            init.copy_(module.class_features, module.initial_class_features(len(module.class_features)))
+        if module.num_instance_embeddings:
+            init.normal_(module.instance_embedding, std=0.02)
+    elif isinstance(module, PrismerResampler):
+        init.normal_(module.latents, std=module.latents.shape[-1] ** -0.5)
+    elif isinstance(module, PrismerResamplerLayer):
+        depth = module.latent_attn.config.resampler_layers
+        init_layer_weights(module.latent_attn, module.mlp, depth, is_resampler=True)
