@@ -144,7 +144,7 @@ def _load_processor(model: str | None, device: str) -> Any:
     return PrismerProcessor.from_pretrained(_path(model), expert_device=device)
 
 
-def _load_network(model: str | None, device: str) -> Any:
+def _load_network(model: str | None, device: str, optimize: bool = True) -> Any:
     import torch
 
     from modeling_prismer import PrismerForConditionalGeneration, optimize_for_cpu
@@ -152,7 +152,7 @@ def _load_network(model: str | None, device: str) -> Any:
     # Half precision on a CPU is slower than float32.
     dtype = torch.float32 if device == "cpu" else "auto"
     network = PrismerForConditionalGeneration.from_pretrained(_path(model), dtype=dtype).to(device).eval()
-    return optimize_for_cpu(network) if device == "cpu" else network
+    return optimize_for_cpu(network) if device == "cpu" and optimize else network
 
 
 def _encode(network: Any, inputs: Any, model: str | None) -> Any:
@@ -457,7 +457,7 @@ def export(
         from modeling_prismer.conversion.output_folder import check_output_dir
 
         check_output_dir(output, overwrite)
-        processor, network = _load_processor(model, "cpu"), _load_network(model, "cpu")
+        processor, network = _load_processor(model, "cpu"), _load_network(model, "cpu", optimize=False)
         print(export_onnx(network, processor, output, opset_version=opset, overwrite=overwrite))
 
 

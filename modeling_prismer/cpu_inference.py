@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import QuickGELUActivation
+from transformers.cache_utils import Cache
 
 from .layers import PrismerAttention, PrismerMLP
 
@@ -87,6 +88,7 @@ class CpuAttention(_UndoneByTraining, PrismerAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cache: Cache | None = None,
         states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -99,9 +101,7 @@ class CpuAttention(_UndoneByTraining, PrismerAttention):
             and hidden_states.shape[:2].numel() // states.shape[0] < self.head_dim
         ):
             return self.attend_without_keys(hidden_states, states, attention_mask), None
-        return super().forward(
-            hidden_states, attention_mask=attention_mask, keys_values=keys_values, states=states, **kwargs
-        )
+        return super().forward(hidden_states, attention_mask, keys_values, cache, states, **kwargs)
 
     def attend_without_keys(
         self, hidden_states: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None = None
