@@ -100,8 +100,8 @@ class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions, ImageOutputs
 
     ```python
     >>> outputs = model.model(**processor(images=image, text="What color is the shape?"))
-    >>> list(outputs)
-    ['last_hidden_state', 'cache', 'encoder_last_hidden_state']
+    >>> outputs.last_hidden_state.shape, outputs.image_outputs.pooler_output.shape
+    (torch.Size([1, 7, 128]), torch.Size([1, 80, 128]))
     ```
     """
 

@@ -113,7 +113,8 @@ def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, *
         app_kwargs={"middleware": [Middleware(Guard, blocks=blocks)]},
         run_history=False,  # it would send inputs and answers to a bucket that the caller names
         state_session_capacity=MAX_SESSIONS,
-        js=(HERE / "names.js").read_text(encoding="utf-8"),
+        # gradio runs what is in the head before it builds the page, and `js` after it
+        head=f"<script>{(HERE / 'names.js').read_text(encoding='utf-8')}</script>",
         server_name=host,
         server_port=port,
         max_file_size=MAX_BYTES,

@@ -26,3 +26,4 @@ addEventListener(
   },
   true,
 );
+document.documentElement.dataset.fileNames = "checked"; // from now on

@@ -140,6 +140,7 @@ def test_what_visitors_write_is_nowhere_markup(page):
 
 @pytest.mark.parametrize("way", ["chosen", "dropped"])
 def test_the_name_of_a_file_is_no_markup(page, way):
+    page.wait_for_selector("html[data-file-names=checked]", state="attached")
     if way == "chosen":
         page.set_input_files("#picture input[type=file]", named_file(f"{MARKUP}.txt"))
     else:
