@@ -771,8 +771,10 @@ class PrismerModel(PrismerPreTrainedModel):
 
     def _warn_of_half_precision(self) -> None:
         """Warns once if weights are trained in half precision, as they are when a float16 checkpoint is loaded."""
+        if self._has_warned_of_half_precision:
+            return
         trained = {parameter.dtype for parameter in self.parameters() if parameter.requires_grad}
-        if self._has_warned_of_half_precision or trained.isdisjoint((torch.float16, torch.bfloat16)):
+        if trained.isdisjoint((torch.float16, torch.bfloat16)):
             return
         self._has_warned_of_half_precision = True
         if torch.float16 in trained:

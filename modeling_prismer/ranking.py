@@ -175,7 +175,7 @@ class RankingMixin:
             images:
                 One or many pictures: paths, URLs, PIL images, arrays, tensors.
             labels (`list[str]`):
-                What to choose from.
+                The labels to choose from.
             text (`str` or `list[str]`, *optional*):
                 The question, or the beginning of the sentence that a label ends; left out, the prompt of the
                 checkpoint's task. A checkpoint for questions needs one.

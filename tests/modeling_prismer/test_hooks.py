@@ -7,7 +7,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from .tiny import image_inputs, prompts, tiny_model
 
 
-LONG = 256  # rows of so many tokens are taken apart on a CPU
+LONG = 256  # tokens of an image
 
 
 @pytest.fixture

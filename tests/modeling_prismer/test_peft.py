@@ -107,7 +107,7 @@ def test_virtual_tokens_are_seen_in_generation_as_in_training(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
-def test_virtual_tokens_are_seen_by_beams_and_by_questions_that_share_an_image(method, tmp_path):
+def test_virtual_tokens_are_seen_by_beams_and_several_questions(method, tmp_path):
     model = with_virtual_tokens(method, tmp_path)
     inputs = {"input_ids": prompts(6), **image_inputs(2, experts=peft_methods.EXPERTS_HERE)}
     settings = {"do_sample": False, "num_beams": 3, "max_new_tokens": 4, "return_dict_in_generate": True}
