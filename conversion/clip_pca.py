@@ -16,7 +16,7 @@ from .output_folder import file_written_whole
 
 
 MAX_BYTES = 1 << 24  # the published file has half a megabyte
-# What the pickle of an analysis names: scikit-learn's class, and numpy's way to rebuild arrays, then and now.
+# Names in the pickle of a PCA: scikit-learn's class, and how old and new versions of numpy rebuild arrays.
 ADMITTED = {
     ("sklearn.decomposition._pca", "PCA"),
     ("sklearn.decomposition.pca", "PCA"),

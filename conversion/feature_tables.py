@@ -26,7 +26,7 @@ MAX_BYTES = 1 << 28
 
 class ClassTable(NamedTuple):
     """
-    What the classes of a label expert are painted with.
+    The features with which the classes of a label expert are painted.
 
     Args:
         features (`torch.FloatTensor` of shape `(classes, channels)`): one row for each class.

@@ -1,4 +1,4 @@
-"""What a conversion writes: looked at before the work starts, and there in the end whole or not at all."""
+"""The output folder of a conversion: checked before the work starts, and written completely or not at all."""
 
 import os
 import tempfile

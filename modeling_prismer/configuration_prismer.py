@@ -55,7 +55,7 @@ RESERVED_NAMES = (
 
 _COUNT = ("a positive integer", lambda value: value >= 1)
 _SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-# What each field may be, in whichever of the three configurations it is.
+# The accepted values of each field, in any of the three configurations.
 _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "encoder_hidden_size"), _COUNT),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_channels"), _COUNT),

@@ -21,7 +21,7 @@ BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
 
 MAX_IDS = 1 << 15  # a map of ids is of uint8 or int16
 
-# What an expert may hand over: its tensors are named `<expert>_<suffix>`.
+# The tensors of an expert are named `<expert>_<suffix>`.
 EXPERT_INPUT_SUFFIXES = ("values", "ids", "classes", "features", "rows")
 _LIBRARY_VALUES = ("pixel", "input", "past", "future", "target", "audio", "video")  # `pixel_values` and the like
 

@@ -509,7 +509,7 @@ def _id_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
 
 
 def _items(label: Any, expert: dict[str, Any]) -> np.ndarray | None:
-    """What the ids of a label count: classes of instances or features of words; `None` if they are classes."""
+    """The things that ids count: classes of instances or features of words; `None` if the ids are classes."""
     others = _tensor_suffixes(expert)[1:]
     if not others:
         return None

@@ -1,4 +1,4 @@
-"""What all experts share: made from settings, loaded on first use, frozen, run in batches, from images to maps."""
+"""The base of all experts: made from settings, loaded on first use, frozen, run in batches, from images to maps."""
 
 import builtins
 import inspect

@@ -1,4 +1,4 @@
-"""What the experts share that are models of transformers behind its Auto classes."""
+"""The base of experts that are models of transformers behind its Auto classes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,5 +1,5 @@
 """
-What the description of a saved model may name: files of the checkpoint that it came with, and models on the Hub.
+The description of a saved model may name files of its own checkpoint and models on the Hub, nothing else.
 
 A checkpoint may come from a stranger. Its description must not make this machine open, and copy into the next
 checkpoint that is saved, any other file.

@@ -40,7 +40,7 @@ class LabelReport:
         expert_seconds (`dict[str, float]`):
             How long each expert ran, without loading; known for the engine `"local"` only.
         errors (`dict[str, str]`):
-            What went wrong, by key, for the first 100 failed images. `LabelStore(folder).errors` has all of them.
+            The errors of the first 100 failed images, by key. `LabelStore(folder).errors` has all of them.
 
     Example:
 

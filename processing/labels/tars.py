@@ -19,10 +19,10 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
     ".pcx .ico".split()
 )
-"""What a file in a folder or a tar must end in, in any case, to be taken for an image."""
+"""Suffixes of image files in a folder or a tar, in any case."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-"""What a file must end in to be taken for a webdataset tar."""
+"""Suffixes of webdataset tars."""
 
 # an image is read into memory, and a small compressed tar can hold one of any size
 MAX_IMAGE_BYTES = 1 << 30
