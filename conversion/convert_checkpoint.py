@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from modeling_prismer.configuration_prismer import VARIANTS, PrismerConfig, update_classes
+from modeling_prismer.configuration_prismer import VARIANTS, PrismerConfig
 from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
 
 from .clip_pca import read_clip_pca
@@ -209,12 +209,13 @@ def _set_tables(
     """Reads the tables and brings the classes in line; returns also the experts whose table is missing."""
     tables = {} if feature_tables is None else read_class_tables(feature_tables, config.experts)
     without = []
-    for expert in config.experts:
-        if expert["name"] in tables:
-            update_classes(expert, len(tables[expert["name"]].features), tables[expert["name"]].class_names)
-        elif expert.get("num_classes"):
-            update_classes(expert, 0)
-            without.append(expert["name"])
+    for index, spec in enumerate(config.expert_specs):
+        if spec.name in tables:
+            table = tables[spec.name]
+            config.experts[index] = spec.with_classes(len(table.features), table.class_names).to_dict()
+        elif spec.num_classes:
+            config.experts[index] = spec.with_classes(0).to_dict()
+            without.append(spec.name)
     return tables, without
 
 

@@ -1,6 +1,5 @@
 """Configuration of Prismer: a vision encoder that looks through experts, and a causal text decoder."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -8,21 +7,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import logging
 
+from .expert_spec import PUBLISHED_EXPERTS, ExpertSpec, read_specs
 
-logger = logging.get_logger(__name__)
-
-# The experts of the paper (arXiv 2303.02506, section 3.2): what each hands to the network. The class counts are those
-# of the published feature tables (COCO panoptic, and the label space of the detector).
-PUBLISHED_EXPERTS: list[dict[str, Any]] = [
-    {"name": "depth", "kind": "dense", "channels": 1},
-    {"name": "normal", "kind": "dense", "channels": 3},
-    {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": 133},
-    {"name": "edge", "kind": "dense", "channels": 1},
-    {"name": "detection", "kind": "label", "channels": 64, "num_classes": 722, "instances": True},
-    {"name": "ocr", "kind": "label", "channels": 64},
-]
 
 _ROBERTA_LARGE = {
     "hidden_size": 1024,
@@ -45,13 +32,6 @@ _VARIANTS = {
     ),
 }
 VARIANTS = tuple(f"{family}_{size}" for family in ("prismer", "prismerz") for size in _VARIANTS)
-
-_EXPERT_FIELDS = ("name", "kind", "channels", "num_classes", "class_names", "instances")
-# `<name>_ids`, `<name>_values` or `<name>_features` is an input of models in transformers.
-RESERVED_NAMES = (
-    *("input", "decoder_input", "position", "decoder_position", "token_type", "mm_token_type", "task", "prompt"),
-    *("pixel", "image", "past_key"),
-)
 
 _COUNT = ("a positive integer", lambda value: value >= 1)
 _SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -93,111 +73,6 @@ def _require_multiple(config: PreTrainedConfig, heads: str) -> None:
         raise ValueError(f"hidden_size={config.hidden_size} is not a multiple of {heads}={getattr(config, heads)}")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _validate_class_names(name: str, class_names: Any) -> None:
-    if class_names is not None and not (
-        isinstance(class_names, list | tuple) and all(isinstance(text, str) for text in class_names)
-    ):
-        raise ValueError(f"expert '{name}' has class_names={class_names!r}; a list of strings is needed")
-
-
-def validate_experts(experts: list[dict[str, Any]]) -> None:
-    """
-    Checks a list of expert descriptions.
-
-    Raises:
-        ValueError: naming the entry, what is wrong with it and what is accepted.
-    """
-    from torch import nn
-
-    if not isinstance(experts, list | tuple):
-        raise ValueError(
-            f"experts is a {type(experts).__name__}; a list of descriptions is needed, one dict an expert"
-        )
-    names = []
-    for expert in experts:
-        if not isinstance(expert, dict):
-            raise ValueError(f"experts has the entry {expert!r}; a dict such as {PUBLISHED_EXPERTS[0]} is needed")
-        name = expert.get("name")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"expert {expert} has the name {name!r}; a name is an identifier such as 'depth'")
-        if name in RESERVED_NAMES:
-            raise ValueError(
-                f"an expert cannot be named {name!r}: its tensors would be taken for another input of the network"
-            )
-        if hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"an expert cannot be named {name!r}: torch's ModuleDict has an attribute of that name")
-        if name in names:
-            raise ValueError(f"expert '{name}' is described twice")
-        names.append(name)
-        if unknown := [field for field in expert if field not in _EXPERT_FIELDS]:
-            raise ValueError(
-                f"expert '{name}' has unknown fields {sorted(map(str, unknown))}; known: {sorted(_EXPERT_FIELDS)}"
-            )
-        if expert.get("kind") not in ("dense", "label"):
-            raise ValueError(f"expert '{name}' has the kind {expert.get('kind')!r}; accepted are 'dense' and 'label'")
-        if not _is_count(expert.get("channels")):
-            raise ValueError(f"expert '{name}' has channels={expert.get('channels')!r}; a positive integer is needed")
-        num_classes, instances = expert.get("num_classes"), expert.get("instances")
-        if num_classes is not None and not _is_count(num_classes):
-            raise ValueError(f"expert '{name}' has num_classes={num_classes!r}; a positive integer or None is needed")
-        if instances not in (None, True, False):
-            raise ValueError(f"expert '{name}' has instances={instances!r}; True or False is needed")
-        class_names = expert.get("class_names")
-        if expert["kind"] == "dense" and (instances or num_classes is not None or class_names is not None):
-            raise ValueError(
-                f"expert '{name}' is dense: 'num_classes', 'class_names' and 'instances' belong to the kind 'label'"
-            )
-        _validate_class_names(name, class_names)
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(
-                f"expert '{name}' has {len(class_names)} class_names; num_classes={num_classes} needs as many"
-            )
-
-
-def update_classes(expert: dict[str, Any], num_rows: int, class_names: list[str] | None = None) -> None:
-    """
-    Brings a label expert's description in line with a new table of class features. A table that cannot be meant for
-    the expert's classes is refused, unless `class_names` says which classes these are.
-
-    Args:
-        expert (`dict`): the description, which is changed.
-        num_rows (`int`): rows of the table, one for each class; without any, the features come with each sample.
-        class_names (`list[str]`, *optional*): the classes' names; left out, the classes stay as they are.
-
-    Raises:
-        ValueError: naming the expert, its classes and what is needed.
-    """
-    name, num_classes = expert["name"], expert.get("num_classes") or 0
-    remedy = "Give one row for each class; if these are other classes, give their class_names too"
-    _validate_class_names(name, class_names)
-    if class_names is not None and len(class_names) != num_rows:
-        raise ValueError(f"{len(class_names)} class_names for the {num_rows} rows of features for '{name}'")
-    if num_rows and class_names is None:
-        if num_rows < num_classes:
-            raise ValueError(
-                f"{num_rows} rows of features for '{name}', whose ids go up to {num_classes - 1} "
-                f"(num_classes={num_classes}): an id without a row is background. {remedy}"
-            )
-        if expert.get("class_names") and num_rows != num_classes:
-            raise ValueError(f"{num_rows} rows of features for the {num_classes} class_names of '{name}'. {remedy}")
-        if 0 < num_classes < num_rows:
-            logger.warning(
-                f"{num_rows} rows of features for '{name}', which has num_classes={num_classes}: num_classes is "
-                f"{num_rows} from now on."
-            )
-        class_names = expert.get("class_names")
-    expert.pop("num_classes", None)
-    expert.pop("class_names", None)
-    if num_rows:
-        expert["num_classes"] = num_rows
-    if class_names:
-        expert["class_names"] = list(class_names)
-
-
 @strict
 class PrismerVisionConfig(PreTrainedConfig):
     r"""
@@ -206,7 +81,7 @@ class PrismerVisionConfig(PreTrainedConfig):
 
     Args:
         experts (`list[dict]`, *optional*, defaults to `[]`):
-            What each expert hands to the network; see [`PrismerConfig`].
+            One description for each expert; see [`PrismerConfig`].
         num_latents (`int`, *optional*, defaults to 64):
             Number of latents that the resampler condenses all experts' tokens to.
         resampler_layers (`int`, *optional*, defaults to 4):
@@ -258,10 +133,15 @@ class PrismerVisionConfig(PreTrainedConfig):
         self.experts = [dict(expert) for expert in self.experts or []]
         super().__post_init__(**kwargs)
 
+    @property
+    def expert_specs(self) -> list[ExpertSpec]:
+        """The entries of `experts` as [`ExpertSpec`]."""
+        return read_specs(self.experts)
+
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
         validate_fields(self)
-        validate_experts(self.experts)
+        read_specs(self.experts)
         _require_multiple(self, "num_attention_heads")
         if self.experts:
             _require_multiple(self, "resampler_attention_heads")
@@ -364,13 +244,9 @@ class PrismerConfig(PreTrainedConfig):
         text_config (`dict` or [`PrismerTextConfig`], *optional*):
             The text decoder.
         experts (`list[dict]`, *optional*):
-            One description for each expert, in the order of `expert_mask`. Its fields: `name`; `kind`: `"dense"` (a
-            map of values) or `"label"` (a map of ids that are painted with features); `channels` of the map or of the
-            features. For labels also `num_classes`, the size of the table of class features that is saved with the
-            model (without it the features come with each sample, as for the words of OCR); `class_names`, a list of
-            as many strings; and `instances=True` if the ids count instances, whose classes come with the sample, as
-            for a detector. No experts gives the network that the paper calls PrismerZ. Kept in `vision_config`, as
-            are the next two.
+            One description for each expert, in the order of `expert_mask`: a dict with the fields of [`ExpertSpec`].
+            Without experts it is the network that the paper calls PrismerZ. `experts` is kept in `vision_config`, as
+            are the next two. `expert_specs` returns it as a list of [`ExpertSpec`].
         num_latents (`int`, *optional*, defaults to 64):
             Number of latents of the resampler.
         resampler_layers (`int`, *optional*, defaults to 4):
@@ -465,8 +341,13 @@ class PrismerConfig(PreTrainedConfig):
 
     @experts.setter
     def experts(self, experts: list[dict]) -> None:
-        validate_experts(experts)
+        read_specs(experts)
         self.vision_config.experts = experts
+
+    @property
+    def expert_specs(self) -> list[ExpertSpec]:
+        """The entries of `experts` as [`ExpertSpec`]. To change one, set `experts`, a list of dicts."""
+        return self.vision_config.expert_specs
 
     @property
     def num_latents(self) -> int:
@@ -524,7 +405,7 @@ class PrismerConfig(PreTrainedConfig):
         family, size = variant.split("_")
         vision, text = _VARIANTS[size]
         if family == "prismer":
-            kwargs.setdefault("experts", copy.deepcopy(PUBLISHED_EXPERTS))
+            kwargs.setdefault("experts", [spec.to_dict() for spec in PUBLISHED_EXPERTS])
         return cls(vision_config={**vision, "image_size": image_size}, text_config=dict(text), **kwargs)
 
 

@@ -1,6 +1,5 @@
-"""From the experts' maps to latents: the names of their tensors, a stem for each expert, and the resampler."""
+"""From the experts' maps to latents: a stem for each expert, and the resampler."""
 
-import difflib
 import math
 from collections.abc import Callable
 
@@ -13,41 +12,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .configuration_prismer import PUBLISHED_EXPERTS, RESERVED_NAMES, PrismerVisionConfig
+from .configuration_prismer import PrismerVisionConfig
+from .expert_spec import BACKGROUND, MAX_IDS, ExpertSpec
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
-
-
-BACKGROUND = 255  # the value in a map of ids where an expert saw nothing
-
-MAX_IDS = 1 << 15  # a map of ids is of uint8 or int16
-
-# The tensors of an expert are named `<expert>_<suffix>`.
-EXPERT_INPUT_SUFFIXES = ("values", "ids", "classes", "features", "rows")
-_LIBRARY_VALUES = ("pixel", "input", "past", "future", "target", "audio", "video")  # `pixel_values` and the like
-
-
-def is_expert_input(key: str, experts: list[str]) -> bool:
-    """Whether `key` names a tensor of one of these experts, `<expert>_<suffix>`."""
-    name, _, suffix = key.rpartition("_")
-    return name in experts and suffix in EXPERT_INPUT_SUFFIXES
-
-
-def seems_expert_input(key: str, experts: list[str]) -> bool:
-    """
-    Whether `key` was meant for an expert that the configuration lacks: a published one, one that is misspelt, or a
-    name with a suffix that only experts use. Other inputs of models in transformers pass.
-    """
-    name, _, suffix = key.rpartition("_")
-    if not name or suffix not in EXPERT_INPUT_SUFFIXES or name in experts or name in RESERVED_NAMES:
-        return False
-    if suffix == "values":
-        return name.rpartition("_")[2] not in _LIBRARY_VALUES
-    published = [expert["name"] for expert in PUBLISHED_EXPERTS]
-    return (
-        suffix in ("classes", "rows")
-        or name in published
-        or bool(difflib.get_close_matches(name, [*experts, *published], n=1, cutoff=0.8))
-    )
 
 
 class PrismerExpertStem(nn.Module):
@@ -57,16 +24,14 @@ class PrismerExpertStem(nn.Module):
     map at full size.
     """
 
-    def __init__(self, config: PrismerVisionConfig, expert: dict):
+    def __init__(self, config: PrismerVisionConfig, spec: ExpertSpec):
         super().__init__()
         width = config.hidden_size
-        self.name = expert["name"]
-        self.channels = expert["channels"]
-        self.num_instance_embeddings = config.num_instance_embeddings if expert.get("instances") else 0
-        is_label = expert["kind"] == "label"
+        self.name, self.channels = spec.name, spec.channels
+        self.num_instance_embeddings = config.num_instance_embeddings if spec.instances else 0
         # After this resize, strides of 16 (dense) or 4 (label) in all lead to the grid of the image's patches.
-        self.scale_factor = (4 if is_label else 16) / config.patch_size
-        strides = (2, 2, 1, 1) if is_label else (2, 2, 2, 2)
+        self.scale_factor = (4 if spec.is_label else 16) / config.patch_size
+        strides = (2, 2, 1, 1) if spec.is_label else (2, 2, 2, 2)
         sizes = (self.channels, width // 8, width // 4, width // 2, width)
         self.convs = nn.ModuleList(
             nn.Conv2d(sizes[i], sizes[i + 1], kernel_size=3, stride=strides[i], padding=1, bias=False)
@@ -74,9 +39,9 @@ class PrismerExpertStem(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(size, eps=1e-5) for size in sizes[1:])
         self.projection = nn.Conv2d(width, width, kernel_size=1, bias=False)
-        if is_label:
-            # One row a class, and the background's as the last.
-            features = self.initial_class_features((expert.get("num_classes") or 0) + 1)
+        if spec.is_label:
+            # One row for each class, and the background's as the last.
+            features = self.initial_class_features((spec.num_classes or 0) + 1)
             self.class_features = nn.Buffer(torch.empty(features.shape).copy_(features))
         if self.num_instance_embeddings:
             self.instance_embedding = nn.Parameter(torch.empty(self.num_instance_embeddings, width))

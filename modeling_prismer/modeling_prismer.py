@@ -40,15 +40,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .adapter_targets import register_adapter_targets
 from .backbones import build_from_backbones
 from .cache import CACHE_NAME, accept_past_key_values
-from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig, update_classes
+from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .expert_spec import ExpertSpec, is_expert_input, seems_expert_input
 from .expert_stems import (
     PrismerExpertStem,
     PrismerResampler,
     init_expert_weights,
-    is_expert_input,
     look_up,
     require_kind,
-    seems_expert_input,
 )
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
 from .loss import sample_losses
@@ -391,9 +390,7 @@ class PrismerVisionModel(PrismerPreTrainedModel):
     def __init__(self, config: PrismerVisionConfig):
         super().__init__(config)
         self.embeddings = PrismerVisionEmbeddings(config)
-        self.expert_stems = nn.ModuleDict(
-            {expert["name"]: PrismerExpertStem(config, expert) for expert in config.experts}
-        )
+        self.expert_stems = nn.ModuleDict({spec.name: PrismerExpertStem(config, spec) for spec in config.expert_specs})
         self.resampler = PrismerResampler(config) if config.experts else None
         self.pre_layernorm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(PrismerVisionLayer(config) for _ in range(config.num_hidden_layers))
@@ -1316,8 +1313,9 @@ class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, Gene
                 require_kind(tensor, f"{what} of '{name}'", is_float=True)
                 if not torch.isfinite(tensor.to(old.dtype)).all():
                     raise ValueError(f"{what} of '{name}' has numbers that are not finite in {old.dtype}")
-        (expert,) = (expert for expert in self.config.experts if expert["name"] == name)
-        update_classes(expert, len(features), class_names)
+        index = self.config.expert_names.index(name)
+        spec = self.config.expert_specs[index].with_classes(len(features), class_names)
+        self.config.experts[index] = spec.to_dict()
         background = old[-1:] if background is None else background.to(old).view(1, stem.channels)
         stem.class_features = torch.cat([features.to(old), background])
         return self
@@ -1343,16 +1341,10 @@ class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, Gene
         ['edge', 'ocr', 'depth']
         ```
         """
-        expert = {"name": name, "kind": kind, "channels": channels}
-        if num_classes is not None:
-            expert["num_classes"] = num_classes
-        if instances:
-            expert["instances"] = True
-        if class_names is not None:
-            expert["class_names"] = list(class_names)
-        self.config.experts = [*self.config.experts, expert]
+        spec = ExpertSpec(name, kind, channels, num_classes, class_names, instances)
+        self.config.experts = [*self.config.experts, spec.to_dict()]
         vision_model = self.model.vision_model
-        stem = PrismerExpertStem(self.config.vision_config, expert)
+        stem = PrismerExpertStem(self.config.vision_config, spec)
         new = [stem]
         if vision_model.resampler is None:
             vision_model.resampler = PrismerResampler(self.config.vision_config)

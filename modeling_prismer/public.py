@@ -4,6 +4,7 @@
 from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .cpu_inference import optimize_for_cpu
+from .expert_spec import ExpertSpec
 from .memory import keep_freed_memory
 from .modeling_prismer import (
     PrismerForConditionalGeneration,

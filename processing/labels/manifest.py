@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 from transformers.utils import logging
 
-from ...configuration_prismer import validate_experts
+from ...expert_spec import read_specs
 from ..experts.base import Expert, FrozenModel
 from ..experts.suite import ExpertSuite
 from .durable_files import write_durably
@@ -70,7 +70,7 @@ def make_manifest(
     {'thermal': {'name': 'thermal', 'kind': 'dense', 'channels': 1}}
     ```
     """
-    validate_experts([dict(description) for description in descriptions])
+    read_specs(descriptions)
     manifest = {
         "format_version": FORMAT_VERSION,
         "experts": {name: _describe(expert) for name, expert in _running(suite)},
@@ -177,7 +177,7 @@ def _check_manifest(manifest: Any) -> None:
     for name, description in manifest["descriptions"].items():
         if not isinstance(description, dict) or description.get("name") != name:
             raise ValueError(f"its description of '{name}' is {_brief(description)}")
-    validate_experts(list(manifest["descriptions"].values()))
+    read_specs(list(manifest["descriptions"].values()))
 
 
 def manifest_lock(folder: Path) -> FileLock:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ...configuration_prismer import validate_experts
+from ...expert_spec import read_specs
 from .encoding import label_parts
 from .tars import IMAGE_SUFFIXES
 
@@ -92,7 +92,7 @@ def read_published_layout(
     """
     folder = Path(folder)
     entries = PUBLISHED_EXPERTS if experts is None else experts
-    validate_experts(entries)
+    read_specs(entries)
     places = {entry["name"]: _place(folder, entry["name"], folders) for entry in entries}
     lacking = [place.name for place in places.values() if not place.is_dir()]
     if len(lacking) == len(places) or (lacking and experts is not None):
@@ -274,7 +274,7 @@ def write_published_layout(
     ```
     """
     folder = Path(folder)
-    validate_experts(experts)
+    read_specs(experts)
     names = {**PUBLISHED_FOLDERS, **(folders or {})}
     written: dict[str, str] = {}
     for key, own in labels:

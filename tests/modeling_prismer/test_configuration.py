@@ -5,7 +5,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig, pretrained_path
-from modeling_prismer.configuration_prismer import PUBLISHED_EXPERTS, VARIANTS
+from modeling_prismer.configuration_prismer import VARIANTS
+from modeling_prismer.expert_spec import PUBLISHED_EXPERTS
 
 from .tiny import EXPERTS, tiny_config
 
@@ -44,7 +45,7 @@ def test_the_six_published_variants(variant, vision, text):
     assert v.intermediate_size == 4 * v.hidden_size and t.intermediate_size == 4 * t.hidden_size
     assert v.image_size == 480
     assert t.encoder_hidden_size == v.hidden_size
-    assert config.experts == ([] if variant.startswith("prismerz") else PUBLISHED_EXPERTS)
+    assert config.expert_specs == ([] if variant.startswith("prismerz") else list(PUBLISHED_EXPERTS))
     assert variant in VARIANTS
 
 
@@ -52,7 +53,7 @@ def test_a_variant_takes_other_experts_and_does_not_share_the_published_list():
     config = PrismerConfig.from_variant("prismer_base", experts=[dense()])
     assert config.expert_names == ["depth"]
     PrismerConfig.from_variant("prismer_base").experts[0]["channels"] = 7
-    assert PUBLISHED_EXPERTS[0]["channels"] == 1
+    assert PrismerConfig.from_variant("prismer_base").expert_specs == list(PUBLISHED_EXPERTS)
 
 
 def test_an_unknown_variant_is_refused_with_the_known_ones():

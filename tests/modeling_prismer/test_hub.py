@@ -32,7 +32,7 @@ from .tiny import image_inputs, prompts, tiny_model
 
 
 NETWORK = ("modeling_prismer", "adapter_targets", "backbones", "cache", "expert_stems", "layers", "loss", "ranking")
-CODE = {f"{name}.py" for name in ("configuration_prismer", *NETWORK)}
+CODE = {f"{name}.py" for name in ("configuration_prismer", "expert_spec", *NETWORK)}
 PROCESSOR_CODE = {"processing_prismer.py", "image_processing_prismer.py", "image_loading.py", "image_fetching.py"}
 SHAPE = Path(modeling_prismer.__file__).parent / "assets" / "shape.png"
 QUESTION = "What shape is in the image?"
