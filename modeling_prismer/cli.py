@@ -297,6 +297,18 @@ def experts(
         print(path)
 
 
+def _list_engines(wanted: bool) -> None:
+    if wanted:
+        from modeling_prismer.processing.labels import LabelEngine
+
+        table = Table("engine", "where the experts run", "options", "installed")
+        for name, engine in LabelEngine.registry.items():
+            installed = "yes" if engine.is_installed() else f"no: {engine.how_to_install()}"
+            table.add_row(name, engine.description, ", ".join(engine.option_names()), Text(installed))
+        out.print(table)
+        raise typer.Exit()
+
+
 @app.command()
 def label(
     images: Annotated[
@@ -310,14 +322,18 @@ def label(
     experts: Annotated[
         str, typer.Option(help="A suite by name (offline, fast, published), or the folder of a checkpoint.")
     ] = "offline",
-    engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    engine: Annotated[str, typer.Option(help="Where the experts run; --list-engines lists the names.")] = "local",
+    list_engines: Annotated[
+        bool,
+        typer.Option("--list-engines", callback=_list_engines, is_eager=True, help="List the engines and exit."),
+    ] = False,
     shard: Annotated[str | None, typer.Option(help="Label one part of the images; 0/8 is the first of eight.")] = None,
     map_size: Annotated[
         int | None,
         typer.Option(min=1, help="Reduce maps to this many pixels square; the network reads 224."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images that the experts get together.")] = 32,
-    workers: Annotated[int | None, typer.Option(min=1, help="Number of threads (local) or actors (ray).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of workers of the engine.")] = None,
     image_column: Annotated[
         str | None,
         typer.Option(help="The images' column in a data set, or their type in tars (jpg)."),
@@ -335,7 +351,9 @@ def label(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Label the images again that failed before.")
     ] = False,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each Ray actor; 0.25 shares one.")] = 0.0,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs per worker, if the engine has this option; 0.25 shares one GPU.")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """
@@ -349,6 +367,7 @@ def label(
         from modeling_prismer.processing.labels import forget_failed, label_images, parse_shard, set_aside_damaged
 
         part = None if shard is None else parse_shard(shard)
+        options = {"num_workers": workers, "gpus_per_worker": gpus_per_worker}
         is_folder = Path(experts).is_dir()
         suite = ExpertSuite.from_pretrained(experts) if is_folder else ExpertSuite.from_name(experts)
         if retry_failed:
@@ -361,14 +380,13 @@ def label(
             output,
             engine,
             batch_size=batch_size,
-            num_workers=workers,
             shard=part,
             image_column=image_column,
             key_column=key_column,
             map_size=map_size,
             allow_other_versions=allow_other_versions,
-            gpus_per_worker=gpus_per_worker,
             repair=repair,
+            **{name: value for name, value in options.items() if value is not None},
         )
         for key, error in list(report.errors.items())[:10]:
             err.print(f"damaged: {key}: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -1,121 +1,165 @@
-"""The engines that label many images: this process, or the machines of a Ray cluster."""
+"""Engines run the experts over the images of a labelling run. `LocalEngine` does it in this process."""
 
-import itertools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
-import pyarrow as pa
-
-from .encoding import label_features
+from ..experts.suite import ExpertSuite
 from .labelling import Labeller
 from .sources import ImageSource
 
 
-# the largest number of pieces of work for a Ray cluster
-MAX_PARTS = 20_000
-
-
-def label_locally(source: ImageSource, labeller: Labeller, batch_size: int, num_threads: int) -> Iterator[dict]:
+@dataclass
+class LabelEngine(ABC):
     """
-    Labels images in this process, in their order.
+    The interface of all engines.
+
+    An engine of your own is a subclass with a `name`, a `description` and a method `run`. Defining the class registers
+    it: `label_images(…, engine=name)` accepts the name, and error messages and `prismer label --list-engines` list it.
+    The options of an engine are the fields of a dataclass.
 
     Args:
-        source ([`ImageSource`]): the images.
-        labeller ([`Labeller`]): opens, sees and encodes them.
-        batch_size (`int`): images that the experts get at a time.
-        num_threads (`int`): threads that open images and encode labels while the experts run.
+        num_workers (`int`, *optional*): number of workers, threads or processes. Each engine has its own default.
 
-    Returns:
-        `Iterator[dict]`: rows for [`LabelWriter.write_row`].
+    Attributes:
+        name (`str`): the name in `label_images(engine=…)` and `prismer label --engine`.
+        description (`str`): one line for lists of engines: where the experts run, and what a worker is.
+        requires (`tuple[str, ...]`): modules that must be installed.
+        extra (`str`, *optional*): the extra of this package that installs them.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> from modeling_prismer.processing.experts import CannyEdges
+    >>> from modeling_prismer.processing.labels import LabelEngine, label_images
+
+    >>> @dataclass
+    ... class SimpleEngine(LabelEngine):
+    ...     name = "simple"
+    ...     description = "this process, image by image"
+    ...     is_loud: bool = False
+    ...
+    ...     def run(self, source, labeller, batch_size):
+    ...         for key, image in source:
+    ...             if self.is_loud:
+    ...                 print(key)
+    ...             ((labels, error),) = labeller.see([labeller.open(key, image)])
+    ...             yield labeller.encode(key, labels, error)
+
+    >>> images = "modeling_prismer/assets"
+    >>> report = label_images(images, [CannyEdges()], "my_labels", engine="simple", is_loud=True, progress=False)
+    scene.png
+    shape.png
+    ```
     """
-    pool = ThreadPoolExecutor(num_threads)
-    try:
-        yield from labeller.rows(source, batch_size, pool)
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    registry: ClassVar[dict[str, type["LabelEngine"]]] = {}
+    name: ClassVar[str]
+    description: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+
+    num_workers: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            cls.registry[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"num_workers is {self.num_workers}; at least 1 is needed")
+
+    @abstractmethod
+    def run(self, source: ImageSource, labeller: Labeller, batch_size: int) -> Iterator[dict[str, Any]]:
+        """
+        Labels images.
+
+        Args:
+            source ([`ImageSource`]): the images. `source.parts` splits them for other processes.
+            labeller ([`Labeller`]): opens images, runs the experts and encodes their labels. It can be pickled.
+            batch_size (`int`): number of images that the experts get at a time.
+
+        Returns:
+            `Iterator[dict]`: one row per image, from [`Labeller.encode`] or [`Labeller.rows`], in any order.
+        """
+
+    def place_suite(self, suite: ExpertSuite) -> ExpertSuite:
+        """Returns the suite on the device where the workers run it. By default it stays where it is."""
+        return suite
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        return all(find_spec(module) is not None for module in cls.requires)
+
+    @classmethod
+    def how_to_install(cls) -> str:
+        """The command that installs the modules in `requires`."""
+        return f"pip install 'modeling-prismer[{cls.extra}]'" if cls.extra else f"pip install {' '.join(cls.requires)}"
+
+    @classmethod
+    def from_name(cls, name: str, **options: Any) -> "LabelEngine":
+        """
+        Makes a registered engine.
+
+        Raises:
+            ValueError: if there is no such engine, or if it does not have one of the options.
+            ImportError: if a library that the engine requires is not installed.
+        """
+        if name not in cls.registry:
+            raise ValueError(f"engine is {name!r}; accepted are {', '.join(map(repr, cls.registry))}")
+        engine = cls.registry[name]
+        for option in options:
+            if option not in engine.option_names():
+                names = ", ".join(engine.option_names())
+                raise ValueError(f"the engine '{name}' has no option '{option}'; its options are {names}")
+        if not engine.is_installed():
+            raise ImportError(
+                f"the engine '{name}' needs {', '.join(engine.requires)}: {engine.how_to_install()}, or use another "
+                "engine"
+            )
+        return engine(**options)
 
 
-def label_on_ray(
-    source: ImageSource,
-    labeller: Labeller,
-    batch_size: int,
-    num_workers: int,
-    cpus_per_worker: float = 1.0,
-    gpus_per_worker: float = 0.0,
-) -> Iterator[pa.Table]:
+class LocalEngine(LabelEngine):
     """
-    Labels images with Ray Data, by actors that keep their experts loaded. If an actor dies, another one takes its
-    place and repeats its piece of work. Each image's labels come to this process once, in any order.
-
-    The cluster is the one that `ray.init` has connected to, or that of `RAY_ADDRESS`, or a new one on this machine.
-    Actors open the images themselves: files must have the same paths, or URLs, on all machines.
+    Runs the experts in this process. Rows keep the order of the images.
 
     Args:
-        source, labeller, batch_size: as for [`label_locally`]. A piece of work is eight batches, or a tar.
-        num_workers (`int`): number of actors.
-        cpus_per_worker (`float`, *optional*, defaults to 1):
-            Cores that an actor takes; it opens images in as many threads.
-        gpus_per_worker (`float`, *optional*, defaults to 0): GPUs that an actor takes; 0.25 puts four on a GPU.
+        num_workers (`int`, *optional*):
+            Number of threads that open images and encode labels while the experts run. By default one per core, at
+            most 8.
 
-    Returns:
-        `Iterator[pa.Table]`: tables for [`LabelWriter.write_table`].
+    Example:
 
-    Raises:
-        ImportError: if Ray is not installed.
+    ```python
+    >>> from modeling_prismer.processing.labels import LocalEngine, label_images
+
+    >>> engine = LocalEngine(num_workers=2)
+    >>> label_images("modeling_prismer/assets", "offline", "my_labels", engine, progress=False).images
+    2
+    ```
     """
-    # an environment variable, because the cluster's processes read it, too
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        from ray.data import ActorPoolStrategy, DataContext
-    except ImportError as error:
-        raise ImportError(
-            "the engine 'ray' needs Ray Data: pip install 'modeling-prismer[ray]', or use the engine 'local'"
-        ) from error
 
-    images_per_part = max(8 * batch_size, (source.num_images or 0) // MAX_PARTS)
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    parts = [ray.put(part) for part in source.parts(images_per_part)]
-    if not parts:
-        return
-    context = DataContext.get_current()
-    bars, context.enable_progress_bars = context.enable_progress_bars, False
-    try:
-        labels = ray.data.range(len(parts), override_num_blocks=len(parts)).map_batches(
-            _LabelParts,
-            fn_constructor_kwargs={
-                "parts": parts,
-                "labeller": labeller,
-                "batch_size": batch_size,
-                "num_threads": max(1, int(cpus_per_worker)),
-            },
-            batch_size=1,
-            compute=ActorPoolStrategy(size=num_workers),
-            num_cpus=cpus_per_worker,
-            num_gpus=gpus_per_worker,
-        )
-        yield from labels.iter_batches(batch_size=None, batch_format="pyarrow")
-    finally:
-        context.enable_progress_bars = bars
+    name = "local"
+    description = "this process; workers are threads that open images and encode labels"
+
+    def run(self, source: ImageSource, labeller: Labeller, batch_size: int) -> Iterator[dict[str, Any]]:
+        pool = ThreadPoolExecutor(self.num_workers or min(8, os.cpu_count() or 1))
+        try:
+            yield from labeller.rows(source, batch_size, pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-class _LabelParts:
-    """Turns numbers of parts into tables of labels. It lives in Ray's actors and keeps its experts loaded."""
-
-    def __init__(self, parts: list[Any], labeller: Labeller, batch_size: int, num_threads: int):
-        self.parts = parts
-        self.labeller = labeller
-        self.batch_size = batch_size
-        self.pool = ThreadPoolExecutor(num_threads)
-        self.schema = label_features(labeller.descriptions).arrow_schema
-
-    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
-        import ray
-
-        for number in batch["id"]:
-            rows = self.labeller.rows(ray.get(self.parts[number]), self.batch_size, self.pool)
-            while group := list(itertools.islice(rows, self.batch_size)):
-                yield pa.Table.from_pylist(group, self.schema)
+def is_on_cpu(suite: ExpertSuite) -> bool:
+    return all(expert.device.type == "cpu" for expert in suite.values())

@@ -1,6 +1,5 @@
-"""Runs experts over many images and keeps their labels."""
+"""Runs experts over many images and stores their labels."""
 
-import copy
 import os
 import time
 from collections.abc import Iterable
@@ -8,22 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
 from ..experts.base import Expert
 from ..experts.suite import ExpertSuite
 from ..image_loading import MAX_IMAGE_PIXELS
-from .engines import label_locally, label_on_ray
+from .engines import LabelEngine, is_on_cpu
 from .labelling import Labeller
 from .manifest import make_manifest
 from .shards import LabelWriter, set_aside_damaged
 from .sources import ImageSource, open_source
 
 
-ENGINES = ("local", "ray")
-# failed images that a report names
+# the largest number of failed images that a report names
 MAX_ERRORS = 100
 
 
@@ -33,12 +30,12 @@ class LabelReport:
     The result of [`label_images`].
 
     Attributes:
-        images (`int`): number of images that this process labelled, failed ones included.
-        failed (`int`): number of those that have an `error`.
+        images (`int`): number of images that this process labelled, including failed ones.
+        failed (`int`): number of these that have an `error`.
         seconds (`float`): duration of the run.
         bytes (`int`): size of the shards written.
         expert_seconds (`dict[str, float]`):
-            How long each expert ran, without loading; known for the engine `"local"` only.
+            Seconds that each expert ran in this process, without loading. The engine `"ray"` leaves them at 0.
         errors (`dict[str, str]`):
             The errors of the first 100 failed images, by key. `LabelStore(folder).errors` has all of them.
 
@@ -70,10 +67,9 @@ def label_images(
     source: Any,
     suite: ExpertSuite | Iterable[Expert] | str,
     output: str | Path,
-    engine: str = "local",
+    engine: str | LabelEngine = "local",
     *,
     batch_size: int = 32,
-    num_workers: int | None = None,
     shard: tuple[int, int] | None = None,
     image_column: str | None = None,
     key_column: str | None = None,
@@ -83,39 +79,37 @@ def label_images(
     max_image_pixels: int | None = MAX_IMAGE_PIXELS,
     allow_other_versions: bool = False,
     rows_per_shard: int = 1024,
-    cpus_per_worker: float = 1.0,
-    gpus_per_worker: float = 0.0,
     progress: bool = True,
     repair: bool = False,
+    **engine_options: Any,
 ) -> LabelReport:
     """
-    Runs experts over images and writes their labels into a store: a folder of Parquet files, one row an image, that
-    [`LabelStore`] and `datasets.load_dataset` read.
+    Runs experts over images and writes their labels into a store: a folder of Parquet files with one row per image.
+    [`LabelStore`] and `datasets.load_dataset` read it.
 
-    Call it again to continue after any interruption, `kill -9` and a full disk included: images that have a row are
-    left out. Images that cannot be opened get a row with their `error` and no labels.
+    Call it again to continue after any interruption, including `kill -9` and a full disk. Images that have a row are
+    skipped. An image that cannot be opened gets a row with its `error` and no labels.
 
-    Several processes share the images: those that `torchrun` or `accelerate launch` started, found by
-    `accelerate.PartialState`, or those that `shard` names. They write into one store and never wait for each other.
+    Several processes can share the images: those started by `torchrun` or `accelerate launch`, which
+    `accelerate.PartialState` finds, or those that `shard` names. They write into one store and never wait for each
+    other.
 
     Args:
         source: images: a folder, files, a glob, tars, a data set, …; see [`open_source`].
         suite ([`ExpertSuite`], `list[Expert]` or `str`): the experts, or the name of a suite.
         output (`str` or `Path`): the store. It is made if it does not exist, and continued if it does.
-        engine (`str`, *optional*, defaults to `"local"`):
-            `"local"` runs the experts in this process, `"ray"` on a Ray cluster; see [`label_on_ray`].
+        engine (`str` or [`LabelEngine`], *optional*, defaults to `"local"`):
+            Where the experts run: `"local"` in this process, `"ray"` on a Ray cluster, or an engine of your own.
         batch_size (`int`, *optional*, defaults to 32):
-            Number of images that the experts get together; an expert splits them by its own `batch_size`.
-        num_workers (`int`, *optional*):
-            `"local"`: threads that open images and encode labels, by default one for each core, at most 8. `"ray"`:
-            number of actors, by default 1.
+            Number of images that the experts get together. An expert splits them by its own `batch_size`.
         shard (`tuple[int, int]`, *optional*):
-            The part of the images to label; `(0, n)` is the first of n. By default as launched, else all.
+            The part of the images to label; `(0, n)` is the first of n. By default the share of this process if
+            several were launched, else all images.
         image_column, key_column, root (*optional*): see [`open_source`].
         map_size (`int`, *optional*):
             Reduce every map to this many pixels square, by nearest neighbour. With the image processor's
-            `expert_size`, the network sees the same as without, and the store is much smaller. By default maps have
-            the size of their image.
+            `expert_size`, the network sees the same maps as without, and the store is much smaller. By default a map
+            has the size of its image.
         on_expert_error (`str`, *optional*, defaults to `"record"`):
             If an expert fails on an image, `"record"` leaves its label out and stores the `error`, unless it fails on
             100 images in a row; `"raise"` ends the run.
@@ -123,25 +117,28 @@ def label_images(
         allow_other_versions (`bool`, *optional*, defaults to `False`):
             Continue a store that was begun with other versions of the libraries.
         rows_per_shard (`int`, *optional*, defaults to 1024):
-            Images in a file of the store. An interruption costs the labels of the unfinished file.
-        cpus_per_worker, gpus_per_worker (`float`, *optional*, defaults to 1 and 0):
-            Cores and GPUs of each actor of `"ray"`. With a share of a GPU its experts run there.
+            Number of images in a file of the store. An interruption loses the labels of the unfinished file.
         progress (`bool`, *optional*, defaults to `True`): show a bar with rate and time left.
         repair (`bool`, *optional*, defaults to `False`):
             First read the whole store and set its unreadable shards aside, see [`set_aside_damaged`]. Their images
             are labelled again.
+        engine_options:
+            Options of the engine. All engines have `num_workers`: for `"local"` the number of threads that open images
+            and encode labels (by default one per core, at most 8), for `"ray"` the number of actors (by default 1).
+            `"ray"` has `cpus_per_worker` (default 1) and `gpus_per_worker` (default 0; 0.25 puts four actors on a GPU,
+            where their experts run) as well.
 
     Returns:
         [`LabelReport`]
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: about the source, see [`open_source`], or the settings.
+        FileNotFoundError, ValueError, TypeError: for a source that [`open_source`] refuses, or a wrong setting.
         ValueError: if the store was made with other experts, settings or versions; it names each difference.
         DamagedShardError: if a shard of the store cannot be read and `repair` is `False`.
         OSError: if a shard cannot be written, for example because the disk is full. Finished shards are kept.
         ExpertError: see `on_expert_error`.
         StoreInUseError: if another run writes into the store.
-        ImportError: if `engine` is `"ray"` and Ray is not installed.
+        ImportError: if a library that the engine requires is not installed.
 
     Example:
 
@@ -153,15 +150,13 @@ def label_images(
     ['▲']
     ```
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; accepted are {', '.join(map(repr, ENGINES))}")
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 1),
-        ("map_size", map_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; at least {least} is needed")
+    if isinstance(engine, str):
+        engine = LabelEngine.from_name(engine, **engine_options)
+    elif engine_options:
+        raise ValueError(f"engine is a {type(engine).__name__}; give it {', '.join(engine_options)} when you make it")
+    for name, value in (("batch_size", batch_size), ("map_size", map_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; at least 1 is needed")
     if isinstance(suite, str):
         suite = ExpertSuite.from_name(suite)
     elif not isinstance(suite, ExpertSuite):
@@ -170,9 +165,7 @@ def label_images(
         raise ValueError("there are no experts to run: the suite is empty")
     images = open_source(source, image_column, key_column, root)
     process = _place_among_processes(suite) if shard is None else (int(shard[0]), int(shard[1]))
-    if engine == "ray" and gpus_per_worker and _is_on_cpu(suite):
-        # on the actors' GPUs; this process may have none, so the copy has nothing loaded that would move there
-        suite = copy.deepcopy(suite).to("cuda")
+    suite = engine.place_suite(suite)
     manifest = make_manifest(suite, suite.descriptions, {"map_size": map_size, "max_image_pixels": max_image_pixels})
     labeller = Labeller(suite, map_size, on_expert_error, max_image_pixels)
     writer = LabelWriter(
@@ -185,27 +178,16 @@ def label_images(
     with writer:
         if repair:
             set_aside_damaged(output)
-        # shared before: the shares must not depend on what other processes have finished meanwhile
+        # first share, then leave out: the shares must not depend on what other processes have finished meanwhile
         images = images.share(*process).without(writer.done)
         with _bar(images, process, progress) as bar:
-            if engine == "local":
-                num_workers = num_workers or min(8, os.cpu_count() or 1)
-                for row in label_locally(images, labeller, batch_size, num_workers):
-                    if row["error"] is not None:
-                        failed += 1
-                        if len(errors) < MAX_ERRORS:
-                            errors[row["key"]] = row["error"]
-                    writer.write_row(row)
-                    _advance(bar, images, 1)
-            else:
-                tables = label_on_ray(images, labeller, batch_size, num_workers or 1, cpus_per_worker, gpus_per_worker)
-                for table in tables:
-                    wrong = table.filter(pc.is_valid(table["error"])).select(["key", "error"])
-                    failed += len(wrong)
-                    for row in wrong.slice(0, MAX_ERRORS - len(errors)).to_pylist():
+            for row in engine.run(images, labeller, batch_size):
+                if row["error"] is not None:
+                    failed += 1
+                    if len(errors) < MAX_ERRORS:
                         errors[row["key"]] = row["error"]
-                    writer.write_table(table)
-                    _advance(bar, images, len(table))
+                writer.write_row(row)
+                _advance(bar, images)
     return LabelReport(
         images=writer.rows_written,
         failed=failed,
@@ -217,46 +199,44 @@ def label_images(
 
 
 def _place_among_processes(suite: ExpertSuite) -> tuple[int, int]:
-    """(number of this process, of all processes), as launched; the experts go to the process's own device."""
+    """
+    The number of this process and of all processes, as launched. Moves the experts to the device of this process.
+    """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
         return 0, 1
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # left to itself it takes processes without an accelerator for one process
+    # without `cpu`, PartialState sees processes without an accelerator as one process
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     if state.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but accelerate sees {state.num_processes}; give shard"
         )
-    if state.device.type != "cpu" and _is_on_cpu(suite):
+    if state.device.type != "cpu" and is_on_cpu(suite):
         suite.to(state.device)
     return state.process_index, state.num_processes
 
 
-def _is_on_cpu(suite: ExpertSuite) -> bool:
-    return all(expert.device.type == "cpu" for expert in suite.values())
-
-
 def _bar(images: ImageSource, process: tuple[int, int], progress: bool) -> tqdm:
     name = "labels" if process[1] == 1 else f"labels, process {process[0]} of {process[1]}"
-    # one bar is enough for the processes of a machine
+    # one bar per machine
     is_shown = progress and int(os.environ.get("LOCAL_RANK", "0")) == 0
     return tqdm(total=images.num_images, desc=name, unit="image", disable=not is_shown)
 
 
-def _advance(bar: tqdm, images: ImageSource, number: int) -> None:
+def _advance(bar: tqdm, images: ImageSource) -> None:
     reading = images.progress()
-    if reading is not None and reading[0]:  # estimated from the files so far
+    if reading is not None and reading[0]:  # estimate the total from the files read so far
         files_read, files = reading
-        bar.total = max(bar.n + number, round((bar.n + number) * files / files_read))
-    bar.update(number)
+        bar.total = max(bar.n + 1, round((bar.n + 1) * files / files_read))
+    bar.update()
 
 
 def parse_shard(text: str) -> tuple[int, int]:
     """
-    `"0/8"`, the first of eight parts, as `(0, 8)`.
+    Reads `"0/8"`, the first of eight parts, as `(0, 8)`.
 
     Raises:
         ValueError: if the text has another form, or is not between `0/n` and `n-1/n`.

@@ -278,12 +278,9 @@ class LabelWriter:
 
     def _write_waiting_rows(self) -> None:
         rows, self._rows = self._rows, []
-        if rows:
-            self.write_table(pa.Table.from_pylist(rows, self.schema))
-
-    def write_table(self, table: pa.Table) -> None:
-        """Adds the rows of a table with the columns of `schema`."""
-        self._write_waiting_rows()
+        if not rows:
+            return
+        table = pa.Table.from_pylist(rows, self.schema)
         with self._discarding_on_failure(len(table)):
             if self._file is None:
                 self._temporary = self.folder / f".{self._prefix}{self._number:06d}.parquet.unfinished"

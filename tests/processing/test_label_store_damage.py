@@ -74,18 +74,8 @@ def store(labelled, tmp_path):
 # Forks of one program, each of which may write files of so many bytes and no larger ones. It says how each ended.
 PROGRAM = """
 import os, resource, sys
-import pyarrow as pa
-from modeling_prismer.processing.labels import label_images
-from modeling_prismer.processing.labels.encoding import label_features
 from tests.processing.test_label_store_damage import RUNS, label
 
-def tables(images, labeller, *_):  # what Ray sends
-    schema = label_features(labeller.descriptions).arrow_schema
-    rows = [labeller.encode(key, *labeller.see([labeller.open(key, image)])[0]) for key, image in images]
-    for start in range(0, len(rows), 16):
-        yield pa.Table.from_pylist(rows[start : start + 16], schema)
-
-label_images.__globals__["label_on_ray"] = tables
 photos, folder, *limits = sys.argv[1:]
 for run, settings in RUNS.items():
     for limit in map(int, limits):
@@ -102,7 +92,7 @@ for run, settings in RUNS.items():
                 os._exit(status)
         print("ended:", run, limit, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-RUNS = {"local": {}, "ray": {"engine": "ray"}, "shard": {"shard": (1, 2)}}
+RUNS = {"whole": {}, "shard": {"shard": (1, 2)}}
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,24 @@
 """The engines give the same labels, and a run that is killed goes on: every image is labelled exactly once."""
 
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from modeling_prismer.cli import app
 from modeling_prismer.processing.experts import CannyEdges, DexiNedEdges, ExpertSuite
-from modeling_prismer.processing.labels import LabelStore, label_images
+from modeling_prismer.processing.labels import LabelEngine, LabelStore, RayEngine, label_images
 
 from . import label_experts
 from .label_experts import EdgeThatKills, Halves, Rows, write_images
@@ -244,11 +248,11 @@ def test_ray_completes_a_store_once_though_an_actor_is_killed(ray, photos, local
 def test_experts_of_ray_actors_with_a_gpu_run_there(photos, tmp_path, monkeypatch):
     seen = []
 
-    def label_on_ray(images, labeller, *settings):
+    def run(self, images, labeller, batch_size):
         seen.append(labeller.suite)
         return []
 
-    monkeypatch.setitem(label_images.__globals__, "label_on_ray", label_on_ray)
+    monkeypatch.setattr(RayEngine, "run", run)
     own = ExpertSuite([DexiNedEdges(pretrained=False)])
     for gpus in (0.25, 0):
         label_images(photos[0], own, tmp_path / str(gpus), engine="ray", gpus_per_worker=gpus, progress=False)
@@ -260,5 +264,63 @@ def test_experts_of_ray_actors_with_a_gpu_run_there(photos, tmp_path, monkeypatc
 
 def test_without_ray_the_error_says_what_to_install(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'modeling-prismer\[ray\]'"):
-        label_images(photos[0], suite(), tmp_path, engine="ray", progress=False)
+    with pytest.raises(ImportError, match=r"'ray' needs ray: pip install 'modeling-prismer\[ray\]'"):
+        label_images(photos[0], suite(), tmp_path / "labels", engine="ray", progress=False)
+    assert not (tmp_path / "labels").exists()
+
+
+# ---- an engine of your own ----
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    monkeypatch.setattr(LabelEngine, "registry", dict(LabelEngine.registry))
+
+    @dataclass
+    class Backwards(LabelEngine):
+        name, description = "backwards", "this process, last image first"
+        most: int | None = None
+
+        def run(self, source, labeller, batch_size):
+            for key, image in itertools.islice(reversed(list(source)), self.most):
+                yield labeller.encode(key, *labeller.see([labeller.open(key, image)])[0])
+
+    return Backwards
+
+
+def test_an_engine_of_your_own_labels_by_its_name(photos, local, backwards, tmp_path):
+    label_images(photos[0], suite(), tmp_path, engine="backwards", most=5, progress=False)
+    assert list(LabelStore(tmp_path)) == list(local)[:-6:-1]
+    report = label_images(photos[0], suite(), tmp_path, engine=backwards(), progress=False)
+    assert report.images == IMAGES - 5
+    assert_same_labels(LabelStore(tmp_path), local)
+
+
+def test_the_command_line_and_errors_list_your_engine(photos, backwards, tmp_path):
+    ExpertSuite([CannyEdges()]).save_pretrained(tmp_path / "suite")
+    command = ["label", str(photos[0]), "--experts", str(tmp_path / "suite"), "--out", str(tmp_path / "labels")]
+    listed = CliRunner().invoke(app, ["label", "--list-engines"], env={"COLUMNS": "200"})
+    assert listed.exit_code == 0 and "this process, last image first" in listed.output
+    assert CliRunner().invoke(app, [*command, "--engine", "backwards"]).exit_code == 0
+    assert len(LabelStore(tmp_path / "labels")) == IMAGES
+    assert "accepted are 'local', 'ray', 'backwards'" in CliRunner().invoke(app, [*command, "--engine", "x"]).stderr
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "message"),
+    [
+        ("local", {"gpus_per_worker": 1}, "engine 'local' has no option 'gpus_per_worker'; its options are num_work"),
+        ("local", {"num_workers": 0}, "num_workers is 0; at least 1 is needed"),
+        (RayEngine(), {"num_workers": 2}, "engine is a RayEngine; give it num_workers when you make it"),
+    ],
+)
+def test_wrong_options_of_an_engine_are_named(photos, tmp_path, engine, options, message):
+    with pytest.raises(ValueError, match=message):
+        label_images(photos[0], suite(), tmp_path, engine=engine, **options)
+
+
+def test_the_guide_lists_every_engine():
+    guide = (REPOSITORY / "docs" / "label_store.md").read_text()
+    for name, engine in LabelEngine.registry.items():
+        if engine.__module__.startswith("modeling_prismer."):
+            assert f"| `{name}` | {engine.description} | {', '.join(engine.option_names())} |" in guide
