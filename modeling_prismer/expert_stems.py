@@ -1,7 +1,14 @@
-"""From the experts' maps to latents: a stem for each expert, and the resampler."""
+"""
+From the experts' tensors to latents: a stem for each expert, and the resampler.
 
+Every network of this package reads experts in the same way. It takes their tensors out of its arguments with
+`pop_expert_inputs`, sorts and checks them with `gather_expert_inputs`, and runs them with [`ExpertsMixin`].
+"""
+
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +18,10 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_prismer import PrismerVisionConfig
-from .expert_spec import BACKGROUND, MAX_IDS, ExpertSpec
+from .expert_spec import BACKGROUND, MAX_IDS, ExpertSpec, is_expert_input, seems_expert_input
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
 
 
@@ -273,6 +281,244 @@ class PrismerResampler(nn.Module):
         for layer in self.layers:
             latents = layer(latents, tokens, attention_mask=attention_mask, **kwargs)
         return latents
+
+
+def pop_expert_inputs(tensors: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """
+    Takes every tensor out of `tensors` that belongs to one of the experts `names`, or seems to belong to one that is
+    not configured. `gather_expert_inputs` tells these apart.
+    """
+    return {
+        key: tensors.pop(key) for key in list(tensors) if is_expert_input(key, names) or seems_expert_input(key, names)
+    }
+
+
+def gather_expert_inputs(
+    tensors: dict[str, Any], expert_mask: torch.Tensor | None, names: list[str], strict: bool
+) -> dict[str, dict[str, torch.Tensor]]:
+    """
+    Sorts tensors named `<expert>_<suffix>` by expert and takes them out of `tensors`. Others stay.
+
+    Args:
+        tensors (`dict[str, Any]`): arguments of a network.
+        expert_mask (`torch.BoolTensor` of shape `(batch_size, number of experts)`, *optional*):
+            Which experts each sample has.
+        names (`list[str]`): the configured experts.
+        strict (`bool`): whether an expert that is neither given nor masked out is an error.
+
+    Returns:
+        `dict[str, dict[str, torch.Tensor]]`: for each given expert, its tensors by suffix.
+
+    Raises:
+        ValueError: if a tensor seems to belong to an expert that is not configured, if an expert lacks a tensor, or if
+            an expert is neither given nor masked out.
+    """
+    gathered: dict[str, dict[str, torch.Tensor]] = {}
+    for key in list(tensors):
+        if seems_expert_input(key, names):
+            if tensors.pop(key) is not None:
+                raise ValueError(f"{key} given, but the config's experts are: {', '.join(names) or 'none'}")
+        elif is_expert_input(key, names):
+            name, _, suffix = key.rpartition("_")
+            tensor = tensors.pop(key)
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{key} is a {type(tensor).__name__}; a tensor is needed")
+            gathered.setdefault(name, {})[suffix] = tensor
+    if expert_mask is not None and (expert_mask.ndim != 2 or expert_mask.shape[1] != len(names)):
+        raise ValueError(
+            f"expert_mask has the shape {tuple(expert_mask.shape)}; (batch, {len(names)}) is needed, one column "
+            f"for each of {', '.join(names) or 'no experts'}"
+        )
+    for name, inputs in gathered.items():
+        if "values" not in inputs and "ids" not in inputs:
+            raise ValueError(f"{name}_{next(iter(inputs))} given without {name}_ids or {name}_values")
+    missing = [name for name in names if name not in gathered]
+    if missing and expert_mask is not None:
+        claimed = expert_mask[:, [names.index(name) for name in missing]].bool().any(dim=0)
+        torch_compilable_check(
+            ~claimed,
+            lambda: (
+                f"expert_mask says that there are {', '.join(itertools.compress(missing, claimed.tolist()))}, "
+                "but their tensors are not given"
+            ),
+        )
+    elif missing and strict:
+        raise ValueError(
+            f"the config's experts {', '.join(missing)} are neither given nor masked out. Give their tensors "
+            "(with Trainer: is remove_unused_columns=False needed?), or pass expert_mask with False in their "
+            "columns, or set config.strict_experts=False to run without what is not given"
+        )
+    return gathered
+
+
+class ExpertsMixin:
+    """
+    Gives a network the experts' stems and the resampler.
+
+    The network calls `init_experts` in its constructor and defines `expert_positions`. Its modules `expert_stems` and
+    `resampler` (`None` without experts) then turn the experts' tensors into latents: `check_expert_inputs` first,
+    `encode_experts` next.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer import PrismerVisionModel
+
+    >>> model = PrismerVisionModel.from_pretrained(path)  # a network with experts
+    >>> edges = processor.process_images(image)["edge_values"]
+    >>> model.encode_experts({"edge": {"values": edges}}, None, batch_size=1, device="cpu").shape
+    torch.Size([1, 16, 128])
+    ```
+    """
+
+    expert_stems: nn.ModuleDict
+    resampler: "PrismerResampler | None"
+    training: bool
+
+    def init_experts(self, config: PrismerVisionConfig) -> None:
+        """Makes the modules. Of `config` it reads the experts, their sizes and those of the resampler."""
+        self.expert_stems = nn.ModuleDict({spec.name: PrismerExpertStem(config, spec) for spec in config.expert_specs})
+        self.resampler = PrismerResampler(config) if config.experts else None
+
+    def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The position embeddings of the experts' tokens on a grid: `(grid[0] * grid[1], width)`."""
+        raise NotImplementedError
+
+    def check_expert_inputs(
+        self,
+        expert_inputs: dict[str, dict[str, torch.Tensor]],
+        expert_mask: torch.Tensor | None,
+        images: dict[str, torch.Tensor],
+    ) -> None:
+        """
+        Arguments as in `encode_experts`; `images` are the network's own inputs, at least one.
+
+        Raises:
+            ValueError: if an input does not have one row for each image, or belongs to no expert; in training also if
+                a sample has numbers that are not finite, which would get into the statistics of BatchNorm and into
+                all weights.
+        """
+        batch_size = next(iter(images.values())).shape[0]
+        if expert_mask is not None and expert_mask.shape[0] != batch_size:
+            raise ValueError(f"expert_mask has {expert_mask.shape[0]} rows for {batch_size} images")
+        names, tensors, present = list(self.expert_stems), dict(images), {}
+        for name, inputs in expert_inputs.items():
+            if name not in names:
+                raise ValueError(f"expert_inputs has '{name}'; the config's experts are: {', '.join(names) or 'none'}")
+            for suffix, tensor in inputs.items():
+                key = f"{name}_{suffix}"
+                if tensor.shape[0] != batch_size:
+                    raise ValueError(f"{key} has {tensor.shape[0]} rows for {batch_size} images")
+                tensors[key] = tensor
+                if expert_mask is not None:
+                    present[key] = expert_mask[:, names.index(name)]
+        if self.training and not torch.compiler.is_compiling():
+            _require_finite(tensors, present)
+
+    def embed_experts(
+        self,
+        expert_inputs: dict[str, dict[str, torch.Tensor]],
+        expert_mask: torch.Tensor | None,
+        batch_size: int,
+        device: torch.device | str,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """
+        Runs the stems. Arguments as in `encode_experts`.
+
+        Returns:
+            The tokens of each given expert `(batch_size, num_tokens, width)`, zero in samples without it, and its
+            column of the mask `(batch_size, num_tokens)`.
+        """
+        all_tokens, token_masks, last_grid = [], [], None
+        for index, (name, stem) in enumerate(self.expert_stems.items()):
+            inputs = expert_inputs.get(name)
+            if inputs is None:
+                continue
+            present = None if expert_mask is None else expert_mask[:, index]
+            rows = None
+            if present is not None and self.training:
+                # Samples without this expert must take no part in the statistics of BatchNorm.
+                rows = present.nonzero()[:, 0]
+                if len(rows) == 0 and not _in_process_group():
+                    continue
+                # Every rank runs the stem, even over no sample: DistributedDataParallel waits for the gradient of
+                # every parameter from every rank, and SyncBatchNorm for its statistics.
+                if len(rows) < batch_size:
+                    inputs = {key: tensor[rows] for key, tensor in inputs.items()}
+            elif present is not None and "rows" in inputs:  # padding may have rows that the table lacks
+                instance_rows = inputs["rows"]
+                present_there = present.to(instance_rows.device)[:, None, None]
+                inputs = {**inputs, "rows": torch.where(present_there, instance_rows, 0)}
+            tokens = stem(**inputs)
+            grid = tuple(tokens.shape[2:])
+            tokens = tokens.flatten(2).transpose(1, 2).to(device)
+            if grid != last_grid:  # not a dict: in an export with any sizes the grid cannot be hashed
+                last_grid, positions = grid, self.expert_positions(grid).to(device)
+            tokens = tokens + positions
+            if present is not None:
+                if rows is not None and len(rows) < batch_size:
+                    tokens = tokens.new_zeros(batch_size, *tokens.shape[1:]).index_copy(0, rows, tokens)
+                elif not self.training:
+                    tokens = torch.where(present[:, None, None], tokens, 0)  # padding may hold anything, NaN too
+                token_masks.append(present[:, None].expand(tokens.shape[:2]))
+            all_tokens.append(tokens)
+        return all_tokens, token_masks
+
+    def encode_experts(
+        self,
+        expert_inputs: dict[str, dict[str, torch.Tensor]],
+        expert_mask: torch.Tensor | None,
+        batch_size: int,
+        device: torch.device | str,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Runs the stems and the resampler.
+
+        Args:
+            expert_inputs (`dict[str, dict[str, torch.Tensor]]`):
+                For each given expert, the arguments of its stem.
+            expert_mask (`torch.BoolTensor` of shape `(batch_size, number of experts)`, *optional*):
+                Which experts each sample has, on `device`.
+            batch_size (`int`): number of images.
+            device (`torch.device`): device of the latents; the stems may be spread over several.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, num_latents, width)`.
+        """
+        all_tokens, token_masks = self.embed_experts(expert_inputs, expert_mask, batch_size, device)
+        latents = self.resampler.latents
+        if all_tokens:
+            tokens = torch.cat(all_tokens, dim=1)  # (batch_size, num_tokens, width)
+        else:
+            tokens = torch.empty(batch_size, 0, latents.shape[1], dtype=latents.dtype, device=device)
+        token_mask = torch.cat(token_masks, dim=1) if token_masks else None
+        return self.resampler(tokens, token_mask, **kwargs).to(device)
+
+
+def _in_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _require_finite(tensors: dict[str, torch.Tensor], present: dict[str, torch.Tensor]) -> None:
+    """Raises an error that names the samples that are not finite, except those that are not `present` `(batch,)`."""
+    finite: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            rows = torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
+            finite[name] = rows | ~present[name].bool().to(rows.device) if name in present else rows
+
+    def describe() -> str:
+        samples = {name: (~rows).nonzero()[:, 0].tolist() for name, rows in finite.items()}
+        named = [f"{name} of sample {', '.join(map(str, wrong))}" for name, wrong in samples.items() if wrong]
+        return f"{'; '.join(named)} holds numbers that are not finite; leave the sample out, or mask the expert out"
+
+    if finite:
+        device = next(iter(finite.values())).device
+        everywhere = torch.stack([rows.to(device) for rows in finite.values()])  # one check: a GPU waits for it
+        torch_compilable_check(everywhere, describe)
 
 
 @torch.no_grad()

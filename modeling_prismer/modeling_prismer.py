@@ -8,7 +8,6 @@ ranking in ranking.py, and building from CLIP and RoBERTa in backbones.py.
 
 import copy
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -41,12 +40,15 @@ from .adapter_targets import register_adapter_targets
 from .backbones import build_from_backbones
 from .cache import CACHE_NAME, accept_past_key_values
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
-from .expert_spec import ExpertSpec, is_expert_input, seems_expert_input
+from .expert_spec import ExpertSpec
 from .expert_stems import (
+    ExpertsMixin,
     PrismerExpertStem,
     PrismerResampler,
+    gather_expert_inputs,
     init_expert_weights,
     look_up,
+    pop_expert_inputs,
     require_kind,
 )
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
@@ -337,30 +339,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
         return loaded
 
 
-def _in_process_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _require_finite(tensors: dict[str, torch.Tensor], present: dict[str, torch.Tensor]) -> None:
-    """Names the samples of `tensors` that are not finite, but for those that are not `present` `(batch,)`."""
-    finite: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            rows = torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
-            finite[name] = rows | ~present[name].bool().to(rows.device) if name in present else rows
-
-    def describe() -> str:
-        samples = {name: (~rows).nonzero()[:, 0].tolist() for name, rows in finite.items()}
-        named = [f"{name} of sample {', '.join(map(str, wrong))}" for name, wrong in samples.items() if wrong]
-        return f"{'; '.join(named)} holds numbers that are not finite; leave the sample out, or mask the expert out"
-
-    if finite:
-        device = next(iter(finite.values())).device
-        everywhere = torch.stack([rows.to(device) for rows in finite.values()])  # one check: a GPU waits for it
-        torch_compilable_check(everywhere, describe)
-
-
-class PrismerVisionModel(PrismerPreTrainedModel):
+class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
     """
     The vision encoder: a CLIP vision transformer with adaptors over the image's patches and the latents to which the
     resampler condenses what the experts saw.
@@ -390,8 +369,7 @@ class PrismerVisionModel(PrismerPreTrainedModel):
     def __init__(self, config: PrismerVisionConfig):
         super().__init__(config)
         self.embeddings = PrismerVisionEmbeddings(config)
-        self.expert_stems = nn.ModuleDict({spec.name: PrismerExpertStem(config, spec) for spec in config.expert_specs})
-        self.resampler = PrismerResampler(config) if config.experts else None
+        self.init_experts(config)
         self.pre_layernorm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(PrismerVisionLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -400,89 +378,8 @@ class PrismerVisionModel(PrismerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
-    def check_inputs(
-        self,
-        pixel_values: torch.Tensor,
-        expert_inputs: dict[str, dict[str, torch.Tensor]],
-        expert_mask: torch.Tensor | None,
-    ) -> None:
-        """
-        Arguments as in `forward`.
-
-        Raises:
-            ValueError: if an input has not one row for each image, or belongs to no expert; in training also if a
-                sample has numbers that are not finite, which would get into the statistics of BatchNorm and into all
-                weights.
-        """
-        images = pixel_values.shape[0]
-        if expert_mask is not None and expert_mask.shape[0] != images:
-            raise ValueError(f"expert_mask has {expert_mask.shape[0]} rows for {images} images")
-        names, tensors, present = list(self.expert_stems), {"pixel_values": pixel_values}, {}
-        for name, inputs in expert_inputs.items():
-            if name not in names:
-                raise ValueError(f"expert_inputs has '{name}'; the config's experts are: {', '.join(names) or 'none'}")
-            for suffix, tensor in inputs.items():
-                key = f"{name}_{suffix}"
-                if tensor.shape[0] != images:
-                    raise ValueError(f"{key} has {tensor.shape[0]} rows for {images} images")
-                tensors[key] = tensor
-                if expert_mask is not None:
-                    present[key] = expert_mask[:, names.index(name)]
-        if self.training and not torch.compiler.is_compiling():
-            _require_finite(tensors, present)
-
-    def embed_experts(
-        self,
-        expert_inputs: dict[str, dict[str, torch.Tensor]],
-        expert_mask: torch.Tensor | None,
-        batch_size: int,
-        device: torch.device,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """
-        Args:
-            expert_inputs: for each expert that is given, the arguments of its stem.
-            expert_mask (`torch.BoolTensor` of shape `(batch_size, number of experts)`, *optional*)
-            batch_size (`int`): number of images.
-            device (`torch.device`): where the tokens are to be; the stems may be spread over several.
-
-        Returns:
-            The tokens of each given expert `(batch_size, num_tokens, width)`, zero in samples without it, and its
-            column of the mask `(batch_size, num_tokens)`.
-        """
-        all_tokens, token_masks, last_grid = [], [], None
-        for index, (name, stem) in enumerate(self.expert_stems.items()):
-            inputs = expert_inputs.get(name)
-            if inputs is None:
-                continue
-            present = None if expert_mask is None else expert_mask[:, index]
-            rows = None
-            if present is not None and self.training:
-                # Samples without this expert must take no part in the statistics of BatchNorm.
-                rows = present.nonzero()[:, 0]
-                if len(rows) == 0 and not _in_process_group():
-                    continue
-                # Of several processes each runs the stem, be it over no sample: DistributedDataParallel waits for the
-                # gradient of every parameter from every process, and SyncBatchNorm for its statistics.
-                if len(rows) < batch_size:
-                    inputs = {key: tensor[rows] for key, tensor in inputs.items()}
-            elif present is not None and "rows" in inputs:  # rows that the table lacks, as padding may have them
-                instance_rows = inputs["rows"]
-                present_there = present.to(instance_rows.device)[:, None, None]
-                inputs = {**inputs, "rows": torch.where(present_there, instance_rows, 0)}
-            tokens = stem(**inputs)
-            grid = tuple(tokens.shape[2:])
-            tokens = tokens.flatten(2).transpose(1, 2).to(device)
-            if grid != last_grid:  # no dict of them: in an export with any sizes they cannot be hashed
-                last_grid, positions = grid, self.embeddings(grid=grid).to(device)
-            tokens = tokens + positions
-            if present is not None:
-                if rows is not None and len(rows) < batch_size:
-                    tokens = tokens.new_zeros(batch_size, *tokens.shape[1:]).index_copy(0, rows, tokens)
-                elif not self.training:
-                    tokens = torch.where(present[:, None, None], tokens, 0)  # whatever the padding holds, NaN too
-                token_masks.append(present[:, None].expand(tokens.shape[:2]))
-            all_tokens.append(tokens)
-        return all_tokens, token_masks
+    def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        return self.embeddings(grid=grid)  # experts share the positions of the image
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -506,15 +403,12 @@ class PrismerVisionModel(PrismerPreTrainedModel):
             `last_hidden_state` of shape `(batch_size, num_patches + num_latents, hidden_size)`.
         """
         expert_inputs = expert_inputs or {}
-        self.check_inputs(pixel_values, expert_inputs, expert_mask)
+        self.check_expert_inputs(expert_inputs, expert_mask, {"pixel_values": pixel_values})
         hidden_states = self.embeddings(pixel_values)
         if self.resampler is not None:
-            device = hidden_states.device
-            tokens, masks = self.embed_experts(expert_inputs, expert_mask, hidden_states.shape[0], device)
-            tokens = torch.cat(tokens, dim=1) if tokens else hidden_states[:, :0]
-            token_mask = torch.cat(masks, dim=1) if masks else None
-            latents = self.resampler(tokens, token_mask, **kwargs)
-            hidden_states = torch.cat([hidden_states, latents.to(device)], dim=1)
+            batch_size, device = hidden_states.shape[0], hidden_states.device
+            latents = self.encode_experts(expert_inputs, expert_mask, batch_size, device, **kwargs)
+            hidden_states = torch.cat([hidden_states, latents], dim=1)
         hidden_states = self.pre_layernorm(hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
@@ -784,65 +678,6 @@ class PrismerModel(PrismerPreTrainedModel):
             "float32 copy of the weights.)"
         )
 
-    def pop_expert_inputs(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Takes out of `tensors` what belongs to an expert, or seems to; `gather_expert_inputs` tells these apart."""
-        names = self.config.expert_names
-        return {
-            key: tensors.pop(key)
-            for key in list(tensors)
-            if is_expert_input(key, names) or seems_expert_input(key, names)
-        }
-
-    def gather_expert_inputs(
-        self, tensors: dict[str, Any], expert_mask: torch.Tensor | None
-    ) -> dict[str, dict[str, torch.Tensor]]:
-        """
-        Sorts tensors named `<expert>_<suffix>` by expert, and takes them out of `tensors`. Others stay.
-
-        Raises:
-            ValueError: if a tensor seems to belong to an expert that the config lacks, if an expert lacks one, or if
-                an expert is neither given nor masked out (see `strict_experts` of [`PrismerConfig`]).
-        """
-        names = self.config.expert_names
-        gathered: dict[str, dict[str, torch.Tensor]] = {}
-        for key in list(tensors):
-            if seems_expert_input(key, names):
-                if tensors.pop(key) is not None:
-                    raise ValueError(f"{key} given, but the config's experts are: {', '.join(names) or 'none'}")
-            elif is_expert_input(key, names):
-                name, _, suffix = key.rpartition("_")
-                tensor = tensors.pop(key)
-                if tensor is None:
-                    continue
-                if not isinstance(tensor, torch.Tensor):
-                    raise ValueError(f"{key} is a {type(tensor).__name__}; a tensor is needed")
-                gathered.setdefault(name, {})[suffix] = tensor
-        if expert_mask is not None and (expert_mask.ndim != 2 or expert_mask.shape[1] != len(names)):
-            raise ValueError(
-                f"expert_mask has the shape {tuple(expert_mask.shape)}; (batch, {len(names)}) is needed, one column "
-                f"for each of {', '.join(names) or 'no experts'}"
-            )
-        for name, inputs in gathered.items():
-            if "values" not in inputs and "ids" not in inputs:
-                raise ValueError(f"{name}_{next(iter(inputs))} given without {name}_ids or {name}_values")
-        missing = [name for name in names if name not in gathered]
-        if missing and expert_mask is not None:
-            claimed = expert_mask[:, [names.index(name) for name in missing]].bool().any(dim=0)
-            torch_compilable_check(
-                ~claimed,
-                lambda: (
-                    f"expert_mask says that there are {', '.join(itertools.compress(missing, claimed.tolist()))}, "
-                    "but their tensors are not given"
-                ),
-            )
-        elif missing and self.config.strict_experts:
-            raise ValueError(
-                f"the config's experts {', '.join(missing)} are neither given nor masked out. Give their tensors "
-                "(with Trainer: is remove_unused_columns=False needed?), or pass expert_mask with False in their "
-                "columns, or set config.strict_experts=False to run without what is not given"
-            )
-        return gathered
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -872,7 +707,8 @@ class PrismerModel(PrismerPreTrainedModel):
         >>> generated = model.generate(**texts, encoder_outputs=encoded)
         ```
         """
-        expert_inputs = self.gather_expert_inputs(kwargs, expert_mask)
+        names, strict = self.config.expert_names, self.config.strict_experts
+        expert_inputs = gather_expert_inputs(kwargs, expert_mask, names, strict)
         if expert_mask is not None:
             expert_mask = expert_mask.to(device=pixel_values.device, dtype=torch.bool)
         outputs = self.vision_model(pixel_values, expert_inputs, expert_mask, **kwargs)
@@ -927,7 +763,7 @@ class PrismerModel(PrismerPreTrainedModel):
         """
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_of_half_precision()
-        expert_inputs = self.pop_expert_inputs(kwargs)
+        expert_inputs = pop_expert_inputs(kwargs, self.config.expert_names)
         if encoder_outputs is None and pixel_values is not None:
             encoder_outputs = self.get_image_features(pixel_values, expert_mask, **expert_inputs, **kwargs)
         elif encoder_outputs is not None and pixel_values is not None:
@@ -1165,7 +1001,7 @@ class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, Gene
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         others = dict(model_kwargs)
-        self.model.pop_expert_inputs(others)
+        pop_expert_inputs(others, self.config.expert_names)
         super()._validate_model_kwargs(others)
 
     def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
@@ -1190,7 +1026,7 @@ class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, Gene
             raise ValueError(
                 "generate needs prompts padded on the left (padding_side='left'): this attention_mask ends in padding"
             )
-        expert_inputs = self.model.pop_expert_inputs(model_kwargs)
+        expert_inputs = pop_expert_inputs(model_kwargs, self.config.expert_names)
         pixel_values = model_kwargs.pop("pixel_values", None)
         expert_mask = model_kwargs.pop("expert_mask", None)
         if pixel_values is None:
