@@ -122,11 +122,11 @@ quality: $(VENV)/.ruff-ready  ## check lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy reads the package as it is installed, the three folders as one name: the finder of the editable install is closed
-# to it
+# mypy cannot follow an editable install that maps three folders to one package, so it reads an ordinary install.
+# Without build/lib, which setuptools reuses, deleted modules are not checked.
 types: $(VENV)/.test-ready  ## check the types, of the package and of a program that uses it
-	@rm -rf build/types && mkdir -p build/types/modeling_prismer
-	@ln -s $(CURDIR)/modeling_prismer/* $(CURDIR)/processing $(CURDIR)/conversion build/types/modeling_prismer/
+	@rm -rf build/types build/lib
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --no-index --target build/types .
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p modeling_prismer
 	MYPYPATH=build/types $(BIN)/mypy --config-file= --cache-dir build/mypy_cache --ignore-missing-imports \
 		--follow-imports=silent tests/typed_usage.py

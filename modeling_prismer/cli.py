@@ -367,7 +367,7 @@ def label(
         from modeling_prismer.processing.labels import forget_failed, label_images, parse_shard, set_aside_damaged
 
         part = None if shard is None else parse_shard(shard)
-        options = {"num_workers": workers, "gpus_per_worker": gpus_per_worker}
+        options: dict[str, Any] = {"num_workers": workers, "gpus_per_worker": gpus_per_worker}
         is_folder = Path(experts).is_dir()
         suite = ExpertSuite.from_pretrained(experts) if is_folder else ExpertSuite.from_name(experts)
         if retry_failed:
