@@ -126,16 +126,19 @@ class ExpertSpec:
         return self.kind == "label"
 
     @property
+    def label_parts(self) -> tuple[str, ...]:
+        """The parts of a label beside its map: none, `("classes",)` of instances or `("words", "features")`."""
+        if self.is_label and self.num_classes is None:
+            return ("words", "features")
+        return ("classes",) if self.instances else ()
+
+    @property
     def tensor_suffixes(self) -> tuple[str, ...]:
         """
-        Suffixes of the tensors that the processor makes, which are also the parts of a label: `("values",)`,
-        `("ids",)` if the ids are classes, `("ids", "classes")` or `("ids", "features")`.
+        Suffixes of the tensors that the processor makes: `("values",)`, `("ids",)` if the ids are classes,
+        `("ids", "classes")` or `("ids", "features")`.
         """
-        if self.is_dense:
-            return ("values",)
-        if self.num_classes is None:
-            return ("ids", "features")
-        return ("ids", "classes") if self.instances else ("ids",)
+        return ("values" if self.is_dense else "ids", *(part for part in self.label_parts if part != "words"))
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

@@ -11,7 +11,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .image_processing_prismer import BACKGROUND, _dense_map, _id_map, match_expert_labels
+from .expert_labels import (
+    BACKGROUND,
+    ExpertFields,
+    match_expert_labels,
+    read_experts,
+    read_ids,
+    read_values,
+)
 
 
 class JointAugmentation:
@@ -126,8 +133,8 @@ class JointAugmentation:
         if not isinstance(image, Image.Image) or image.mode != "RGB":
             found = f"a PIL image in mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
             raise TypeError(f"image is {found}; a PIL image in mode RGB is accepted, such as load_image gives")
-        given = match_expert_labels(labels, 1, self.experts)[0]
-        experts = {expert["name"]: expert for expert in self.experts}
+        experts = {expert.name: expert for expert in read_experts(self.experts)}
+        given = match_expert_labels(labels, 1, list(experts))[0]
         maps = {
             name: self._lay_over(image, label, experts[name]) for name, label in given.items() if label is not None
         }
@@ -136,11 +143,10 @@ class JointAugmentation:
             return image, None
         return image, {name: _replace_map(label, maps.get(name)) for name, label in given.items()}
 
-    def _lay_over(self, image: Image.Image, label: Any, expert: dict[str, Any]) -> "ExpertMap":
-        dense = expert["kind"] == "dense"
-        values = _dense_map(label, expert) if dense else _id_map(label, expert)[None]
+    def _lay_over(self, image: Image.Image, label: Any, expert: ExpertFields) -> "ExpertMap":
+        values = read_values(label, expert) if expert.is_dense else read_ids(label, expert)[None]
         values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        return (DenseMap if dense else IdMap)(values, (image.height, image.width), self.expert_size)
+        return (DenseMap if expert.is_dense else IdMap)(values, (image.height, image.width), self.expert_size)
 
 
 def _replace_map(label: Any, expert_map: "ExpertMap | None") -> Any:
@@ -148,7 +154,7 @@ def _replace_map(label: Any, expert_map: "ExpertMap | None") -> Any:
         return None
     values = expert_map.as_subclass(torch.Tensor).numpy()
     values = values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
-    return {**label, "ids": values} if isinstance(label, Mapping) else values
+    return {**label, "values" if "values" in label else "ids": values} if isinstance(label, Mapping) else values
 
 
 # ---- RandAugment ----

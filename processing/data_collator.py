@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .expert_labels import check_expert_labels, read_experts
 from .image_loading import load_image
-from .image_processing_prismer import check_expert_labels
 from .processing_prismer import PrismerProcessor
 
 
@@ -142,7 +142,7 @@ class DataCollatorForPrismer:
                 )
         images = [load_image(row["image"], name=row.get("image_id")) for row in rows]
         labels = self._labels(rows, images)
-        experts = self.processor.image_processor.experts
+        experts = read_experts(self.processor.image_processor.experts)
         keep = torch.ones(len(rows), len(experts), dtype=torch.bool)
         for i, row in enumerate(rows):
             check_expert_labels(labels[i] or {}, experts, _name_of(row, i))

@@ -12,13 +12,20 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, logging
 
+from .expert_labels import (
+    BACKGROUND,
+    ExpertFields,
+    check_expert_labels,
+    match_expert_labels,
+    read_experts,
+    read_ids,
+    read_items,
+    read_values,
+)
 from .image_loading import MAX_IMAGE_PIXELS, load_image, load_images
 
 
 logger = logging.get_logger(__name__)
-
-# The value of an 8-bit id map where nothing is known
-BACKGROUND = 255
 
 
 class PrismerImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -72,8 +79,8 @@ class _ImageAndExpertMaps(_Backend):
     @property
     def model_input_names(self) -> list[str]:
         names = ["pixel_values"]
-        for expert in self.experts:
-            names += [f"{expert['name']}_{suffix}" for suffix in _tensor_suffixes(expert)]
+        for expert in read_experts(self.experts):
+            names += [f"{expert.name}_{suffix}" for suffix in expert.tensor_suffixes]
         return names + ["expert_mask"] if self.experts else names
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -145,7 +152,7 @@ class _ImageAndExpertMaps(_Backend):
     def _standardize_kwargs(self, experts: list[dict[str, Any]] | None = None, **kwargs: Any) -> dict:
         kwargs = super()._standardize_kwargs(**kwargs)
         experts = experts or []
-        _validate_experts(experts)
+        read_experts(experts)
         return {"experts": experts, **kwargs}
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
@@ -174,23 +181,23 @@ class _ImageAndExpertMaps(_Backend):
         **kwargs: Any,
     ) -> BatchFeature:
         images = load_images(images, max_pixels=max_image_pixels, input_data_format=input_data_format)
-        labels_of_images = match_expert_labels(expert_labels, len(images), experts)
+        described = read_experts(experts)
+        names = [expert.name for expert in described]
+        labels_of_images = match_expert_labels(expert_labels, len(images), names)
         if len(images) > 1:
-            for number, given in enumerate(labels_of_images):
-                check_expert_labels(given, experts, f"sample {number}")
+            for number, labels in enumerate(labels_of_images):
+                check_expert_labels(labels, described, f"sample {number}")
         data = {"pixel_values": self._pixel_values(images, device=device, **kwargs)}
-        for expert in experts:
-            labels = [labels.get(expert["name"]) for labels in labels_of_images]
-            if expert["kind"] == "dense":
-                data.update(_dense_tensors(labels, expert, expert_size))
+        for expert in described:
+            own = [labels.get(expert.name) for labels in labels_of_images]
+            if expert.is_dense:
+                data.update(_dense_tensors(own, expert, expert_size))
             else:
-                max_items = max_instances if expert.get("instances") else max_words
-                data.update(_label_tensors(labels, expert, expert_size, max_items))
-        if experts:
-            names = [expert["name"] for expert in experts]
-            data["expert_mask"] = np.array(
-                [[labels.get(name) is not None for name in names] for labels in labels_of_images]
-            )
+                max_items = max_instances if expert.instances else max_words
+                data.update(_label_tensors(own, expert, expert_size, max_items))
+        if names:
+            given = [[labels.get(name) is not None for name in names] for labels in labels_of_images]
+            data["expert_mask"] = np.array(given)
         features = BatchFeature(data, tensor_type=return_tensors)
         return features if device is None or return_tensors in (None, "np") else features.to(device)
 
@@ -306,100 +313,6 @@ class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
         return torch.stack(list(pictures))
 
 
-def match_expert_labels(
-    expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
-    num_images: int,
-    experts: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """
-    One dict of labels for each image.
-
-    Args:
-        expert_labels: as [`PrismerImageProcessor.preprocess`] takes them.
-        num_images: number of images that they belong to.
-        experts: the configured experts' descriptions.
-
-    Returns:
-        `list[dict]`: as many as images, empty where nothing is given.
-
-    Raises:
-        ValueError: if their number is another, or if a name is not among the experts.
-    """
-    if expert_labels is None:
-        return [{} for _ in range(num_images)]
-    if isinstance(expert_labels, Mapping):
-        expert_labels = [expert_labels]
-    if not isinstance(expert_labels, list | tuple) or not all(
-        labels is None or isinstance(labels, Mapping) for labels in expert_labels
-    ):
-        raise TypeError("expert_labels must be a dict {expert name: label}, or a list of them, one for each image")
-    if len(expert_labels) != num_images:
-        raise ValueError(
-            f"expert_labels has {len(expert_labels)} entries for {num_images} images; one for each image is needed"
-        )
-    known = [expert["name"] for expert in experts]
-    for labels in expert_labels:
-        for name in labels or ():
-            if name not in known:
-                raise ValueError(f"expert_labels has '{name}'; the config's experts are: {', '.join(known) or 'none'}")
-    return [dict(labels or {}) for labels in expert_labels]
-
-
-def check_expert_labels(labels: Mapping[str, Any], experts: list[dict[str, Any]], sample: str) -> None:
-    """
-    Checks the labels of one image.
-
-    Args:
-        labels (`dict`): from an expert's name to its label, `None` where it is missing.
-        experts: the configured experts' descriptions.
-        sample (`str`): what error messages call the image.
-
-    Raises:
-        ValueError, TypeError: naming the expert and the sample, what is wrong and what is accepted.
-    """
-    for expert in experts:
-        label = labels.get(expert["name"])
-        if label is None:
-            continue
-        try:
-            if expert["kind"] == "dense":
-                _dense_map(label, expert)
-            else:
-                _id_map(label, expert)
-                _items(label, expert)
-        except (TypeError, ValueError) as error:
-            reason = str(error).removeprefix(f"{expert['name']} label ")
-            raise type(error)(f"{expert['name']} label of {sample} {reason}") from error
-
-
-def _tensor_suffixes(expert: dict[str, Any]) -> list[str]:
-    if expert["kind"] == "dense":
-        return ["values"]
-    if not expert.get("num_classes"):
-        return ["ids", "features"]
-    return ["ids", "classes"] if expert.get("instances") else ["ids"]
-
-
-def _validate_experts(experts: list[dict[str, Any]]) -> None:
-    if not isinstance(experts, list | tuple) or not all(isinstance(expert, Mapping) for expert in experts):
-        raise ValueError(f"experts is {experts!r}; a list of descriptions is needed, one dict an expert")
-    names = [expert.get("name") for expert in experts]
-    for expert, name in zip(experts, names):
-        if not isinstance(name, str) or not name.isidentifier() or names.count(name) > 1:
-            raise ValueError(f"expert {expert} has the name {name!r}; a unique identifier such as 'depth' is needed")
-        if name in ("pixel", "input"):
-            raise ValueError(f"an expert cannot be named {name!r}: its tensors would replace those of image and text")
-        if expert.get("kind") not in ("dense", "label"):
-            raise ValueError(f"expert '{name}' has the kind {expert.get('kind')!r}; accepted are 'dense' and 'label'")
-        if not isinstance(expert.get("channels"), int) or expert["channels"] < 1:
-            raise ValueError(f"expert '{name}' has channels={expert.get('channels')!r}; a positive integer is needed")
-        if not expert.get("instances") and (expert.get("num_classes") or 0) > BACKGROUND:
-            raise ValueError(
-                f"expert '{name}' has {expert['num_classes']} classes; a map of 8-bit ids holds at most {BACKGROUND} "
-                "(with 'instances': True the ids are instances, and the number of classes is free)"
-            )
-
-
 def _require_one_size(sizes: list[tuple[int, int]]) -> None:
     if len(set(sizes)) > 1:
         several = ", ".join(sorted({f"{width}×{height}" for width, height in sizes}))
@@ -415,41 +328,41 @@ def _resize_picture(image: Image.Image, width: int, height: int, resample: PILIm
     return image.resize((width, height), resample)
 
 
-def _dense_tensors(labels: list[Any], expert: dict[str, Any], size: int) -> dict[str, np.ndarray]:
-    values = np.zeros((len(labels), expert["channels"], size, size), np.float32)
+def _dense_tensors(labels: list[Any], expert: ExpertFields, size: int) -> dict[str, np.ndarray]:
+    values = np.zeros((len(labels), expert.channels, size, size), np.float32)
     for row, label in zip(values, labels):
         if label is None:
             continue
-        channels = [_resize_map(channel, size) for channel in _dense_map(label, expert)]
+        channels = [_resize_map(channel, size) for channel in read_values(label, expert)]
         low, high = np.float32(min(c.min() for c in channels) / 255), np.float32(max(c.max() for c in channels) / 255)
         # an 8-bit map has 256 values: stretch those, then look up each pixel's
         stretched = 2 * (np.arange(256, dtype=np.float32) / 255 - low) / (high - low + np.float32(1e-6)) - 1
         for out, channel in zip(row, channels):
             np.take(stretched, channel, out=out)
-    return {f"{expert['name']}_values": values}
+    return {f"{expert.name}_values": values}
 
 
-def _label_tensors(labels: list[Any], expert: dict[str, Any], size: int, max_items: int) -> dict[str, np.ndarray]:
-    name, channels = expert["name"], expert["channels"]
+def _label_tensors(labels: list[Any], expert: ExpertFields, size: int, max_items: int) -> dict[str, np.ndarray]:
+    name = expert.name
     ids = np.full((len(labels), size, size), BACKGROUND, np.uint8)
     tensors: dict[str, np.ndarray] = {f"{name}_ids": ids}
     items: np.ndarray | None = None
-    if "classes" in _tensor_suffixes(expert):
+    if "classes" in expert.tensor_suffixes:
         tensors[f"{name}_classes"] = items = np.zeros((len(labels), max_items), np.int64)
-    elif "features" in _tensor_suffixes(expert):
-        tensors[f"{name}_features"] = items = np.zeros((len(labels), max_items, channels), np.float32)
+    elif "features" in expert.tensor_suffixes:
+        tensors[f"{name}_features"] = items = np.zeros((len(labels), max_items, expert.channels), np.float32)
 
     for row, label in enumerate(labels):
         if label is None:
             continue
-        ids[row] = _resize_map(_id_map(label, expert), size)
-        values = _items(label, expert)
+        ids[row] = _resize_map(read_ids(label, expert), size)
+        values = read_items(label, expert)
         if items is None or values is None:
-            _clear_ids(ids[row], expert["num_classes"], f"{name} label has ids that are not among its classes")
+            _clear_ids(ids[row], expert.num_classes or 0, f"{name} label has ids that are not among its classes")
             continue
-        _clear_ids(ids[row], len(values), f"{name} label has ids without an entry in '{_tensor_suffixes(expert)[1]}'")
+        _clear_ids(ids[row], len(values), f"{name} label has ids without an entry in '{expert.tensor_suffixes[1]}'")
         if len(values) > max_items:
-            setting = "max_instances" if expert.get("instances") else "max_words"
+            setting = "max_instances" if expert.instances else "max_words"
             logger.warning_once(
                 f"An image has more than {max_items} entries of the expert '{name}': the first {max_items} are kept, "
                 f"the rest becomes background ({setting}={max_items})."
@@ -470,132 +383,6 @@ def _clear_ids(ids: np.ndarray, number: int, reason: str) -> None:
 def _resize_map(values: np.ndarray, size: int) -> np.ndarray:
     """(H, W) uint8 to (size, size), by Pillow's nearest neighbour."""
     return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST))
-
-
-def _dense_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
-    """A dense label as (C, H, W) uint8."""
-    name, channels = expert["name"], expert["channels"]
-    values = _dense_values(label, name)
-    if values.ndim == 2:
-        values = values[None]
-    elif values.ndim == 3 and values.shape[-1] == channels:
-        values = values.transpose(2, 0, 1)
-    if values.ndim != 3:
-        raise ValueError(f"{name} label has shape {values.shape}; (H, W), (H, W, C) or (C, H, W) is accepted")
-    if len(values) != channels:
-        found = values.shape[0] if values.shape[0] < values.shape[-1] else values.shape[-1]
-        raise ValueError(f"{name} label has {found} channels; the config's expert '{name}' has {channels}")
-    return values
-
-
-def _id_map(label: Any, expert: dict[str, Any]) -> np.ndarray:
-    """The ids of a label as (H, W) uint8; see [`ids_of_8_bits`]."""
-    name, others = expert["name"], _tensor_suffixes(expert)[1:]
-    if isinstance(label, Mapping):
-        missing = [key for key in ["ids", *others] if label.get(key) is None]
-        if missing:
-            raise ValueError(
-                f"{name} label has no '{missing[0]}'; its keys are: {', '.join(map(str, label)) or 'none'}"
-            )
-        label = label["ids"]
-    elif others:
-        raise ValueError(f"{name} label is a bare map; {{'ids': map, '{others[0]}': …}} is needed")
-    ids = ids_of_8_bits(_to_array(label, name, "ids"), f"{name} label")
-    if ids.ndim == 3 and 1 in (ids.shape[0], ids.shape[-1]):
-        ids = ids[0] if ids.shape[0] == 1 else ids[..., 0]
-    if ids.ndim != 2:
-        raise ValueError(f"{name} label has ids of shape {ids.shape}; one id for each pixel, (H, W), is needed")
-    return np.ascontiguousarray(ids)
-
-
-def _items(label: Any, expert: dict[str, Any]) -> np.ndarray | None:
-    """The things that ids count: classes of instances or features of words; `None` if the ids are classes."""
-    others = _tensor_suffixes(expert)[1:]
-    if not others:
-        return None
-    return _instance_classes(label, expert) if others == ["classes"] else _word_features(label, expert)
-
-
-def _instance_classes(label: Mapping[str, Any], expert: dict[str, Any]) -> np.ndarray:
-    """(number of instances,) int64"""
-    classes = np.asarray(label["classes"])
-    if classes.ndim != 1 or (classes.size and classes.dtype.kind not in "iu"):
-        raise ValueError(f"{expert['name']} label has 'classes' that are not a list of class numbers: {classes!r}")
-    if classes.size:
-        if classes.min() < 0:
-            raise ValueError(f"{expert['name']} label has the class {classes.min()}; classes count from 0")
-        _require_class(expert["name"], int(classes.max()), expert.get("num_classes"))
-    return classes.astype(np.int64)
-
-
-def _word_features(label: Mapping[str, Any], expert: dict[str, Any]) -> np.ndarray:
-    """(number of words, channels) float32"""
-    name, channels = expert["name"], expert["channels"]
-    features = np.asarray(label["features"], np.float32)
-    if features.size == 0:
-        features = features.reshape(0, channels)
-    if features.ndim != 2 or features.shape[1] != channels:
-        raise ValueError(
-            f"{name} label has features of shape {features.shape}; (number of words, {channels}) is needed"
-        )
-    if not np.isfinite(features).all():
-        raise ValueError(f"{name} label has features that hold NaN or inf; finite numbers are needed")
-    words = label.get("words")
-    if words is not None and len(words) != len(features):
-        raise ValueError(f"{name} label has {len(words)} words, but {len(features)} features")
-    return features
-
-
-def _require_class(name: str, highest: int, num_classes: int | None) -> None:
-    if num_classes is not None and highest >= num_classes:
-        raise ValueError(
-            f"{name} label has the class {highest}; the config's expert '{name}' has {num_classes} classes, "
-            f"0 to {num_classes - 1}"
-        )
-
-
-def ids_of_8_bits(ids: np.ndarray, name: str) -> np.ndarray:
-    """
-    A map of ids as uint8, whatever its integer type: negative ids and those from 255 on become 255, background.
-
-    Raises:
-        ValueError: if they are no integers; `name` says what they belong to.
-    """
-    if ids.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} has {ids.dtype} ids; integers are accepted; {BACKGROUND} and negative ones are background"
-        )
-    if ids.dtype == np.uint8:
-        return ids
-    return np.where((ids < 0) | (ids > BACKGROUND), BACKGROUND, ids).astype(np.uint8)
-
-
-def _to_array(values: Any, name: str, what: str) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
-    elif isinstance(values, Image.Image):
-        values = np.asarray(values)
-    elif not isinstance(values, np.ndarray):
-        raise TypeError(
-            f"{name} label has {what} of type {type(values).__name__}; a NumPy array, a torch tensor or a PIL image "
-            "is accepted"
-        )
-    if values.size == 0:
-        raise ValueError(f"{name} label has an empty map: its shape is {values.shape}")
-    return values
-
-
-def _dense_values(label: Any, name: str) -> np.ndarray:
-    values = _to_array(label, name, "values")
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(f"{name} label holds NaN or inf; 8-bit integers, 0 to 255, are accepted")
-    if values.dtype.kind not in "iub":
-        raise ValueError(f"{name} label has {values.dtype} values; 8-bit integers, 0 to 255, are accepted")
-    if values.min() < 0 or values.max() > 255:
-        raise ValueError(f"{name} label has values from {values.min()} to {values.max()}; 0 to 255 is accepted")
-    return values.astype(np.uint8)
 
 
 __all__ = ["PrismerImageProcessor", "PrismerImageProcessorTorchvision"]

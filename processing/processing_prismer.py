@@ -16,8 +16,8 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import TensorType, logging
 from transformers.utils.hub import hf_api
 
+from .expert_labels import ExpertFields, match_expert_labels, read_experts
 from .image_loading import load_images
-from .image_processing_prismer import match_expert_labels
 
 
 logger = logging.get_logger(__name__)
@@ -386,7 +386,7 @@ class PrismerProcessor(ProcessorMixin):
         experts: list[str] | None,
     ) -> list[dict[str, Any]]:
         configured = [expert["name"] for expert in self.image_processor.experts]
-        labels = match_expert_labels(expert_labels, len(images), self.image_processor.experts)
+        labels = match_expert_labels(expert_labels, len(images), configured)
         wanted = configured if experts is None else [experts] if isinstance(experts, str) else list(experts)
         for name in wanted:
             if name not in configured:
@@ -395,9 +395,9 @@ class PrismerProcessor(ProcessorMixin):
 
         suite: Any = self.experts if wanted else None
         live = [name for name in wanted if suite is not None and name in suite]
-        for expert in self.image_processor.experts:
-            if expert["name"] in live:
-                _require_same_description(suite[expert["name"]].description, expert)
+        for expert in read_experts(self.image_processor.experts):
+            if expert.name in live:
+                _require_same_description(suite[expert.name].description, expert)
         rows_by_need: dict[tuple[str, ...], list[int]] = {}
         for row, given in enumerate(labels):
             rows_by_need.setdefault(tuple(name for name in live if name not in given), []).append(row)
@@ -821,12 +821,13 @@ def _flatten_texts(texts: Iterable[Any], num_images: int, name: str) -> list[str
     return [text for group in texts for text in group]
 
 
-def _require_same_description(live: Mapping[str, Any], configured: Mapping[str, Any]) -> None:
-    for field in ("kind", "channels", "num_classes", "instances"):
-        if (live.get(field) or None) != (configured.get(field) or None):
+def _require_same_description(description: Mapping[str, Any], configured: ExpertFields) -> None:
+    (live,) = read_experts([description])
+    for field in ExpertFields._fields:
+        if (getattr(live, field) or None) != (getattr(configured, field) or None):
             raise ValueError(
-                f"the live expert '{configured['name']}' has {field}={live.get(field)!r}; the config's expert "
-                f"'{configured['name']}' has {field}={configured.get(field)!r}"
+                f"the live expert '{configured.name}' has {field}={getattr(live, field)!r}; the config's expert "
+                f"'{configured.name}' has {field}={getattr(configured, field)!r}"
             )
 
 

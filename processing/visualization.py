@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .image_processing_prismer import BACKGROUND, ids_of_8_bits
+from ..expert_spec import BACKGROUND
+from .expert_labels import ids_of_8_bits
 
 
 # Steps of the perceptually even colour map "inferno", dark to light; between them colours are mixed linearly.

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..image_processing_prismer import ids_of_8_bits
+from ...expert_spec import ExpertSpec, check_expert_name
+from ..expert_labels import ids_of_8_bits, label_parts
 from .saved_files import copy_into, find_saved, require_hub_id, require_inside
 
 
 if TYPE_CHECKING:
     from typing import Self
 
-BACKGROUND = 255  # in every map of ids
 MAX_REGIONS = 254  # ids 0 to 253: words or instances of one image
 
 
@@ -328,14 +328,14 @@ class Expert(FrozenModel):
     peak_memory: int | None = None
 
     @property
+    def spec(self) -> ExpertSpec:
+        """The expert's [`ExpertSpec`], without names of classes."""
+        return ExpertSpec(self.name, self.kind, self.channels, self.num_classes, instances=self.instances)
+
+    @property
     def description(self) -> dict[str, Any]:
-        """The entry for `experts` of `PrismerConfig` and `PrismerImageProcessor`: name, kind, channels, …"""
-        description = {"name": self.name, "kind": self.kind, "channels": self.channels}
-        if self.num_classes is not None:
-            description["num_classes"] = self.num_classes
-        if self.instances:
-            description["instances"] = True
-        return description
+        """The entry for `experts` of `PrismerConfig` and `PrismerImageProcessor`: `spec` as a dict."""
+        return self.spec.to_dict()
 
     def run(self, images: list[Image.Image], *_: Any, **others: Any) -> list[Any]:
         """
@@ -432,24 +432,23 @@ class Expert(FrozenModel):
         """The label as arrays, or an error that says what does not fit the expert's description."""
         if label is None:
             return None
-        parts = label if isinstance(label, Mapping) else {"ids" if self.kind == "label" else "values": label}
-        what = "ids" if self.kind == "label" else "values"
-        if what not in parts:
-            raise ValueError(f"a label without '{what}'; it has {', '.join(parts)}")
-        array = parts[what].cpu().numpy() if isinstance(parts[what], torch.Tensor) else np.asarray(parts[what])
-        size = (image.height, image.width)
-        accepted: list[tuple[int, ...]] = [size] if self.kind == "label" or self.channels == 1 else []
-        accepted += [(*size, self.channels)] if self.kind == "dense" else []
-        if self.kind == "label":
+        is_dense, size = self.kind == "dense", (image.height, image.width)
+        parts = label_parts(label, is_dense)
+        part = "values" if is_dense else "ids"
+        if part not in parts:
+            raise ValueError(f"a label without '{part}'; it has {', '.join(parts)}")
+        array = parts[part].cpu().numpy() if isinstance(parts[part], torch.Tensor) else np.asarray(parts[part])
+        accepted: list[tuple[int, ...]] = [(*size, self.channels)] if is_dense else [size]
+        if is_dense and self.channels == 1:
+            accepted.insert(0, size)
+        if not is_dense:
             array = ids_of_8_bits(array, "a label")
         if array.dtype != np.uint8 or array.shape not in accepted:
             shapes = " or ".join(map(str, accepted))
             raise ValueError(
-                f"{what} of type {array.dtype} and shape {array.shape}; needed is uint8 of shape {shapes}"
+                f"{part} of type {array.dtype} and shape {array.shape}; needed is uint8 of shape {shapes}"
             )
-        if not isinstance(label, Mapping):
-            return array
-        return {**label, what: array}
+        return {**parts, part: array} if isinstance(label, Mapping) else array
 
     def _describe(self, folder: str | Path | None, copies: dict[str, Path]) -> dict[str, Any]:
         description = super()._describe(folder, copies)
@@ -467,7 +466,7 @@ class Expert(FrozenModel):
         accepted = [] if subclass is None else subclass._setting_names()
         own = {key: settings.pop(key) for key in ("name", "batch_size") if key in settings and key not in accepted}
         if "name" in own:
-            require_identifier(own["name"])
+            check_expert_name(own["name"])
         batch_size = own.get("batch_size", 1)
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size of the saved expert is {batch_size!r}; a whole number from 1 on is needed")
@@ -542,13 +541,6 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     weights = torch.load(path, map_location="cpu", weights_only=True)
     return weights.get("state_dict", weights)
-
-
-def require_identifier(name: Any) -> str:
-    """The name of an expert; a `ValueError` if it could be anything else, such as a path."""
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"the name of an expert is {name!r}; a name is an identifier such as 'depth'")
-    return name
 
 
 def _copy(path: Path, folder: Path, copies: dict[str, Path]) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .base import BACKGROUND, MAX_REGIONS
+from ...expert_spec import BACKGROUND
+from .base import MAX_REGIONS
 from .pretrained import ClassNames, KnownModel, PretrainedExpert
 
 

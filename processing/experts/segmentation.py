@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .base import BACKGROUND, size_within
+from ...expert_spec import BACKGROUND
+from .base import size_within
 from .pretrained import ClassNames, KnownModel, PretrainedExpert, resize_bilinear
 
 

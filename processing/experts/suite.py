@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from .base import Expert, ExpertError, expert_from_dict, require_identifier
+from ...expert_spec import check_expert_name
+from .base import Expert, ExpertError, expert_from_dict
 from .depth import DepthEstimator
 from .detection import ObjectDetector
 from .edge import CannyEdges, DexiNedEdges
@@ -111,7 +112,7 @@ class ExpertSuite(MutableMapping):
             raise TypeError(f"a suite holds experts, not {type(expert).__name__}; derive your class from Expert")
         if expert.name != name:
             raise ValueError(f"the expert has the name '{expert.name}', not '{name}'; set `expert.name` first")
-        require_identifier(name)
+        check_expert_name(name)
         self._experts[name] = expert
 
     def __delitem__(self, name: str) -> None:
@@ -329,7 +330,7 @@ class ExpertSuite(MutableMapping):
             of_expert = None
             if folder is not None:
                 name = entry.get("name") if isinstance(entry, Mapping) else None
-                of_expert = _folder_of(folder, require_identifier(name))
+                of_expert = _folder_of(folder, check_expert_name(name))
             experts.append(expert_from_dict(entry, of_expert, folder))
         return cls(experts, description.get("on_error", "raise"), description.get("memory", "all"))
 

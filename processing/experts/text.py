@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from .base import BACKGROUND, MAX_REGIONS, Expert, size_within
+from ...expert_spec import BACKGROUND
+from .base import MAX_REGIONS, Expert, size_within
 from .pretrained import autocast, place, within_aspect
 from .word_features import HashedNgrams, WordFeatures
 

@@ -33,7 +33,10 @@ from .tiny import image_inputs, prompts, tiny_model
 
 NETWORK = ("modeling_prismer", "adapter_targets", "backbones", "cache", "expert_stems", "layers", "loss", "ranking")
 CODE = {f"{name}.py" for name in ("configuration_prismer", "expert_spec", *NETWORK)}
-PROCESSOR_CODE = {"processing_prismer.py", "image_processing_prismer.py", "image_loading.py", "image_fetching.py"}
+PROCESSOR_CODE = {
+    *("processing_prismer.py", "image_processing_prismer.py", "expert_labels.py"),
+    *("image_loading.py", "image_fetching.py"),
+}
 SHAPE = Path(modeling_prismer.__file__).parent / "assets" / "shape.png"
 QUESTION = "What shape is in the image?"
 MODELS = {"six experts": None, "no experts": []}

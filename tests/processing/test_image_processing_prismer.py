@@ -374,30 +374,19 @@ def test_labels_of_a_wrong_type_are_refused(image_processor, image):
 # ---- settings ----
 
 
-@pytest.mark.parametrize(
-    "expert, message",
-    [
-        ({"name": "my depth", "kind": "dense", "channels": 1}, "has the name 'my depth'; a unique identifier"),
-        ({"name": "../../x", "kind": "dense", "channels": 1}, "has the name '../../x'; a unique identifier"),
-        ({"name": "pixel", "kind": "dense", "channels": 1}, "cannot be named 'pixel': its tensors would replace"),
-        ({"name": "input", "kind": "label", "channels": 8}, "cannot be named 'input': its tensors would replace"),
-        ("depth", r"experts is \['depth'\]; a list of descriptions is needed, one dict an expert"),
-        (
-            {"name": "depth", "kind": "map", "channels": 1},
-            "'depth' has the kind 'map'; accepted are 'dense' and 'label'",
-        ),
-        ({"name": "depth", "kind": "dense", "channels": 0}, "'depth' has channels=0; a positive integer is needed"),
-        ({"name": "things", "kind": "label", "channels": 8, "num_classes": 722}, "holds at most 255"),
-    ],
-)
-def test_a_wrong_description_of_an_expert_is_refused(expert, message):
-    with pytest.raises(ValueError, match=message):
-        PrismerImageProcessor(experts=[expert])
-
-
-def test_an_expert_described_twice_is_refused(experts):
-    with pytest.raises(ValueError, match="'depth'; a unique identifier"):
+def test_a_wrong_description_of_an_expert_is_refused(experts):
+    with pytest.raises(
+        ValueError, match="experts has .*'map'.*; needed are .* the 'kind' 'dense' or 'label'"
+    ):
+        PrismerImageProcessor(experts=[{"name": "depth", "kind": "map", "channels": 1}])
+    with pytest.raises(
+        ValueError, match=r"experts is \['depth'\]; a list of descriptions is needed"
+    ):
+        PrismerImageProcessor(experts=["depth"])
+    with pytest.raises(ValueError, match="'depth' is described twice"):
         PrismerImageProcessor(experts=[experts[0], experts[0]])
+    with pytest.raises(ValueError, match="'things' has 722 classes; a map of 8-bit ids holds at most 255"):
+        PrismerImageProcessor(experts=[{"name": "things", "kind": "label", "channels": 8, "num_classes": 722}])
 
 
 @pytest.mark.parametrize(

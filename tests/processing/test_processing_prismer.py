@@ -600,6 +600,7 @@ def test_a_saved_folder_works_where_the_package_is_not_installed(
     expected = processor(images=image, text="what color?", expert_labels={"depth": image[..., 0]}, return_tensors="np")
     np.savez(tmp_path / "expected.npz", image=image, **expected)
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
+        "expert_labels.py",
         "image_fetching.py",
         "image_loading.py",
         "image_processing_prismer.py",
