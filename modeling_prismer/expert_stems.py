@@ -259,17 +259,22 @@ class PrismerResampler(nn.Module):
         self,
         tokens: torch.Tensor,
         token_mask: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Args:
             tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): zero where masked.
             token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*): which tokens there are.
+            latents (`torch.FloatTensor` of shape `(batch_size, num_latents, width)`, *optional*):
+                Latents to start from in place of the learned ones, such as those that a question conditions.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, num_latents, width)`.
         """
-        latents = self.latents.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        if latents is None:
+            latents = self.latents.expand(tokens.shape[0], -1, -1)
+        latents = latents.to(tokens.dtype)
         attention_mask = None
         if token_mask is not None:
             attention_mask = create_bidirectional_mask(
@@ -423,13 +428,13 @@ class ExpertsMixin:
         expert_mask: torch.Tensor | None,
         batch_size: int,
         device: torch.device | str,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Runs the stems. Arguments as in `encode_experts`.
 
         Returns:
-            The tokens of each given expert `(batch_size, num_tokens, width)`, zero in samples without it, and its
-            column of the mask `(batch_size, num_tokens)`.
+            The tokens of all given experts `(batch_size, num_tokens, width)`, zero in samples without an expert, and
+            with `expert_mask` also which tokens there are `(batch_size, num_tokens)`.
         """
         all_tokens, token_masks, last_grid = [], [], None
         for index, (name, stem) in enumerate(self.expert_stems.items()):
@@ -464,7 +469,11 @@ class ExpertsMixin:
                     tokens = torch.where(present[:, None, None], tokens, 0)  # padding may hold anything, NaN too
                 token_masks.append(present[:, None].expand(tokens.shape[:2]))
             all_tokens.append(tokens)
-        return all_tokens, token_masks
+        token_mask = torch.cat(token_masks, dim=1) if token_masks else None
+        if all_tokens:
+            return torch.cat(all_tokens, dim=1), token_mask
+        latents = self.resampler.latents
+        return torch.empty(batch_size, 0, latents.shape[1], dtype=latents.dtype, device=device), token_mask
 
     def encode_experts(
         self,
@@ -488,13 +497,7 @@ class ExpertsMixin:
         Returns:
             `torch.FloatTensor` of shape `(batch_size, num_latents, width)`.
         """
-        all_tokens, token_masks = self.embed_experts(expert_inputs, expert_mask, batch_size, device)
-        latents = self.resampler.latents
-        if all_tokens:
-            tokens = torch.cat(all_tokens, dim=1)  # (batch_size, num_tokens, width)
-        else:
-            tokens = torch.empty(batch_size, 0, latents.shape[1], dtype=latents.dtype, device=device)
-        token_mask = torch.cat(token_masks, dim=1) if token_masks else None
+        tokens, token_mask = self.embed_experts(expert_inputs, expert_mask, batch_size, device)
         return self.resampler(tokens, token_mask, **kwargs).to(device)
 
 
