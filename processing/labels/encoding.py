@@ -1,7 +1,7 @@
 """One image's expert labels as one row of a table, and back."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,26 +11,20 @@ from datasets import Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ...expert_spec import ExpertSpec
+from ..expert_labels import label_parts
+
 
 # of zlib: on maps a twentieth larger than at 6, in half the time
 PNG_COMPRESSION = 3
 
 
-def label_parts(description: Mapping[str, Any]) -> tuple[str, ...]:
-    """The parts of an expert's label beside its map: none, `("classes",)` or `("words", "features")`."""
-    if description["kind"] == "dense":
-        return ()
-    if description.get("instances"):
-        return ("classes",)
-    return () if description.get("num_classes") else ("words", "features")
-
-
-def label_features(descriptions: list[dict[str, Any]]) -> Features:
+def label_features(specs: Sequence[ExpertSpec]) -> Features:
     """
     The columns of a store, for `datasets`.
 
     Args:
-        descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
+        specs (`Sequence[ExpertSpec]`): the experts.
 
     Returns:
         `datasets.Features`: `key`; `error`, null unless something failed; and one column for each expert, null where
@@ -38,20 +32,19 @@ def label_features(descriptions: list[dict[str, Any]]) -> Features:
     """
     parts = {"classes": List(Value("int32")), "words": List(Value("string"))}
     columns: dict[str, Any] = {"key": Value("string"), "error": Value("string")}
-    for description in descriptions:
-        name = description["name"]
-        if name in columns:
-            raise ValueError(f"an expert has the name '{name}'; the columns {', '.join(columns)} exist already")
-        if description["kind"] == "dense":
-            columns[name] = ImageFeature()
+    for spec in specs:
+        if spec.name in columns:
+            raise ValueError(f"an expert has the name '{spec.name}'; the columns {', '.join(columns)} exist already")
+        if spec.is_dense:
+            columns[spec.name] = ImageFeature()
         else:
-            parts["features"] = List(List(Value("float32"), length=description["channels"]))
-            columns[name] = {"ids": ImageFeature(), **{part: parts[part] for part in label_parts(description)}}
+            parts["features"] = List(List(Value("float32"), length=spec.channels))
+            columns[spec.name] = {"ids": ImageFeature(), **{part: parts[part] for part in spec.label_parts}}
     return Features(columns)
 
 
 def encode_labels(
-    labels: Mapping[str, Any], descriptions: list[dict[str, Any]], map_size: int | None = None
+    labels: Mapping[str, Any], specs: Sequence[ExpertSpec], map_size: int | None = None
 ) -> dict[str, Any]:
     """
     Encodes the labels of one image.
@@ -59,68 +52,57 @@ def encode_labels(
     Args:
         labels (`dict`): each expert's label by its name, as experts return them; `None` or absent if it is missing.
             Maps are uint8 (H, W), or (H, W, C) for dense experts of C channels.
-        descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
+        specs (`Sequence[ExpertSpec]`): the experts.
         map_size (`int`, *optional*): reduce every map to this many pixels square, by nearest neighbour.
 
     Returns:
         `dict`: a value for each expert's column, maps as the bytes of a PNG.
 
     Raises:
-        ValueError: if a label does not fit the description of its expert.
+        ValueError: if a label does not fit the spec of its expert.
     """
-    return {
-        description["name"]: _encode(labels.get(description["name"]), description, map_size)
-        for description in descriptions
-    }
+    return {spec.name: _encode(labels.get(spec.name), spec, map_size) for spec in specs}
 
 
-def _encode(label: Any, description: Mapping[str, Any], map_size: int | None) -> dict[str, Any] | None:
-    name, parts = description["name"], label_parts(description)
+def _encode(label: Any, spec: ExpertSpec, map_size: int | None) -> dict[str, Any] | None:
     if label is None:
         return None
-    if description["kind"] == "dense":
-        return _encode_map(_to_array(label, name), description, map_size)
-    label = label if isinstance(label, Mapping) else {"ids": label}
-    missing = [part for part in ("ids", *parts) if part not in label and part != "words"]
+    parts = label_parts(label, spec.is_dense)
+    needed = ("values" if spec.is_dense else "ids", *spec.label_parts)
+    missing = [part for part in needed if part not in parts and part != "words"]
     if missing:
-        raise ValueError(f"the label of '{name}' has no '{missing[0]}'; it has {', '.join(label) or 'nothing'}")
-    row: dict[str, Any] = {"ids": _encode_map(_to_array(label["ids"], name), {**description, "channels": 1}, map_size)}
-    if "classes" in parts:
-        row["classes"] = [int(number) for number in label["classes"]]
-    if "features" in parts:
-        channels = description["channels"]
-        features = np.asarray(label["features"], np.float32)
-        features = features if features.size else features.reshape(0, channels)
-        words = label.get("words")
+        raise ValueError(f"the label of '{spec.name}' has no '{missing[0]}'; it has {', '.join(parts) or 'nothing'}")
+    if spec.is_dense:
+        return _encode_map(parts["values"], spec.name, spec.channels, map_size)
+    row: dict[str, Any] = {"ids": _encode_map(parts["ids"], spec.name, 1, map_size)}
+    if "classes" in spec.label_parts:
+        row["classes"] = [int(number) for number in parts["classes"]]
+    if "features" in spec.label_parts:
+        features = np.asarray(parts["features"], np.float32)
+        features = features if features.size else features.reshape(0, spec.channels)
+        words = parts.get("words")
         if (
             features.ndim != 2
-            or features.shape[1] != channels
+            or features.shape[1] != spec.channels
             or len(features) != len(features if words is None else words)
         ):
             raise ValueError(
-                f"the label of '{name}' has features of shape {features.shape} and "
-                f"{'no' if words is None else len(words)} words; (words, {channels}) is needed"
+                f"the label of '{spec.name}' has features of shape {features.shape} and "
+                f"{'no' if words is None else len(words)} words; (words, {spec.channels}) is needed"
             )
         row["words"] = None if words is None else [str(word) for word in words]
         row["features"] = list(features)
     return row
 
 
-def _to_array(values: Any, name: str) -> np.ndarray:
+def _encode_map(values: Any, name: str, channels: int, map_size: int | None) -> dict[str, Any]:
+    """uint8 (H, W) or (H, W, C) as a PNG; other than 3 channels are stacked vertically in a grey one."""
     values = values.numpy(force=True) if isinstance(values, torch.Tensor) else np.asarray(values)
     if values.dtype != np.uint8 or values.ndim not in (2, 3) or 0 in values.shape:
         raise ValueError(f"the map of '{name}' is {values.dtype} {values.shape}; uint8 (H, W) or (H, W, C) is needed")
-    return values
-
-
-def _encode_map(values: np.ndarray, description: Mapping[str, Any], map_size: int | None) -> dict[str, Any]:
-    """uint8 (H, W) or (H, W, C) as a PNG; other than 3 channels are stacked vertically in a grey one."""
-    channels = description["channels"]
     values = values[..., None] if values.ndim == 2 else values
     if values.shape[2] != channels:
-        raise ValueError(
-            f"the map of '{description['name']}' has shape {values.shape}; its expert has {channels} channels"
-        )
+        raise ValueError(f"the map of '{name}' has shape {values.shape}; its expert has {channels} channels")
     if map_size is not None:
         size = (map_size, map_size)
         planes = [
@@ -134,13 +116,13 @@ def _encode_map(values: np.ndarray, description: Mapping[str, Any], map_size: in
     return {"bytes": file.getvalue(), "path": None}
 
 
-def decode_labels(row: Mapping[str, pa.Scalar], descriptions: list[dict[str, Any]]) -> dict[str, Any]:
+def decode_labels(row: Mapping[str, pa.Scalar], specs: Sequence[ExpertSpec]) -> dict[str, Any]:
     """
-    Decodes the labels of one row, to what the experts returned.
+    Decodes the labels of one row. They are equal to the labels that the experts returned.
 
     Args:
         row (`dict`): a pyarrow scalar for each expert's column.
-        descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
+        specs (`Sequence[ExpertSpec]`): the experts.
 
     Returns:
         `dict`: for each expert `None` where its label is missing; uint8 (H, W), or (H, W, C) for C > 1 channels, if
@@ -148,32 +130,30 @@ def decode_labels(row: Mapping[str, pa.Scalar], descriptions: list[dict[str, Any
         `features` (float32 (words, channels)). The arrays are writable.
 
     Raises:
-        ValueError: if a column is damaged or does not fit the description of its expert.
+        ValueError: if a column is damaged or does not fit the spec of its expert.
     """
     labels = {}
-    for description in descriptions:
-        name = description["name"]
+    for spec in specs:
         try:
-            labels[name] = _decode(row[name], description)
+            labels[spec.name] = _decode(row[spec.name], spec)
         except Exception as error:  # a damaged row can fail at any step
             key = row["key"].as_py() if "key" in row else None
-            raise ValueError(f"the label of '{name}' for '{key}' cannot be decoded: {error}") from error
+            raise ValueError(f"the label of '{spec.name}' for '{key}' cannot be decoded: {error}") from error
     return labels
 
 
-def _decode(stored: pa.Scalar, description: Mapping[str, Any]) -> Any:
+def _decode(stored: pa.Scalar, spec: ExpertSpec) -> Any:
     if not stored.is_valid:
         return None
-    if description["kind"] == "dense":
-        return _decode_map(stored, description["channels"])
+    if spec.is_dense:
+        return _decode_map(stored, spec.channels)
     label: dict[str, Any] = {"ids": _decode_map(stored["ids"], 1)}
-    for part in label_parts(description):
-        if part != "features":
-            if stored[part].is_valid:
-                label[part] = stored[part].as_py()
-            continue
-        numbers = stored[part].values.flatten().to_numpy(zero_copy_only=False)
-        label[part] = np.array(numbers, np.float32).reshape(-1, description["channels"])
+    for part in spec.label_parts:
+        if part == "features":
+            numbers = stored[part].values.flatten().to_numpy(zero_copy_only=False)
+            label[part] = np.array(numbers, np.float32).reshape(-1, spec.channels)
+        elif stored[part].is_valid:
+            label[part] = stored[part].as_py()
     return label
 
 

@@ -48,7 +48,7 @@ class Labeller:
         # a suite of its own with the same experts, since failures are handled here
         self.suite = suite.only(*suite)
         self.suite.on_error = "raise"
-        self.descriptions = suite.descriptions
+        self.specs = [expert.spec for expert in suite.values()]
         self.map_size = map_size
         self.on_expert_error = on_expert_error
         self.max_image_pixels = max_image_pixels
@@ -111,7 +111,7 @@ class Labeller:
     def encode(self, key: str, labels: dict[str, Any], error: str | None) -> dict[str, Any]:
         """A row for [`LabelWriter.write_row`]."""
         error = error if error is None else as_text(error)
-        return {"key": key, "error": error, **encode_labels(labels, self.descriptions, self.map_size)}
+        return {"key": key, "error": error, **encode_labels(labels, self.specs, self.map_size)}
 
     def rows(self, images: Iterable[tuple[str, Any]], batch_size: int, pool: ThreadPoolExecutor) -> Iterator[dict]:
         """

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ...expert_spec import read_specs
-from .encoding import label_parts
+from ...expert_spec import BACKGROUND, PUBLISHED_EXPERTS, ExpertSpec, read_specs
+from ..expert_labels import label_parts
 from .tars import IMAGE_SUFFIXES
 
 
@@ -20,17 +20,6 @@ logger = logging.get_logger(__name__)
 
 # the published folders whose names are not those of the experts
 PUBLISHED_FOLDERS = {"segmentation": "seg_coco", "detection": "obj_detection", "ocr": "ocr_detection"}
-# a map has 8 bits, and 255 is its background
-_MAX_ITEMS = 255
-PUBLISHED_EXPERTS: list[dict[str, Any]] = [
-    {"name": "depth", "kind": "dense", "channels": 1},
-    {"name": "normal", "kind": "dense", "channels": 3},
-    {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": 133},
-    {"name": "edge", "kind": "dense", "channels": 1},
-    {"name": "detection", "kind": "label", "channels": 64, "num_classes": 722, "instances": True},
-    {"name": "ocr", "kind": "label", "channels": 64},
-]
-
 _REBUILDERS: tuple[Any, ...] = (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0])
 # what torch.load needs for NumPy's arrays and numbers, whose functions NumPy 2 has moved
 _NUMPY_ARRAYS = [
@@ -91,9 +80,8 @@ def read_published_layout(
     ```
     """
     folder = Path(folder)
-    entries = PUBLISHED_EXPERTS if experts is None else experts
-    read_specs(entries)
-    places = {entry["name"]: _place(folder, entry["name"], folders) for entry in entries}
+    specs = read_specs(PUBLISHED_EXPERTS if experts is None else experts)
+    places = {spec.name: _place(folder, spec.name, folders) for spec in specs}
     lacking = [place.name for place in places.values() if not place.is_dir()]
     if len(lacking) == len(places) or (lacking and experts is not None):
         raise FileNotFoundError(f"{folder} has no folder {', '.join(lacking)}; it has {_listed(folder, ())}")
@@ -102,9 +90,9 @@ def read_published_layout(
             f"{folder} has folders that are no published expert's and are not read: {others}. Name the experts' "
             "folders by the argument folders, or give the argument experts"
         )
-    entries = [entry for entry in entries if places[entry["name"]].is_dir()]
-    published = [_place(folder, entry["name"], folders) for entry in PUBLISHED_EXPERTS]
-    return _read_images(entries, places, [*places.values(), *published], keys)
+    specs = [spec for spec in specs if places[spec.name].is_dir()]
+    published = [_place(folder, spec.name, folders) for spec in PUBLISHED_EXPERTS]
+    return _read_images(specs, places, [*places.values(), *published], keys)
 
 
 def _place(folder: Path, name: str, folders: Mapping[str, str] | None) -> Path:
@@ -121,27 +109,27 @@ def _listed(folder: Path, without: Iterable[str]) -> str:
 
 
 def _read_images(
-    entries: list[dict[str, Any]], places: Mapping[str, Path], all_places: list[Path], keys: Iterable[str] | None
+    specs: Sequence[ExpertSpec], places: Mapping[str, Path], all_places: list[Path], keys: Iterable[str] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     if keys is None:
         found = {
-            path.relative_to(places[entry["name"]]).with_suffix("").as_posix()
-            for entry in entries
-            for path in places[entry["name"]].rglob("*.png")
+            path.relative_to(places[spec.name]).with_suffix("").as_posix()
+            for spec in specs
+            for path in places[spec.name].rglob("*.png")
             if not path.name.startswith(".")
         }
         keys = sorted(found)
     for key in keys:
-        labels = {}
-        for entry in entries:
-            path = _find_map(places[entry["name"]], key)
+        labels: dict[str, Any] = {}
+        for spec in specs:
+            path = _find_map(places[spec.name], key)
             if path is not None:
-                labels[entry["name"]] = _read(path, entry)
-            elif "words" in label_parts(entry) and (size := _map_size(all_places, key)):
-                empty = {"ids": np.full(size, 255, np.uint8), "words": [], "features": _no_words(entry["channels"])}
-                labels[entry["name"]] = empty
+                labels[spec.name] = _read(path, spec)
+            elif "words" in spec.label_parts and (size := _map_size(all_places, key)):
+                ids = np.full(size, BACKGROUND, np.uint8)
+                labels[spec.name] = {"ids": ids, "words": [], "features": _no_words(spec.channels)}
             else:
-                labels[entry["name"]] = None
+                labels[spec.name] = None
         yield key, labels
 
 
@@ -172,7 +160,7 @@ def _open_map(path: Path) -> Image.Image:
         raise ValueError(f"{path} is damaged or not a PNG: {error}") from error
 
 
-def _read(path: Path, entry: Mapping[str, Any]) -> Any:
+def _read(path: Path, spec: ExpertSpec) -> Any:
     if path.stat().st_size == 0:
         return None
     with _open_map(path) as image:
@@ -180,24 +168,23 @@ def _read(path: Path, entry: Mapping[str, Any]) -> Any:
             values = np.array(image)
         except Exception as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-    channels = entry["channels"] if entry["kind"] == "dense" else 1
+    channels = spec.channels if spec.is_dense else 1
     if values.ndim == 3 and values.shape[2] > channels:
         values = values[..., 0] if channels == 1 else values[..., :channels]
     if values.dtype != np.uint8 or values.shape[2:] != ((channels,) if channels > 1 else ()):
         raise ValueError(f"{path} is {values.dtype} {values.shape}; a map of {channels} × 8 bits is needed")
-    if entry["kind"] == "dense":
+    if spec.is_dense:
         return values
-    parts = label_parts(entry)
     label: dict[str, Any] = {"ids": values}
-    if "classes" in parts:
-        label["classes"] = _read_classes(path.with_suffix(".json"), entry.get("num_classes"))
-    elif "words" in parts:
-        label["words"], label["features"] = _read_words(path.with_suffix(".pt"), entry["channels"])
+    if "classes" in spec.label_parts:
+        label["classes"] = _read_classes(path.with_suffix(".json"), spec.num_classes)
+    elif "words" in spec.label_parts:
+        label["words"], label["features"] = _read_words(path.with_suffix(".pt"), spec.channels)
     items = label.get("classes", label.get("words"))
     if items is not None:
-        ids = values[values != 255]
+        ids = values[values != BACKGROUND]
         if ids.size and ids.max() >= len(items):
-            raise ValueError(f"{path} has the id {ids.max()}, but {len(items)} {parts[0]} belong to it")
+            raise ValueError(f"{path} has the id {ids.max()}, but {len(items)} {spec.label_parts[0]} belong to it")
     return label
 
 
@@ -206,7 +193,7 @@ def _read_classes(path: Path, num_classes: int | None) -> list[int]:
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        classes = {_number(number, _MAX_ITEMS): _number(kind, num_classes) for number, kind in content.items()}
+        classes = {_number(number, BACKGROUND): _number(kind, num_classes) for number, kind in content.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not {{instance number: class}}: {error}") from error
     return [classes.get(number, 0) for number in range(max(classes, default=-1) + 1)]
@@ -225,7 +212,7 @@ def _read_words(path: Path, channels: int) -> tuple[list[str], np.ndarray]:
     try:
         with torch.serialization.safe_globals(_NUMPY_ARRAYS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        words = {_number(number, _MAX_ITEMS): word for number, word in content.items()}
+        words = {_number(number, BACKGROUND): word for number, word in content.items()}
         number_of_words = max(words, default=-1) + 1
         features = np.zeros((number_of_words, channels), np.float32)
         for number, word in words.items():
@@ -274,7 +261,7 @@ def write_published_layout(
     ```
     """
     folder = Path(folder)
-    read_specs(experts)
+    specs = read_specs(experts)
     names = {**PUBLISHED_FOLDERS, **(folders or {})}
     written: dict[str, str] = {}
     for key, own in labels:
@@ -285,28 +272,27 @@ def write_published_layout(
         if stem.as_posix() in written:
             raise ValueError(f"the labels of '{key}' and '{written[stem.as_posix()]}' would be one file")
         written[stem.as_posix()] = key
-        for entry in experts:
-            target = folder / names.get(entry["name"], entry["name"]) / f"{stem}.png"
+        for spec in specs:
+            target = folder / names.get(spec.name, spec.name) / f"{stem}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, own.get(entry["name"]), entry)
+            _write(target, own.get(spec.name), spec)
     return len(written)
 
 
-def _write(path: Path, label: Any, entry: Mapping[str, Any]) -> None:
+def _write(path: Path, label: Any, spec: ExpertSpec) -> None:
     if label is None:
         return _write_file(path, b"")
-    label = label if isinstance(label, Mapping) else {"ids": label}
-    values = np.asarray(label["ids"])
+    parts = label_parts(label, spec.is_dense)
+    values = np.asarray(parts["values" if spec.is_dense else "ids"])
     if values.ndim == 3 and values.shape[2] != 3:
-        raise ValueError(f"the label of '{entry['name']}' has {values.shape[2]} channels; a PNG has 1 or 3")
-    parts = label_parts(entry)
+        raise ValueError(f"the label of '{spec.name}' has {values.shape[2]} channels; a PNG has 1 or 3")
     words = path.with_suffix(".pt")
-    if "classes" in parts:
-        classes = {str(number): int(kind) for number, kind in enumerate(label["classes"])}
+    if "classes" in spec.label_parts:
+        classes = {str(number): int(kind) for number, kind in enumerate(parts["classes"])}
         _write_file(path.with_suffix(".json"), json.dumps(classes).encode())
-    elif "words" in parts and len(label["features"]):
-        texts = label.get("words") or [""] * len(label["features"])
-        features = torch.from_numpy(np.array(label["features"], np.float32))
+    elif "words" in spec.label_parts and len(parts["features"]):
+        texts = parts.get("words") or [""] * len(parts["features"])
+        features = torch.from_numpy(np.array(parts["features"], np.float32))
         content = {
             i: {"features": feature.clone(), "text": text} for i, (feature, text) in enumerate(zip(features, texts))
         }

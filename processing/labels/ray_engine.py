@@ -101,7 +101,7 @@ class _LabelParts:
         self.labeller = labeller
         self.batch_size = batch_size
         self.pool = ThreadPoolExecutor(num_threads)
-        self.schema = label_features(labeller.descriptions).arrow_schema
+        self.schema = label_features(labeller.specs).arrow_schema
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
         import ray

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from ...expert_spec import ExpertSpec, read_specs
 from .durable_files import publish, write_durably
 from .encoding import decode_labels, encode_labels, label_features
 from .key_index import KeyIndex, as_text, key_digests
@@ -199,9 +200,9 @@ class LabelWriter:
         if rows_per_shard < 1:
             raise ValueError(f"rows_per_shard is {rows_per_shard}; at least 1 is needed")
         self.folder = Path(folder)
-        self.descriptions = list(manifest["descriptions"].values())
+        self.specs = read_specs(list(manifest["descriptions"].values()))
         self.map_size = manifest["settings"].get("map_size")
-        self.schema = label_features(self.descriptions).arrow_schema
+        self.schema = label_features(self.specs).arrow_schema
         self.rows_per_shard = rows_per_shard
         self.seconds_per_shard = seconds_per_shard
         self.rows_written = 0
@@ -268,7 +269,7 @@ class LabelWriter:
         """
         error = error if error is None else as_text(error)
         key = as_text(key)
-        self.write_row({"key": key, "error": error, **encode_labels(labels or {}, self.descriptions, self.map_size)})
+        self.write_row({"key": key, "error": error, **encode_labels(labels or {}, self.specs, self.map_size)})
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Adds a row: `key`, `error` and the experts' columns as [`encode_labels`] makes them."""
@@ -449,11 +450,11 @@ def set_aside_damaged(folder: str | Path) -> list[Path]:
     ['labels-00000-of-00001-000000.parquet']
     ```
     """
-    descriptions = list(read_manifest(folder)["descriptions"].values())
+    specs = read_specs(list(read_manifest(folder)["descriptions"].values()))
 
     def set_aside(path: Path) -> bool:
         try:
-            _check_shard(path, descriptions)
+            _check_shard(path, specs)
             return False
         except FileNotFoundError:  # another process was faster
             return False
@@ -467,12 +468,12 @@ def set_aside_damaged(folder: str | Path) -> list[Path]:
         return [path for path, damaged in zip(files, pool.map(set_aside, files)) if damaged]
 
 
-def _check_shard(path: Path, descriptions: list[dict[str, Any]]) -> None:
+def _check_shard(path: Path, specs: list[ExpertSpec]) -> None:
     """Reads every label of a shard."""
-    names = ["key", "error", *(description["name"] for description in descriptions)]
+    names = ["key", "error", *(spec.name for spec in specs)]
     with open_shard(path, names) as file, naming_the_shard(path):
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, use_threads=False)
             key_digests(table["key"].to_pylist())
             for row in range(len(table)):
-                decode_labels({name: table[name][row] for name in names}, descriptions)
+                decode_labels({name: table[name][row] for name in names}, specs)

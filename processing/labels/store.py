@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ...expert_spec import ExpertSpec, read_specs
 from .encoding import decode_labels
 from .key_index import KeyIndex, key_digests
 from .manifest import read_manifest
@@ -55,6 +56,7 @@ class LabelStore(Mapping):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.descriptions: list[dict[str, Any]] = list(self.manifest["descriptions"].values())
+        self._specs = read_specs(self.descriptions)
         self._files = shard_files(folder)
         digests = read_key_digests(self._files)
         self._ends = np.cumsum([len(part) for part in digests], dtype=np.int64)
@@ -80,7 +82,7 @@ class LabelStore(Mapping):
         return self.labels_for([key])[0]
 
     def __repr__(self) -> str:
-        names = ", ".join(description["name"] for description in self.descriptions)
+        names = ", ".join(spec.name for spec in self._specs)
         return f"LabelStore({str(self.folder)!r}): {len(self)} images; {names}"
 
     def labels_for(self, keys: Iterable[str], experts: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -106,12 +108,12 @@ class LabelStore(Mapping):
         """
         keys = list(keys)
         names = None if experts is None else set(experts)
-        descriptions = [entry for entry in self.descriptions if names is None or entry["name"] in names]
+        specs = [spec for spec in self._specs if names is None or spec.name in names]
         rows = self._index.find(keys)
         if len(keys) and rows.min() < 0:
             lacking = [key for key, row in zip(keys, rows) if row < 0]
             raise KeyError(f"the label store {self.folder} has no '{lacking[0]}' ({len(lacking)} of {len(keys)} keys)")
-        return [self._labels(int(row), descriptions) for row in rows]
+        return [self._labels(int(row), specs) for row in rows]
 
     @property
     def errors(self) -> dict[str, str]:
@@ -182,8 +184,8 @@ class LabelStore(Mapping):
 
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, np.ndarray]:
         """A shard, and the row at which each of its groups ends."""
-        names = [description["name"] for description in self.descriptions]
-        file = open_shard(self._files[number], ["key", *names], memory_map=True)
+        columns = ["key", *(spec.name for spec in self._specs)]
+        file = open_shard(self._files[number], columns, memory_map=True)
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         return file, np.cumsum(groups)
 
@@ -191,7 +193,7 @@ class LabelStore(Mapping):
         # one thread: a data loader's worker inherits none of the others
         return self._open(number)[0].read_row_group(group, use_threads=False)
 
-    def _labels(self, row: int, descriptions: list[dict[str, Any]]) -> dict[str, Any]:
+    def _labels(self, row: int, specs: list[ExpertSpec]) -> dict[str, Any]:
         number = int(np.searchsorted(self._ends, row, side="right"))
         row -= int(self._ends[number - 1]) if number else 0
         with naming_the_shard(self._files[number]):
@@ -200,7 +202,7 @@ class LabelStore(Mapping):
                 group = int(np.searchsorted(ends, row, side="right"))
                 table = self._read_group(number, group)
             row -= int(ends[group - 1]) if group else 0
-            return decode_labels({name: table[name][row] for name in table.column_names}, descriptions)
+            return decode_labels({name: table[name][row] for name in table.column_names}, specs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open", "_read_group")}
@@ -242,20 +244,18 @@ def label_source(
     if isinstance(labels, str) and labels == "live":
         return _live
     store = labels if isinstance(labels, LabelStore) else LabelStore(labels)
-    stored = {description["name"]: description for description in store.descriptions}
-    for expert in experts or ():
-        there = stored.get(expert["name"])
+    stored = {spec.name: spec for spec in read_specs(store.descriptions)}
+    wanted = None if experts is None else read_specs(experts)
+    for spec in wanted or ():
+        there = stored.get(spec.name)
         if there is None:
+            raise ValueError(f"the label store {store.folder} has no expert '{spec.name}'; it has {', '.join(stored)}")
+        if field := spec.difference(there):
             raise ValueError(
-                f"the label store {store.folder} has no expert '{expert['name']}'; it has {', '.join(stored)}"
+                f"the expert '{spec.name}' of the label store {store.folder} has {field}={getattr(there, field)!r}; "
+                f"the configured one has {getattr(spec, field)!r}"
             )
-        for field in ("kind", "channels", "num_classes", "instances"):
-            if (there.get(field) or None) != (expert.get(field) or None):
-                raise ValueError(
-                    f"the expert '{expert['name']}' of the label store {store.folder} has "
-                    f"{field}={there.get(field)!r}; the configured one has {expert.get(field)!r}"
-                )
-    return _Stored(store, None if experts is None else [expert["name"] for expert in experts])
+    return _Stored(store, None if wanted is None else [spec.name for spec in wanted])
 
 
 def _live(keys: Iterable[str]) -> None:
