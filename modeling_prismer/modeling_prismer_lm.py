@@ -1,0 +1,937 @@
+"""
+PrismerLM: frozen vision encoders and experts in front of any language model of transformers.
+
+The file reads from the smallest module to the model: the experts, the projection, the gated cross-attention block, the
+features of images and the rows of text that they belong to, and the model. The experts' stems and the resampler are in
+expert_stems.py, and building from backbones in lm_backbones.py.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .cache import CACHE_NAME, accept_past_key_values
+from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
+from .expert_stems import (
+    ExpertsMixin,
+    gather_expert_inputs,
+    init_expert_weights,
+    look_up,
+    pop_expert_inputs,
+)
+from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP
+from .ranking import RankingMixin
+
+
+# ---- modules ----
+
+
+class PrismerLMExperts(ExpertsMixin, nn.Module):
+    """The experts' stems, position embeddings of their own, and the resampler."""
+
+    def __init__(self, config: PrismerExpertsConfig, question_size: int | None = None):
+        super().__init__()
+        self.config = config
+        self.init_experts(config)
+        self.position_embedding = nn.Parameter(torch.empty(config.grid_size**2, config.hidden_size))
+        if question_size is not None:
+            self.question_attn = PrismerAttention(config, config.resampler_attention_heads, 0.0, question_size)
+            self.question_layer_norm = PrismerLayerNorm(question_size, eps=config.layer_norm_eps)
+            self.question_gate = nn.Parameter(torch.zeros(1))
+
+    def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        return resize_grid(self.position_embedding[None], grid)[0]
+
+    def condition(self, questions: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
+        """
+        The latents after they have attended to a question's embeddings, through a gate that starts at zero.
+
+        Args:
+            questions (`torch.FloatTensor` of shape `(rows, length, question_size)`): embeddings of the tokens.
+            question_mask (`torch.BoolTensor` of shape `(rows, length)`): which tokens belong to the question.
+
+        Returns:
+            `torch.FloatTensor` of shape `(rows, num_latents, width)`.
+        """
+        latents = self.resampler.latents.expand(questions.shape[0], -1, -1)
+        questions = self.question_layer_norm(questions.to(latents.dtype))
+        mask = torch.zeros_like(question_mask, dtype=latents.dtype).masked_fill(
+            ~question_mask, torch.finfo(latents.dtype).min
+        )
+        attn_output, _ = self.question_attn(latents, attention_mask=mask[:, None, None], states=questions)
+        return latents + self.question_gate.tanh() * attn_output
+
+
+class PrismerLMProjection(nn.Module):
+    """Two layers into the language model's width. The output starts at the scale of its word embeddings."""
+
+    def __init__(self, config: PrismerLMConfig, input_size: int):
+        super().__init__()
+        inner_size = config.projector_hidden_size or config.hidden_size
+        self.fc1 = nn.Linear(input_size, inner_size)
+        self.activation = ACT2FN["gelu"]
+        self.fc2 = nn.Linear(inner_size, config.hidden_size)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.feature_scale = config.feature_scale
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc2(self.activation(self.fc1(features.to(self.fc1.weight.dtype)))))
+
+
+class PrismerLMCrossAttentionBlock(nn.Module):
+    """
+    Flamingo's block before a decoder layer: cross-attention to the images' features and an MLP, each behind a tanh
+    gate that starts at zero.
+    """
+
+    def __init__(self, config: PrismerLMConfig, index: int):
+        super().__init__()
+        text_config = config.get_text_config(decoder=True)
+        size = text_config.hidden_size
+        self.index = index
+        self.layer_norm = PrismerLayerNorm(size)
+        self.cross_attn = PrismerAttention(text_config, text_config.num_attention_heads, layer_idx=index)
+        self.mlp_layer_norm = PrismerLayerNorm(size)
+        self.mlp = PrismerMLP(size, config.cross_attention_intermediate_size or 4 * size, "gelu")
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states: torch.Tensor, images: "VisibleImages") -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = residual.to(self.attn_gate)  # the language model may run in another precision
+        attn_output, _ = self.cross_attn(
+            self.layer_norm(hidden_states),
+            attention_mask=None if images.mask is None else images.mask.to(hidden_states),
+            keys_values=images.keys_values(self.cross_attn),
+        )
+        if images.sees_image is not None:
+            attn_output = attn_output * images.sees_image.to(attn_output)
+        hidden_states = hidden_states + self.attn_gate.tanh() * attn_output
+        hidden_states = hidden_states + self.mlp_gate.tanh() * self.mlp(self.mlp_layer_norm(hidden_states))
+        return hidden_states.to(residual)
+
+
+class CrossAttend:
+    """Forward pre-hook of a decoder layer: takes `visible_images` out of its arguments and runs the block."""
+
+    def __init__(self, block: PrismerLMCrossAttentionBlock | None):
+        self.block = block
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        images = kwargs.pop("visible_images", None)
+        if self.block is not None and images is not None:
+            if args:
+                args = (self.block(args[0], images), *args[1:])
+            else:
+                kwargs["hidden_states"] = self.block(kwargs["hidden_states"], images)
+        return args, kwargs
+
+
+# ---- the features of images, and the text that sees them ----
+
+
+@dataclass
+class PrismerLMImageFeatures(BaseModelOutputWithPooling):
+    """
+    Encoded images, from [`PrismerLMForConditionalGeneration.get_image_features`].
+
+    Args:
+        pooler_output (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`):
+            Projected patches and latents, in the language model's width. If the question conditions the resampler, the
+            latents are missing until it is known.
+        last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_patches, channels)`, *optional*):
+            Patch features of the vision encoders on one grid, concatenated along channels.
+        expert_tokens (`torch.FloatTensor` of shape `(num_images, num_tokens, width)`, *optional*):
+            Output of the experts' stems, if the question conditions the resampler.
+        expert_token_mask (`torch.BoolTensor` of shape `(num_images, num_tokens)`, *optional*):
+            Which of those tokens there are.
+        num_prompts (`int`, *optional*):
+            Prompts that the images belong to. Rows of text that follow each other share a prompt's images.
+
+    The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next.
+    """
+
+    expert_tokens: torch.FloatTensor | None = None
+    expert_token_mask: torch.BoolTensor | None = None
+    num_prompts: int | None = None
+    visible = None  # not a field: a new forward pass over a prompt replaces it
+
+    @property
+    def num_images(self) -> int:
+        return len(self.expert_tokens if self.pooler_output is None else self.pooler_output)
+
+
+@dataclass
+class PrismerLMModelOutput(BaseModelOutputWithPast):
+    """
+    Output of [`PrismerLMModel`]: that of the language model without its head, and `image_outputs`
+    ([`PrismerLMImageFeatures`], *optional*), which can be given to another call as `encoder_outputs`.
+    """
+
+    image_outputs: PrismerLMImageFeatures | None = None
+
+
+@dataclass
+class PrismerLMCausalLMOutput(CausalLMOutputWithPast):
+    """
+    Output of [`PrismerLMForConditionalGeneration`]: that of the language model, and `image_outputs`
+    ([`PrismerLMImageFeatures`], *optional*), which can be given to another call as `encoder_outputs`.
+    """
+
+    image_outputs: PrismerLMImageFeatures | None = None
+
+
+def shared_fields(output_class: type, outputs: Any) -> dict[str, Any]:
+    """The fields of a language model's output that `output_class` has too."""
+    return {own.name: getattr(outputs, own.name, None) for own in fields(output_class) if own.name != "image_outputs"}
+
+
+@dataclass
+class VisibleImages:
+    """
+    The images that each row of text cross-attends to.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`)
+        rows (`torch.LongTensor` of shape `(rows, images per row)`, *optional*):
+            Images of each row; without it, rows that follow each other share an image.
+        mask (`torch.FloatTensor` of shape `(rows, 1, length, images per row * num_features)`, *optional*):
+            Added to the attention scores, so that a token sees its last image only.
+        sees_image (`torch.BoolTensor` of shape `(rows, length, 1)`, *optional*): whether a token has seen an image.
+        projected (`dict`): keys and values of each layer, projected once for each image; not kept in training.
+    """
+
+    features: torch.Tensor
+    rows: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    sees_image: torch.Tensor | None = None
+    projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def keys_values(self, attention: PrismerAttention) -> tuple[torch.Tensor, torch.Tensor]:
+        if attention.layer_idx in self.projected:
+            key, value = self.projected[attention.layer_idx]
+        else:
+            key, value = attention.project_keys_values(self.features.to(attention.k_proj.weight))
+            if not torch.is_grad_enabled():
+                self.projected[attention.layer_idx] = key.contiguous(), value.contiguous()
+        if self.rows is None:
+            return key, value
+        gathered = (states[self.rows].transpose(1, 2).flatten(2, 3) for states in (key, value))
+        return tuple(gathered)  # (rows, heads, images per row * num_features, head_dim)
+
+    def after_prompt(self) -> "VisibleImages":
+        """What the tokens after the prompt see: each row's last image."""
+        last = None if self.rows is None else self.rows[:, -1:]
+        sees_image = None if self.sees_image is None else self.sees_image[:, -1:]
+        return VisibleImages(self.features, last, sees_image=sees_image, projected=self.projected)
+
+    def repeat(self, repeats: int) -> "VisibleImages":
+        """The same for every row `repeats` times."""
+
+        def repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
+
+        tensors = map(repeated, (self.rows, self.mask, self.sees_image))
+        return VisibleImages(self.features, *tensors, projected=self.projected)
+
+
+def see_images(features: torch.Tensor, rows: list[list[int]], mask: torch.Tensor | None) -> VisibleImages:
+    """
+    What each token cross-attends to: its last image.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`)
+        rows (`list[list[int]]`): images of each row of text.
+        mask (`torch.BoolTensor` of shape `(rows, length)`, *optional*):
+            Placeholders, one for each image. Without it, every token sees the one image of its row.
+    """
+    if mask is None:
+        return VisibleImages(features)
+    seen = mask.cumsum(dim=1)  # (rows, length): images so far
+    sees_image = (seen > 0)[..., None]
+    most = max(map(len, rows))
+    if most == 1 and all(rows):
+        return VisibleImages(features, sees_image=sees_image)
+    # A row with fewer images repeats its last one, which then is the last of all.
+    padded = [row + row[-1:] * (most - len(row)) if row else [0] * most for row in rows]
+    number = torch.arange(1, most + 1, device=seen.device)  # (images per row,)
+    visible = seen.clamp(min=1)[..., None] == number  # (rows, length, images per row)
+    scores = torch.zeros(visible.shape, device=seen.device).masked_fill(~visible, torch.finfo(features.dtype).min)
+    scores = scores.repeat_interleave(features.shape[1], dim=-1)[:, None]
+    return VisibleImages(features, torch.tensor(padded, device=features.device), scores, sees_image)
+
+
+def assign_images(counts: list[int], num_images: int, num_prompts: int | None = None) -> list[list[int]]:
+    """
+    The images of each row of text. Rows that follow each other share the images of a prompt, such as the questions
+    about one image or its beams.
+
+    Args:
+        counts (`list[int]`): images in each row.
+        num_images (`int`): images in all.
+        num_prompts (`int`, *optional*): by default one for each image if every row has one image, else one for each
+            row.
+
+    Raises:
+        ValueError: if the rows do not fit the images.
+    """
+    if num_prompts is None:
+        one_each = set(counts) == {1} and len(counts) % num_images == 0
+        num_prompts = num_images if one_each else len(counts)
+    shared = len(counts) // num_prompts  # rows of each prompt
+    first_rows = counts[::shared] if shared else []
+    if len(counts) != shared * num_prompts or counts != [count for count in first_rows for _ in range(shared)]:
+        raise ValueError(f"{len(counts)} rows of text with {counts} images do not fit {num_prompts} prompts")
+    if sum(first_rows) != num_images:
+        raise ValueError(f"the prompts have placeholders for {sum(first_rows)} images; {num_images} images are given")
+    rows, start = [], 0
+    for count in first_rows:
+        rows += [list(range(start, start + count))] * shared
+        start += count
+    return rows
+
+
+def count_prompts(rows: list[list[int]]) -> int:
+    """Rows of text that follow each other and have the same images count as one prompt."""
+    return sum(1 for index, row in enumerate(rows) if index == 0 or not row or row != rows[index - 1])
+
+
+def pixel_names(number: int) -> list[str]:
+    """Names of the images' tensors, one for each vision encoder: `pixel_values`, `pixel_values_1`, …"""
+    return ["pixel_values", *(f"pixel_values_{index}" for index in range(1, number))][:number]
+
+
+def num_channels(encoder: PreTrainedModel) -> int:
+    """Channels of a vision encoder's patch features."""
+    if encoder.config.model_type == "timm_wrapper":
+        return encoder.timm_model.num_features
+    return encoder.config.hidden_size
+
+
+def is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def resize_grid(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Bilinear resize of `(batch, side * side, channels)` to `(batch, grid[0] * grid[1], channels)`."""
+    side = math.isqrt(features.shape[1])
+    if (side, side) == tuple(grid):
+        return features
+    features = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    resized = F.interpolate(features.float(), size=grid, mode="bilinear", align_corners=False)
+    return resized.to(features.dtype).flatten(2).transpose(1, 2)
+
+
+def patch_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """
+    The patch features of a vision encoder, without class and register tokens, which all encoders put in front:
+    `(batch, side * side, channels)`.
+    """
+    config = encoder.config
+    patch_size = getattr(config, "patch_size", None)
+    pixel_values = pixel_values.to(encoder.dtype)
+    if config.model_type == "siglip2_vision_model":  # takes patches, of images of any shape
+        side = pixel_values.shape[-1] // patch_size
+        patches = pixel_values.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (batch, side * side, pixels * 3)
+        mask = patches.new_ones(patches.shape[:2], dtype=torch.int32)
+        shapes = torch.tensor([[side, side]], device=patches.device).expand(patches.shape[0], -1)
+        return encoder(patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
+    if config.model_type == "timm_wrapper":
+        features = encoder(pixel_values, do_pooling=False).last_hidden_state
+        if features.ndim == 4:  # of a convolutional network: (batch, channels, height, width)
+            return features.flatten(2).transpose(1, 2)
+    else:
+        features = encoder(pixel_values=pixel_values).last_hidden_state
+    side = pixel_values.shape[-1] // patch_size if isinstance(patch_size, int) else math.isqrt(features.shape[1])
+    return features[:, -(side**2) :]
+
+
+# ---- the model ----
+
+_RUNNING: ContextVar[Any] = ContextVar("running", default=None)  # images and placeholders of a running VLM
+
+
+def _place_features(module: nn.Module, args: tuple, embeddings: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a vision-language model's word embeddings: puts the experts' features into the prompt."""
+    if (running := _RUNNING.get()) is not None:
+        model, images, mask = running
+        repeats = embeddings.shape[0] // mask.shape[0]  # rows of each prompt: its beams
+        if embeddings.shape[:2] == (repeats * mask.shape[0], mask.shape[1]):
+            mask = mask.repeat_interleave(repeats, dim=0)
+            embeddings, images.visible = model.fuse(embeddings, images, mask.to(embeddings.device))
+    return embeddings
+
+
+def _pass_visible_images(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of a vision-language model's decoder, which hands its arguments on to its layers."""
+    if (running := _RUNNING.get()) is not None and running[1].visible is not None:
+        _, images, mask = running
+        if kwargs["inputs_embeds"].shape[1] != mask.shape[1]:  # a step of decoding
+            images.visible = images.visible.after_prompt()
+        kwargs = {**kwargs, "visible_images": images.visible}
+    return args, kwargs
+
+
+class PrismerLMPreTrainedModel(PreTrainedModel):
+    """What all models of PrismerLM have in common: how weights start, and what the backbones support."""
+
+    config: PrismerLMConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PrismerExpertStem", "PrismerResamplerLayer", "PrismerLMCrossAttentionBlock"]
+    _skip_keys_device_placement = [CACHE_NAME, "encoder_outputs", "visible_images"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        # Without the flag for code from outside transformers, which skips every module that has no weight of its own.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_expert_weights(module)
+        if isinstance(module, PrismerLMExperts):
+            init.normal_(module.position_embedding, std=0.02)
+            if hasattr(module, "question_gate"):
+                init.zeros_(module.question_gate)
+        elif isinstance(module, PrismerLMProjection):
+            init.constant_(module.norm.weight, module.feature_scale)
+        elif isinstance(module, PrismerLMCrossAttentionBlock):
+            init.zeros_(module.attn_gate)
+            init.zeros_(module.mlp_gate)
+        elif isinstance(module, PrismerLMModel) and module.image_embedding is not None:
+            init.normal_(module.image_embedding, std=self.config.feature_scale)
+
+
+class PrismerLMModel(PrismerLMPreTrainedModel):
+    """
+    The vision encoders, the experts and the language model. `forward` returns the language model's hidden states.
+
+    Args:
+        config ([`PrismerLMConfig`]): the configuration.
+        language_model, vision_encoders (*optional*): loaded backbones, in place of new ones.
+    """
+
+    def __init__(
+        self,
+        config: PrismerLMConfig,
+        language_model: PreTrainedModel | None = None,
+        vision_encoders: list[PreTrainedModel] | None = None,
+    ):
+        super().__init__(config)
+        if vision_encoders is None:
+            vision_encoders = [AutoModel.from_config(encoder) for encoder in config.vision_config]
+        if language_model is None:
+            auto_class = AutoModelForImageTextToText if config.has_vision_language_model else AutoModelForCausalLM
+            language_model = auto_class.from_config(config.text_config)
+        config.text_config = language_model.config
+        config.vision_config = [encoder.config for encoder in vision_encoders]
+        self.language_model = language_model
+        self.vision_encoders = nn.ModuleList(vision_encoders)
+        if vision_encoders:
+            self.vision_projection = PrismerLMProjection(config, sum(map(num_channels, vision_encoders)))
+        self.experts = None
+        if config.experts_config is not None:
+            question_size = config.hidden_size if config.question_queries else None
+            self.experts = PrismerLMExperts(config.experts_config, question_size)
+            self.experts_projection = PrismerLMProjection(config, config.experts_config.hidden_size)
+        self.cross_blocks = nn.ModuleDict()
+        self.image_embedding = None
+        if config.fusion == "cross_attention" and config.num_features:
+            self.image_embedding = nn.Parameter(torch.empty(config.hidden_size))  # of a placeholder
+            every = config.cross_attention_every
+            for index in range(every - 1, len(self.decoder_layers), every):
+                self.cross_blocks[str(index)] = PrismerLMCrossAttentionBlock(config, index)
+            for index, layer in enumerate(self.decoder_layers):
+                block = self.cross_blocks[str(index)] if str(index) in self.cross_blocks else None
+                layer.register_forward_pre_hook(CrossAttend(block), with_kwargs=True)
+        if config.has_vision_language_model:  # it embeds its prompt and calls its decoder by itself
+            language_model.get_input_embeddings().register_forward_hook(_place_features)
+            language_model.get_decoder().register_forward_pre_hook(_pass_visible_images, with_kwargs=True)
+        self.post_init()
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        decoder = self.language_model.get_decoder()
+        layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
+        if layers is None:
+            raise ValueError(f"{type(decoder).__name__} has no list of layers called 'layers' or 'h'")
+        return layers
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def train(self, mode: bool = True) -> "PrismerLMModel":
+        super().train(mode)
+        for encoder in self.vision_encoders:
+            if not is_trained(encoder):
+                encoder.eval()
+        return self
+
+    # ---- images to features ----
+
+    def pop_image_inputs(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Takes the inputs of `get_image_features` out of `tensors`. A vision-language model keeps its own."""
+        inputs = pop_expert_inputs(tensors, self.config.expert_names)
+        names = ["expert_mask"]
+        if not self.config.has_vision_language_model:
+            names += pixel_names(max(1, len(self.vision_encoders)))
+        inputs |= {name: tensors.pop(name) for name in names if name in tensors}
+        return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+    def encode_patches(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
+        """The patch features of all encoders: `(num_images, grid_size * grid_size, channels)`."""
+        grid = (self.config.grid_size, self.config.grid_size)
+        features = []
+        for encoder, pixels in zip(self.vision_encoders, pixel_values):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(encoder)):
+                features.append(resize_grid(patch_features(encoder, pixels), grid).to(pixel_values[0].device))
+        return torch.cat(features, dim=-1)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, expert_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrismerLMImageFeatures:
+        r"""
+        Encodes images and the experts' maps. Give the result to `forward` or `generate` as `encoder_outputs` to ask
+        more about the same images.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                The images, normalised for the first vision encoder. Those for the next ones are called
+                `pixel_values_1`, `pixel_values_2`, …
+            expert_mask (`torch.BoolTensor` of shape `(num_images, number of experts)`, *optional*):
+                Which experts each image has.
+            kwargs:
+                The experts' tensors; see [`PrismerModel.forward`].
+
+        Returns:
+            [`PrismerLMImageFeatures`]
+
+        Raises:
+            ValueError: if an input of an encoder or expert is missing, or has another number of images.
+        """
+        expert_inputs = gather_expert_inputs(
+            kwargs, expert_mask, self.config.expert_names, strict=self.config.strict_experts
+        )
+        names = pixel_names(len(self.vision_encoders))
+        pixels = {name: pixel_values if name == "pixel_values" else kwargs.pop(name, None) for name in names}
+        if missing := [name for name, tensor in pixels.items() if tensor is None]:
+            raise ValueError(f"{', '.join(missing)} missing; the model has {len(names)} vision encoders")
+        images = pixels or {f"{name}_{key}": t for name, own in expert_inputs.items() for key, t in own.items()}
+        if not images:
+            raise ValueError("no image given: neither pixel_values nor an expert's tensors")
+        first = next(iter(images.values()))
+        for name, tensor in images.items():
+            if tensor.shape[0] != first.shape[0]:
+                raise ValueError(f"{name} has {tensor.shape[0]} rows for {first.shape[0]} images")
+
+        outputs = PrismerLMImageFeatures()
+        features = []
+        if pixels:
+            outputs.last_hidden_state = self.encode_patches(list(pixels.values()))
+            features.append(self.vision_projection(outputs.last_hidden_state))
+        if self.experts is not None:
+            device = self.experts.position_embedding.device
+            mask = None if expert_mask is None else expert_mask.to(device=device, dtype=torch.bool)
+            self.experts.check_expert_inputs(expert_inputs, mask, images)
+            arguments = (expert_inputs, mask, first.shape[0], device)
+            if self.config.question_queries:
+                outputs.expert_tokens, outputs.expert_token_mask = self.experts.embed_experts(*arguments)
+            else:
+                features.append(self.experts_projection(self.experts.encode_experts(*arguments)))
+        if features:
+            outputs.pooler_output = torch.cat([part.to(features[0].device) for part in features], dim=1)
+        return outputs
+
+    def condition(
+        self, images: PrismerLMImageFeatures, rows: list[list[int]], questions: torch.Tensor, mask: torch.Tensor
+    ) -> PrismerLMImageFeatures:
+        """
+        Runs the resampler once for each question, on images that have been encoded once.
+
+        Args:
+            images ([`PrismerLMImageFeatures`]): the encoded images.
+            rows (`list[list[int]]`): images of each question.
+            questions (`torch.FloatTensor` of shape `(len(rows), length, hidden_size)`): embeddings of the text.
+            mask (`torch.BoolTensor` of shape `(len(rows), length)`): which tokens belong to the question.
+
+        Returns:
+            [`PrismerLMImageFeatures`] with one entry for each image of each row.
+        """
+        device = images.expert_tokens.device
+        image = torch.tensor([image for row in rows for image in row], device=device)
+        row = torch.tensor([index for index, row in enumerate(rows) for _ in row], device=device)
+        latents = self.experts.condition(questions.to(device), mask.to(device))[row]
+        token_mask = None if images.expert_token_mask is None else images.expert_token_mask[image]
+        latents = self.experts.resampler(images.expert_tokens[image], token_mask, latents=latents)
+        features = self.experts_projection(latents)
+        if images.pooler_output is not None:
+            patches = images.pooler_output[image]
+            features = torch.cat([patches, features.to(patches)], dim=1)
+        return PrismerLMImageFeatures(images.last_hidden_state, features, num_prompts=len(rows))
+
+    # ---- features into the language model ----
+
+    def placeholders(self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
+        """Which tokens stand for images: `(rows, length)`, bool."""
+        if mm_token_type_ids is not None and not self.config.has_vision_language_model:
+            return mm_token_type_ids == 1
+        if input_ids is None:
+            raise ValueError("input_ids is missing: without it, mm_token_type_ids must mark the images' placeholders")
+        return input_ids == self.config.image_token_id
+
+    def without_placeholders(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Ids that the language model can embed: a placeholder may lie beyond its vocabulary."""
+        if self.config.image_token_id < self.config.vocab_size:
+            return input_ids
+        pad_token_id = self.config.get_text_config(decoder=True).pad_token_id
+        return input_ids.masked_fill(mask, 1 if pad_token_id == 0 else 0)  # `generate` takes padding for masked
+
+    def assign(self, images: PrismerLMImageFeatures, mask: torch.Tensor) -> list[list[int]]:
+        """The images of each row of text with these placeholders `(rows, length)`. A GPU waits here, once a prompt."""
+        counts, length = mask.sum(dim=1).tolist(), self.config.image_seq_length
+        if self.config.fusion == "cross_attention" and not any(counts):
+            counts = [1] * len(counts)  # without placeholders, all of a row's tokens see its image
+        elif wrong := [count for count in counts if count % length]:
+            raise ValueError(f"a prompt has {wrong[0]} placeholders of images; each image needs {length}")
+        else:
+            counts = [count // length for count in counts]
+        return assign_images(counts, images.num_images, images.num_prompts)
+
+    def fuse(
+        self, embeddings: torch.Tensor, images: PrismerLMImageFeatures, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, VisibleImages | None]:
+        """
+        Args:
+            embeddings (`torch.FloatTensor` of shape `(rows, length, hidden_size)`): of a prompt.
+            images ([`PrismerLMImageFeatures`]): the encoded images.
+            mask (`torch.BoolTensor` of shape `(rows, length)`): placeholders of images.
+
+        Returns:
+            The embeddings with features in place of the placeholders, and what the tokens cross-attend to.
+        """
+        rows = self.assign(images, mask)
+        if self.config.fusion == "prefix":
+            order = torch.tensor([image for row in rows for image in row], device=images.pooler_output.device)
+            features = images.pooler_output[order].flatten(0, 1).to(embeddings)
+            return embeddings.masked_scatter(mask[..., None], features), None
+        embeddings = torch.where(mask[..., None], self.image_embedding.to(embeddings), embeddings)
+        return embeddings, see_images(images.pooler_output, rows, mask if bool(mask.any()) else None)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return look_up(self.get_input_embeddings(), input_ids, "input_ids", self.config.vocab_size)
+
+    def ask(
+        self,
+        images: PrismerLMImageFeatures,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> PrismerLMImageFeatures:
+        """Conditions the resampler on all text of a prompt but what is to be learned (`config.question_queries`)."""
+        if images.expert_tokens is None:
+            return images
+        question_mask = ~mask
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ValueError("question_queries=True needs one question in each row: rows cannot be packed")
+            question_mask = question_mask & attention_mask[:, -mask.shape[1] :].bool()
+        if labels is not None:
+            question_mask = question_mask & (labels == -100)
+        questions = self.embed(self.without_placeholders(input_ids, mask))
+        return self.condition(images, self.assign(images, mask), questions, question_mask)
+
+    def follows_prompt(self, images: PrismerLMImageFeatures, mask: torch.Tensor, cache: Cache | None) -> bool:
+        """Whether the text has no placeholders and continues a prompt that is in the cache."""
+        if cache is None or (self.config.fusion == "cross_attention" and images.visible is None):
+            return False
+        return mask.shape[1] == 1 or (bool(cache.get_seq_length() > 0) and not bool(mask.any()))
+
+    @contextmanager
+    def running(self, images: PrismerLMImageFeatures, mask: torch.Tensor) -> Iterator[None]:
+        """While it is open, a vision-language model's hooks put the features into a prompt with this `mask`."""
+        token = _RUNNING.set((self, images, mask))
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
+    def run(
+        self,
+        language_model: nn.Module,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        encoder_outputs: PrismerLMImageFeatures | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, PrismerLMImageFeatures | None]:
+        """Calls `language_model`, with or without its head. Returns its output, and the features of the images."""
+        image_inputs = self.pop_image_inputs(kwargs)
+        if image_inputs and encoder_outputs is not None:
+            raise ValueError(f"give {', '.join(image_inputs)} or encoder_outputs, not both")
+        images = self.get_image_features(**image_inputs) if image_inputs else encoder_outputs
+        is_vlm = self.config.has_vision_language_model
+        if is_vlm and mm_token_type_ids is not None:
+            kwargs["mm_token_type_ids"] = mm_token_type_ids
+        if images is None:
+            return language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs), None
+
+        mask = self.placeholders(input_ids, mm_token_type_ids)
+        if inputs_embeds is None and not is_vlm:
+            inputs_embeds = self.embed(self.without_placeholders(input_ids, mask))
+        follows = self.follows_prompt(images, mask, kwargs.get(CACHE_NAME))
+        if follows and images.visible is not None:
+            images.visible = images.visible.after_prompt()
+        elif not follows:
+            images = self.ask(images, input_ids, mask, kwargs.get("attention_mask"), kwargs.get("labels"))
+        if is_vlm:
+            with self.running(images, mask):
+                return language_model(input_ids=self.without_placeholders(input_ids, mask), **kwargs), images
+        if not follows:
+            inputs_embeds, images.visible = self.fuse(inputs_embeds, images, mask)
+        if images.visible is not None:
+            kwargs["visible_images"] = images.visible
+        return language_model(inputs_embeds=inputs_embeds, **kwargs), images
+
+    @accept_past_key_values
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        expert_mask: torch.BoolTensor | None = None,
+        encoder_outputs: PrismerLMImageFeatures | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PrismerLMModelOutput:
+        r"""
+        Args:
+            input_ids … use_cache, pixel_values, expert_mask, encoder_outputs:
+                See [`PrismerLMForConditionalGeneration.forward`].
+        """
+        outputs, images = self.run(
+            self.language_model.base_model,
+            input_ids,
+            inputs_embeds,
+            encoder_outputs,
+            mm_token_type_ids,
+            pixel_values=pixel_values,
+            expert_mask=expert_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache},
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        return PrismerLMModelOutput(**shared_fields(PrismerLMModelOutput, outputs), image_outputs=images)
+
+
+class PrismerLMForConditionalGeneration(RankingMixin, PrismerLMPreTrainedModel, GenerationMixin):
+    """
+    A language model that sees images through frozen vision encoders and experts.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, SiglipVisionConfig
+    >>> from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration
+
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> config = PrismerLMConfig(
+    ...     vision_config=[SiglipVisionConfig(**sizes, image_size=32, patch_size=16)],
+    ...     experts_config={"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32},
+    ...     text_config=LlamaConfig(**sizes, vocab_size=100),
+    ... )
+    >>> model = PrismerLMForConditionalGeneration(config)
+    >>> model.config.image_seq_length  # 2 x 2 patches and 64 latents
+    68
+    ```
+    """
+
+    if TYPE_CHECKING:  # transformers types it for a class of its own alone
+
+        def _generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any: ...
+
+    def __init__(
+        self,
+        config: PrismerLMConfig,
+        language_model: PreTrainedModel | None = None,
+        vision_encoders: list[PreTrainedModel] | None = None,
+    ):
+        super().__init__(config)
+        self.model = PrismerLMModel(config, language_model, vision_encoders)
+        self.post_init()
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.model.language_model
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, expert_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrismerLMImageFeatures:
+        return self.model.get_image_features(pixel_values, expert_mask, **kwargs)
+
+    get_image_features.__doc__ = PrismerLMModel.get_image_features.__doc__
+
+    @accept_past_key_values
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_1: torch.FloatTensor | None = None,
+        depth_values: torch.FloatTensor | None = None,
+        normal_values: torch.FloatTensor | None = None,
+        segmentation_ids: torch.Tensor | None = None,
+        edge_values: torch.FloatTensor | None = None,
+        detection_ids: torch.Tensor | None = None,
+        detection_classes: torch.Tensor | None = None,
+        detection_rows: torch.LongTensor | None = None,
+        ocr_ids: torch.Tensor | None = None,
+        ocr_features: torch.FloatTensor | None = None,
+        expert_mask: torch.BoolTensor | None = None,
+        encoder_outputs: PrismerLMImageFeatures | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PrismerLMCausalLMOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(rows, length)`, *optional*):
+                The text. In prefix fusion each image has `config.image_seq_length` placeholders
+                `config.image_token_id`, in cross-attention one, or none if each row is about one image. Rows that
+                follow each other may share an image, which is encoded once.
+            attention_mask (`torch.Tensor` of shape `(rows, length)` or `(rows, 1, length, length)`, *optional*):
+                0 for padding, on either side; or which token attends to which, for packed rows.
+            position_ids, cache, inputs_embeds, use_cache, logits_to_keep:
+                As in the language model.
+            pixel_values, pixel_values_1, expert_mask and the experts' tensors:
+                See [`PrismerLMForConditionalGeneration.get_image_features`]. A vision-language model gets its own
+                `pixel_values`. Without any of them, the text runs alone.
+            encoder_outputs ([`PrismerLMImageFeatures`], *optional*):
+                Images that have been encoded before, in place of the image inputs.
+            mm_token_type_ids (`torch.LongTensor` of shape `(rows, length)`, *optional*):
+                1 at the placeholders; by default they are found by their id.
+            labels (`torch.LongTensor` of shape `(rows, length)`, *optional*):
+                The tokens to learn, aligned with `input_ids`; -100 where nothing is learned.
+
+        Returns:
+            [`PrismerLMCausalLMOutput`]; the loss is that of the language model, the mean over tokens.
+        """
+        experts = {
+            "depth_values": depth_values,
+            "normal_values": normal_values,
+            "segmentation_ids": segmentation_ids,
+            "edge_values": edge_values,
+            "detection_ids": detection_ids,
+            "detection_classes": detection_classes,
+            "detection_rows": detection_rows,
+            "ocr_ids": ocr_ids,
+            "ocr_features": ocr_features,
+        }
+        if labels is not None:
+            kwargs["labels"] = labels
+        outputs, images = self.model.run(
+            self.language_model,
+            input_ids,
+            inputs_embeds,
+            encoder_outputs,
+            mm_token_type_ids,
+            pixel_values=pixel_values,
+            pixel_values_1=pixel_values_1,
+            **{name: tensor for name, tensor in experts.items() if tensor is not None},
+            expert_mask=expert_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache},
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        return PrismerLMCausalLMOutput(**shared_fields(PrismerLMCausalLMOutput, outputs), image_outputs=images)
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """
+        As in every model of transformers. Images are encoded once for the whole generation, and shared by all beams
+        and by all rows of text about them.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(rows, length)`, *optional*): the prompts, also as `input_ids`.
+            kwargs:
+                The inputs of `forward`, and those of `generate`.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        image_inputs = self.model.pop_image_inputs(kwargs)
+        images = kwargs.pop("encoder_outputs", None)
+        if image_inputs:
+            if images is not None:
+                raise ValueError(f"give {', '.join(image_inputs)} or encoder_outputs, not both")
+            images = self.get_image_features(**image_inputs)
+        is_vlm = self.config.has_vision_language_model  # its own `generate` prepares its own inputs
+        if images is None or input_ids is None:
+            return (self.language_model if is_vlm else super()).generate(input_ids, **kwargs)
+
+        mask = self.model.placeholders(input_ids, kwargs.get("mm_token_type_ids"))
+        images = self.model.ask(replace(images), input_ids, mask, kwargs.get("attention_mask"))
+        if images.num_prompts is None:  # before beams multiply the rows
+            images.num_prompts = count_prompts(self.model.assign(images, mask))
+        input_ids = self.model.without_placeholders(input_ids, mask)
+        if is_vlm:
+            with self.model.running(images, mask):
+                return self.language_model.generate(input_ids, **kwargs)
+        kwargs["mm_token_type_ids"] = mask.long()
+        return super().generate(input_ids, encoder_outputs=images, **kwargs)
+
+
+__all__ = ["PrismerLMForConditionalGeneration", "PrismerLMModel", "PrismerLMPreTrainedModel"]
