@@ -1,5 +1,5 @@
 """
-The Space: see through the experts.
+The Gradio Space: arguments, theme and start.
 
     python spaces_demo/app.py
     python spaces_demo/app.py --model FOLDER --port 7861
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 
-# Before gradio starts: nobody is told of visits, and no statistics of 10,000 calls are worked out after each call.
+# Set before gradio starts: no analytics are sent, and gradio keeps statistics of one call instead of 10,000.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
 
@@ -40,7 +40,7 @@ TIDY_SECONDS = 30.0
 
 
 def make_app(model: str | None = None, device: str | None = None) -> tuple[gr.Blocks, Sessions]:
-    """The whole app, not yet launched, and its sessions."""
+    """Returns the app, not yet launched, and its sessions."""
     reader = Reader(pretrained_path() if model is None else model, device)
     reader.warm_up()
     sessions = Sessions()
@@ -50,14 +50,14 @@ def make_app(model: str | None = None, device: str | None = None) -> tuple[gr.Bl
     with CheckedBlocks(title="Prismer: see through the experts", analytics_enabled=False) as blocks:
         Page(reader, sessions, load_examples(HERE / "examples", reader.name), study).build()
         Endpoints(reader).build()
-    # one at a time: two would share the same cores, and each would take twice as long. api_open would let calls pass
-    # the queue.
+    # One run at a time, because two would share the cores and each take twice as long. `api_open` would let calls
+    # bypass the queue.
     blocks.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
     return blocks, sessions
 
 
 def make_theme() -> gr.themes.Base:
-    """Fonts of the visitor's own system, and a blue that is dark enough to be read."""
+    """A theme with the fonts of the visitor's system and a blue with enough contrast."""
     shades = ("#e6f4f7", "#c5e6ec", "#99d3de", "#5fb8c9", "#2c98ad", "#0b7285", "#0a6678", "#095868", "#084857")
     blue = gr.themes.Color(*shades, "#063641", "#04262e", name="prismer")
     theme = gr.themes.Default(
@@ -89,11 +89,11 @@ def make_theme() -> gr.themes.Base:
 
 
 def tidy(blocks: gr.Blocks, sessions: Sessions, unread: Unread) -> None:
-    """Forgets who rests, deletes uploads that nobody needs, and drops answers that nobody fetches."""
+    """Deletes unused sessions, uploads that nobody needs, and answers that nobody fetches."""
     sessions.sweep()
     sweep(UPLOADS, spare=sessions.uploads() | queued_files(blocks))
     unread.sweep()
-    for names in blocks.temp_file_sets:  # of all files that ever were; gradio deletes by them only if told to
+    for names in blocks.temp_file_sets:  # they name all files since the start; only gradio's `delete_cache` reads them
         names.clear()
 
 
@@ -105,15 +105,15 @@ def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, *
             time.sleep(TIDY_SECONDS)
             try:
                 tidy(blocks, sessions, unread)
-            except Exception:  # the next time will do; without any, the disk fills
+            except Exception:  # go on: without this thread the disk fills
                 logger.exception("tidying failed")
 
     threading.Thread(target=tidy_forever, daemon=True).start()
     blocks.launch(
         app_kwargs={"middleware": [Middleware(Guard, blocks=blocks)]},
-        run_history=False,  # it would send inputs and answers to a bucket that the caller names
+        run_history=False,  # the run history sends inputs and answers to a bucket that the caller names
         state_session_capacity=MAX_SESSIONS,
-        # gradio runs what is in the head before it builds the page, and `js` after it
+        # a script in the head runs before gradio builds the page; the argument `js` runs after it
         head=f"<script>{(HERE / 'names.js').read_text(encoding='utf-8')}</script>",
         server_name=host,
         server_port=port,
@@ -129,8 +129,8 @@ def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, *
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The Gradio Space of Prismer.")
-    parser.add_argument("--model", help="a checkpoint, folder or Hub id; by default the one in the package")
-    parser.add_argument("--device", help="cpu, cuda, …; by default a GPU if there is one")
+    parser.add_argument("--model", help="a folder or a Hub id; by default prismer-scenes")
+    parser.add_argument("--device", help="cpu, cuda, …; by default a GPU, if there is one")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""What visitors send, checked: each error names the input, what is wrong with it and what is accepted."""
+"""Checks of inputs. Each error names the input, the problem and what is accepted."""
 
 import json
 from typing import Any
 
 
-MAX_DEPTH = 16  # of nested lists and objects; the page itself sends 8
+MAX_DEPTH = 16  # levels of nested lists and objects; the page sends 8
 JSON_KINDS = {
     str: "a text",
     bool: "a truth value",
@@ -16,37 +16,39 @@ JSON_KINDS = {
 
 
 class Refused(ValueError):
-    """What a visitor gave cannot be used; the message is for them."""
+    """An input cannot be used. The message is for the visitor."""
 
 
 def kind_of(value: Any) -> str:
-    """What a value is called in messages."""
+    """Returns the kind of a value as messages call it: "a number"."""
     return JSON_KINDS.get(type(value), type(value).__name__)
 
 
 def as_text(value: Any, name: str, max_letters: int) -> str:
     """
-    The value itself, which is the text of the input called `name`.
+    Returns the value if it is a text. `name` is the name of the input in messages.
 
     Raises:
-        Refused: if it is no text, is longer than `max_letters`, or cannot be written as UTF-8.
+        Refused: if it is not a text, is longer than `max_letters`, or cannot be encoded as UTF-8.
     """
     if not isinstance(value, str):
         raise Refused(f"{name}: a text is needed, not {kind_of(value)}.")
     if len(value) > max_letters:
-        raise Refused(f"{name}: this is too long ({len(value)} letters); up to {max_letters} are read.")
+        raise Refused(f"{name}: this is too long ({len(value)} letters); the limit is {max_letters}.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
-        raise Refused(f"{name}: U+{code:04X} is half a character. Please send whole ones.") from None
+        raise Refused(f"{name}: U+{code:04X} is half a character (a lone surrogate).") from None
     return value
 
 
 def as_number(value: Any) -> float:
     """
+    Returns the value if it is a finite number. JSON can also contain `NaN` and `1e999`.
+
     Raises:
-        ValueError: if it is no finite number; JSON has `NaN` and `1e999`, too.
+        ValueError: if it is not a finite number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
         raise ValueError
@@ -55,8 +57,10 @@ def as_number(value: Any) -> float:
 
 def parse_json(content: str | bytes) -> Any:
     """
+    Parses JSON.
+
     Raises:
-        ValueError: if it is no JSON, or its lists and objects are nested deeper than the parser goes.
+        ValueError: if the content is not JSON, or is nested deeper than the parser can read.
     """
     try:
         return json.loads(content)
@@ -65,7 +69,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def is_too_deep(value: Any, max_depth: int = MAX_DEPTH) -> bool:
-    """Whether lists and objects lie in each other more than `max_depth` deep. Does not recurse itself."""
+    """Returns whether lists and objects are nested more than `max_depth` levels deep. It does not recurse."""
     level = [value]
     for _ in range(max_depth + 1):
         level = [each for each in level if isinstance(each, dict | list)]

@@ -1,6 +1,6 @@
 """
-What stands between the network and gradio: only the routes that the page and its API use, and no request body that is
-too large, too slow or nested too deeply.
+Middleware in front of gradio. It only lets requests pass whose route is used by the page or its API, and whose body is
+not too large, too slow or nested too deeply.
 """
 
 import re
@@ -17,14 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uploads import is_full
 
 
-MAX_JSON = 512 * 1024  # bytes: the longest link has 200,000 letters, the largest edit 20,000 points
-MAX_CONTAINERS = 40_000  # lists and objects, which cost gradio far more time than their bytes
-MAX_UPLOAD = MAX_BYTES + 64 * 1024  # a file, and the form around it
-JSON_SECONDS, UPLOAD_SECONDS = 30.0, 300.0  # for the whole body
-# Of a refused body this much is read and thrown away: a client that is cut off while it sends sees no answer.
+MAX_JSON = 512 * 1024  # bytes; the longest link has 200,000 letters, the largest edit 20,000 points
+MAX_CONTAINERS = 40_000  # lists and objects; their number costs gradio much more time than their bytes
+MAX_UPLOAD = MAX_BYTES + 64 * 1024  # a file and its form
+JSON_SECONDS, UPLOAD_SECONDS = 30.0, 300.0  # time limits of a whole body
+# This much of a refused body is read and discarded: a client does not see the answer if it is cut off while sending.
 SKIPPED_BYTES, SKIPPED_SECONDS = 64 * 1024**2, 10.0
 
-# Gradio has more routes. They would fetch URLs (file=, proxy=), convert videos and write the page's state to disk.
+# Other routes of gradio fetch URLs (file=, proxy=), convert videos and write the page's state to disk.
 READABLE = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|pwa_icon(/\d+)?)/?|/(assets|static|svelte)/.+"
     r"|/gradio_api/(info|openapi\.json|app_id|startup-events|theme\.css|user|queue/data|queue/status|upload_progress)/?"
@@ -36,7 +36,7 @@ WRITABLE = re.compile(
 
 
 class Rejected(Exception):
-    """A request that gradio does not get to see."""
+    """A request that is not passed on to gradio."""
 
     def __init__(self, status: int, message: str):
         self.status, self.message = status, message
@@ -47,7 +47,7 @@ class Guard:
     ASGI middleware.
 
     Args:
-        app: what it stands before.
+        app: the ASGI app that gets the accepted requests.
         blocks (`gr.Blocks`): the functions that requests may call.
     """
 
@@ -57,7 +57,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if scope["type"] != "http":  # no websockets here
+        if scope["type"] != "http":  # the page uses no websockets
             return None
         body = _Body(receive, dict(scope["headers"]).get(b"content-length", b""))
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -70,7 +70,7 @@ class Guard:
             if called["route"] == "upload":
                 body.limit(MAX_UPLOAD, UPLOAD_SECONDS)
                 if await anyio.to_thread.run_sync(is_full):
-                    raise Rejected(503, "Too many pictures are kept at the moment. Please try again in two minutes.")
+                    raise Rejected(503, "The storage for images is full. Please try again in two minutes.")
                 return await self.app(scope, body.for_form, send)
             body.limit(MAX_JSON, JSON_SECONDS)
             content = await body.read()
@@ -82,9 +82,11 @@ class Guard:
 
     def check(self, called: re.Match, content: bytes) -> None:
         """
+        Checks the body of a request.
+
         Raises:
-            Rejected: if the body is no JSON object, has too many parts, is nested too deeply, or calls a function that
-                is not there.
+            Rejected: if the body is not a JSON object, has too many parts, is nested too deeply, or calls an unknown
+                function.
         """
         if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
             raise Rejected(400, f"The body has more than {MAX_CONTAINERS:,} lists and objects.")
@@ -96,23 +98,23 @@ class Guard:
             raise Rejected(400, "The body must be a JSON object.")
         session = values.get("session_hash")
         if session is not None and not (isinstance(session, str) and re.fullmatch(r"[\w-]{1,100}", session, re.ASCII)):
-            raise Rejected(400, "session_hash: up to 100 letters, digits, - and _ are taken.")
+            raise Rejected(400, "session_hash: up to 100 letters, digits, - and _ are accepted.")
         labels = self.labels(called, values.get("fn_index"))
         if is_too_deep(values):
             data = values.get("data")
             named = [*zip(labels, data if isinstance(data, list) else [])]
-            named += [(name, values.get(name)) for name in (*labels, "event_data")]  # call/v2 takes inputs by name
+            named += [(name, values.get(name)) for name in (*labels, "event_data")]  # call/v2 passes inputs by name
             name = next((name for name, value in named if is_too_deep(value, MAX_DEPTH - 2)), "The body")
-            raise Rejected(400, f"{name}: this is nested too deeply; up to {MAX_DEPTH} levels are read.")
+            raise Rejected(400, f"{name}: this is nested too deeply; the limit is {MAX_DEPTH} levels.")
 
     def labels(self, called: re.Match, index: Any) -> list[str]:
-        """What the inputs of the called function are named."""
+        """Returns the names of the inputs of the called function."""
         if called["route"] in ("cancel", "reset"):
             return []
         functions = self.blocks.fns
         if index is not None:  # the page calls by number, at /run/predict or /queue/join
             function = functions.get(index) if isinstance(index, int) else None
-            missing = "fn_index: there is no function of this number."
+            missing = "fn_index: there is no function with this number."
         else:
             function = next((each for each in functions.values() if each.api_name == called["name"]), None)
             names = [f"/{each.api_name}" for each in functions.values() if each.api_visibility == "public"]
@@ -123,7 +125,7 @@ class Guard:
 
 
 class _Body:
-    """The body of a request, within limits."""
+    """Reads the body of a request within limits."""
 
     def __init__(self, receive: Receive, declared: bytes):
         self._receive = receive
@@ -153,7 +155,7 @@ class _Body:
         raise Rejected(408, "The body took too long.")
 
     async def for_form(self) -> Message:
-        """Raises the form parser's own error, at which gradio deletes what has been written and answers."""
+        """Raises the error of the form parser. gradio then deletes the files it has written, and answers."""
         if self.ended:
             return await self._receive()
         try:

@@ -1,14 +1,14 @@
-"""Where the network runs: ZeroGPU's decorator on Spaces that have it, else nothing."""
+"""The decorator of ZeroGPU, on Spaces that have it."""
 
 from collections.abc import Callable
 
 
 try:
-    import spaces  # before torch: it decides when CUDA starts
+    import spaces  # before torch, because it decides when CUDA starts
 except ImportError:
     spaces = None
 
 
 def on_gpu(function: Callable) -> Callable:
-    """The function, run with a GPU where the Space lends one for each call."""
+    """Makes each call of the function borrow a GPU, if the Space runs on ZeroGPU."""
     return function if spaces is None else spaces.GPU(function)

@@ -1,6 +1,6 @@
 """
-The one place through which every input of every endpoint passes, before gradio itself looks at it. Gradio opens each
-file and fetches each URL that it finds in an input, so that would be too late.
+Checks every input of every endpoint before gradio reads it. gradio opens each file and fetches each URL that it finds
+in an input, so a later check would come too late.
 """
 
 import functools
@@ -16,30 +16,30 @@ from uploads import find_upload
 
 
 logger = logging.getLogger(__name__)
-MAX_LETTERS = 1000  # of a text whose component sets no limit
+MAX_LETTERS = 1000  # limit for a text whose component sets none
 FAILED = "That did not work"
 
 
 class friendly:
-    """Turns what goes wrong into a message that a visitor can act on; the rest goes to the log."""
+    """Turns errors into messages that help a visitor. Unexpected errors go to the log."""
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Refused):  # gradio shows messages as HTML, and they may cite what was sent
+        if isinstance(error, Refused):  # gradio shows messages as HTML, and they may quote the input
             message = html.escape(str(error), quote=False)
             raise gr.Error(message, print_exception=False, title=FAILED) from None
         if isinstance(error, Exception) and not isinstance(error, gr.Error):
             logger.error("a request failed", exc_info=error)
             raise gr.Error(
-                "Something went wrong on our side. Please try again, or with another picture.",
+                "Something went wrong on the server. Please try again, or use another image.",
                 print_exception=False,
                 title=FAILED,
             ) from None
 
 
 def guarded(function: Callable) -> Callable:
-    """The function, or generator, with [`friendly`] messages."""
+    """Wraps a function or generator with [`friendly`]."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -58,7 +58,7 @@ def guarded(function: Callable) -> Callable:
 
 
 class CheckedBlocks(gr.Blocks):
-    """`gr.Blocks` that refuse an input that its component does not take, and name it."""
+    """`gr.Blocks` that check every input and name a wrong one."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         with friendly():
@@ -68,10 +68,10 @@ class CheckedBlocks(gr.Blocks):
 
 def check_inputs(components: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     """
-    The values for these components. Of a file only its real path is left.
+    Returns the checked values of these components. A file is reduced to its real path.
 
     Raises:
-        Refused: if one is missing, or is not what its component takes.
+        Refused: if a value is missing, or if its component does not accept it.
     """
     names = [component.label for component in components]
     if len(values) < len(names):
@@ -95,5 +95,5 @@ def check_input(component: Any, value: Any) -> Any:
 
 
 def event_value(event: gr.EventData, name: str) -> Any:
-    """What the page's own scripts send with an event, `None` if it is not there."""
+    """Returns a value that the page's scripts send with an event, or `None` if it is missing."""
     return event._data.get(name) if isinstance(event._data, dict) else None

@@ -1,4 +1,4 @@
-"""Pictures from visitors: opened within bounds, and shown without a file."""
+"""Images of visitors: opened within limits, and shown without a file."""
 
 import base64
 import html
@@ -14,30 +14,30 @@ from modeling_prismer.processing import load_image
 
 MAX_BYTES = 10 * 1024**2
 MAX_PIXELS = 25_000_000
-LONG_SIDE = 1024  # more would only cost time: no expert looks closer
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others have decoders that run programs, such as EPS
+LONG_SIDE = 1024  # pixels; no expert reads more, so more would only cost time
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the decoders of some others, such as EPS, run programs
 
 
 def open_picture(source: str | Path | bytes) -> Image.Image:
     """
-    A picture of at most `LONG_SIDE` pixels a side, upright and RGB.
+    Opens an image: upright, RGB, and at most `LONG_SIDE` pixels on each side.
 
     Raises:
-        Refused: if it is too large, or no picture.
+        Refused: if the file is too large or not an image.
     """
     size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     if size > MAX_BYTES:
-        raise Refused(f"This file has {size / 1024**2:.0f} MB; up to {MAX_BYTES // 1024**2} MB are taken.")
+        raise Refused(f"This file has {size / 1024**2:.0f} MB; the limit is {MAX_BYTES // 1024**2} MB.")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
             width, height = opened.size  # from the header: nothing is decoded yet
         if width * height <= MAX_PIXELS:
             picture = load_image(source if isinstance(source, bytes) else str(source), max_pixels=MAX_PIXELS)
     except Exception:  # every decoder fails in its own way
-        raise Refused("This file is no picture, or damaged. PNG, JPEG, WebP, GIF, BMP and TIFF are taken.") from None
+        raise Refused("This file is not an image, or damaged. Accepted: PNG, JPEG, WebP, GIF, BMP, TIFF.") from None
     if width * height > MAX_PIXELS:
         raise Refused(
-            f"This picture has {width}×{height} pixels; up to {MAX_PIXELS // 1_000_000} million are taken. "
+            f"This image has {width}×{height} pixels; the limit is {MAX_PIXELS // 1_000_000} million. "
             "Please make it smaller."
         )
     picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
@@ -45,7 +45,7 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
 
 
 def data_uri(picture: Image.Image, quality: int = 88) -> str:
-    """The picture itself as an address, so that nothing has to be written to be shown."""
+    """Returns the image as a `data:` URI, so that it can be shown without a file."""
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=quality, method=2)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
@@ -53,13 +53,15 @@ def data_uri(picture: Image.Image, quality: int = 88) -> str:
 
 def from_base64(text: Any) -> Image.Image:
     """
+    Opens an image in base64.
+
     Raises:
         Refused: as [`open_picture`] does.
     """
     try:
         content = base64.b64decode(text, validate=True)
     except (TypeError, ValueError):
-        raise Refused("This link is damaged: its picture cannot be read.") from None
+        raise Refused("This link is damaged: its image cannot be read.") from None
     return open_picture(content)
 
 

@@ -1,4 +1,4 @@
-"""What the page remembers of each visitor, in memory alone, until they leave."""
+"""Sessions: the page keeps each visitor's image, labels, edits and questions in memory until they leave."""
 
 import sys
 import time
@@ -24,7 +24,7 @@ MAX_SESSION_BYTES = 1024**3  # of all sessions together
 
 @dataclass
 class Session:
-    """A picture, what its experts saw, what the visitor made of that, and what was asked."""
+    """An image, the labels of its experts, the visitor's changes to them, and the questions with their answers."""
 
     picture: Image.Image | None = None
     source: str | None = None  # the name of an example
@@ -32,16 +32,16 @@ class Session:
     seen: dict[str, Any] = field(default_factory=dict)
     modes: dict[str, str] = field(default_factory=dict)
     edits: dict[str, dict] = field(default_factory=dict)
-    made: dict[str, tuple[dict, Any]] = field(default_factory=dict)  # each edit and the label that came of it
+    made: dict[str, tuple[dict, Any]] = field(default_factory=dict)  # each edit with the label that it made
     turns: list[tuple[str, str | None, str]] = field(default_factory=list)  # task, question, answer
-    notes: dict[str, tuple[str, bool]] = field(default_factory=dict)  # how long each expert took, whether it failed
+    notes: dict[str, tuple[str, bool]] = field(default_factory=dict)  # time of each expert, and whether it failed
     encodings: OrderedDict = field(default_factory=OrderedDict)
     used: float = field(default_factory=time.monotonic)
-    stopped: bool = False  # the visitor has pressed Stop
+    stopped: bool = False  # the visitor pressed Stop
     forgotten: bool = False
 
     def take(self, picture: Image.Image | None, source: str | None = None, upload: str | None = None) -> None:
-        """A new picture: everything about the one before is forgotten."""
+        """Starts again with a new image. Everything about the previous one is forgotten."""
         self.__init__(picture=picture, source=source, upload=upload)  # type: ignore[misc]
 
     @property
@@ -59,14 +59,14 @@ class Session:
         self.modes[name] = mode
 
     def label(self, name: str, reader: Reader) -> Any:
-        """The label of an expert as the visitor wants it; `None` if it is off, or failed."""
+        """Returns an expert's label with the visitor's changes, or `None` if the expert is off or failed."""
         mode, label = self.modes.get(name, "seen"), self.seen.get(name)
         description, size = reader.descriptions[name], self.picture.size
         if mode == "noise":
             return edits.noise(description, size, reader.encode_words)
         if mode == "edited":
             edit, made = self.edits[name], self.made.get(name)
-            if made is None or made[0] is not edit:  # much paint takes seconds, and every card and answer asks for it
+            if made is None or made[0] is not edit:  # large edits take seconds; each card and answer needs the label
                 made = (edit, edits.apply_edit(label, edit, description, size, reader.encode_words))
                 self.made[name] = made
             return made[1]
@@ -74,8 +74,8 @@ class Session:
 
     def encoding(self, version: str, reader: Reader) -> Encoding:
         """
-        Encoded once for each version: `"seen"` (what the experts saw), `"yours"` (as the visitor changed it) or
-        `"none"` (the picture alone).
+        Encodes the image once for each version of the labels: `"seen"` (the experts' output), `"yours"` (with the
+        visitor's changes) or `"none"` (no experts).
         """
         modes = {name: self.modes.get(name, "seen") for name in self.seen}
         modes = {name: {"seen": "seen", "none": "off"}.get(version, mode) for name, mode in modes.items()}
@@ -95,8 +95,8 @@ class Session:
 
 class Sessions:
     """
-    Sessions by the browser's key. One that rests longer than `idle` seconds is forgotten. If there are more than
-    `most`, or they hold more than `most_bytes`, those that have rested longest are forgotten.
+    Sessions by the browser's key. A session is forgotten if it is not used for `idle` seconds. If there are more than
+    `most` sessions, or if they need more than `most_bytes`, the least recently used ones are forgotten.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Sessions:
             return session
 
     def weigh(self, key: str) -> None:
-        """Makes room for a session that may have grown, at the cost of others."""
+        """Measures a session, which may have grown, and forgets others if there are too many or too large ones."""
         with self._lock:
             if key in self._sessions:
                 self._sizes[key] = self._sessions[key].nbytes
@@ -134,7 +134,7 @@ class Sessions:
                 self._drop(next(iter(self._sessions)))
 
     def uploads(self) -> set[str]:
-        """The files that the pages of all visitors show."""
+        """Returns the files that the pages of all visitors show."""
         with self._lock:
             return {session.upload for session in self._sessions.values() if session.upload}
 
@@ -154,7 +154,7 @@ class Sessions:
 
 
 def size_of(value: Any) -> int:
-    """About how many bytes a value holds: images, arrays and tensors exactly, lists and objects roughly."""
+    """Returns the bytes of a value: exact for images, arrays and tensors, and estimated for lists and objects."""
     if isinstance(value, Image.Image):
         return value.width * value.height * len(value.getbands())
     if isinstance(value, np.ndarray | torch.Tensor):
@@ -169,6 +169,6 @@ def size_of(value: Any) -> int:
 
 
 def check_modes(modes: Any, names: Mapping[str, Any]) -> dict[str, str]:
-    """Those of the modes that are known experts and known modes."""
+    """Returns the entries of `modes` with known experts and known modes."""
     modes = modes if isinstance(modes, Mapping) else {}
     return {name: mode for name, mode in modes.items() if name in names and mode in MODES}

@@ -1,4 +1,4 @@
-"""The folder of uploads: which of its files may be opened, and how long they stay."""
+"""The folder of uploads: it decides which files may be opened, and when they are deleted."""
 
 import atexit
 import os
@@ -15,22 +15,22 @@ from checks import Refused
 from PIL import Image
 
 
-# Set before gradio starts, which puts uploads there. The folder is deleted when the app ends.
+# gradio writes uploads to this folder; set it before gradio starts. The folder is deleted when the app ends.
 UPLOADS = os.path.realpath(tempfile.mkdtemp(prefix="prismer-space-"))
 os.environ["GRADIO_TEMP_DIR"] = UPLOADS
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
-KEPT_SECONDS = 120.0  # an upload that neither a session nor a queued request names
+KEPT_SECONDS = 120.0  # for an upload that neither a session nor a queued request needs
 MAX_KEPT = 1024**3  # bytes of all uploads together
-SMALLEST = 64 * 1024  # what an empty file counts as, so that their number is limited as well
+SMALLEST = 64 * 1024  # bytes that a smaller file counts as, which limits the number of files as well
 
 
 def find_upload(path: Any, name: str) -> str:
     """
-    The real path of a file that was uploaded. Nothing outside the folder is touched, and nothing is opened.
+    Returns the real path of an uploaded file. It opens no file, and does not access anything outside the folder.
 
     Raises:
-        Refused: if `path` is anything else. The message is the same whether the file exists or not.
+        Refused: if `path` is not an uploaded file. The message is the same whether the file exists or not.
     """
     try:
         inside = Path(os.path.abspath(path)).is_relative_to(UPLOADS)
@@ -40,12 +40,12 @@ def find_upload(path: Any, name: str) -> str:
     except (OSError, TypeError, ValueError):
         pass
     raise Refused(
-        f"{name}: this is not an uploaded file, or no longer. Please upload it (again), as POST /gradio_api/upload."
+        f"{name}: this is not an uploaded file, or it was deleted. Please upload it (POST /gradio_api/upload)."
     )
 
 
 def keep(picture: Image.Image) -> str:
-    """Writes a picture into the folder, so that the page can show it; the path."""
+    """Writes an image to the folder, so that the page can show it, and returns the path."""
     folder = Path(UPLOADS) / uuid.uuid4().hex
     folder.mkdir()
     picture.save(folder / "picture.png")
@@ -53,24 +53,24 @@ def keep(picture: Image.Image) -> str:
 
 
 def is_full() -> bool:
-    """Whether the uploads take so much space together that no more can be taken."""
+    """Returns whether the uploads have reached their limit of space."""
     files = (os.path.join(place, name) for place, _, names in os.walk(UPLOADS) for name in names)
     total = 0
     for file in files:
         try:
             total += max(SMALLEST, os.lstat(file).st_size)
-        except OSError:  # swept meanwhile
+        except OSError:  # deleted in the meantime
             continue
     return total > MAX_KEPT
 
 
 def sweep(folder: str | Path, seconds: float = KEPT_SECONDS, spare: Collection[str] = ()) -> None:
-    """Deletes files that were written longer ago than this, unless they are to be spared, and empty folders."""
+    """Deletes empty folders, and files that are older than `seconds` and not in `spare`."""
     limit = time.time() - seconds
-    for file in sorted(Path(folder).rglob("*"), reverse=True):  # what is deepest comes first
+    for file in sorted(Path(folder).rglob("*"), reverse=True):  # files before their folders
         try:
             if file.stat(follow_symlinks=False).st_mtime >= limit or str(file) in spare:
                 continue
             file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
-        except OSError:  # another's, or not empty
+        except OSError:  # a foreign file, or a folder with files
             continue

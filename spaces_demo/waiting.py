@@ -1,4 +1,4 @@
-"""What waits in gradio's queue: files that requests name, and answers that nobody fetches."""
+"""gradio's queue: the files of its requests, and answers that nobody fetches."""
 
 import time
 from typing import Any
@@ -7,7 +7,7 @@ import gradio as gr
 
 
 def queued_files(blocks: gr.Blocks) -> set[str]:
-    """The files that requests name which wait in the queue, or are being answered."""
+    """Returns the files of all requests that wait in the queue or are being answered."""
     found = set()
     for event in list(blocks._queue.event_ids_to_events.values()):
         values: Any = event.data.data if event.data is not None else []
@@ -17,13 +17,13 @@ def queued_files(blocks: gr.Blocks) -> set[str]:
 
 class Unread:
     """
-    Drops answers that nobody fetches, with the requests that still wait for that session. Gradio itself keeps those of
-    2,000 sessions, however large they are. Who listens has fetched a message within milliseconds.
+    Drops answers that nobody fetches, and the waiting requests of their session. A client that listens fetches a
+    message within milliseconds. gradio alone keeps the messages of 2,000 sessions, of any size.
 
     Args:
         blocks (`gr.Blocks`): the app.
-        seconds (`float`): how long they are kept.
-        most (`int`): messages of one session.
+        seconds (`float`): time after which unread messages are dropped.
+        most (`int`): number of messages that one session may have.
     """
 
     def __init__(self, blocks: gr.Blocks, seconds: float = 600.0, most: int = 1000):
@@ -39,6 +39,6 @@ class Unread:
                 continue
             for event in list(queue.event_ids_to_events.values()):
                 if event.session_hash == key:
-                    event.alive = False  # or gradio would look for the messages, in vain
+                    event.alive = False  # otherwise gradio would look for the dropped messages
             queue.pending_messages_per_session.pop(key, None)
             queue.pending_event_ids_session.pop(key, None)

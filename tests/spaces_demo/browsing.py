@@ -1,4 +1,4 @@
-"""What the tests of the page and the program for screenshots share: Chromium, opened by Playwright."""
+"""Chromium, driven by Playwright. The tests of the page and the screenshot program use it."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ WAIT = 60_000
 
 @contextmanager
 def chromium():
-    """A browser; closed at the end."""
+    """Opens a browser and closes it at the end."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

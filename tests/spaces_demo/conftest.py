@@ -1,4 +1,4 @@
-"""The Space's modules, which import each other as they do on the Hub, and one server for all tests."""
+"""Makes the Space's modules importable by their plain names, as on the Hub, and starts one server for all tests."""
 
 import socket
 import sys
@@ -40,7 +40,7 @@ def space():
 
 @pytest.fixture(scope="session")
 def server(space):
-    """Address of the running app."""
+    """The address of the running app."""
     import app
 
     blocks, sessions = space

@@ -1,10 +1,10 @@
 """
-Many clients at once, for a while: no error, no answer for another's picture, no memory that grows.
+A load test: many clients ask at once. It fails on an error, on a wrong answer, or if memory grows.
 
     python tests/spaces_demo/load.py --clients 30 --seconds 120
 
-Each client has a picture of its own. What it is answered alone, probabilities and all, is its fingerprint: under load
-it must be answered the same.
+Each client has its own image. Before the test, each image is answered alone. Under load, its answer must have the same
+text, probability and attention.
 """
 
 import argparse
@@ -28,7 +28,7 @@ QUESTION = "What color is the shape?"
 
 
 def make_picture(number: int, folder: Path) -> Path:
-    """A square, circle or triangle of its own place and color; no two are alike."""
+    """Draws a square or a circle whose position and color depend on `number`."""
     random = np.random.default_rng(number)
     image = Image.new("RGB", (96, 96), tuple(int(value) for value in random.integers(200, 256, 3)))
     draw = ImageDraw.Draw(image)
@@ -47,7 +47,7 @@ def fingerprint(said: dict) -> tuple:
 
 
 def resident(pid: int) -> float:
-    """Megabytes."""
+    """The resident memory of a process in MB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS"))
 
@@ -94,8 +94,8 @@ def main() -> None:
                         waits.append(time.monotonic() - start)
                         served.add(number)
                         if fingerprint(said) != alone[number]:
-                            problems.append(f"client {number} was answered {fingerprint(said)}, not {alone[number]}")
-                except Exception as error:  # any is a finding, and the other clients go on
+                            problems.append(f"client {number} got {fingerprint(said)}, not {alone[number]}")
+                except Exception as error:  # report any error; the other clients go on
                     problems.append(f"client {number}: {type(error).__name__}: {error}")
 
             threads = [threading.Thread(target=client, args=(number,)) for number in range(args.clients)]

@@ -1,5 +1,5 @@
 """
-Makes the picture of the page for the README, from a server that is running.
+Takes the screenshot of the page for the README. The server must be running.
 
     python spaces_demo/app.py --model FOLDER &
     python tests/spaces_demo/screenshot.py docs/images/space.png
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--address", default="http://127.0.0.1:7860")
     parser.add_argument("--example", type=int, default=0)
-    parser.add_argument("--question", help="by default the example's first")
+    parser.add_argument("--question", help="by default the first question of the example")
     parser.add_argument("--off", nargs="*", default=[], help="experts to switch off, by name")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--height", type=int, default=1560)

@@ -1,4 +1,4 @@
-"""The program itself: what it cannot use is named in one line."""
+"""The program names an argument that it cannot use in one line."""
 
 import sys
 
@@ -16,7 +16,7 @@ pytest.importorskip("gradio")
         (("--port", "99999"), "--port 99999 cannot be used"),
     ],
 )
-def test_what_cannot_be_used_is_named(arguments, message, monkeypatch):
+def test_wrong_arguments_are_named(arguments, message, monkeypatch):
     import app
 
     monkeypatch.setattr(sys, "argv", ["app.py", *arguments])

@@ -18,7 +18,7 @@ if browsing.CHROMIUM is None:
     pytest.skip("no Chromium: set CHROMIUM to its path", allow_module_level=True)
 
 SHAPE = "What shape is in the image?"
-# What axe-core finds in gradio's own markup
+# violations that axe-core finds in the markup of gradio itself
 GRADIO_OWN: set[tuple[str, str]] = set()
 
 
@@ -42,7 +42,7 @@ def upload(page, file):
     page.set_input_files("#picture input[type=file]", str(file))
 
 
-def test_an_uploaded_picture_is_looked_at_by_every_expert_and_answers_questions(page):
+def test_uploaded_image_is_processed_and_answers_questions(page):
     upload(page, ROOT / "modeling_prismer/assets/shape.png")
     wait_for(page, "Ready")
     for name in ("edge", "ocr"):
@@ -62,7 +62,7 @@ PASTE = """async (data) => {
 }"""
 
 
-def test_a_picture_can_be_pasted(page):
+def test_image_can_be_pasted(page):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     picture = (ROOT / "modeling_prismer/assets/shape.png").read_bytes()
     page.evaluate(PASTE, base64.b64encode(picture).decode())
@@ -72,7 +72,7 @@ def test_a_picture_can_be_pasted(page):
     assert page.locator("#chat").inner_text().strip().endswith("teal")
 
 
-def test_a_picture_can_be_taken_by_the_camera(page):
+def test_image_can_come_from_the_camera(page):
     page.context.grant_permissions(["camera"])
     page.click("#picture button[aria-label='Capture from camera']")
     page.get_by_text("Click to Access Webcam").click()
@@ -82,17 +82,17 @@ def test_a_picture_can_be_taken_by_the_camera(page):
     assert page.locator("#card-edge img").count() == 1
 
 
-def test_a_broken_picture_gets_a_message_and_the_page_goes_on(page, tmp_path):
+def test_broken_image_gets_a_message_and_the_page_still_works(page, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes((ROOT / "modeling_prismer/assets/shape.png").read_bytes()[:70])
     upload(page, broken)
     page.wait_for_selector(".toast-body")
     said = page.inner_text(".toast-body")
-    assert "no picture, or damaged" in said and "/" not in said
+    assert "not an image, or damaged" in said and "/" not in said
     choose_example(page)
 
 
-def test_too_large_a_file_is_refused(page, tmp_path):
+def test_too_large_file_is_refused(page, tmp_path):
     large = tmp_path / "large.bmp"
     large.write_bytes(b"BM" + bytes(11 * 1024**2))
     upload(page, large)
@@ -117,7 +117,7 @@ def has_markup(page):
     return page.locator("img[src=x]").count() > 0
 
 
-def test_what_visitors_write_is_nowhere_markup(page):
+def test_page_shows_text_of_visitors_without_markup(page):
     shape = (ROOT / "modeling_prismer/assets/shape.png").read_bytes()
     page.set_input_files("#picture input[type=file]", named_file(f"{MARKUP}.png", shape))
     wait_for(page, "Ready")
@@ -139,7 +139,7 @@ def test_what_visitors_write_is_nowhere_markup(page):
 
 
 @pytest.mark.parametrize("way", ["chosen", "dropped"])
-def test_the_name_of_a_file_is_no_markup(page, way):
+def test_page_shows_file_names_without_markup(page, way):
     page.wait_for_selector("html[data-file-names=checked]", state="attached")
     if way == "chosen":
         page.set_input_files("#picture input[type=file]", named_file(f"{MARKUP}.txt"))
@@ -161,19 +161,19 @@ def slow_experts(reader, monkeypatch):
     monkeypatch.setattr(type(reader), "look", slowly)
 
 
-def test_stop_ends_the_looking_after_the_expert_that_runs(page, slow_experts):
+def test_stop_ends_after_the_running_expert(page, slow_experts):
     upload(page, ROOT / "modeling_prismer/assets/shape.png")
     wait_for(page, "expert 1 of 2")
     page.click("#stop")
     wait_for(page, "Stopped.")
-    page.wait_for_timeout(4000)  # as long as the other one would take
+    page.wait_for_timeout(4000)  # the time that the other expert would take
     assert page.locator("#card-edge img").count() == 1 and page.locator("#card-ocr img").count() == 0
     assert "Stopped." in page.inner_text("#status") and "Error" not in page.inner_text("body")
     ask(page, "What color is the shape?")
     assert page.locator("#chat").inner_text().strip().endswith("teal")
 
 
-def test_a_picture_that_is_taken_away_leaves_nothing_behind(page, slow_experts):
+def test_removed_image_leaves_no_output(page, slow_experts):
     upload(page, ROOT / "modeling_prismer/assets/shape.png")
     wait_for(page, "expert 1 of 2")
     page.click("#picture button[aria-label='Remove Image']")
@@ -182,7 +182,7 @@ def test_a_picture_that_is_taken_away_leaves_nothing_behind(page, slow_experts):
     assert "Error" not in page.inner_text("body")
 
 
-def test_too_long_a_question_gets_a_message(page):
+def test_too_long_question_gets_a_message(page):
     choose_example(page)
     page.fill("#question textarea, #question input", "is it red and " * 20)
     page.click("#ask")
@@ -190,7 +190,7 @@ def test_too_long_a_question_gets_a_message(page):
     assert "too long" in page.inner_text(".toast-body")
 
 
-def test_switching_an_expert_off_and_to_noise_changes_the_answer_beside_the_others(page):
+def test_off_and_noise_change_only_the_visitors_answer(page):
     choose_example(page)
     ask(page, SHAPE)
     seen = page.inner_text("#result .version >> nth=0")
@@ -202,14 +202,14 @@ def test_switching_an_expert_off_and_to_noise_changes_the_answer_beside_the_othe
     versions = [page.locator("#result .version").nth(number).inner_text() for number in range(3)]
     assert versions[0] == seen
     chance = [each.split("\n")[-1] for each in versions]
-    assert chance[1] == chance[2]  # everything off is as without experts
+    assert chance[1] == chance[2]  # all experts off gives the same result as no experts
     page.click("#switch-edge label:has-text('Noise')")
     wait_for(page, "edges noise", "#result")
     page.click("#restore")
     page.wait_for_function("() => document.querySelectorAll('#result .version').length === 2")
 
 
-def test_a_changed_word_and_a_painted_map_reach_the_model(page):
+def test_edited_word_and_painted_map_reach_the_model(page):
     choose_example(page)
     ask(page, SHAPE)
     page.click("#edit-edge")
@@ -230,7 +230,7 @@ def test_a_changed_word_and_a_painted_map_reach_the_model(page):
     wait_for(page, "text changed", "#result")
 
 
-def test_the_editor_works_with_keys_alone(page):
+def test_editor_works_with_the_keyboard(page):
     choose_example(page)
     page.focus("#edit-edge")
     page.keyboard.press("Enter")
@@ -241,7 +241,7 @@ def test_the_editor_works_with_keys_alone(page):
     wait_for(page, "changed by you", "#card-edge")
 
 
-def test_the_way_from_example_to_answer_needs_no_mouse(page):
+def test_example_and_answer_need_no_mouse(page):
     for _ in range(60):
         page.keyboard.press("Tab")
         if page.evaluate("() => document.activeElement.closest('#examples') !== null"):
@@ -258,7 +258,7 @@ def test_the_way_from_example_to_answer_needs_no_mouse(page):
     wait_for(page, "edges off", "#result")
 
 
-def test_a_link_restores_the_session_for_somebody_else(browser, page):
+def test_link_restores_the_session_in_another_browser(browser, page):
     choose_example(page)
     ask(page, SHAPE)
     page.click("#switch-edge label:has-text('Off')")
@@ -274,7 +274,7 @@ def test_a_link_restores_the_session_for_somebody_else(browser, page):
     other.context.close()
 
 
-def test_labels_are_ranked_on_their_tab(page):
+def test_classify_tab_ranks_labels(page):
     page.get_by_role("tab", name="Classify").click()
     page.click("#rank")
     page.wait_for_selector(".toast-body")
@@ -289,7 +289,7 @@ def test_labels_are_ranked_on_their_tab(page):
     assert page.inner_text("#ranking .ranking li >> nth=0").startswith("triangle")
 
 
-def test_each_figure_of_the_study_stands_with_what_came_out(page):
+def test_study_tab_shows_each_figure_with_its_finding(page):
     from page import FINDINGS
 
     page.get_by_role("tab", name="Study").click()
@@ -299,7 +299,7 @@ def test_each_figure_of_the_study_stands_with_what_came_out(page):
     assert {path.stem for path in (ROOT / "docs/study").glob("*.png")} == set(FINDINGS)
 
 
-def test_a_new_picture_forgets_the_one_before(page):
+def test_new_image_replaces_the_previous_one(page):
     choose_example(page)
     ask(page, SHAPE)
     page.click("#switch-edge label:has-text('Off')")
@@ -313,7 +313,7 @@ def test_a_new_picture_forgets_the_one_before(page):
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_nothing_hides_from_those_who_see_or_hear_otherwise(browser, server, viewport, dark):
+def test_page_is_accessible_and_fits_the_screen(browser, server, viewport, dark):
     if not AXE.is_file():
         pytest.skip(f"no axe-core at {AXE}: npm install --prefix build/axe axe-core")
     page = open_page(browser, server, viewport, dark)

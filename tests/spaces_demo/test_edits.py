@@ -29,15 +29,15 @@ def test_each_kind_of_map_has_its_tool():
     assert [tool_for(each) for each in SIX] == ["paint", "paint", "paint", "boxes", "words"]
 
 
-def test_paint_changes_the_map_where_it_was_painted_and_nowhere_else():
+def test_paint_changes_only_the_painted_pixels():
     label = np.full((20, 40), 7, np.uint8)
     painted = apply_edit(label, check_edit(stroke(200, (0.25, 0.5)), DEPTH), DEPTH, SIZE, encode_words)
     assert painted[10, 10] == 200
     assert painted[10, 30] == 7 and painted[0, 0] == 7
-    assert label[10, 10] == 7  # what the expert saw stays
+    assert label[10, 10] == 7  # the expert's label is unchanged
 
 
-def test_directions_are_painted_in_all_their_channels():
+def test_normals_are_painted_in_all_channels():
     label = np.zeros((20, 40, 3), np.uint8)
     painted = apply_edit(label, check_edit(stroke([1, 2, 3], (0.5, 0.5)), NORMAL), NORMAL, SIZE, encode_words)
     assert painted[10, 20].tolist() == [1, 2, 3]
@@ -49,7 +49,7 @@ def test_classes_are_painted_as_ids():
     assert painted["ids"][0, 0] == 255
 
 
-def test_objects_become_boxes_and_boxes_become_objects():
+def test_objects_become_boxes_and_back():
     ids = np.full((20, 40), 255, np.uint8)
     ids[5:10, 10:20] = 0
     boxes = boxes_of({"ids": ids, "classes": [3]})
@@ -59,13 +59,13 @@ def test_objects_become_boxes_and_boxes_become_objects():
     np.testing.assert_array_equal(again["ids"], ids)
 
 
-def test_a_small_box_lies_over_a_large_one():
+def test_small_box_covers_a_large_one():
     boxes = [{"box": [0.4, 0.4, 0.6, 0.6], "class": 1}, {"box": [0, 0, 1, 1], "class": 2}]
     label = apply_edit(None, check_edit({"boxes": boxes}, OBJECTS), OBJECTS, SIZE, encode_words)
     assert label["ids"][10, 20] == 0 and label["ids"][0, 0] == 1
 
 
-def test_changed_words_are_encoded_and_empty_ones_left_out():
+def test_edited_words_are_encoded_and_empty_ones_omitted():
     boxes = [{"box": [0, 0, 0.5, 0.5], "text": " stop "}, {"box": [0, 0, 1, 1], "text": ""}]
     label = apply_edit(None, check_edit({"boxes": boxes}, WORDS), WORDS, SIZE, encode_words)
     assert label["words"] == ["stop"]
@@ -111,17 +111,17 @@ def test_noise_has_the_form_of_the_expert(description):
         ({"boxes": [{"box": [0, 0, 1, 1], "class": "1"}]}, OBJECTS),
     ],
 )
-def test_what_is_no_edit_is_refused(edit, description):
+def test_wrong_edit_is_refused(edit, description):
     with pytest.raises(Refused, match="^(edit|word): "):
         check_edit(edit, description)
 
 
-def test_a_word_that_is_longer_than_the_editor_takes_is_cut():
+def test_word_longer_than_the_limit_is_cut():
     edit = check_edit({"boxes": [{"box": [0, 0, 1, 1], "text": "w" * 100}]}, WORDS)
     assert edit["boxes"][0]["text"] == "w" * 40
 
 
-def test_a_changed_map_is_painted_once_for_cards_and_answers(monkeypatch, reader, shape):
+def test_edited_map_is_painted_once(monkeypatch, reader, shape):
     import edits
     from sessions import Session
 

@@ -24,7 +24,7 @@ def picture():
     return client_library.handle_file(str(ROOT / PICTURE))
 
 
-def test_the_names_are_those_of_the_guide_and_no_others(client):
+def test_endpoints_are_those_of_the_guide(client):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/experts", "/ask", "/classify"}
 
 
@@ -47,7 +47,7 @@ def test_classify(client, picture):
     assert [row["label"] for row in ranking] == ["triangle", "circle"]
 
 
-def test_nothing_that_is_answered_names_a_path(client, picture):
+def test_answers_contain_no_path(client, picture):
     for name, arguments in (("/experts", ()), ("/ask", (QUESTION,))):
         assert "/" not in json.dumps(client.predict(picture, *arguments, api_name=name))
 
@@ -55,22 +55,22 @@ def test_nothing_that_is_answered_names_a_path(client, picture):
 @pytest.mark.parametrize(
     "make, arguments, message",
     [
-        (lambda folder: folder / "text.png", (QUESTION,), "no picture, or damaged"),
+        (lambda folder: folder / "text.png", (QUESTION,), "not an image, or damaged"),
         (None, ("why " * 40,), "too long"),
         (None, ("",), "type a question"),
     ],
 )
-def test_what_cannot_be_used_gets_a_plain_message(client, picture, tmp_path, make, arguments, message):
+def test_unusable_input_gets_a_plain_message(client, picture, tmp_path, make, arguments, message):
     if make is not None:
         file = make(tmp_path)
-        file.write_bytes(b"this is no picture")
+        file.write_bytes(b"this is not an image")
         picture = client_library.handle_file(str(file))
     with pytest.raises(Exception, match=message) as caught:
         client.predict(picture, *arguments, api_name="/ask")
     assert "Traceback" not in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
-def test_clients_at_once_each_get_the_answer_to_their_own_picture(server, tmp_path):
+def test_parallel_clients_get_the_answers_to_their_own_images(server, tmp_path):
     colors = {"red": (220, 30, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 
     def ask(color):

@@ -18,23 +18,23 @@ def as_bytes(image, kind="PNG"):
     return file.getvalue()
 
 
-def test_a_large_picture_is_made_smaller():
+def test_large_image_is_reduced():
     picture = open_picture(as_bytes(Image.new("RGBA", (3000, 1500), "red")))
     assert picture.size == (1024, 512) and picture.mode == "RGB"
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no picture", as_bytes(Image.new("RGB", (64, 64)))[:60], as_bytes(Image.new("RGB", (64, 64)), "EPS")],
+    [b"", b"no image", as_bytes(Image.new("RGB", (64, 64)))[:60], as_bytes(Image.new("RGB", (64, 64)), "EPS")],
 )
-def test_what_is_no_picture_is_refused_in_plain_words(content):
-    with pytest.raises(Refused, match="no picture, or damaged"):
+def test_file_that_is_not_an_image_gets_a_plain_message(content):
+    with pytest.raises(Refused, match="not an image, or damaged"):
         open_picture(content)
 
 
-def test_bytes_and_pixels_are_bounded(monkeypatch):
+def test_bytes_and_pixels_are_limited(monkeypatch):
     content = as_bytes(Image.new("1", (6000, 5000)))
-    with pytest.raises(Refused, match="6000×5000 pixels; up to 25 million"):
+    with pytest.raises(Refused, match="6000×5000 pixels; the limit is 25 million"):
         open_picture(content)
     monkeypatch.setattr(pictures, "MAX_BYTES", 100)
     with pytest.raises(Refused, match="MB"):
@@ -42,11 +42,11 @@ def test_bytes_and_pixels_are_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_the_formats_that_are_promised_are_taken(kind):
+def test_documented_formats_are_accepted(kind):
     assert open_picture(as_bytes(Image.new("RGB", (64, 48), "red"), kind)).size == (64, 48)
 
 
-def test_old_uploads_are_swept_away_and_new_ones_stay(tmp_path):
+def test_only_old_unused_uploads_are_deleted(tmp_path):
     import os
 
     for name, age in (("old", 500), ("new", 0)):

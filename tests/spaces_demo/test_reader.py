@@ -25,11 +25,11 @@ def session(reader, shape):
     return session
 
 
-def test_what_it_says_grows_and_ends_in_the_answer(reader, session):
+def test_streamed_text_ends_with_the_answer(reader, session):
     assert list(reader.say(session.encoding("seen", reader), "vqa", QUESTION))[-1] == "teal"
 
 
-def test_who_stops_listening_stops_the_network(reader, session):
+def test_closing_the_stream_stops_the_network(reader, session):
     threads = threading.active_count()
     saying = reader.say(session.encoding("seen", reader), "vqa", QUESTION)
     next(saying)
@@ -37,7 +37,7 @@ def test_who_stops_listening_stops_the_network(reader, session):
     assert threading.active_count() == threads
 
 
-def test_the_answer_has_a_probability_and_alternatives_that_are_less_probable(reader, session):
+def test_alternatives_are_less_probable_than_the_answer(reader, session):
     said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
     assert said.text == "teal" and 0.5 < said.probability <= 1
     probabilities = [probability for _, probability in said.others]
@@ -45,7 +45,7 @@ def test_the_answer_has_a_probability_and_alternatives_that_are_less_probable(re
     assert said.probability + sum(probabilities) <= 1 + 1e-5
 
 
-def test_the_probability_is_that_of_the_network(reader, session):
+def test_probability_is_that_of_the_network(reader, session):
     encoding = session.encoding("seen", reader)
     labels = {name: session.seen[name] for name in reader.descriptions}
     inputs = reader.processor(session.picture, QUESTION, expert_labels=labels, suffix="teal")
@@ -56,7 +56,7 @@ def test_the_probability_is_that_of_the_network(reader, session):
     assert reader.explain(encoding, "vqa", QUESTION).probability == pytest.approx(log.exp().item(), rel=1e-3)
 
 
-def test_attention_is_shared_by_the_picture_and_the_experts_that_are_there(reader, session):
+def test_attention_covers_the_image_and_present_experts(reader, session):
     said = reader.explain(session.encoding("seen", reader), "vqa", "What shape is in the image?")
     total = said.looked.sum() + sum(each.sum() for each in said.looked_at_experts.values())
     assert said.looked.shape == (8, 8) and set(said.looked_at_experts) == {"edge", "ocr"}
@@ -65,7 +65,7 @@ def test_attention_is_shared_by_the_picture_and_the_experts_that_are_there(reade
     assert sum(each.sum() for each in none.looked_at_experts.values()) == 0
 
 
-def test_switching_experts_off_changes_the_answer_and_back_restores_it(reader, session):
+def test_switched_experts_change_the_answer_and_restore_it(reader, session):
     question = "What shape is in the image?"
     sure = {}
     for modes in ({"edge": "seen", "ocr": "seen"}, {"edge": "off", "ocr": "off"}, {"edge": "noise", "ocr": "noise"}):
@@ -77,13 +77,13 @@ def test_switching_experts_off_changes_the_answer_and_back_restores_it(reader, s
     assert reader.explain(session.encoding("yours", reader), "vqa", question).text == "triangle"
 
 
-def test_a_picture_is_encoded_once_for_all_its_questions(reader, session, monkeypatch):
+def test_image_is_encoded_once_for_all_questions(reader, session, monkeypatch):
     first = session.encoding("seen", reader)
     monkeypatch.setattr(reader, "encode", None)
     assert session.encoding("seen", reader) is first
 
 
-def test_an_expert_that_fails_is_missing_and_the_others_go_on(reader, shape, monkeypatch):
+def test_failing_expert_is_missing_and_the_others_run(reader, shape, monkeypatch):
     def fail(images, *others):
         raise RuntimeError("/secret/path")
 
@@ -100,20 +100,20 @@ def test_an_expert_that_fails_is_missing_and_the_others_go_on(reader, shape, mon
     "question, reason",
     [("", "type a question"), ("?!", "type a question"), ("is it " * 20, "too long"), ("x" * 400, "too long")],
 )
-def test_questions_that_cannot_be_read_are_refused_not_cut(reader, question, reason):
+def test_too_long_or_empty_question_is_refused(reader, question, reason):
     with pytest.raises(Refused, match=reason):
         reader.prompt("vqa", question)
 
 
 @pytest.mark.parametrize("value", [5, {"a": 1}, ["a"], True, "\ud800"])
-def test_what_is_no_text_is_named(reader, value):
+def test_input_that_is_not_a_text_is_named(reader, value):
     with pytest.raises(Refused, match="^question: "):
         reader.prompt("vqa", value)
     with pytest.raises(Refused, match="^labels: "):
         parse_labels(value)
 
 
-def test_labels_are_divided_by_commas_and_lines_and_bounded():
+def test_labels_are_separated_by_commas_and_limited():
     assert parse_labels("red, green\nblue, red,") == ["red", "green", "blue"]
     for bad in ("", "one", ",".join(map(str, range(51))), "a, " + "b" * 61):
         with pytest.raises(Refused):
@@ -126,13 +126,13 @@ def test_labels_are_ranked(reader, session):
     assert sum(row["share"] for row in ranking) == pytest.approx(1)
 
 
-def test_what_visitors_write_is_shown_as_text(reader, session):
+def test_html_in_a_question_is_escaped(reader, session):
     said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
     panel = drawings.turn_panel(("vqa", "<script>alert(1)</script>"), [("With", "", said)])
     assert "<script" not in panel and "&lt;script&gt;" in panel
 
 
-def test_every_picture_on_the_page_has_a_description(reader, session):
+def test_every_image_has_an_alternative_text(reader, session):
     said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
     page = drawings.looked_panel(reader, session, session.seen, said, "")
     page += "".join(drawings.expert_card(reader, name, session.picture, session.seen[name]) for name in session.seen)
@@ -140,14 +140,14 @@ def test_every_picture_on_the_page_has_a_description(reader, session):
     assert 'alt=""' not in page
 
 
-def test_the_lit_part_of_a_picture_is_where_the_weights_are():
+def test_spotlight_is_bright_where_weights_are_large():
     weights = torch.zeros(4, 4)
     weights[0, 0] = 1
     lit = drawings.spotlight(Image.new("RGB", (64, 64), (200, 100, 50)), weights)
     assert lit.getpixel((2, 2))[0] > 150 and lit.getpixel((60, 60))[0] < 60
 
 
-def test_encodings_at_the_same_time_do_not_mix(reader, shape):
+def test_parallel_encodings_do_not_mix(reader, shape):
     labels = {seen.name: seen.label for seen in reader.look(shape)}
     alone = reader.encode(shape, labels).sources
     with ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""What strangers send, over HTTP, as with curl."""
+"""Hostile requests over HTTP, as curl would send them."""
 
 import base64
 import http.server
@@ -34,7 +34,7 @@ def http_client(server):
 
 
 def post(client, route, body):
-    """`body` as it is, or as JSON, lone surrogates and all."""
+    """Sends `body`: bytes unchanged, other values as JSON, including lone surrogates."""
     content = body if isinstance(body, bytes) else json.dumps(body)
     return client.post(route, content=content, headers={"Content-Type": "application/json"})
 
@@ -46,7 +46,7 @@ def upload(client, name="shape.png"):
 
 
 def end_of(client, posted, name):
-    """How a call ended, `"complete"` or `"error"`, and what it gave."""
+    """Returns how a call ended, `"complete"` or `"error"`, and its result."""
     assert posted.status_code == 200, posted.text
     events = client.get(f"/call/{name}/{posted.json()['event_id']}").text.strip().split("\n\n")
     kind, data = events[-1].split("\n")
@@ -58,7 +58,7 @@ def call(client, name, *data):
 
 
 def page_call(client, blocks, function, data, session="visitor", event=None):
-    """Calls a function of the page, as the page does, and gives how it ended, with the error or all that was shown."""
+    """Calls a function as the page does. Returns how it ended, and the error or all outputs."""
     index = next(i for i, each in blocks.fns.items() if getattr(each.fn, "__name__", None) == function)
     body = {"data": data, "fn_index": index, "session_hash": session, "event_data": event}
     answer = post(client, "/queue/join", body)
@@ -101,7 +101,7 @@ def foreign_payloads(path):
 
 
 @pytest.mark.parametrize("number", range(11))
-def test_a_file_that_was_not_uploaded_is_not_read(http_client, tmp_path, number):
+def test_file_that_was_not_uploaded_is_not_read(http_client, tmp_path, number):
     secret = tmp_path / "secret.png"
     Image.new("RGB", (64, 64), "red").save(secret)
     for name, others in (("experts", []), ("ask", [QUESTION, []]), ("classify", ["a, b", "", []])):
@@ -109,11 +109,11 @@ def test_a_file_that_was_not_uploaded_is_not_read(http_client, tmp_path, number)
         kind, there = call(http_client, name, payload, *others)
         assert kind == "error" and there["error"].startswith("picture: ")
         assert str(tmp_path) not in there["error"]
-    secret.unlink()  # what is said does not tell whether there is such a file
+    secret.unlink()  # the error does not reveal whether the file exists
     assert call(http_client, name, foreign_payloads(str(secret))[number], *others) == (kind, there)
 
 
-def test_the_size_of_a_foreign_file_is_not_told(http_client, tmp_path):
+def test_error_does_not_reveal_the_size_of_a_foreign_file(http_client, tmp_path):
     large = tmp_path / "large"
     large.write_bytes(bytes(11 * 1024**2))
     _, said = call(http_client, "experts", {"path": str(large)})
@@ -122,7 +122,7 @@ def test_the_size_of_a_foreign_file_is_not_told(http_client, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "descriptor", "parent"])
-def test_only_regular_files_of_the_upload_folder_are_opened(http_client, kind, tmp_path):
+def test_only_regular_files_in_the_upload_folder_are_opened(http_client, kind, tmp_path):
     place = uploads_folder() / f"hostile-{kind}"
     secret = tmp_path / "secret.png"
     secret.write_bytes(SHAPE.read_bytes())
@@ -139,11 +139,11 @@ def test_only_regular_files_of_the_upload_folder_are_opened(http_client, kind, t
     for meta in ({}, {"meta": FILE}):
         ended, said = call(http_client, "experts", {"path": str(place), **meta})
         assert ended == "error" and said["error"].startswith("picture: ")
-    assert call(http_client, "experts", {"path": upload(http_client)})[0] == "complete"  # nothing is blocked
+    assert call(http_client, "experts", {"path": upload(http_client)})[0] == "complete"  # other requests still work
 
 
 @pytest.mark.parametrize("name", ["question", "labels", "experts"])
-def test_a_file_in_place_of_a_text_is_refused(http_client, name, tmp_path):
+def test_file_in_place_of_a_text_is_refused(http_client, name, tmp_path):
     picture = {"path": upload(http_client), "meta": FILE}
     inputs = {"picture": picture, "labels": "a, b", "question": QUESTION, "experts": []}
     inputs[name] = picture
@@ -151,7 +151,7 @@ def test_a_file_in_place_of_a_text_is_refused(http_client, name, tmp_path):
     assert kind == "error" and said["error"].startswith(f"{name}: ") and "object" in said["error"]
 
 
-def test_the_page_refuses_foreign_files_too(http_client, space, tmp_path):
+def test_page_refuses_foreign_files(http_client, space, tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(SHAPE.read_bytes())
     for payload in foreign_payloads(str(secret)):
@@ -161,7 +161,7 @@ def test_the_page_refuses_foreign_files_too(http_client, space, tmp_path):
 
 @contextmanager
 def listening():
-    """An address, and what was asked of it."""
+    """Serves an image. Yields its address and the list of requests."""
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -185,7 +185,7 @@ def listening():
 def test_no_url_is_fetched(http_client, monkeypatch):
     import safehttpx
 
-    async def allow(host):  # as if the address were public
+    async def allow(host):  # treats the address as public
         return "127.0.0.1"
 
     monkeypatch.setattr(safehttpx, "async_validate_url", allow)
@@ -195,7 +195,7 @@ def test_no_url_is_fetched(http_client, monkeypatch):
         for payload in ({"path": url, "meta": FILE}, {"url": url, "path": url}):
             assert call(http_client, "ask", {"path": upload(http_client)}, payload, [])[0] == "error"
         kind, _ = call(http_client, "experts", {"path": upload(http_client), "url": url, "meta": FILE})
-        assert kind == "complete"  # a browser sends the address at which the server shows the file
+        assert kind == "complete"  # a browser also sends the address of the uploaded file
         for route in (f"/file={url}", f"/file={url.upper()}", f"/proxy={url}", f"/file/{url}"):
             assert http_client.get(route).status_code == 404
         assert asked == []
@@ -215,23 +215,23 @@ def test_no_url_is_fetched(http_client, monkeypatch):
         "DELETE /upload",
     ],
 )
-def test_routes_that_the_page_does_not_need_are_closed(http_client, route):
+def test_unused_routes_are_closed(http_client, route):
     method, path = route.split()
     assert http_client.request(method, path).status_code == 404
 
 
-def test_calls_cannot_pass_the_queue(http_client):
+def test_calls_cannot_bypass_the_queue(http_client):
     picture = {"path": upload(http_client), "meta": FILE}
     for route in ("/run/experts", "/api/experts"):
         assert post(http_client, route, {"data": [picture]}).status_code == 404
 
 
-# ---- how long uploads stay ----
+# ---- lifetime of uploads ----
 
 
 @contextmanager
 def busy(monkeypatch):
-    """Nobody is served before this ends."""
+    """Blocks all runs of experts until it ends."""
     from reader import Reader
 
     go, look = threading.Event(), Reader.look
@@ -248,7 +248,7 @@ def busy(monkeypatch):
 
 
 def tidy_late(space):
-    """As if all uploads lay there for an hour."""
+    """Tidies up as if all uploads were old."""
     import app
     from waiting import Unread
 
@@ -264,7 +264,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_an_upload_stays_as_long_as_a_request_waits(http_client, space, monkeypatch):
+def test_upload_stays_while_a_request_waits(http_client, space, monkeypatch):
     files = [upload(http_client, name=f"{number}.png") for number in range(3)]
     unused = upload(http_client, name="unused.png")
     with busy(monkeypatch):
@@ -273,12 +273,12 @@ def test_an_upload_stays_as_long_as_a_request_waits(http_client, space, monkeypa
         assert [Path(file).exists() for file in files] == [True] * 3
     assert not Path(unused).exists()
     assert [end_of(http_client, each, "experts")[0] for each in posted] == ["complete"] * 3
-    wait_until(lambda: not space[0]._queue.event_ids_to_events)  # the queue lets go of it a moment later
+    wait_until(lambda: not space[0]._queue.event_ids_to_events)  # the queue removes an event a moment after its answer
     tidy_late(space)
     assert not any(Path(file).exists() for file in files)
 
 
-def test_an_upload_stays_as_long_as_its_session(http_client, space):
+def test_upload_stays_as_long_as_its_session(http_client, space):
     file = upload(http_client, name="mine.png")
     assert page_call(http_client, space[0], "_take_picture", [{"path": file, "meta": FILE}], "owner")[0] == "complete"
     tidy_late(space)
@@ -288,7 +288,7 @@ def test_an_upload_stays_as_long_as_its_session(http_client, space):
     assert not Path(file).exists()
 
 
-def test_the_picture_of_an_example_stays_as_long_as_its_session(http_client, space):
+def test_example_image_stays_as_long_as_its_session(http_client, space):
     ended, _ = page_call(http_client, space[0], "_take_example", [], "guest", {"name": "shape.png"})
     assert ended == "complete"
     (shown,) = (session.upload for key, session in space[1]._sessions.items() if key == "guest")
@@ -299,7 +299,7 @@ def test_the_picture_of_an_example_stays_as_long_as_its_session(http_client, spa
     assert not Path(shown).exists()
 
 
-def test_no_upload_is_taken_while_all_of_them_fill_the_folder(http_client, monkeypatch):
+def test_full_upload_folder_refuses_uploads(http_client, monkeypatch):
     import uploads
 
     monkeypatch.setattr(uploads, "MAX_KEPT", 100_000)
@@ -316,7 +316,7 @@ def test_answers_that_nobody_fetches_are_dropped(http_client, space):
     queue = space[0]._queue
     posted = post(http_client, "/call/experts", {"data": [{"path": upload(http_client), "meta": FILE}]})
     event = posted.json()["event_id"]
-    call(http_client, "experts", {"path": upload(http_client)})  # the one before is done now
+    call(http_client, "experts", {"path": upload(http_client)})  # the first call has ended now
     assert not queue.pending_messages_per_session[event].empty()
     Unread(space[0], seconds=WAIT).sweep()
     assert event in queue.pending_messages_per_session
@@ -332,9 +332,9 @@ def in_parts(*parts):
     yield from parts
 
 
-def test_a_body_that_is_too_large_is_refused(http_client):
+def test_too_large_body_is_refused(http_client):
     body = json.dumps({"data": ["x" * 1_000_000]}).encode()
-    for content in (body, in_parts(body[:400_000], body[400_000:])):  # with its length, and without
+    for content in (body, in_parts(body[:400_000], body[400_000:])):  # with and without `Content-Length`
         for route in ("/call/ask", "/queue/join", "/run/ask", "/api/ask", "/call/v2/ask", "/cancel"):
             answer = http_client.post(route, content=content, headers={"Content-Type": "application/json"})
             assert answer.status_code == 413 and "512 KB" in answer.json()["detail"]
@@ -343,7 +343,7 @@ def test_a_body_that_is_too_large_is_refused(http_client):
 
 @pytest.mark.parametrize("files", [1, 12])
 @pytest.mark.parametrize("with_length", [True, False])
-def test_an_upload_that_is_too_large_leaves_nothing(http_client, space, files, with_length):
+def test_too_large_upload_leaves_no_file(http_client, space, files, with_length):
     tidy_late(space)
     head = '--b\r\nContent-Disposition: form-data; name="files"; filename="{}.png"\r\n\r\n'
     size = 12_000_000 // files
@@ -370,12 +370,12 @@ def test_an_upload_that_is_too_large_leaves_nothing(http_client, space, files, w
         (b'{"data": [], "session_hash": "\\ud800"}', "session_hash"),
     ],
 )
-def test_a_body_that_cannot_be_read_is_named(http_client, body, named):
+def test_unreadable_body_gets_a_reason(http_client, body, named):
     answer = post(http_client, "/call/ask", body)
     assert answer.status_code == 400 and named in answer.json()["detail"]
 
 
-def test_an_unknown_function_is_named(http_client):
+def test_unknown_function_is_named(http_client):
     answer = post(http_client, "/call/nothing", {"data": []})
     assert answer.status_code == 404 and "/experts, /ask, /classify" in answer.json()["detail"]
     answer = post(http_client, "/queue/join", {"data": [], "fn_index": 10**6, "session_hash": "a"})
@@ -389,7 +389,7 @@ NO_TEXTS = [5, 0.5, True, {"a": 1}, ["a"], [[[["a"]]]], "\ud800", "a\udfff", "x"
 
 @pytest.mark.parametrize("value", NO_TEXTS, ids=lambda value: ascii(value)[:12])
 @pytest.mark.parametrize("name", ["question", "labels", "experts"])
-def test_an_input_of_another_kind_is_named(http_client, name, value):
+def test_input_of_a_wrong_kind_is_named(http_client, name, value):
     if name == "experts":
         value = value if not isinstance(value, str | list) else [value]
     inputs = {"picture": {"path": upload(http_client)}, "labels": "a, b", "question": QUESTION, "experts": []}
@@ -405,7 +405,7 @@ def test_an_input_of_another_kind_is_named(http_client, name, value):
 
 
 @pytest.mark.parametrize("value", NO_TEXTS, ids=lambda value: ascii(value)[:12])
-def test_the_page_names_inputs_of_another_kind(http_client, space, value):
+def test_page_names_inputs_of_a_wrong_kind(http_client, space, value):
     blocks = space[0]
     assert page_call(http_client, blocks, "_take_example", [], event={"name": "shape.png"})[0] == "complete"
     for function, data, event, named in (
@@ -430,7 +430,7 @@ def test_missing_inputs_are_named(http_client):
     assert kind == "error" and said["error"].startswith("question, experts: missing")
 
 
-def test_events_without_their_data_are_named(http_client, space):
+def test_missing_event_data_are_named(http_client, space):
     blocks = space[0]
     page_call(http_client, blocks, "_take_example", [], event={"name": "shape.png"})
     for event in (None, 5, [], "name"):
@@ -473,7 +473,7 @@ STROKE = {"value": True, "width": 1, "points": []}
         (content_with(questions=["x" * 400]), "question in this link: this is too long"),
         (content_with(example=5), "example in this link"),
         (content_with(example="../shape.png"), "example: "),
-        (content_with(example=None, picture=5), "its picture"),
+        (content_with(example=None, picture=5), "its image"),
         (content_with(modes=5), "modes"),
         (content_with(edits=[]), "edits"),
         (content_with(edits={"ocr": {"boxes": [WORD | {"text": 5}]}}), "word: a text is needed, not a number"),
@@ -486,7 +486,7 @@ STROKE = {"value": True, "width": 1, "points": []}
     ],
     ids=range(17),
 )
-def test_a_link_names_what_is_wrong_in_it(http_client, space, content, named):
+def test_damaged_part_of_a_link_is_named(http_client, space, content, named):
     kind, said = page_call(http_client, space[0], "_open_link", [link_of(content)])
     assert kind == "error" and named in said
 
@@ -504,7 +504,7 @@ def test_messages_show_markup_as_text(http_client, space):
     assert "<" not in said and "&lt;img src=x&gt;" in said
 
 
-def test_the_chat_shows_markup_as_text(http_client, space):
+def test_chat_shows_markup_as_text(http_client, space):
     content = content_with(questions=["<img src=x>?"], modes={"ocr": "edited"}, edits={"ocr": {"boxes": [WORD]}})
     content["edits"]["ocr"]["boxes"][0]["text"] = "<img src=x>"
     kind, shown = page_call(http_client, space[0], "_open_link", [link_of(content)])

@@ -10,13 +10,13 @@ from links import from_link, to_link
 from sessions import Session, Sessions
 
 
-def test_visitors_do_not_see_each_others_sessions():
+def test_visitors_do_not_share_sessions():
     sessions = Sessions()
     sessions["a"].source = "mine"
     assert sessions["b"].source is None and sessions["a"].source == "mine"
 
 
-def test_a_session_is_forgotten_when_its_visitor_leaves_or_rests():
+def test_session_ends_when_its_visitor_leaves_or_is_idle():
     now = [0.0]
     sessions = Sessions(idle=100, clock=lambda: now[0])
     sessions["a"].source, sessions["b"].source = "a", "b"
@@ -29,14 +29,14 @@ def test_a_session_is_forgotten_when_its_visitor_leaves_or_rests():
     assert len(sessions) == 0
 
 
-def test_of_too_many_sessions_the_longest_unused_is_forgotten():
+def test_too_many_sessions_drop_the_least_recently_used():
     sessions = Sessions(most=2)
     for key in "abac":
         sessions[key].source = key
     assert sessions["a"].source == "a" and sessions["b"].source is None
 
 
-def test_sessions_hold_a_limited_amount_of_memory():
+def test_memory_of_sessions_is_limited():
     sessions = Sessions(most_bytes=10_000_000)
     for key in "abc":
         sessions[key].take(Image.new("RGB", (1000, 1000)))  # 3 MB
@@ -44,10 +44,10 @@ def test_sessions_hold_a_limited_amount_of_memory():
     assert sessions["a"].picture is not None
     sessions["c"].seen["depth"] = np.zeros((1500, 1500), np.uint8)
     sessions.weigh("c")
-    assert sessions["b"].picture is None and sessions["a"].picture is not None  # that of b has rested longest
+    assert sessions["b"].picture is None and sessions["a"].picture is not None  # b is the least recently used
 
 
-def test_all_that_a_session_keeps_counts(reader, shape):
+def test_memory_of_a_session_counts_all_its_data(reader, shape):
     session = make_session(shape, reader)
     small = session.nbytes
     assert small >= 500 * 400 * 3
@@ -69,7 +69,7 @@ def make_session(shape, reader):
     return session
 
 
-def test_a_link_restores_picture_questions_switches_and_edits(reader, shape):
+def test_link_restores_image_questions_switches_and_edits(reader, shape):
     session = make_session(shape, reader)
     found = from_link(to_link(session), reader)
     assert found["picture"].size == (384, 307)
@@ -78,7 +78,7 @@ def test_a_link_restores_picture_questions_switches_and_edits(reader, shape):
     assert found["edits"] == session.edits
 
 
-def test_a_link_to_an_example_names_it(reader, shape):
+def test_link_to_an_example_names_it(reader, shape):
     session = make_session(shape, reader)
     session.source = "shape.png"
     found = from_link(to_link(session), reader)
@@ -87,6 +87,6 @@ def test_a_link_to_an_example_names_it(reader, shape):
 
 
 @pytest.mark.parametrize("link", ["x", "eJw", "!!!!", "a" * 300_000, "eNqrVgIAAJcAtw"])
-def test_a_damaged_link_is_refused(reader, link):
+def test_damaged_link_is_refused(reader, link):
     with pytest.raises(Refused, match="link"):
         from_link(link, reader)
