@@ -66,8 +66,8 @@ class Curve:
 def some_experts(model: PrismerForConditionalGeneration, number: int) -> Work:
     """One image with the first experts only."""
     inputs = image_inputs(model, 1)
-    for expert in model.config.experts[number:]:
-        inputs = {key: tensor for key, tensor in inputs.items() if not key.startswith(f"{expert['name']}_")}
+    for spec in model.config.expert_specs[number:]:
+        inputs = {key: tensor for key, tensor in inputs.items() if not spec.owns(key)}
     return torch.no_grad()(partial(model.get_image_features, **inputs))
 
 

@@ -117,11 +117,10 @@ def image_inputs(model: PrismerForConditionalGeneration, images: int) -> dict[st
     size = model.config.vision_config.image_size
     map_size = min(EXPERT_SIZE, size)
     inputs = {"pixel_values": torch.randn(images, 3, size, size, **kind)}
-    for expert in model.config.experts:
-        name, shape = expert["name"], (images, expert["channels"], map_size, map_size)
-        inputs[f"{name}_values"] = torch.rand(shape, **kind) * 2 - 1
-        if expert.get("instances"):
-            inputs[f"{name}_rows"] = torch.randint(128, (images, map_size, map_size), device=model.device)
+    for spec in model.config.expert_specs:
+        inputs[f"{spec.name}_values"] = torch.rand(images, spec.channels, map_size, map_size, **kind) * 2 - 1
+        if spec.instances:
+            inputs[f"{spec.name}_rows"] = torch.randint(128, (images, map_size, map_size), device=model.device)
     return inputs
 
 
@@ -148,17 +147,16 @@ def picture_and_labels(
         return np.kron(coarse, np.ones((20, 20, 1), np.uint8))
 
     labels: dict[str, Any] = {}
-    for expert in config.experts:
-        channels, classes = expert["channels"], expert.get("num_classes")
-        if expert["kind"] == "dense":
-            labels[expert["name"]] = blocks(256, channels)
+    for spec in config.expert_specs:
+        if spec.is_dense:
+            labels[spec.name] = blocks(256, spec.channels)
             continue
-        items = 20 if expert.get("instances") or classes is None else classes
-        labels[expert["name"]] = label = {"ids": blocks(items, 1)[..., 0]}
-        if expert.get("instances"):
-            label["classes"] = generator.integers(0, classes, items)
-        elif classes is None:
-            label["features"] = generator.normal(size=(items, channels)).astype(np.float32)
+        items = 20 if spec.label_parts else spec.num_classes
+        labels[spec.name] = label = {"ids": blocks(items, 1)[..., 0]}
+        if "classes" in spec.label_parts:
+            label["classes"] = generator.integers(0, spec.num_classes, items)
+        elif "features" in spec.label_parts:
+            label["features"] = generator.normal(size=(items, spec.channels)).astype(np.float32)
     picture = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
     return picture, labels
 

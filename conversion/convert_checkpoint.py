@@ -234,7 +234,7 @@ def _warn_about_tables(config: PrismerConfig, tables: dict[str, ClassTable], wit
             f"sample (`{without[0]}_features`), or their painted maps (`{without[0]}_values`). With tables, "
             "convert again with `feature_tables`, or call `model.set_class_features(expert, table, background)`."
         )
-    labels = [expert["name"] for expert in config.experts if expert["kind"] == "label"]
+    labels = [spec.name for spec in config.expert_specs if spec.is_label]
     if labels and not tables:
         logger.warning(
             f"No feature of the background for {', '.join(labels)}: it is zero, which is not what a published "
@@ -390,12 +390,12 @@ def _fill(
         for name, tensor in zip(names, tensors.pop(original_name).detach().chunk(3)):
             give(name, tensor, copy=True)
     tensors.clear()
-    for expert in model.config.experts:
-        if expert["kind"] == "label":
-            background = tables.get(BACKGROUND_KEY, ClassTable(torch.zeros(1, expert["channels"])))
-            table = tables.get(expert["name"], ClassTable(torch.empty(0, expert["channels"])))
+    for spec in model.config.expert_specs:
+        if spec.is_label:
+            background = tables.get(BACKGROUND_KEY, ClassTable(torch.zeros(1, spec.channels)))
+            table = tables.get(spec.name, ClassTable(torch.empty(0, spec.channels)))
             give(
-                f"model.vision_model.expert_stems.{expert['name']}.class_features",
+                f"model.vision_model.expert_stems.{spec.name}.class_features",
                 torch.cat([table.features, background.features]),
             )
     state["lm_head.decoder.weight"] = state[_EMBEDDINGS]

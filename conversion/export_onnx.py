@@ -11,6 +11,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from modeling_prismer.cache import CACHE_NAME
+from modeling_prismer.configuration_prismer import PrismerConfig
+from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
 
 from .output_folder import check_output_dir, written_whole
@@ -140,9 +142,9 @@ def export_onnx(
 def _sample_inputs(model: PrismerForConditionalGeneration, image_processor: Any) -> dict[str, torch.Tensor]:
     """Two blank pictures of which no expert saw anything, as the processor hands them over."""
     config = model.config
-    described = [[{**expert, "class_names": None} for expert in part.experts] for part in (image_processor, config)]
-    if described[0] != described[1]:  # names of classes make no difference to a graph
-        names = [", ".join(expert["name"] for expert in part.experts) or "none" for part in (image_processor, config)]
+    here, there = read_specs(image_processor.experts), config.expert_specs
+    if len(here) != len(there) or any(spec.difference(other) for spec, other in zip(here, there)):
+        names = [", ".join(spec.name for spec in specs) or "none" for specs in (here, there)]
         raise ValueError(
             f"the processor's experts ({names[0]}) are not, or not described as, the model's ({names[1]})"
         )
@@ -155,21 +157,22 @@ def _sample_inputs(model: PrismerForConditionalGeneration, image_processor: Any)
     inputs = dict(image_processor([Image.new("RGB", (wanted, wanted))] * 2, return_tensors="pt"))
     if "expert_mask" in inputs:
         inputs["expert_mask"] = ~inputs["expert_mask"]
-    for length, key in enumerate(filter(_is_list, inputs), start=11):
+    for length, key in enumerate(_lists(config), start=11):
         # no two free sizes are equal: what is equal by chance could be exported as one
         inputs[key] = inputs[key].new_zeros(2, length, *inputs[key].shape[2:])
     return inputs
 
 
-def _is_list(key: str) -> bool:
-    """Whether this tensor has an entry for each instance or word of a picture."""
-    return key.endswith(("_classes", "_features"))
+def _lists(config: PrismerConfig) -> list[str]:
+    """The tensors with one entry for each instance or word of an image."""
+    return [name for spec in config.expert_specs for name in spec.tensor_names[1:]]
 
 
 def _export_encoder(
     graph: EncoderGraph, inputs: dict[str, torch.Tensor], path: Path, opset_version: int | None
 ) -> None:
-    axes = {key: {**IMAGE_AXES, 1: f"num_{key}"} if _is_list(key) else IMAGE_AXES for key in inputs}
+    lists = _lists(graph.model.config)
+    axes = {key: {**IMAGE_AXES, 1: f"num_{key}"} if key in lists else IMAGE_AXES for key in inputs}
     layers = len(graph.model.text_model.layers) - 1
     names = [f"past_key_values.{index}.encoder.{part}" for index in range(layers) for part in ("key", "value")]
     _export(

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from modeling_prismer.expert_spec import ExpertSpec, read_specs
+
 from .output_folder import file_written_whole
 from .tensor_files import load_tensors
 
@@ -84,7 +86,7 @@ def read_class_tables(
     ['head', 'tail']
     ```
     """
-    described = {expert["name"]: expert for expert in experts if expert["kind"] == "label"}
+    described = {spec.name: spec for spec in read_specs(experts) if spec.is_label}
     if not isinstance(feature_tables, Mapping):
         feature_tables = _tables_at(Path(feature_tables).expanduser(), list(described.values()))
     tables = {}
@@ -102,10 +104,10 @@ def read_class_tables(
         rows, channels = table.features.shape
         if name == BACKGROUND_KEY and rows != 1:
             raise ValueError(f"{where} has {rows} rows; the background is one vector")
-        for expert in described.values() if name == BACKGROUND_KEY else [described[name]]:
-            if channels != expert["channels"]:
+        for spec in described.values() if name == BACKGROUND_KEY else [described[name]]:
+            if channels != spec.channels:
                 raise ValueError(
-                    f"{where} has {channels} channels; the config's expert '{expert['name']}' has {expert['channels']}"
+                    f"{where} has {channels} channels; the config's expert '{spec.name}' has {spec.channels}"
                 )
         if name != BACKGROUND_KEY:
             _require_same_classes(table, described[name], where)
@@ -253,7 +255,7 @@ def _with_names(tables: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     return named
 
 
-def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
+def _tables_at(path: Path, specs: list[ExpertSpec]) -> dict[str, Any]:
     """{expert or "background": table} of a safetensors file, or of the files in a folder."""
     if not path.is_dir():
         tables = load_tensors(_existing(path))
@@ -261,7 +263,7 @@ def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{path} is no file of {{expert: table, …, '{BACKGROUND_KEY}': vector}}")
         return _with_names(tables, path) if path.suffix == ".safetensors" else tables
 
-    names = [expert["name"] for expert in experts] + [BACKGROUND_KEY]
+    names = [spec.name for spec in specs] + [BACKGROUND_KEY]
     files = [file for file in sorted(path.iterdir()) if file.suffix in TABLE_SUFFIXES and file.is_file()]
     found: dict[str, Path] = {}
     tables = {}
@@ -281,7 +283,7 @@ def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
             if file.stem == f"{name}{ending}" and name in names and name not in by_name:
                 take(name, file, _to_table(_load_table(file), str(file)))
 
-    classes = {expert["name"]: expert.get("num_classes") for expert in experts}
+    classes = {spec.name: spec.num_classes for spec in specs}
     counts = Counter(classes.values())
     by_count = {count: name for name, count in classes.items() if count and counts[count] == 1}
     by_name, unused, unread = set(found), {}, {}
@@ -319,17 +321,15 @@ def _tables_at(path: Path, experts: list[dict[str, Any]]) -> dict[str, Any]:
     return tables
 
 
-def _require_same_classes(table: ClassTable, expert: dict[str, Any], where: str) -> None:
+def _require_same_classes(table: ClassTable, spec: ExpertSpec, where: str) -> None:
     """Refuses a table that would give an expert's ids other features than those of their classes, or none."""
-    rows, num_classes, known = len(table.features), expert.get("num_classes") or 0, expert.get("class_names")
+    rows, num_classes, known = len(table.features), spec.num_classes or 0, spec.class_names
     if rows < num_classes:
-        raise ValueError(
-            f"{where} has {rows} rows; the config's expert '{expert['name']}' has num_classes={num_classes}"
-        )
+        raise ValueError(f"{where} has {rows} rows; the config's expert '{spec.name}' has num_classes={num_classes}")
     if known and table.class_names and list(known) != table.class_names[: len(known)]:
         index = next(i for i, name in enumerate(known) if name != table.class_names[i])
         raise ValueError(
-            f"{where} calls class {index} '{table.class_names[index]}'; the config's expert '{expert['name']}' calls "
+            f"{where} calls class {index} '{table.class_names[index]}'; the config's expert '{spec.name}' calls "
             f"it '{known[index]}'"
         )
 

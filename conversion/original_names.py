@@ -65,7 +65,7 @@ def original_names(config: PrismerConfig) -> dict[str, Source]:
     Raises:
         ValueError: if there are several experts of instances, for which that format has one table of embeddings.
     """
-    of_instances = [expert["name"] for expert in config.experts if expert.get("instances")]
+    of_instances = [spec.name for spec in config.expert_specs if spec.instances]
     if len(of_instances) > 1:
         raise ValueError(f"the published format has one expert of instances; the config has {', '.join(of_instances)}")
     vision, text = "model.vision_model", "model.text_model"
@@ -82,15 +82,15 @@ def original_names(config: PrismerConfig) -> dict[str, Source]:
 
     names[f"{vision}.embeddings.position_embedding"] = Source("expert_encoder.positional_embedding")
     module(f"{vision}.embeddings.patch_embedding", "expert_encoder.conv1.rgb", ("weight",))
-    for expert in config.experts:
-        name = expert["name"]
-        stem, original = f"{vision}.expert_stems.{name}", f"expert_encoder.conv1.{EXPERT_NAMES.get(name, name)}"
+    for spec in config.expert_specs:
+        stem = f"{vision}.expert_stems.{spec.name}"
+        original = f"expert_encoder.conv1.{EXPERT_NAMES.get(spec.name, spec.name)}"
         for i in range(4):
             module(f"{stem}.convs.{i}", f"{original}.{3 * i + 1}", ("weight",))
             statistics = ("running_mean", "running_var", "num_batches_tracked")
             module(f"{stem}.norms.{i}", f"{original}.{3 * i + 2}", ("weight", "bias", *statistics))
         module(f"{stem}.projection", f"{original}.13", ("weight",))
-        if expert.get("instances"):
+        if spec.instances:
             names[f"{stem}.instance_embedding"] = Source("expert_encoder.instance_embedding")
     if config.experts:
         names[f"{vision}.resampler.latents"] = Source("expert_encoder.resampler.latents")
