@@ -62,40 +62,67 @@ class PrismerExpertStem(nn.Module):
         generator = torch.Generator().manual_seed(0)
         return torch.randn(num_rows, self.channels, generator=generator, device="cpu") * self.channels**-0.5
 
+    def check_inputs(
+        self,
+        values: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+        classes: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Arguments as in `forward`.
+
+        Raises:
+            ValueError: naming the tensor, what is wrong with it and what is accepted.
+        """
+        name, is_label = self.name, hasattr(self, "class_features")
+        if values is None and ids is None:
+            raise ValueError(f"neither {name}_values nor {name}_ids given")
+        if ids is not None and not is_label:
+            raise ValueError(f"{name}_ids given; the dense expert '{name}' takes {name}_values")
+        if values is not None and (values.ndim != 4 or values.shape[1] != self.channels):
+            raise ValueError(
+                f"{name}_values has the shape {tuple(values.shape)}; "
+                f"the config's expert '{name}' needs (batch, {self.channels}, height, width)"
+            )
+        if values is None and features is None:
+            if len(self.class_features) == 1:
+                raise ValueError(
+                    f"{name}_ids given, but neither a table of class features in the model (`set_class_features`), "
+                    f"nor {name}_features with the sample; dense {name}_values would do as well"
+                )
+            if classes is None and self.num_instance_embeddings:
+                raise ValueError(f"{name}_ids count instances; their classes are needed as {name}_classes")
+        shapes = {"ids": (ids, 3, "(batch, height, width)"), "classes": (classes, 2, "(batch, instances)")}
+        for suffix, (tensor, ndim, needed) in shapes.items():
+            if tensor is not None and tensor.ndim != ndim:
+                raise ValueError(f"{name}_{suffix} has the shape {tuple(tensor.shape)}; {needed} is needed")
+        if features is not None and (features.ndim != 3 or features.shape[2] != self.channels):
+            raise ValueError(
+                f"{name}_features has the shape {tuple(features.shape)}; (batch, number of ids, {self.channels}) is "
+                "needed"
+            )
+        tensors = {"values": values, "features": features, "ids": ids, "classes": classes, "rows": rows}
+        for suffix, tensor in tensors.items():
+            if tensor is not None:
+                require_kind(tensor, f"{name}_{suffix}", is_float=suffix in ("values", "features"))
+
     def feature_table(
         self, classes: torch.Tensor | None, features: torch.Tensor | None, batch_size: int
     ) -> torch.Tensor:
         """
-        What each id of a map stands for: `(batch_size or 1, number of ids + 1, channels)`, background last. A class
+        The features of each id of a map: `(batch_size or 1, number of ids + 1, channels)`, background last. A class
         that the model has no feature for is background as well.
         """
         background, num_classes = self.class_features[-1], self.class_features.shape[0] - 1
-        if features is not None and (features.ndim != 3 or features.shape[2] != self.channels):
-            raise ValueError(
-                f"{self.name}_features has the shape {tuple(features.shape)}; (batch, number of ids, {self.channels}) "
-                "is needed"
-            )
-        if classes is not None and classes.ndim != 2:
-            raise ValueError(f"{self.name}_classes has the shape {tuple(classes.shape)}; (batch, instances) is needed")
-        if features is None and not num_classes:
-            raise ValueError(
-                f"{self.name}_ids given, but neither a table of class features in the model (`set_class_features`), "
-                f"nor {self.name}_features with the sample; dense {self.name}_values would do as well"
-            )
         if features is None:
             if classes is None:
-                if self.num_instance_embeddings:
-                    raise ValueError(
-                        f"{self.name}_ids count instances; their classes are needed as {self.name}_classes"
-                    )
                 return self.class_features[None]
-            require_kind(classes, f"{self.name}_classes", is_float=False)
             classes = classes.long()
             known = (classes >= 0) & (classes < num_classes)
             features = self.class_features[torch.where(known, classes, num_classes)]
-        require_kind(features, f"{self.name}_features", is_float=True)
-        features = features.to(background)
-        return torch.cat([features, background.expand(batch_size, 1, -1)], dim=1)
+        return torch.cat([features.to(background), background.expand(batch_size, 1, -1)], dim=1)
 
     def paint(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """
@@ -156,39 +183,30 @@ class PrismerExpertStem(nn.Module):
     ) -> torch.Tensor:
         """Shapes as in [`PrismerModel.forward`]. Returns tokens on their grid: `(batch, width, height, width)`."""
         dtype = self.projection.weight.dtype
-        if ids is not None and not hasattr(self, "class_features"):
-            raise ValueError(f"{self.name}_ids given; the dense expert '{self.name}' takes {self.name}_values")
         if values is not None:
-            if values.ndim != 4 or values.shape[1] != self.channels:
-                raise ValueError(
-                    f"{self.name}_values has the shape {tuple(values.shape)}; "
-                    f"the config's expert '{self.name}' needs (batch, {self.channels}, height, width)"
-                )
-            require_kind(values, f"{self.name}_values", is_float=True)
             hidden_states = values.to(dtype)
             if self.scale_factor != 1:
                 hidden_states = F.interpolate(
                     hidden_states, scale_factor=self.scale_factor, mode="bilinear", align_corners=True
                 )
-        elif ids is None:
-            raise ValueError(f"neither {self.name}_values nor {self.name}_ids given")
         else:
-            if ids.ndim != 3:
-                raise ValueError(f"{self.name}_ids has the shape {tuple(ids.shape)}; (batch, height, width) is needed")
-            require_kind(ids, f"{self.name}_ids", is_float=False)
             hidden_states = self.paint(ids, self.feature_table(classes, features, ids.shape[0])).to(dtype)
         for conv, norm in zip(self.convs, self.norms):
-            if not norm.weight.requires_grad:
-                norm.eval()  # a frozen stem keeps its statistics: an adapter, such as LoRA, is saved without them
             hidden_states = F.relu(norm(conv(hidden_states)))
         hidden_states = self.projection(hidden_states)
         if self.num_instance_embeddings and (rows is not None or ids is not None):
-            if rows is None:
-                rows = self.instance_rows(ids)
-            require_kind(rows, f"{self.name}_rows", is_float=False)
+            rows = self.instance_rows(ids) if rows is None else rows
             embeddings = self.embed_instances(rows, hidden_states.shape[2:])
             hidden_states = hidden_states + embeddings.permute(0, 3, 1, 2)
         return hidden_states
+
+    def train(self, mode: bool = True) -> "PrismerExpertStem":
+        """As in every module. A frozen BatchNorm keeps its statistics, because adapters are saved without them."""
+        super().train(mode)
+        for norm in self.norms:
+            if not norm.weight.requires_grad:
+                norm.eval()
+        return self
 
 
 def require_kind(tensor: torch.Tensor, name: str, is_float: bool) -> None:
@@ -265,7 +283,7 @@ class PrismerResampler(nn.Module):
         """
         Args:
             tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): zero where masked.
-            token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*): which tokens there are.
+            token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*): the tokens that exist.
             latents (`torch.FloatTensor` of shape `(batch_size, num_latents, width)`, *optional*):
                 Latents to start from in place of the learned ones, such as those that a question conditions.
 
@@ -419,6 +437,7 @@ class ExpertsMixin:
                 tensors[key] = tensor
                 if expert_mask is not None:
                     present[key] = expert_mask[:, names.index(name)]
+            self.expert_stems[name].check_inputs(**inputs)
         if self.training and not torch.compiler.is_compiling():
             _require_finite(tensors, present)
 
@@ -433,42 +452,43 @@ class ExpertsMixin:
         Runs the stems. Arguments as in `encode_experts`.
 
         Returns:
-            The tokens of all given experts `(batch_size, num_tokens, width)`, zero in samples without an expert, and
-            with `expert_mask` also which tokens there are `(batch_size, num_tokens)`.
+            The tokens of all given experts `(batch_size, num_tokens, width)`, zero for samples without the expert, and
+            the mask of the tokens that exist `(batch_size, num_tokens)`, `None` if all do.
         """
+        counts = None  # in training: how many samples have each expert
+        if expert_mask is not None and self.training:
+            counts = expert_mask.sum(dim=0).tolist()
+            if all(count == batch_size for name, count in zip(self.expert_stems, counts) if name in expert_inputs):
+                expert_mask = counts = None
         all_tokens, token_masks, last_grid = [], [], None
         for index, (name, stem) in enumerate(self.expert_stems.items()):
-            inputs = expert_inputs.get(name)
-            if inputs is None:
+            if name not in expert_inputs:
                 continue
+            inputs, rows = expert_inputs[name], None
             present = None if expert_mask is None else expert_mask[:, index]
-            rows = None
-            if present is not None and self.training:
-                # Samples without this expert must take no part in the statistics of BatchNorm.
-                rows = present.nonzero()[:, 0]
-                if len(rows) == 0 and not _in_process_group():
+            if counts is not None and counts[index] < batch_size:
+                # The statistics of BatchNorm must not contain samples without the expert. Every rank runs the stem,
+                # even on an empty batch, so that DDP sees all gradients and SyncBatchNorm all statistics.
+                if counts[index] == 0 and not _in_process_group():
                     continue
-                # Every rank runs the stem, even over no sample: DistributedDataParallel waits for the gradient of
-                # every parameter from every rank, and SyncBatchNorm for its statistics.
-                if len(rows) < batch_size:
-                    inputs = {key: tensor[rows] for key, tensor in inputs.items()}
-            elif present is not None and "rows" in inputs:  # padding may have rows that the table lacks
-                instance_rows = inputs["rows"]
-                present_there = present.to(instance_rows.device)[:, None, None]
-                inputs = {**inputs, "rows": torch.where(present_there, instance_rows, 0)}
+                rows = present.int().argsort(descending=True, stable=True)[: counts[index]]
+                inputs = {key: tensor[rows] for key, tensor in inputs.items()}
+            elif counts is None and present is not None and "rows" in inputs:  # padding may lie outside the table
+                is_present = present.to(inputs["rows"].device)[:, None, None]
+                inputs = {**inputs, "rows": torch.where(is_present, inputs["rows"], 0)}
             tokens = stem(**inputs)
             grid = tuple(tokens.shape[2:])
             tokens = tokens.flatten(2).transpose(1, 2).to(device)
             if grid != last_grid:  # not a dict: in an export with any sizes the grid cannot be hashed
                 last_grid, positions = grid, self.expert_positions(grid).to(device)
             tokens = tokens + positions
-            if present is not None:
-                if rows is not None and len(rows) < batch_size:
-                    tokens = tokens.new_zeros(batch_size, *tokens.shape[1:]).index_copy(0, rows, tokens)
-                elif not self.training:
-                    tokens = torch.where(present[:, None, None], tokens, 0)  # padding may hold anything, NaN too
-                token_masks.append(present[:, None].expand(tokens.shape[:2]))
+            if rows is not None:
+                tokens = tokens.new_zeros(batch_size, *tokens.shape[1:]).index_copy(0, rows, tokens)
+            elif counts is None and present is not None:
+                tokens = torch.where(present[:, None, None], tokens, 0)  # padding may hold anything, NaN too
             all_tokens.append(tokens)
+            if present is not None:
+                token_masks.append(present[:, None].expand(tokens.shape[:2]))
         token_mask = torch.cat(token_masks, dim=1) if token_masks else None
         if all_tokens:
             return torch.cat(all_tokens, dim=1), token_mask
@@ -520,7 +540,7 @@ def _require_finite(tensors: dict[str, torch.Tensor], present: dict[str, torch.T
 
     if finite:
         device = next(iter(finite.values())).device
-        everywhere = torch.stack([rows.to(device) for rows in finite.values()])  # one check: a GPU waits for it
+        everywhere = torch.stack([rows.to(device) for rows in finite.values()])  # one check, because a GPU waits
         torch_compilable_check(everywhere, describe)
 
 
