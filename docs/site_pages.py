@@ -1,9 +1,11 @@
 """
-What the site has besides docs/ (a hook of mkdocs): pages made of Markdown that lies elsewhere in the repository, the
-options of the command line, links that work on GitHub as well as here, and the package in the shape in which it is
-installed, for mkdocstrings to read.
+A hook of mkdocs that adds pages which docs/ does not have as Markdown: files from elsewhere in the repository, the
+notebook of examples and the options of the command line. It also copies the package as it is installed, for
+mkdocstrings to read, and makes links work on GitHub as well as on the site.
 """
 
+import base64
+import json
 import posixpath
 import re
 import shutil
@@ -44,7 +46,31 @@ def on_files(files, config):
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     files.append(File.generated(config, "api/command_line.md", content=command_line()))
+    page, images = notebook("examples")
+    files.append(File.generated(config, "examples.md", content=page))
+    for name, content in images.items():
+        files.append(File.generated(config, name, content=content))
     return files
+
+
+def notebook(name: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook with its outputs as Markdown, and its images by their names."""
+    images = {}
+    parts = []
+    for cell in json.loads((ROOT / "docs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", [])})
+            kind = next((kind for kind in data if kind.startswith("image/")), None)
+            if kind is None:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+                continue
+            image = f"images/{name}_{len(images) + 1}.{kind.removeprefix('image/')}"
+            images[image] = base64.b64decode("".join(data[kind]))
+            parts.append(f"![Output]({image})")
+    parts.insert(1, f"You can [download this page as a notebook]({name}.ipynb).")
+    return "\n\n".join(parts), images
 
 
 def command_line() -> str:
