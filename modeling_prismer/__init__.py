@@ -22,10 +22,13 @@ __all__ = [
     "PrismerTextModel",
     "PrismerVisionConfig",
     "PrismerVisionModel",
+    "TASKS",
+    "Task",
     "keep_freed_memory",
     "optimize_for_cpu",
     "pretrained_path",
     "register_for_auto_class",
+    "register_task",
     "sample_image",
 ]
 

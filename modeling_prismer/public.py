@@ -15,3 +15,4 @@ from .modeling_prismer import (
 )
 from .pretrained import pretrained_path, sample_image
 from .processing.data_collator import DataCollatorForPrismer
+from .processing.tasks import TASKS, Task, register_task

@@ -1,7 +1,8 @@
-"""From pictures and text to the tensors that Prismer reads."""
+"""From images and text to the tensors that Prismer reads."""
 
 from .augmentation import JointAugmentation
 from .data_collator import DataCollatorForPrismer
 from .image_loading import load_image, load_images
 from .image_processing_prismer import PrismerImageProcessor, PrismerImageProcessorTorchvision
-from .processing_prismer import PrismerProcessor, clean_caption, clean_question
+from .processing_prismer import PrismerProcessor
+from .tasks import Task, clean_caption, clean_question, register_task

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,96 +18,12 @@ from transformers.utils.hub import hf_api
 
 from .expert_labels import ExpertFields, match_expert_labels, read_experts
 from .image_loading import load_images
+from .tasks import Task, find_task
 
 
 logger = logging.get_logger(__name__)
 
-TASKS = ("caption", "vqa", "classification")
-DEFAULT_PROMPTS = {"caption": "A picture of", "classification": "A photo of a"}
-MAX_QUESTION_TOKENS = 35
-MAX_CAPTION_TOKENS = 30
-
 CONTROL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-_PUNCTUATION = re.compile(r'[.!"()*#:;~]')
-# A text that begins so, in any case, is for this task.
-_BEGINNINGS = {
-    task: re.compile(r"\s*" + r"\s+".join(prompt.split()) + r"(?!\S)", re.IGNORECASE)
-    for task, prompt in DEFAULT_PROMPTS.items()
-}
-
-
-def clean_caption(caption: str, max_words: int = 30, keep: re.Pattern[str] | None = None) -> str:
-    r"""
-    Cleans a caption as in training of the published checkpoints: first letter upper case and the rest lower, each of
-    `. ! " ( ) * # : ; ~` becomes a space, two or more white-space characters become one space, trimmed, cut after
-    `max_words` words.
-
-    Args:
-        caption (`str`): the caption.
-        max_words (`int`, *optional*, defaults to 30): number of words that are kept.
-        keep (`re.Pattern`, *optional*): what is left as it is, such as tokens that were added to the vocabulary.
-
-    Example:
-
-    ```python
-    >>> import re
-    >>> from modeling_prismer.processing import clean_caption
-
-    >>> clean_caption("THE QUICK*BROWN~FOX: #1")
-    'The quick brown fox 1'
-    >>> clean_caption("a [DEFECT] On top.", keep=re.compile(r"\[DEFECT\]"))
-    'A [DEFECT] on top'
-    ```
-    """
-
-    def clean(text: str) -> str:
-        return re.sub(r"\s{2,}", " ", _PUNCTUATION.sub(" ", text))
-
-    caption = _outside(keep, clean, _capitalize(keep, caption)).strip()
-    return " ".join(caption.split(" ")[:max_words])
-
-
-def clean_question(question: str, max_words: int = 30, keep: re.Pattern[str] | None = None) -> str:
-    """
-    Cleans a question as in training of the published checkpoints: as [`clean_caption`], but white space inside stays
-    as it is, and `?` is appended unless the question ends with one.
-
-    Args:
-        question (`str`): the question.
-        max_words (`int`, *optional*, defaults to 30): number of words that are kept.
-        keep (`re.Pattern`, *optional*): what is left as it is, such as tokens that were added to the vocabulary.
-
-    Example:
-
-    ```python
-    >>> from modeling_prismer.processing import clean_question
-
-    >>> clean_question("is it (really) raining!?")
-    'Is it  really  raining ?'
-    ```
-    """
-    question = _capitalize(keep, question)
-    question = _outside(keep, lambda text: _PUNCTUATION.sub(" ", text), question).strip()
-    question = " ".join(question.split(" ")[:max_words])
-    return question if question.endswith("?") else question + "?"
-
-
-def _outside(keep: re.Pattern[str] | None, change: Callable[[str], str], text: str) -> str:
-    """The text, changed but for what `keep` matches."""
-    changed, end = "", 0
-    for match in keep.finditer(text) if keep else ():
-        changed += change(text[end : match.start()]) + match[0]
-        end = match.end()
-    return changed + change(text[end:])
-
-
-def _capitalize(keep: re.Pattern[str] | None, text: str) -> str:
-    """`text.capitalize()` but for what `keep` matches."""
-    first = keep.search(text) if keep else None
-    if first is None:
-        return text.capitalize()
-    return text[: first.start()].capitalize() + _outside(keep, str.lower, text[first.start() :])
 
 
 @lru_cache(maxsize=8)
@@ -216,8 +132,7 @@ class PrismerProcessor(ProcessorMixin):
                     f"the tokenizer has no {token}; one of RoBERTa's kind, with <s>, </s> and <pad>, is needed"
                 )
         for name in [task, *(tasks or ())]:
-            if name not in TASKS:
-                raise ValueError(f"task is {name!r}; accepted are {', '.join(map(repr, TASKS))}")
+            find_task(name)
         if tasks and task not in tasks:
             raise ValueError(f"task is {task!r}, which is not among the tasks {', '.join(map(repr, tasks))}")
         self.task = task
@@ -426,8 +341,8 @@ class PrismerProcessor(ProcessorMixin):
         suffix: str | list[str] | list[list[str]] | None,
         task: str | list[str] | list[list[str]] | None,
         num_images: int,
-    ) -> tuple[list[str], list[str] | None, list[str]]:
-        """Prompt, suffix and task of each row."""
+    ) -> tuple[list[str], list[str] | None, list[Task]]:
+        """The prompt, the suffix and the task of each row."""
         if task is None and text is None:
             task = self.task_for(None)
         if suffix is not None:
@@ -446,29 +361,19 @@ class PrismerProcessor(ProcessorMixin):
         prompts = [text] * num_rows if isinstance(text, str) else text or []
         if task is None:
             read = [self._task_of(prompt) for prompt in prompts]
-            tasks, prompts = [of for of, _ in read], [prompt for _, prompt in read]
+            tasks, prompts = [name for name, _ in read], [prompt for _, prompt in read]
         else:
             tasks = [task] * num_rows if isinstance(task, str) else _flatten_texts(task, num_images, "task")
         if len(tasks) != num_rows:
             raise ValueError(f"{len(tasks)} tasks for {num_rows} prompts; one for each prompt is needed")
-        for task in set(tasks):
-            if task not in TASKS:
-                raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, TASKS))}")
-            if text is None and task not in DEFAULT_PROMPTS:
-                raise ValueError(
-                    f"text is missing: the task {task!r} needs a question for each image. For the image inputs "
-                    "alone, call processor.process_images(images)"
-                )
+        found = [find_task(name) for name in tasks]
         if text is None:
-            prompts = [DEFAULT_PROMPTS[task] for task in tasks]
+            prompts = [_own_prompt(task) for task in found]
         keep = self._added_tokens
-        prompts = [
-            clean_question(prompt, keep=keep) if task == "vqa" else prompt.rstrip()
-            for prompt, task in zip(prompts, tasks)
-        ]
+        prompts = [task.clean_prompt(prompt, keep=keep) for prompt, task in zip(prompts, found)]
         if suffix is not None:
-            suffix = [self._continuation(answer, task) for answer, task in zip(suffix, tasks)]
-        return prompts, suffix, tasks
+            suffix = [self._written(task.clean_suffix(each, keep=keep), task) for each, task in zip(suffix, found)]
+        return prompts, suffix, found
 
     def task_for(self, text: str | list[str] | list[list[str]] | None) -> str:
         """
@@ -481,7 +386,8 @@ class PrismerProcessor(ProcessorMixin):
             ValueError: if the texts are for several tasks.
         """
         if text is None:
-            return "caption" if "caption" in (self.tasks or ()) else self.task
+            tasks = [find_task(name) for name in (self.task, *(self.tasks or ()))]
+            return next((task.name for task in tasks if task.prompt and not task.is_ranked), self.task)
         if isinstance(text, str):
             return self._task_of(text)[0]
         tasks = sorted({self.task_for(each) for each in text})
@@ -491,20 +397,14 @@ class PrismerProcessor(ProcessorMixin):
 
     def _task_of(self, text: str) -> tuple[str, str]:
         """The task that a text is for if nothing else says so; the text, with that task's prompt as it was learned."""
-        for task in self.tasks or ():
-            beginning = _BEGINNINGS[task].match(text) if task in _BEGINNINGS else None
-            if beginning is not None and not text.rstrip().endswith("?"):
-                return task, DEFAULT_PROMPTS[task] + text[beginning.end() :]
+        for name in self.tasks or ():
+            found = find_task(name).with_own_prompt(text)
+            if found is not None:
+                return name, found
         return self.task, text
 
-    def _candidate(self, answer: str, task: str) -> str:
-        answer = answer.strip()
-        if task == "vqa":
-            return " " + _capitalize(self._added_tokens, answer)
-        return " " + _outside(self._added_tokens, str.lower, answer)
-
-    def _continuation(self, answer: str, task: str) -> str:
-        return self._candidate(clean_caption(answer, keep=self._added_tokens) if task == "caption" else answer, task)
+    def _written(self, suffix: str, task: Task) -> str:
+        return " " + task.write_suffix(suffix.strip(), keep=self._added_tokens)
 
     # ---- tokens ----
 
@@ -541,7 +441,7 @@ class PrismerProcessor(ProcessorMixin):
         self,
         prompts: list[str],
         suffixes: list[str] | None,
-        tasks: list[str],
+        tasks: list[Task],
         max_length: int | None = None,
         truncation: bool | str | None = True,
         padding: bool | str | None = True,
@@ -553,24 +453,25 @@ class PrismerProcessor(ProcessorMixin):
         learned: list[list[int]] = [[] for _ in rows]
         if suffixes is not None:
             learned = [[*ids, self.tokenizer.eos_token_id] for ids in self._token_ids(suffixes)]
-        # of a question's answer nothing is ever cut, unless by max_length
-        questions_with_answers = suffixes is not None and max_length is None
-        limits = [max_length or (MAX_QUESTION_TOKENS if task == "vqa" else MAX_CAPTION_TOKENS) for task in tasks]
+        limits = [max_length or task.max_prompt_tokens for task in tasks]
+        # tokens of prompt and suffix together; `None` leaves suffixes whole
+        totals = [None if suffixes is None else max_length or task.max_tokens for task in tasks]
         if truncation:
-            for i, (task, limit) in enumerate(zip(tasks, limits)):
+            for i, (limit, total) in enumerate(zip(limits, totals)):
                 if len(rows[i]) > limit and suffixes is None:
                     logger.warning_once(
                         f"a text of {len(rows[i])} tokens is read to its first {limit} only: {prompts[i][:60]!r}…; "
                         "`max_length` sets how many, `truncation=False` reads all"
                     )
-                if suffixes is None or (task == "vqa" and questions_with_answers):
+                if total is None:
                     rows[i] = rows[i][:limit]
                     continue
-                rows[i] = rows[i][: max(1, limit - 2)]
-                room = max(1, limit - len(rows[i]))
+                rows[i] = rows[i][: max(1, min(limit, total - 2))]
+                room = max(1, total - len(rows[i]))
                 if len(learned[i]) > room:  # cut before </s>, which stays
                     learned[i] = learned[i][: room - 1] + learned[i][-1:]
-        length = None if questions_with_answers and "vqa" in tasks else max(limits)
+        ends = limits if suffixes is None else totals
+        length = None if None in ends else max(ends)
         labels = [[-100] * len(row) + ids for row, ids in zip(rows, learned)]
         rows = [row + ids for row, ids in zip(rows, learned)]
 
@@ -616,7 +517,7 @@ class PrismerProcessor(ProcessorMixin):
         answers = [answers] if isinstance(answers, str) else list(answers)
         if not answers or not all(answer.strip() for answer in answers):
             raise ValueError("answers is empty or holds an empty text; at least one, and text in each, is needed")
-        answers = [self._candidate(answer, task or self.task) for answer in answers]
+        answers = [self._written(answer, find_task(task or self.task)) for answer in answers]
         rows = [[*ids, self.tokenizer.eos_token_id] for ids in self._token_ids(answers)]
         padded = self.tokenizer.pad(
             {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
@@ -648,11 +549,8 @@ class PrismerProcessor(ProcessorMixin):
         for row in generated_ids:
             ids = row if isinstance(row, list) else row.tolist()
             text = self._decode(ids[prompt_length:]).strip()
-            if task is None:
-                row_task = self._task_of(self._decode(ids))[0] if self.tasks else self.task
-            else:
-                row_task = task
-            texts.append(_outside(self._added_tokens, str.lower, text) if row_task == "vqa" else text)
+            name = task or (self._task_of(self._decode(ids))[0] if self.tasks else self.task)
+            texts.append(find_task(name).read_suffix(text, keep=self._added_tokens))
         return texts
 
     def post_process_image_text_to_text(
@@ -821,6 +719,15 @@ def _flatten_texts(texts: Iterable[Any], num_images: int, name: str) -> list[str
     return [text for group in texts for text in group]
 
 
+def _own_prompt(task: Task) -> str:
+    if task.prompt is None:
+        raise ValueError(
+            f"text is missing: the task {task.name!r} needs a {task.prompt_column} for each image. For the image "
+            "inputs alone, call processor.process_images(images)"
+        )
+    return task.prompt
+
+
 def _require_same_description(description: Mapping[str, Any], configured: ExpertFields) -> None:
     (live,) = read_experts([description])
     for field in ExpertFields._fields:
@@ -850,4 +757,4 @@ def _suite_class() -> Any:
     return ExpertSuite
 
 
-__all__ = ["PrismerProcessor", "clean_caption", "clean_question"]
+__all__ = ["PrismerProcessor"]

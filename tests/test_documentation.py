@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -69,12 +70,14 @@ def given(tmp_path_factory):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """An empty one but for the bundled picture; and what `register_for_auto_class` changes is put back."""
+    """An empty one with the shipped images. What `register_for_auto_class` and `register_task` change is undone."""
     (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
     monkeypatch.chdir(tmp_path)
     for cls in (*vars(modeling_prismer).values(), PrismerImageProcessorTorchvision):
         if hasattr(cls, "_auto_class"):
             monkeypatch.setattr(cls, "_auto_class", cls._auto_class)
+    with mock.patch.dict(modeling_prismer.TASKS):
+        yield
 
 
 def run_examples(path: str, given: dict) -> None:

@@ -605,6 +605,7 @@ def test_a_saved_folder_works_where_the_package_is_not_installed(
         "image_loading.py",
         "image_processing_prismer.py",
         "processing_prismer.py",
+        "tasks.py",
     }
     code = f"""
 import sys

@@ -1,4 +1,4 @@
-"""Answers that a model has no room for."""
+"""Shortens answers that do not fit into the model."""
 
 import logging
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from modeling_prismer import PrismerProcessor
-from modeling_prismer.processing.processing_prismer import MAX_QUESTION_TOKENS
+from modeling_prismer.processing.tasks import Task, find_task
 
 from .faults import SHOWN
 
@@ -18,13 +18,13 @@ def shorten_answers(
     rows: Dataset | IterableDataset, processor: PrismerProcessor, text_config: Any
 ) -> Dataset | IterableDataset:
     """
-    Rows of questions whose answers (`suffix`, texts or lists of them) fit into the model beside the longest question
-    that the processor leaves; the others are cut there, with a warning that names them. Captions and classes are cut
-    by the processor.
+    Cuts answers (`suffix`, texts or lists of them) that do not fit into the model after the longest prompt. A warning
+    names their rows. Only tasks whose suffixes the processor does not cut need this, such as `"vqa"`.
     """
+    task = find_task(processor.task)
     positions = text_config.max_position_embeddings - text_config.pad_token_id - 1
-    shortener = _Shortener(processor, positions - MAX_QUESTION_TOKENS - 1)
-    if processor.task != "vqa" or shortener.room < 1:
+    shortener = _Shortener(processor, task, positions - task.max_prompt_tokens - 1)
+    if task.max_tokens is not None or shortener.room < 1:
         return rows
     if isinstance(rows, IterableDataset):
         features = rows.features
@@ -48,8 +48,9 @@ def shorten_answers(
 
 
 class _Shortener:
-    def __init__(self, processor: PrismerProcessor, room: int):
+    def __init__(self, processor: PrismerProcessor, task: Task, room: int):
         self.tokenizer = processor.tokenizer
+        self.task = task
         self.room = room
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +60,8 @@ class _Shortener:
         return [self.one(text) for text in suffix] if isinstance(suffix, list) else self.one(suffix)
 
     def one(self, answer: str) -> str:
-        if len(answer.encode()) < self.room:  # a token is a byte at least, and the first a space
+        if len(answer.encode()) < self.room:  # a token has at least one byte, and the first one is a space
             return answer
-        text = f" {answer.strip().capitalize()}"  # as the processor writes it
+        text = f" {self.task.write_suffix(answer.strip(), keep=None)}"  # as the processor writes it
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return answer if len(offsets) <= self.room else text[: offsets[self.room - 1][1]].strip()
