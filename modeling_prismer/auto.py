@@ -14,22 +14,26 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS
 
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
 from .modeling_prismer import (
     PrismerForConditionalGeneration,
     PrismerModel,
     PrismerTextModel,
     PrismerVisionModel,
 )
+from .modeling_prismer_lm import PrismerLMForConditionalGeneration, PrismerLMModel
 from .processing.image_processing_prismer import PrismerImageProcessor, PrismerImageProcessorTorchvision
 from .processing.processing_prismer import PrismerProcessor
 
 
-for config_class in (PrismerConfig, PrismerVisionConfig, PrismerTextConfig):
+for config_class in (PrismerConfig, PrismerVisionConfig, PrismerTextConfig, PrismerExpertsConfig, PrismerLMConfig):
     AutoConfig.register(config_class.model_type, config_class)
 AutoModel.register(PrismerConfig, PrismerModel)
 AutoModel.register(PrismerVisionConfig, PrismerVisionModel)
 AutoModel.register(PrismerTextConfig, PrismerTextModel)
 AutoModelForImageTextToText.register(PrismerConfig, PrismerForConditionalGeneration)
+AutoModel.register(PrismerLMConfig, PrismerLMModel)
+AutoModelForImageTextToText.register(PrismerLMConfig, PrismerLMForConditionalGeneration)
 # where peft looks for the model of an adapter with task_type="CAUSAL_LM"
 AutoModelForCausalLM.register(PrismerConfig, PrismerForConditionalGeneration)
 # Ours prepares pictures with PIL unless told otherwise: that is what the published checkpoints were trained on.
@@ -59,10 +63,11 @@ def register_for_auto_class() -> None:
     ```
     """
     for config_or_processor in (
-        *(PrismerConfig, PrismerVisionConfig, PrismerTextConfig),
+        *(PrismerConfig, PrismerVisionConfig, PrismerTextConfig, PrismerExpertsConfig, PrismerLMConfig),
         *(PrismerImageProcessor, PrismerImageProcessorTorchvision, PrismerProcessor),
     ):
         config_or_processor.register_for_auto_class()
-    PrismerForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    for model_class in (PrismerModel, PrismerVisionModel, PrismerTextModel):
+    for model_class in (PrismerForConditionalGeneration, PrismerLMForConditionalGeneration):
+        model_class.register_for_auto_class("AutoModelForImageTextToText")
+    for model_class in (PrismerModel, PrismerVisionModel, PrismerTextModel, PrismerLMModel):
         model_class.register_for_auto_class("AutoModel")

@@ -260,6 +260,11 @@ class PrismerLMConfig(PreTrainedConfig):
     def experts(self) -> list[dict[str, Any]]:
         return [] if self.experts_config is None else self.experts_config.experts
 
+    @experts.setter
+    def experts(self, experts: list[dict[str, Any]]) -> None:
+        read_specs(experts)
+        self.experts_config.experts = experts
+
     @property
     def expert_specs(self) -> list[ExpertSpec]:
         return [] if self.experts_config is None else self.experts_config.expert_specs

@@ -40,16 +40,13 @@ from .adapter_targets import register_adapter_targets
 from .backbones import build_from_backbones
 from .cache import CACHE_NAME, accept_past_key_values
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
-from .expert_spec import ExpertSpec
+from .expert_editing import ExpertEditingMixin
 from .expert_stems import (
     ExpertsMixin,
-    PrismerExpertStem,
-    PrismerResampler,
     gather_expert_inputs,
     init_expert_weights,
     look_up,
     pop_expert_inputs,
-    require_kind,
 )
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
 from .loss import sample_losses
@@ -817,7 +814,7 @@ class PrismerLMHead(nn.Module):
         return self.decoder(hidden_states)
 
 
-class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, GenerationMixin):
+class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerPreTrainedModel, GenerationMixin):
     """
     Prismer with its language modelling head: captions, answers, and ranking of given answers.
 
@@ -848,6 +845,10 @@ class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, Gene
         self.model = PrismerModel(config)
         self.lm_head = PrismerLMHead(config.text_config)
         self.post_init()
+
+    @property
+    def expert_network(self) -> PrismerVisionModel:
+        return self.model.vision_model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         if self._auto_class is not None:  # the code is saved too: `AutoModel` is to find the model without its head
@@ -1089,107 +1090,6 @@ class PrismerForConditionalGeneration(RankingMixin, PrismerPreTrainedModel, Gene
         for parameter in self._backbone_parameters(self.model, vision=False):
             parameter.requires_grad_(not language)
         return self
-
-    def _stem(self, name: str) -> PrismerExpertStem:
-        if name not in self.config.expert_names:
-            raise ValueError(f"no expert '{name}'; the config has {', '.join(self.config.expert_names) or 'none'}")
-        return self.model.vision_model.expert_stems[name]
-
-    @torch.no_grad()
-    def set_class_features(
-        self,
-        name: str,
-        features: torch.Tensor,
-        background: torch.Tensor | None = None,
-        class_names: list[str] | None = None,
-    ) -> "PrismerForConditionalGeneration":
-        """
-        Sets the features with which a label expert's classes are painted; they are saved with the model.
-
-        Args:
-            name (`str`): the expert.
-            features (`torch.FloatTensor` of shape `(num_classes, channels)`): one row a class; no rows where the
-                features come with each sample.
-            background (`torch.FloatTensor` of shape `(channels,)`, *optional*): left out, it stays as it is.
-            class_names (`list[str]`, *optional*): the names of the classes, saved in the configuration. Left out, the
-                classes stay those that the configuration has.
-
-        Raises:
-            ValueError: if the features are not finite numbers in the expert's channels, or cannot be those of its
-                classes: fewer rows than `num_classes`, or not as many as it has `class_names`.
-
-        Example:
-
-        ```python
-        >>> import torch
-
-        >>> stem = model.add_expert("segmentation", "label", channels=64, num_classes=3)
-        >>> model = model.set_class_features("segmentation", torch.randn(3, 64), class_names=["sky", "tree", "road"])
-        >>> model.config.class_names
-        {'segmentation': ['sky', 'tree', 'road']}
-        ```
-        """
-        stem = self._stem(name)
-        features = torch.as_tensor(features)
-        background = None if background is None else torch.as_tensor(background)
-        if not hasattr(stem, "class_features") or features.ndim != 2 or features.shape[1] != stem.channels:
-            raise ValueError(
-                f"expert '{name}' ({'label' if hasattr(stem, 'class_features') else 'dense'}, {stem.channels} "
-                f"channels) cannot take features of the shape {tuple(features.shape)}; a label expert takes "
-                "(num_classes, channels)"
-            )
-        old = stem.class_features
-        if background is not None and tuple(background.shape) not in ((stem.channels,), (1, stem.channels)):
-            raise ValueError(
-                f"expert '{name}' cannot take a background of the shape {tuple(background.shape)}; ({stem.channels},) "
-                "is needed"
-            )
-        for what, tensor in {"features": features, "background": background}.items():
-            if tensor is not None:
-                require_kind(tensor, f"{what} of '{name}'", is_float=True)
-                if not torch.isfinite(tensor.to(old.dtype)).all():
-                    raise ValueError(f"{what} of '{name}' has numbers that are not finite in {old.dtype}")
-        index = self.config.expert_names.index(name)
-        spec = self.config.expert_specs[index].with_classes(len(features), class_names)
-        self.config.experts[index] = spec.to_dict()
-        background = old[-1:] if background is None else background.to(old).view(1, stem.channels)
-        stem.class_features = torch.cat([features.to(old), background])
-        return self
-
-    def add_expert(
-        self,
-        name: str,
-        kind: str,
-        channels: int,
-        num_classes: int | None = None,
-        instances: bool = False,
-        class_names: list[str] | None = None,
-    ) -> PrismerExpertStem:
-        """
-        Gives a model one more expert, with a stem to be trained. The arguments are the fields of its description, see
-        [`PrismerConfig`]. Returns the new stem.
-
-        Example:
-
-        ```python
-        >>> stem = model.add_expert("depth", "dense", channels=1)
-        >>> model.config.expert_names
-        ['edge', 'ocr', 'depth']
-        ```
-        """
-        spec = ExpertSpec(name, kind, channels, num_classes, class_names, instances)
-        self.config.experts = [*self.config.experts, spec.to_dict()]
-        vision_model = self.model.vision_model
-        stem = PrismerExpertStem(self.config.vision_config, spec)
-        new = [stem]
-        if vision_model.resampler is None:
-            vision_model.resampler = PrismerResampler(self.config.vision_config)
-            new.append(vision_model.resampler)
-        for module in new:
-            module.apply(vision_model._init_weights)
-            module.to(device=self.device, dtype=self.dtype).train(self.training)
-        vision_model.expert_stems[name] = stem
-        return stem
 
     @classmethod
     def from_backbones(

@@ -1,33 +1,34 @@
 """
 PrismerLM: frozen vision encoders and experts in front of any language model of transformers.
 
-The file reads from the smallest module to the model: the experts, the projection, the gated cross-attention block, the
-features of images and the rows of text that they belong to, and the model. The experts' stems and the resampler are in
-expert_stems.py, and building from backbones in lm_backbones.py.
+The file reads from the smallest module to the model: the experts, the projection, the gated cross-attention block, and
+the model. The experts' stems and the resampler are in expert_stems.py, the features of images and the text that they
+belong to in image_features.py, and building from backbones in lm_backbones.py.
 """
 
-import math
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache import CACHE_NAME, accept_past_key_values
 from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
+from .expert_editing import ExpertEditingMixin
+from .expert_spec import ExpertSpec
 from .expert_stems import (
     ExpertsMixin,
     gather_expert_inputs,
@@ -35,7 +36,20 @@ from .expert_stems import (
     look_up,
     pop_expert_inputs,
 )
+from .image_features import (
+    PrismerLMImageFeatures,
+    VisibleImages,
+    assign_images,
+    count_prompts,
+    is_trained,
+    num_channels,
+    patch_features,
+    pixel_names,
+    resize_grid,
+    see_images,
+)
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP
+from .lm_backbones import build_from_backbones, load_trained, save_trained
 from .ranking import RankingMixin
 
 
@@ -143,38 +157,7 @@ class CrossAttend:
         return args, kwargs
 
 
-# ---- the features of images, and the text that sees them ----
-
-
-@dataclass
-class PrismerLMImageFeatures(BaseModelOutputWithPooling):
-    """
-    Encoded images, from [`PrismerLMForConditionalGeneration.get_image_features`].
-
-    Args:
-        pooler_output (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`):
-            Projected patches and latents, in the language model's width. If the question conditions the resampler, the
-            latents are missing until it is known.
-        last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_patches, channels)`, *optional*):
-            Patch features of the vision encoders on one grid, concatenated along channels.
-        expert_tokens (`torch.FloatTensor` of shape `(num_images, num_tokens, width)`, *optional*):
-            Output of the experts' stems, if the question conditions the resampler.
-        expert_token_mask (`torch.BoolTensor` of shape `(num_images, num_tokens)`, *optional*):
-            Which of those tokens there are.
-        num_prompts (`int`, *optional*):
-            Prompts that the images belong to. Rows of text that follow each other share a prompt's images.
-
-    The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next.
-    """
-
-    expert_tokens: torch.FloatTensor | None = None
-    expert_token_mask: torch.BoolTensor | None = None
-    num_prompts: int | None = None
-    visible = None  # not a field: a new forward pass over a prompt replaces it
-
-    @property
-    def num_images(self) -> int:
-        return len(self.expert_tokens if self.pooler_output is None else self.pooler_output)
+# ---- outputs ----
 
 
 @dataclass
@@ -200,167 +183,6 @@ class PrismerLMCausalLMOutput(CausalLMOutputWithPast):
 def shared_fields(output_class: type, outputs: Any) -> dict[str, Any]:
     """The fields of a language model's output that `output_class` has too."""
     return {own.name: getattr(outputs, own.name, None) for own in fields(output_class) if own.name != "image_outputs"}
-
-
-@dataclass
-class VisibleImages:
-    """
-    The images that each row of text cross-attends to.
-
-    Args:
-        features (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`)
-        rows (`torch.LongTensor` of shape `(rows, images per row)`, *optional*):
-            Images of each row; without it, rows that follow each other share an image.
-        mask (`torch.FloatTensor` of shape `(rows, 1, length, images per row * num_features)`, *optional*):
-            Added to the attention scores, so that a token sees its last image only.
-        sees_image (`torch.BoolTensor` of shape `(rows, length, 1)`, *optional*): whether a token has seen an image.
-        projected (`dict`): keys and values of each layer, projected once for each image; not kept in training.
-    """
-
-    features: torch.Tensor
-    rows: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    sees_image: torch.Tensor | None = None
-    projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def keys_values(self, attention: PrismerAttention) -> tuple[torch.Tensor, torch.Tensor]:
-        if attention.layer_idx in self.projected:
-            key, value = self.projected[attention.layer_idx]
-        else:
-            key, value = attention.project_keys_values(self.features.to(attention.k_proj.weight))
-            if not torch.is_grad_enabled():
-                self.projected[attention.layer_idx] = key.contiguous(), value.contiguous()
-        if self.rows is None:
-            return key, value
-        gathered = (states[self.rows].transpose(1, 2).flatten(2, 3) for states in (key, value))
-        return tuple(gathered)  # (rows, heads, images per row * num_features, head_dim)
-
-    def after_prompt(self) -> "VisibleImages":
-        """What the tokens after the prompt see: each row's last image."""
-        last = None if self.rows is None else self.rows[:, -1:]
-        sees_image = None if self.sees_image is None else self.sees_image[:, -1:]
-        return VisibleImages(self.features, last, sees_image=sees_image, projected=self.projected)
-
-    def repeat(self, repeats: int) -> "VisibleImages":
-        """The same for every row `repeats` times."""
-
-        def repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
-
-        tensors = map(repeated, (self.rows, self.mask, self.sees_image))
-        return VisibleImages(self.features, *tensors, projected=self.projected)
-
-
-def see_images(features: torch.Tensor, rows: list[list[int]], mask: torch.Tensor | None) -> VisibleImages:
-    """
-    What each token cross-attends to: its last image.
-
-    Args:
-        features (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`)
-        rows (`list[list[int]]`): images of each row of text.
-        mask (`torch.BoolTensor` of shape `(rows, length)`, *optional*):
-            Placeholders, one for each image. Without it, every token sees the one image of its row.
-    """
-    if mask is None:
-        return VisibleImages(features)
-    seen = mask.cumsum(dim=1)  # (rows, length): images so far
-    sees_image = (seen > 0)[..., None]
-    most = max(map(len, rows))
-    if most == 1 and all(rows):
-        return VisibleImages(features, sees_image=sees_image)
-    # A row with fewer images repeats its last one, which then is the last of all.
-    padded = [row + row[-1:] * (most - len(row)) if row else [0] * most for row in rows]
-    number = torch.arange(1, most + 1, device=seen.device)  # (images per row,)
-    visible = seen.clamp(min=1)[..., None] == number  # (rows, length, images per row)
-    scores = torch.zeros(visible.shape, device=seen.device).masked_fill(~visible, torch.finfo(features.dtype).min)
-    scores = scores.repeat_interleave(features.shape[1], dim=-1)[:, None]
-    return VisibleImages(features, torch.tensor(padded, device=features.device), scores, sees_image)
-
-
-def assign_images(counts: list[int], num_images: int, num_prompts: int | None = None) -> list[list[int]]:
-    """
-    The images of each row of text. Rows that follow each other share the images of a prompt, such as the questions
-    about one image or its beams.
-
-    Args:
-        counts (`list[int]`): images in each row.
-        num_images (`int`): images in all.
-        num_prompts (`int`, *optional*): by default one for each image if every row has one image, else one for each
-            row.
-
-    Raises:
-        ValueError: if the rows do not fit the images.
-    """
-    if num_prompts is None:
-        one_each = set(counts) == {1} and len(counts) % num_images == 0
-        num_prompts = num_images if one_each else len(counts)
-    shared = len(counts) // num_prompts  # rows of each prompt
-    first_rows = counts[::shared] if shared else []
-    if len(counts) != shared * num_prompts or counts != [count for count in first_rows for _ in range(shared)]:
-        raise ValueError(f"{len(counts)} rows of text with {counts} images do not fit {num_prompts} prompts")
-    if sum(first_rows) != num_images:
-        raise ValueError(f"the prompts have placeholders for {sum(first_rows)} images; {num_images} images are given")
-    rows, start = [], 0
-    for count in first_rows:
-        rows += [list(range(start, start + count))] * shared
-        start += count
-    return rows
-
-
-def count_prompts(rows: list[list[int]]) -> int:
-    """Rows of text that follow each other and have the same images count as one prompt."""
-    return sum(1 for index, row in enumerate(rows) if index == 0 or not row or row != rows[index - 1])
-
-
-def pixel_names(number: int) -> list[str]:
-    """Names of the images' tensors, one for each vision encoder: `pixel_values`, `pixel_values_1`, …"""
-    return ["pixel_values", *(f"pixel_values_{index}" for index in range(1, number))][:number]
-
-
-def num_channels(encoder: PreTrainedModel) -> int:
-    """Channels of a vision encoder's patch features."""
-    if encoder.config.model_type == "timm_wrapper":
-        return encoder.timm_model.num_features
-    return encoder.config.hidden_size
-
-
-def is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def resize_grid(features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Bilinear resize of `(batch, side * side, channels)` to `(batch, grid[0] * grid[1], channels)`."""
-    side = math.isqrt(features.shape[1])
-    if (side, side) == tuple(grid):
-        return features
-    features = features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    resized = F.interpolate(features.float(), size=grid, mode="bilinear", align_corners=False)
-    return resized.to(features.dtype).flatten(2).transpose(1, 2)
-
-
-def patch_features(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """
-    The patch features of a vision encoder, without class and register tokens, which all encoders put in front:
-    `(batch, side * side, channels)`.
-    """
-    config = encoder.config
-    patch_size = getattr(config, "patch_size", None)
-    pixel_values = pixel_values.to(encoder.dtype)
-    if config.model_type == "siglip2_vision_model":  # takes patches, of images of any shape
-        side = pixel_values.shape[-1] // patch_size
-        patches = pixel_values.unflatten(3, (side, patch_size)).unflatten(2, (side, patch_size))
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (batch, side * side, pixels * 3)
-        mask = patches.new_ones(patches.shape[:2], dtype=torch.int32)
-        shapes = torch.tensor([[side, side]], device=patches.device).expand(patches.shape[0], -1)
-        return encoder(patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
-    if config.model_type == "timm_wrapper":
-        features = encoder(pixel_values, do_pooling=False).last_hidden_state
-        if features.ndim == 4:  # of a convolutional network: (batch, channels, height, width)
-            return features.flatten(2).transpose(1, 2)
-    else:
-        features = encoder(pixel_values=pixel_values).last_hidden_state
-    side = pixel_values.shape[-1] // patch_size if isinstance(patch_size, int) else math.isqrt(features.shape[1])
-    return features[:, -(side**2) :]
 
 
 # ---- the model ----
@@ -455,6 +277,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             self.vision_projection = PrismerLMProjection(config, sum(map(num_channels, vision_encoders)))
         self.experts = None
         if config.experts_config is not None:
+            if config.experts_config._attn_implementation is None:
+                config.experts_config._attn_implementation = config._attn_implementation
             question_size = config.hidden_size if config.question_queries else None
             self.experts = PrismerLMExperts(config.experts_config, question_size)
             self.experts_projection = PrismerLMProjection(config, config.experts_config.hidden_size)
@@ -763,7 +587,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         return PrismerLMModelOutput(**shared_fields(PrismerLMModelOutput, outputs), image_outputs=images)
 
 
-class PrismerLMForConditionalGeneration(RankingMixin, PrismerLMPreTrainedModel, GenerationMixin):
+class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerLMPreTrainedModel, GenerationMixin):
     """
     A language model that sees images through frozen vision encoders and experts.
 
@@ -803,6 +627,12 @@ class PrismerLMForConditionalGeneration(RankingMixin, PrismerLMPreTrainedModel, 
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
 
+    @property
+    def expert_network(self) -> PrismerLMExperts:
+        if self.model.experts is None:
+            raise ValueError("the configuration has no experts_config: this model has no stems to add an expert to")
+        return self.model.experts
+
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
@@ -815,6 +645,136 @@ class PrismerLMForConditionalGeneration(RankingMixin, PrismerLMPreTrainedModel, 
         return self.model.get_image_features(pixel_values, expert_mask, **kwargs)
 
     get_image_features.__doc__ = PrismerLMModel.get_image_features.__doc__
+
+    # ---- ranking ----
+
+    def logits_and_outputs(
+        self, select: Callable[[torch.Tensor], torch.Tensor], **inputs: Any
+    ) -> tuple[torch.Tensor, PrismerLMCausalLMOutput]:
+        if not self.config.has_vision_language_model:  # which counts positions by itself
+            positions = inputs["attention_mask"].long().cumsum(dim=-1) - 1
+            inputs["position_ids"] = positions.clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+        outputs = self(**inputs, use_cache=True, return_dict=True)
+        return select(outputs.logits), outputs
+
+    def after_prompt(self, outputs: PrismerLMCausalLMOutput, repeats: int) -> dict[str, Any]:
+        cache = copy.deepcopy(getattr(outputs, CACHE_NAME))
+        cache.batch_repeat_interleave(repeats)
+        images = outputs.image_outputs
+        if images is None or images.visible is None:
+            return {CACHE_NAME: cache}
+        images = replace(images)
+        images.visible = outputs.image_outputs.visible.repeat(repeats)
+        return {CACHE_NAME: cache, "encoder_outputs": images}
+
+    # ---- from backbones, and files ----
+
+    @classmethod
+    def from_backbones(
+        cls,
+        language: str | PreTrainedModel,
+        vision: str | PreTrainedModel | list[str | PreTrainedModel] | None = None,
+        experts: list[dict[str, Any] | ExpertSpec] | None = None,
+        fusion: str = "prefix",
+        experts_config: dict[str, Any] | None = None,
+        language_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "PrismerLMForConditionalGeneration":
+        """
+        A new model on frozen backbones. Their weights and names stay as they are; the stems, resampler, projections
+        and cross-attention blocks start fresh.
+
+        Args:
+            language (`str` or `PreTrainedModel`):
+                A causal language model, or a vision-language model such as Qwen2.5-VL: a Hub id, a folder, or a loaded
+                model, which may be quantised.
+            vision (`str`, `PreTrainedModel` or a list of them, *optional*):
+                Vision encoders (CLIP, SigLIP, DINOv2, DINOv3, `timm_wrapper`), which are fused. None with a
+                vision-language model.
+            experts (`list[dict]`, *optional*): the experts' descriptions, such as `suite.descriptions`.
+            fusion (`str`, *optional*, defaults to `"prefix"`): `"prefix"` or `"cross_attention"`.
+            experts_config (`dict`, *optional*): further fields of [`PrismerExpertsConfig`], such as `num_latents`.
+            language_kwargs (`dict`, *optional*):
+                Arguments of `from_pretrained` for the language model, such as `dtype` or `quantization_config`.
+            kwargs: further fields of [`PrismerLMConfig`].
+
+        Raises:
+            ValueError: if a backbone is of another kind, or the configuration is not valid.
+
+        Example:
+
+        ```python
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+        >>> from modeling_prismer import PrismerLMForConditionalGeneration
+
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        >>> language = LlamaForCausalLM(LlamaConfig(**sizes))  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
+        >>> vision = SiglipVisionModel(SiglipVisionConfig(**sizes))  # or "google/siglip2-base-patch16-224"
+        >>> experts = [{"name": "depth", "kind": "dense", "channels": 1}]
+        >>> model = PrismerLMForConditionalGeneration.from_backbones(language, vision, experts)
+        >>> any(weight.requires_grad for weight in model.language_model.parameters())
+        False
+        ```
+        """
+        return build_from_backbones(
+            cls, language, vision, experts, experts_config, language_kwargs, fusion=fusion, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        language: str | PreTrainedModel | None = None,
+        vision: str | PreTrainedModel | list[str | PreTrainedModel] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As in every model of transformers, and:
+
+        Args:
+            language, vision (*optional*):
+                The frozen backbones of a checkpoint that has trained weights alone, as ids, folders or loaded models.
+                By default they are loaded by the ids that the checkpoint names. The arguments in `kwargs`, such as
+                `dtype`, `device_map` or `quantization_config`, are then those of the language model.
+
+        Raises:
+            ValueError: if a backbone is not the one that the weights were trained on.
+        """
+        hub_fields = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub_fields if name in kwargs}
+        config = kwargs.get("config")
+        if config is None and pretrained_model_name_or_path is not None:
+            config = PrismerLMConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        if config is None or not (config.backbones or {}).get("trained_only"):
+            if language is not None or vision is not None:
+                raise ValueError("language and vision are for checkpoints with trained weights alone; this has all")
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        language_kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_fields, "config")}
+        return load_trained(
+            cls, pretrained_model_name_or_path, config, language, vision, hub_kwargs, **language_kwargs
+        )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, trained_only: bool = False, **kwargs: Any) -> None:
+        """
+        As in every model of transformers, and:
+
+        Args:
+            trained_only (`bool`, *optional*, defaults to `False`):
+                Save the trained weights alone, with ids and fingerprints of the frozen backbones, which
+                `from_pretrained` loads and checks.
+        """
+        if trained_only:
+            save_trained(self, save_directory, **kwargs)
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def freeze_backbones(self, vision: bool = True, language: bool = True) -> "PrismerLMForConditionalGeneration":
+        """Freezes the vision encoders and the language model, or unfreezes them (`False`). All else always trains."""
+        if getattr(self.language_model, "hf_quantizer", None) is None:  # quantised weights are never trained
+            self.language_model.requires_grad_(not language)
+        self.model.vision_encoders.requires_grad_(not vision)
+        return self.train(self.training)
 
     @accept_past_key_values
     @can_return_tuple

@@ -3,6 +3,7 @@
 # ruff: noqa: F401
 from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
+from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
 from .cpu_inference import optimize_for_cpu
 from .expert_spec import ExpertSpec
 from .memory import keep_freed_memory
@@ -13,6 +14,7 @@ from .modeling_prismer import (
     PrismerTextModel,
     PrismerVisionModel,
 )
+from .modeling_prismer_lm import PrismerLMForConditionalGeneration, PrismerLMModel, PrismerLMPreTrainedModel
 from .pretrained import pretrained_path, sample_image
 from .processing.data_collator import DataCollatorForPrismer
 from .processing.tasks import TASKS, Task, register_task

@@ -1,5 +1,6 @@
 """Ranking of given answers or labels for images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,17 @@ class RankingMixin:
         model: nn.Module
         lm_head: nn.Module
         device: torch.device
+
+    def logits_and_outputs(
+        self, select: Callable[[torch.Tensor], torch.Tensor], **inputs: Any
+    ) -> tuple[torch.Tensor, ModelOutput]:
+        """Runs the model and its head, at the positions that `select` takes out of `(rows, length, …)`."""
+        outputs = self.model(**inputs, use_cache=True, return_dict=True)
+        return self.lm_head(select(outputs.last_hidden_state)), outputs
+
+    def after_prompt(self, outputs: ModelOutput, repeats: int) -> dict[str, Any]:
+        """The inputs with which every row of a prompt is continued `repeats` times."""
+        return {CACHE_NAME: repeat_cache(getattr(outputs, CACHE_NAME), repeats, self.config.text_config)}
 
     @torch.no_grad()
     def rank_candidates(
@@ -118,17 +130,15 @@ class RankingMixin:
         if not attention_mask.any(dim=-1).all():
             raise ValueError("a row of input_ids is all padding; a prompt has at least one token")
 
-        outputs = self.model(
+        last = (attention_mask * torch.arange(prompt_length, device=input_ids.device)).argmax(dim=-1)
+        if encoder_outputs is not None:
+            image_inputs["encoder_outputs"] = encoder_outputs
+        first_logits, prompt = self.logits_and_outputs(
+            lambda states: states[torch.arange(rows, device=states.device), last.to(states.device)],
             input_ids=input_ids,
             attention_mask=attention_mask,
-            encoder_outputs=encoder_outputs,
-            use_cache=True,
-            return_dict=True,
             **image_inputs,
         )
-        prompt_cache = getattr(outputs, CACHE_NAME)
-        last = (attention_mask * torch.arange(prompt_length, device=input_ids.device)).argmax(dim=-1)
-        first_logits = self.lm_head(outputs.last_hidden_state[torch.arange(rows, device=last.device), last])
         first_logits = first_logits.to(input_ids.device)
         first_probs = first_logits.float().softmax(dim=-1)
         # (rows, k); of equally probable ones, such as those with the same first token, the first
@@ -144,14 +154,14 @@ class RankingMixin:
                 first_logits.repeat_interleave(each, dim=0)[:, None], ids[:, :1], self.config.label_smoothing
             )
             if ids.shape[1] > 1:
-                hidden_states = self.model(
+                learned = mask[:, 1:]
+                logits, _ = self.logits_and_outputs(
+                    lambda states, learned=learned: states[learned.to(states.device)],
                     input_ids=ids[:, :-1],
                     attention_mask=torch.cat([attention_mask.repeat_interleave(each, dim=0), mask[:, :-1]], dim=1),
-                    cache=repeat_cache(prompt_cache, each, self.config.text_config),
-                    use_cache=True,
-                    return_dict=True,
-                ).last_hidden_state.to(input_ids.device)
-                logits = self.lm_head(hidden_states[mask[:, 1:]]).to(input_ids.device)  # (number of tokens, vocab)
+                    **self.after_prompt(prompt, each),
+                )
+                logits = logits.to(input_ids.device)  # (number of tokens, vocab)
                 token_losses = sample_losses(
                     logits[:, None], ids[:, 1:][mask[:, 1:]][:, None], self.config.label_smoothing
                 )

@@ -1,0 +1,242 @@
+"""A new PrismerLM from frozen backbones, and saving of its trained weights alone."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_prismer_lm import PrismerLMConfig
+from .expert_spec import ExpertSpec
+from .image_features import patch_features
+
+
+ModelType = TypeVar("ModelType", bound=PreTrainedModel)
+Backbone = str | PreTrainedModel
+
+IMAGE_TOKEN = "<image>"
+EXPERTS_TOKEN = "<experts>"  # in front of a vision-language model, whose image tokens are its own
+
+# Fields of a backbone's configuration that its fingerprint has. Not all: new versions of transformers add fields.
+_FINGERPRINT_FIELDS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    *("image_size", "patch_size"),
+)
+_FROZEN = ("model.language_model.", "model.vision_encoders.")
+
+
+def build_from_backbones(
+    cls: type[ModelType],
+    language: Backbone,
+    vision: Backbone | list[Backbone] | None,
+    experts: list[dict[str, Any] | ExpertSpec] | None,
+    experts_config: dict[str, Any] | None,
+    language_kwargs: dict[str, Any] | None,
+    **kwargs: Any,
+) -> ModelType:
+    """See [`PrismerLMForConditionalGeneration.from_backbones`], which is `cls`."""
+    language_model = load_language_model(language, **(language_kwargs or {}))
+    encoders = load_encoders(vision)
+    is_vlm = getattr(language_model.config, "vision_config", None) is not None
+    if experts and kwargs.get("experts_as") != "words":
+        experts_config = {**(experts_config or {}), "experts": [ExpertSpec.from_dict(e).to_dict() for e in experts]}
+    if kwargs.get("image_token_id") is None:
+        kwargs["image_token_id"] = find_placeholder_id(language_model, EXPERTS_TOKEN if is_vlm else IMAGE_TOKEN)
+    if encoders and kwargs.get("grid_size") is None:
+        kwargs["grid_size"] = find_grid_size(encoders[0])
+    kwargs.setdefault("feature_scale", embedding_scale(language_model))
+    config = PrismerLMConfig(  # of copies: a new configuration resets the attention implementation of its parts
+        vision_config=[copy.deepcopy(encoder.config) for encoder in encoders],
+        text_config=copy.deepcopy(language_model.config),
+        experts_config=experts_config,
+        **kwargs,
+    )
+    config.backbones = {
+        "language": {"id": language_model.name_or_path, **fingerprint(language_model)},
+        "vision": [{"id": encoder.name_or_path, **fingerprint(encoder)} for encoder in encoders],
+    }
+    return assemble(cls, config, language_model, encoders)
+
+
+def assemble(
+    cls: type[ModelType], config: PrismerLMConfig, language_model: PreTrainedModel, encoders: list[PreTrainedModel]
+) -> ModelType:
+    """A model around loaded backbones, which are frozen and keep their weights."""
+    for backbone in (language_model, *encoders):
+        for module in backbone.modules():
+            module._is_hf_initialized = True  # or the new model would draw its weights again
+        if getattr(backbone, "hf_quantizer", None) is None:
+            backbone.requires_grad_(False)
+    model = cls(config, language_model, encoders)
+    model.generation_config = language_model.generation_config
+    return model.freeze_backbones()
+
+
+def load_language_model(language: Backbone, **kwargs: Any) -> PreTrainedModel:
+    if isinstance(language, PreTrainedModel):
+        if not language.can_generate():
+            raise ValueError(f"language is a {type(language).__name__}; a model that can generate text is needed")
+        return language
+    config = AutoConfig.from_pretrained(language, trust_remote_code=False)
+    is_vlm = getattr(config, "vision_config", None) is not None
+    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    return auto_class.from_pretrained(language, trust_remote_code=False, **kwargs)
+
+
+def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedModel]:
+    """The vision encoders; of a CLIP or SigLIP with two towers, that for images."""
+    sources = [] if vision is None else vision if isinstance(vision, list | tuple) else [vision]
+    encoders = []
+    for source in sources:
+        encoder = source
+        if not isinstance(source, PreTrainedModel):
+            encoder = AutoModel.from_pretrained(source, trust_remote_code=False)
+        encoder = getattr(encoder, "vision_model", encoder)
+        if encoder.main_input_name != "pixel_values":
+            raise ValueError(f"vision has a {type(encoder).__name__}; a vision encoder is needed")
+        encoders.append(encoder)
+    return encoders
+
+
+def find_placeholder_id(language_model: PreTrainedModel, token: str) -> int | None:
+    """The id that the processor gives the placeholder: the token's own, or the first one after the tokenizer's."""
+    if not language_model.name_or_path:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(language_model.name_or_path)
+    except (OSError, ValueError):
+        return None
+    return tokenizer.get_vocab().get(token, len(tokenizer))
+
+
+@torch.no_grad()
+def find_grid_size(encoder: PreTrainedModel) -> int:
+    """Side of the grid of patch features, from a run on an empty image."""
+    size = input_size(encoder)
+    pixels = torch.zeros(1, 3, size, size, device=encoder.device)
+    return math.isqrt(patch_features(encoder, pixels).shape[1])
+
+
+def input_size(encoder: PreTrainedModel) -> int:
+    """Side in pixels of the images that an encoder takes."""
+    if encoder.config.model_type == "timm_wrapper":
+        size = getattr(getattr(encoder.timm_model, "patch_embed", None), "img_size", None)
+        return (size or encoder.timm_model.pretrained_cfg["input_size"])[-1]
+    if encoder.config.model_type == "siglip2_vision_model":
+        return math.isqrt(encoder.config.num_patches) * encoder.config.patch_size
+    return encoder.config.image_size
+
+
+@torch.no_grad()
+def embedding_scale(language_model: PreTrainedModel) -> float:
+    """Root mean square of the word embeddings, as the decoder gets them."""
+    embeddings = language_model.get_input_embeddings()
+    ids = torch.arange(0, embeddings.weight.shape[0], max(1, embeddings.weight.shape[0] // 1000))
+    return float(embeddings(ids.to(embeddings.weight.device)).float().pow(2).mean().sqrt())
+
+
+# ---- trained weights alone ----
+
+
+@torch.no_grad()
+def fingerprint(backbone: PreTrainedModel) -> dict[str, Any]:
+    """Fields of the configuration and a few weights that are never quantised: they tell backbones apart."""
+    config = backbone.config.get_text_config() if hasattr(backbone.config, "text_config") else backbone.config
+    fields = {name: getattr(config, name, None) for name in _FINGERPRINT_FIELDS}
+    weights = {}
+    for name, parameter in backbone.named_parameters():
+        if parameter.ndim == 1 and parameter.is_floating_point() and "bias" not in name:
+            weights[name] = [round(float(value), 4) for value in parameter.flatten()[:4].float()]
+    chosen = sorted(weights)[:: max(1, len(weights) // 8)][:8]
+    return {"config": fields, "weights": {name: weights[name] for name in chosen}}
+
+
+def check_fingerprint(backbone: PreTrainedModel, expected: dict[str, Any], role: str) -> None:
+    """
+    Raises:
+        ValueError: if `backbone` is not the one that the trained weights belong to, naming what differs.
+    """
+    found = fingerprint(backbone)
+    start = f"the {role} {backbone.name_or_path or type(backbone).__name__} is not {expected['id'] or 'the one'} that"
+    for name, value in expected["config"].items():
+        if found["config"].get(name) != value:
+            raise ValueError(f"{start} these weights were trained on: {name}={found['config'].get(name)}, not {value}")
+    parameters = dict(backbone.named_parameters())
+    for name, values in expected["weights"].items():
+        own = parameters[name].flatten()[: len(values)].float().cpu() if name in parameters else torch.empty(0)
+        if len(own) != len(values) or not torch.allclose(own, torch.tensor(values), rtol=0.02, atol=2e-3):
+            raise ValueError(f"{start} these weights were trained on: {name} differs")
+
+
+def save_trained(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -> None:
+    """See `trained_only` of [`PrismerLMForConditionalGeneration.save_pretrained`]."""
+    core, known = model.model, model.config.backbones or {}
+    backbones = [core.language_model, *core.vision_encoders]
+    entries = [known.get("language"), *(known.get("vision") or [None] * len(core.vision_encoders))]
+    language, *vision = (
+        entry or {"id": backbone.name_or_path, **fingerprint(backbone)} for entry, backbone in zip(entries, backbones)
+    )
+    model.config.backbones = {"language": language, "vision": vision, "trained_only": True}
+    try:
+        PreTrainedModel.save_pretrained(model, folder, state_dict=trained_state(model), **kwargs)
+    finally:
+        model.config.backbones.pop("trained_only")
+
+
+def load_trained(
+    cls: type[ModelType],
+    folder: str,
+    config: PrismerLMConfig,
+    language: Backbone | None,
+    vision: Backbone | list[Backbone] | None,
+    hub_kwargs: dict[str, Any],
+    **language_kwargs: Any,
+) -> ModelType:
+    """
+    Loads what `save_trained` has written: the backbones by their ids, or those that are given, then the trained
+    weights.
+
+    Raises:
+        ValueError: if a backbone is not the one of the checkpoint, or if weights are missing or unknown.
+    """
+    backbones = config.backbones
+    language_model = load_language_model(language or backbones["language"]["id"], **language_kwargs)
+    check_fingerprint(language_model, backbones["language"], "language model")
+    encoders = load_encoders(vision if vision is not None else [entry["id"] for entry in backbones["vision"]])
+    if len(encoders) != len(backbones["vision"]):
+        raise ValueError(f"{len(encoders)} vision encoders given; the checkpoint needs {len(backbones['vision'])}")
+    for encoder, expected in zip(encoders, backbones["vision"]):
+        check_fingerprint(encoder, expected, "vision encoder")
+    backbones.pop("trained_only")
+    model = assemble(cls, config, language_model, encoders)
+    weights = load_file(cached_file(folder, SAFE_WEIGHTS_NAME, **hub_kwargs))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not name.startswith(_FROZEN)]
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder} does not fit its configuration: {len(missing)} weights are missing {missing[:3]} and "
+            f"{len(unexpected)} are unknown {unexpected[:3]}"
+        )
+    return model.to(language_model.device).eval()
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights and buffers but those of frozen backbones."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name in trained or not name.startswith(_FROZEN)
+    }
