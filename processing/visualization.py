@@ -1,15 +1,18 @@
-"""Pictures of what the experts saw."""
+"""Drawings of the experts' labels."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..expert_spec import BACKGROUND
-from .expert_labels import ids_of_8_bits
+from ..expert_spec import BACKGROUND, ExpertSpec, read_specs
+from .expert_labels import ids_of_8_bits, label_parts
+from .experts.base import Expert, look_of
+from .experts.look import Color, ExpertLook
 
 
 # Steps of the perceptually even colour map "inferno", dark to light; between them colours are mixed linearly.
@@ -48,55 +51,71 @@ PALETTE = [
 
 PAPER, INK, FAINT, RULE = (255, 255, 255), (32, 33, 36), (110, 113, 118), (218, 220, 224)
 
-TITLES = {
-    "depth": "Depth",
-    "normal": "Surface normals",
-    "segmentation": "Segments",
-    "edge": "Edges",
-    "detection": "Objects",
-    "ocr": "Text",
-}
-
 MARGIN = 16
 TITLE_SIZE, TEXT_SIZE = 19, 14
+
+
+@dataclass
+class Drawing:
+    """
+    The drawing of one label, for a page that lays out titles and legends by itself.
+
+    Attributes:
+        title (`str`): the title of the expert.
+        subtitle (`str`): numbers such as `"2 words"`; empty if there are none.
+        image (`PIL.Image.Image`, *optional*): RGB; `None` without a label.
+        legend (`list[tuple[Color, str]]`): colours, red, green and blue from 0 to 255, and their meanings.
+        scale (`tuple[str, np.ndarray, str]`, *optional*):
+            The text at the low end, colours of shape (n, 3), and the text at the high end.
+    """
+
+    title: str
+    subtitle: str = ""
+    image: Image.Image | None = None
+    legend: list[tuple[Color, str]] = field(default_factory=list)
+    scale: tuple[str, np.ndarray, str] | None = None
 
 
 def experts_panel(
     image: Image.Image,
     labels: Mapping[str, Any],
-    descriptions: Sequence[Mapping[str, Any]] | None = None,
+    descriptions: Sequence[Mapping[str, Any] | ExpertSpec] | None = None,
     class_names: Mapping[str, Sequence[str] | Mapping[int, str]] | None = None,
     tile_size: int = 400,
     columns: int | None = None,
 ) -> Image.Image:
     """
-    Draws a picture and what each expert saw in it, side by side: depth and normals in colour, edges, and segments,
-    objects and words on the picture with their names. An expert without a label gets a tile that says so.
+    Draws an image and the labels of its experts side by side: depth and normals in colour, edges, and segments,
+    objects and words over the image with their names. An expert without a label gets a tile that says so. Titles and
+    colours come from the experts' [`ExpertLook`].
 
     Args:
-        image (`PIL.Image.Image`): the picture, of any size and mode.
+        image (`PIL.Image.Image`): the image, of any size and mode.
         labels (`dict`):
             From an expert's name to its label, as experts return them; `None` where there is none. Maps are uint8 of
-            the image's shape (height, width), or of any size, and are stretched over the picture:
+            the image's shape (height, width), or of any size, and are stretched over the image:
 
             - dense: (H, W), or (H, W, 3), drawn as red, green and blue;
             - `{"ids": (H, W)}`: ids are classes, 255 is background;
             - `{"ids": (H, W), "classes": [class of instance 0, …]}`: ids are instances;
             - `{"ids": (H, W), "words": [str, …]}`: ids are words.
-        descriptions (`list[dict]`, *optional*):
+        descriptions (`list[dict]` or `list[ExpertSpec]`, *optional*):
             The experts of the config or suite (`suite.descriptions`): their order, which of them are missing, and
-            whether a bare (H, W) array holds values or ids. By default the order of `labels`, where bare arrays are
-            values unless the expert is `"segmentation"`.
+            whether a bare (H, W) array holds values or ids. By default the order of `labels`; the kind is then that
+            of the class of experts with this name, or `"dense"`.
         class_names (`dict`, *optional*):
-            From an expert's name to the names of its classes, a list or a dict from class to name. Left out, the
+            From an expert's name to the names of its classes, a list or a dict from class to name. By default the
             `class_names` of `descriptions`. Classes without a name are numbered.
         tile_size (`int`, *optional*, defaults to 400):
-            Long side in pixels that the picture is drawn with.
+            Long side in pixels that the image is drawn with.
         columns (`int`, *optional*):
             Tiles in a row; by default 2 for up to four tiles, else 3, or 4 for more than six.
 
     Returns:
         `PIL.Image.Image`: RGB; its size depends on the number of tiles and the lengths of the legends.
+
+    Raises:
+        ValueError: if `tile_size` is below 64, or if a label has another form; it names the expert.
 
     Example:
 
@@ -112,20 +131,16 @@ def experts_panel(
     """
     if tile_size < 64:
         raise ValueError(f"tile_size is {tile_size}; at least 64 is needed")
-    kinds = {description["name"]: description.get("kind") for description in descriptions or []}
-    names = [*kinds, *(name for name in labels if name not in kinds)]
-    described = {description["name"]: description.get("class_names") for description in descriptions or []}
-    names_of_classes: dict[str, Any] = {**described, **(class_names or {})}
-    picture = _fit(image.convert("RGB"), tile_size)
-    width = max(picture.width, min(tile_size, 280))
+    specs: dict[str, str | ExpertSpec] = {spec.name: spec for spec in read_specs(list(descriptions or ()))}
+    experts = [*specs.values(), *(name for name in labels if name not in specs)]
+    base = _fit(image.convert("RGB"), tile_size)
+    drawings = [Drawing("Image", f"{image.width} x {image.height} pixels", base)]
+    for expert in experts:
+        name = expert if isinstance(expert, str) else expert.name
+        drawings.append(_draw(expert, labels.get(name), base, (class_names or {}).get(name)))
 
-    tiles = [_Tile("Picture", f"{image.width} x {image.height} pixels", picture)]
-    for name in names:
-        label = _as_parts(name, labels.get(name), kinds.get(name))
-        tiles.append(_tile(name, label, picture, names_of_classes.get(name)))
-    for tile in tiles:
-        tile.lay_out(width, picture.height)
-
+    width = max(base.width, min(tile_size, 280))
+    tiles = [_Tile(drawing, width, base.height) for drawing in drawings]
     columns = columns or (2 if len(tiles) in (2, 4) else 3 if len(tiles) <= 6 else 4)
     columns = min(columns, len(tiles))
     rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
@@ -143,99 +158,137 @@ def experts_panel(
 
 def draw_expert(
     image: Image.Image,
-    name: str,
+    expert: str | Mapping[str, Any] | ExpertSpec,
     label: Any,
-    kind: str | None = None,
     class_names: Sequence[str] | Mapping[int, str] | None = None,
     size: int = 400,
-) -> dict[str, Any]:
+) -> Drawing:
     """
-    Draws what one expert saw, as [`experts_panel`] does, for a page that lays out titles and legends by itself.
+    Draws the label of one expert, as [`experts_panel`] does.
 
     Args:
-        image (`PIL.Image.Image`): the picture, of any size and mode.
-        name (`str`): the expert's name.
-        label: what it saw, as [`experts_panel`] takes it; `None` where it saw nothing.
-        kind (`str`, *optional*): `"dense"` or `"label"`: whether a bare (H, W) array holds values or ids.
-        class_names (`list` or `dict`, *optional*): names of its classes.
+        image (`PIL.Image.Image`): the image, of any size and mode.
+        expert (`str`, `dict` or [`ExpertSpec`]): the expert's name or description.
+        label: the label, as [`experts_panel`] takes it; `None` if there is none.
+        class_names (`list` or `dict`, *optional*): names of its classes; by default those of the description.
         size (`int`, *optional*, defaults to 400): long side of the drawing in pixels.
 
     Returns:
-        `dict`: `title` and `subtitle` (`str`); `picture` (`PIL.Image.Image`, RGB), `None` without a label; `legend`, a
-        list of (colour, text); `scale`, `None` or (text at the low end, colours (n, 3), text at the high end). Colours
-        are red, green and blue from 0 to 255.
+        [`Drawing`]: title, image and legend.
+
+    Raises:
+        ValueError: if the label has another form.
 
     Example:
 
     ```python
     >>> from modeling_prismer.processing.visualization import draw_expert
 
-    >>> drawn = draw_expert(image, "edge", processor.run_experts([image])[0]["edge"])
-    >>> drawn["title"], drawn["picture"].size
+    >>> drawing = draw_expert(image, "edge", processor.run_experts([image])[0]["edge"])
+    >>> drawing.title, drawing.image.size
     ('Edges', (400, 400))
     ```
     """
-    tile = _tile(name, _as_parts(name, label, kind), _fit(image.convert("RGB"), size), class_names)
-    return {name: getattr(tile, name) for name in ("title", "subtitle", "picture", "legend", "scale")}
+    expert = expert if isinstance(expert, str) else ExpertSpec.from_dict(expert)
+    return _draw(expert, label, _fit(image.convert("RGB"), size), class_names)
+
+
+def label_in_words(
+    label: Any, spec: ExpertSpec, class_names: Sequence[str] | Mapping[int, str] | None = None
+) -> list[str] | None:
+    """
+    Writes a label in words.
+
+    Args:
+        label: the label, as [`experts_panel`] takes it; `None` if there is none.
+        spec ([`ExpertSpec`]): the expert.
+        class_names (`list` or `dict`, *optional*): names of its classes; by default those of the spec.
+
+    Returns:
+        `list[str]`: the words, the class of each instance, or the classes in the map; `None` without a label and for
+        a dense expert.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_prismer import ExpertSpec
+    >>> from modeling_prismer.processing.visualization import label_in_words
+
+    >>> spec = ExpertSpec("segmentation", "label", channels=64, num_classes=2, class_names=["sky", "tree"])
+    >>> label_in_words(np.array([[1, 255], [1, 0]], np.uint8), spec)
+    ['sky', 'tree']
+    ```
+    """
+    if label is None or spec.is_dense:
+        return None
+    parts = _read_parts(spec.name, label, is_dense=False)
+    if "words" in parts:
+        return [str(word) for word in parts["words"]]
+    ids = parts["ids"]
+    classes = parts["classes"] if "classes" in parts else np.unique(ids[ids != BACKGROUND])
+    return [_class_name(class_names or spec.class_names, int(index)) for index in classes]
+
+
+def value_color(value: int | Sequence[int], look: ExpertLook) -> Color:
+    """The colour in which a value of a dense map is drawn: red, green and blue from 0 to 255."""
+    if not isinstance(value, int):
+        red, green, blue = value if len(value) == 3 else [value[0]] * 3
+        return red, green, blue
+    if look.is_grey:
+        return value, value, value
+    red, green, blue = map(int, _colored(np.array(value / 255)))
+    return red, green, blue
 
 
 class _Tile:
-    """A titled picture with a legend under it."""
+    """A drawing in a panel: the title, the image and the legend under it."""
 
-    def __init__(
-        self, title: str, subtitle: str, picture: Image.Image | None, legend: Sequence = (), scale: Any = None
-    ):
-        self.title = title
-        self.subtitle = subtitle
-        self.picture = picture
-        self.legend = list(legend)  # (colour, text)
-        self.scale = scale  # (text at the left, colours (n, 3), text at the right)
-
-    def lay_out(self, width: int, picture_height: int, max_lines: int = 10) -> None:
-        self.width, self.picture_height = width, picture_height
+    def __init__(self, drawing: Drawing, width: int, image_height: int, max_lines: int = 10):
+        self.drawing, self.width, self.image_height = drawing, width, image_height
         font = _font(TEXT_SIZE)
         lines: list[list[tuple[float, Any, str]]] = [[]]
         x = 0.0
-        for number, (color, text) in enumerate(self.legend):
+        for number, (color, text) in enumerate(drawing.legend):
             text = _shorten(text, font, width - 24)
             needed = 22 + font.getlength(text) + 14
             if x and x + needed - 14 > width:
                 if len(lines) == max_lines:
-                    rest = f"and {len(self.legend) - number} more"
+                    rest = f"and {len(drawing.legend) - number} more"
                     while lines[-1] and x + font.getlength(rest) > width:
                         x = lines[-1].pop()[0]
                         number -= 1
-                        rest = f"and {len(self.legend) - number} more"
+                        rest = f"and {len(drawing.legend) - number} more"
                     lines[-1].append((x, None, rest))
                     break
                 lines.append([])
                 x = 0.0
             lines[-1].append((x, color, text))
             x += needed
-        self.lines = lines if self.legend else []
-        self.height = 30 + picture_height + 10 + 20 * len(self.lines) + (24 if self.scale else 0)
+        self.lines = lines if drawing.legend else []
+        self.height = 30 + image_height + 10 + 20 * len(self.lines) + (24 if drawing.scale else 0)
 
     def draw(self, panel: Image.Image, left: int, top: int) -> None:
-        draw = ImageDraw.Draw(panel)
+        draw, drawing = ImageDraw.Draw(panel), self.drawing
         title, font = _font(TITLE_SIZE), _font(TEXT_SIZE)
-        draw.text((left, top + 22), self.title, fill=INK, font=title, anchor="ls")
-        room = self.width - title.getlength(self.title) - 10
+        draw.text((left, top + 22), drawing.title, fill=INK, font=title, anchor="ls")
+        room = self.width - title.getlength(drawing.title) - 10
         draw.text(
-            (left + self.width, top + 22), _shorten(self.subtitle, font, room), fill=FAINT, font=font, anchor="rs"
+            (left + self.width, top + 22), _shorten(drawing.subtitle, font, room), fill=FAINT, font=font, anchor="rs"
         )
         top += 30
-        if self.picture is None:
-            box = (left, top, left + self.width - 1, top + self.picture_height - 1)
+        if drawing.image is None:
+            box = (left, top, left + self.width - 1, top + self.image_height - 1)
             draw.rectangle(box, fill=(244, 245, 246), outline=RULE)
             middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
             draw.text(middle, "missing", fill=FAINT, font=_font(TITLE_SIZE), anchor="mm")
         else:
-            x = left + (self.width - self.picture.width) // 2
-            panel.paste(self.picture, (x, top))
-            draw.rectangle((x - 1, top - 1, x + self.picture.width, top + self.picture.height), outline=RULE)
-        top += self.picture_height + 10
-        if self.scale:
-            self._draw_scale(panel, draw, left, top)
+            x = left + (self.width - drawing.image.width) // 2
+            panel.paste(drawing.image, (x, top))
+            draw.rectangle((x - 1, top - 1, x + drawing.image.width, top + drawing.image.height), outline=RULE)
+        top += self.image_height + 10
+        if drawing.scale:
+            self._draw_scale(panel, draw, left, top, *drawing.scale)
             top += 24
         for line in self.lines:
             for place, color, text in line:
@@ -246,8 +299,9 @@ class _Tile:
                 draw.text((start, top + 13), text, fill=INK if color else FAINT, font=font, anchor="ls")
             top += 20
 
-    def _draw_scale(self, panel: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
-        low, colors, high = self.scale
+    def _draw_scale(
+        self, panel: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, low: str, colors: Any, high: str
+    ) -> None:
         font = _font(TEXT_SIZE)
         draw.text((left, top + 13), low, fill=INK, font=font, anchor="ls")
         draw.text((left + self.width, top + 13), high, fill=INK, font=font, anchor="rs")
@@ -258,98 +312,34 @@ class _Tile:
         draw.rectangle((start, top + 2, start + length - 1, top + 13), outline=RULE)
 
 
-def _tile(name: str, parts: dict[str, Any] | None, picture: Image.Image, class_names: Any) -> _Tile:
-    title = TITLES.get(name, name)
-    if parts is None:
-        return _Tile(title, "", None)
-    if "values" in parts:
-        return _dense_tile(name, title, parts["values"], picture)
-    ids = np.array(_resize(parts["ids"], picture.size, Image.Resampling.NEAREST))
-    if "words" in parts:
-        return _words_tile(title, ids, [str(word) for word in parts["words"]], picture)
-    if "classes" in parts:
-        return _instances_tile(title, ids, [int(index) for index in parts["classes"]], picture, class_names)
-    return _classes_tile(title, ids, picture, class_names)
-
-
-def _dense_tile(name: str, title: str, values: np.ndarray, picture: Image.Image) -> _Tile:
-    if values.ndim == 3:
-        colored = Image.fromarray(_three_channels(values))
-        legend = []
-        if name == "normal":
-            legend = [((255, 128, 128), "x"), ((128, 255, 128), "y"), ((128, 128, 255), "z")]
-        return _Tile(title, "", _resize(np.asarray(colored), picture.size, Image.Resampling.BILINEAR), legend)
-    values = np.asarray(_resize(values, picture.size, Image.Resampling.BILINEAR))
-    low, high = int(values.min()), int(values.max())
-    subtitle = f"{low} to {high}"
-    if name == "edge":
-        return _Tile(title, "", Image.fromarray(values).convert("RGB"))
-    stretched = (values.astype(np.float32) - low) / max(1, high - low)
-    ends = ("far", "near") if name == "depth" else ("low", "high")
-    return _Tile(title, subtitle, Image.fromarray(_colored(stretched)), scale=(ends[0], COLOR_MAP, ends[1]))
-
-
-def _classes_tile(title: str, ids: np.ndarray, picture: Image.Image, class_names: Any) -> _Tile:
-    found, areas = np.unique(ids[ids != BACKGROUND], return_counts=True)
-    classes = [int(index) for index in found[np.argsort(-areas, kind="stable")]]
-    colors = {index: _color(number) for number, index in enumerate(classes)}
-    drawn = _overlay(picture, ids, colors)
-    legend = [(colors[index], _class_name(class_names, index)) for index in classes]
-    tags = []
-    for index in classes[:12]:
-        place = _inner_point(ids == index)
-        if place is not None:
-            tags.append((place, _class_name(class_names, index), colors[index]))
-    _draw_tags(drawn, tags, centered=True)
-    return _Tile(title, _count(len(classes), "class", "classes"), drawn, legend)
-
-
-def _instances_tile(title: str, ids: np.ndarray, classes: list[int], picture: Image.Image, class_names: Any) -> _Tile:
-    instances = [int(number) for number in np.unique(ids) if number < len(classes)]
-    # instances of a class share its colour
-    order = list(dict.fromkeys(classes[number] for number in instances))
-    colors = {index: _color(place) for place, index in enumerate(order)}
-    color_of = {number: colors[classes[number]] for number in instances}
-    drawn = _overlay(picture, ids, color_of, opacity=0.25, outlines=False)
-    drawn, boxes = _boxes(drawn, [ids == number for number in instances], list(color_of.values()))
-    tags = [
-        ((box[0], box[1]), _class_name(class_names, classes[number]), color_of[number])
-        for box, number in zip(boxes, instances)
-    ]
-    _draw_tags(drawn, tags)
-    counts = {index: sum(classes[number] == index for number in instances) for index in order}
-    legend = [
-        (colors[index], _class_name(class_names, index) + (f" ({counts[index]})" if counts[index] > 1 else ""))
-        for index in order
-    ]
-    return _Tile(title, _count(len(instances), "object", "objects"), drawn, legend)
-
-
-def _words_tile(title: str, ids: np.ndarray, words: list[str], picture: Image.Image) -> _Tile:
-    colors = [_color(number) for number in range(len(words))]
-    seen = [int(number) for number in np.unique(ids) if number < len(words)]
-    drawn = _overlay(picture, ids, {number: colors[number] for number in seen}, opacity=0.3)
-    tags, boxes = [], []
-    for number in seen:
-        rows, columns = np.nonzero(ids == number)
-        boxes.append((columns.min(), rows.min(), columns.max(), rows.max()))
-        tags.append((boxes[-1][:2], words[number], colors[number]))
-    if len(tags) <= 20:  # in dense text the legend, in reading order, has to do
-        _draw_tags(drawn, tags, obstacles=boxes)
-    return _Tile(title, _count(len(words), "word", "words"), drawn, list(zip(colors, words)))
-
-
 # ---- labels ----
 
 
-def _as_parts(name: str, label: Any, kind: str | None) -> dict[str, Any] | None:
-    """The label as a dict of `values`, or `ids` with what belongs to them; arrays are uint8 NumPy."""
+def _draw(expert: str | ExpertSpec, label: Any, image: Image.Image, class_names: Any) -> Drawing:
+    """The drawing of a label over an image that has its size already."""
+    if isinstance(expert, str):
+        name, known = expert, Expert.by_name.get(expert)
+        is_dense = known is None or known.kind == "dense"
+    else:
+        name, is_dense = expert.name, expert.is_dense
+        class_names = class_names or expert.class_names
+    look = look_of(name)
     if label is None:
-        return None
-    if not isinstance(label, Mapping):
-        is_ids = kind == "label" or (kind is None and name == "segmentation")
-        label = {"ids" if is_ids else "values": label}
-    parts = dict(label)
+        return Drawing(look.title)
+    parts = _read_parts(name, label, is_dense)
+    if "values" in parts:
+        return _draw_values(look, parts["values"], image)
+    ids = np.array(_resize(parts["ids"], image.size, Image.Resampling.NEAREST))
+    if "words" in parts:
+        return _draw_words(look, ids, [str(word) for word in parts["words"]], image)
+    if "classes" in parts:
+        return _draw_instances(look, ids, [int(index) for index in parts["classes"]], image, class_names)
+    return _draw_classes(look, ids, image, class_names)
+
+
+def _read_parts(name: str, label: Any, is_dense: bool) -> dict[str, Any]:
+    """The parts of a label; the map is a uint8 NumPy array."""
+    parts = label_parts(label, is_dense)
     what = "ids" if "ids" in parts else "values"
     if what not in parts:
         raise ValueError(f"the label of '{name}' has {', '.join(parts) or 'nothing'}; 'ids' or a map is needed")
@@ -365,8 +355,72 @@ def _as_parts(name: str, label: Any, kind: str | None) -> dict[str, Any] | None:
         if array.dtype.kind not in "iub" or array.min() < 0 or array.max() > 255:
             raise ValueError(f"the map of '{name}' is {array.dtype}; values of 8 bit are needed")
         array = array.astype(np.uint8)
-    parts[what] = array
-    return parts
+    return {**parts, what: array}
+
+
+def _draw_values(look: ExpertLook, values: np.ndarray, image: Image.Image) -> Drawing:
+    if values.ndim == 3:
+        drawn = _resize(_three_channels(values), image.size, Image.Resampling.BILINEAR)
+        return Drawing(look.title, image=drawn, legend=list(look.legend))
+    values = np.asarray(_resize(values, image.size, Image.Resampling.BILINEAR))
+    if look.is_grey:
+        return Drawing(look.title, image=Image.fromarray(values).convert("RGB"))
+    low, high = int(values.min()), int(values.max())
+    stretched = (values.astype(np.float32) - low) / max(1, high - low)
+    scale = (look.ends[0], COLOR_MAP, look.ends[1])
+    return Drawing(look.title, f"{low} to {high}", Image.fromarray(_colored(stretched)), scale=scale)
+
+
+def _draw_classes(look: ExpertLook, ids: np.ndarray, image: Image.Image, class_names: Any) -> Drawing:
+    found, areas = np.unique(ids[ids != BACKGROUND], return_counts=True)
+    classes = [int(index) for index in found[np.argsort(-areas, kind="stable")]]
+    colors = {index: _color(number) for number, index in enumerate(classes)}
+    drawn = _overlay(image, ids, colors)
+    legend = [(colors[index], _class_name(class_names, index)) for index in classes]
+    tags = []
+    for index in classes[:12]:
+        place = _inner_point(ids == index)
+        if place is not None:
+            tags.append((place, _class_name(class_names, index), colors[index]))
+    _draw_tags(drawn, tags, centered=True)
+    return Drawing(look.title, _count(len(classes), "class", "classes"), drawn, legend)
+
+
+def _draw_instances(
+    look: ExpertLook, ids: np.ndarray, classes: list[int], image: Image.Image, class_names: Any
+) -> Drawing:
+    instances = [int(number) for number in np.unique(ids) if number < len(classes)]
+    # instances of a class share its colour
+    order = list(dict.fromkeys(classes[number] for number in instances))
+    colors = {index: _color(place) for place, index in enumerate(order)}
+    color_of = {number: colors[classes[number]] for number in instances}
+    drawn = _overlay(image, ids, color_of, opacity=0.25, outlines=False)
+    drawn, boxes = _boxes(drawn, [ids == number for number in instances], list(color_of.values()))
+    tags = [
+        ((box[0], box[1]), _class_name(class_names, classes[number]), color_of[number])
+        for box, number in zip(boxes, instances)
+    ]
+    _draw_tags(drawn, tags)
+    counts = {index: sum(classes[number] == index for number in instances) for index in order}
+    legend = [
+        (colors[index], _class_name(class_names, index) + (f" ({counts[index]})" if counts[index] > 1 else ""))
+        for index in order
+    ]
+    return Drawing(look.title, _count(len(instances), "object", "objects"), drawn, legend)
+
+
+def _draw_words(look: ExpertLook, ids: np.ndarray, words: list[str], image: Image.Image) -> Drawing:
+    colors = [_color(number) for number in range(len(words))]
+    seen = [int(number) for number in np.unique(ids) if number < len(words)]
+    drawn = _overlay(image, ids, {number: colors[number] for number in seen}, opacity=0.3)
+    tags, boxes = [], []
+    for number in seen:
+        rows, columns = np.nonzero(ids == number)
+        boxes.append((columns.min(), rows.min(), columns.max(), rows.max()))
+        tags.append((boxes[-1][:2], words[number], colors[number]))
+    if len(tags) <= 20:  # dense text has only the legend, in reading order
+        _draw_tags(drawn, tags, obstacles=boxes)
+    return Drawing(look.title, _count(len(words), "word", "words"), drawn, list(zip(colors, words)))
 
 
 def _three_channels(values: np.ndarray) -> np.ndarray:
@@ -393,7 +447,7 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:
-    """The picture with a long side of `size` pixels; one that is much smaller keeps its pixels visible as squares."""
+    """The image with a long side of `size` pixels. A much smaller one keeps its pixels visible as squares."""
     scale = size / max(image.size)
     fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(fitted, Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.BICUBIC)
@@ -418,9 +472,9 @@ def _color(number: int) -> tuple[int, int, int]:
 
 
 def _overlay(
-    picture: Image.Image, ids: np.ndarray, colors: Mapping[int, tuple], opacity: float = 0.45, outlines: bool = True
+    image: Image.Image, ids: np.ndarray, colors: Mapping[int, tuple], opacity: float = 0.45, outlines: bool = True
 ) -> Image.Image:
-    """The picture with each region of `ids`, (height, width), that has a colour painted over, and a line around it."""
+    """The image with each region of `ids`, (height, width), painted in its colour, with a line around it."""
     table = np.zeros((256, 3), np.float32)
     opacities = np.zeros((256, 1), np.float32)
     for number, color in colors.items():
@@ -432,19 +486,19 @@ def _overlay(
             torch.nn.functional.max_pool2d(each, 5, stride=1, padding=2)[0, 0].numpy() for each in (values, -values)
         )
         share = np.where((highest != -negative_lowest)[..., None] & (share > 0), np.float32(1), share)
-    pixels = np.asarray(picture, np.float32)
+    pixels = np.asarray(image, np.float32)
     return Image.fromarray((pixels * (1 - share) + table[ids] * share).round().astype(np.uint8))
 
 
-def _boxes(picture: Image.Image, masks: list, colors: list) -> tuple[Image.Image, list[list[float]]]:
-    """The picture with a box around each mask; the boxes as left, top, right, bottom."""
+def _boxes(image: Image.Image, masks: list, colors: list) -> tuple[Image.Image, list[list[float]]]:
+    """The image with a box around each mask; the boxes as left, top, right, bottom."""
     if not masks:
-        return picture, []
+        return image, []
     from torchvision.ops import masks_to_boxes
     from torchvision.utils import draw_bounding_boxes
 
     boxes = masks_to_boxes(torch.from_numpy(np.stack(masks)))
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     drawn = draw_bounding_boxes(pixels, boxes, colors=colors, width=3)
     return Image.fromarray(drawn.permute(1, 2, 0).numpy()), boxes.tolist()
 
@@ -456,7 +510,7 @@ def _inner_point(mask: np.ndarray) -> tuple[float, float] | None:
     step = max(1, min(mask.shape) // 64)
     layer = torch.from_numpy(mask[::step, ::step].copy())[None, None].float()
     depth = torch.zeros_like(layer)
-    while layer.any():  # peeled layer by layer, from the picture's border, too
+    while layer.any():  # peeled layer by layer, also from the border of the image
         depth += layer
         layer = -torch.nn.functional.max_pool2d(-torch.nn.functional.pad(layer, (1, 1, 1, 1)), 3, stride=1)
     if not depth.any():
@@ -466,18 +520,18 @@ def _inner_point(mask: np.ndarray) -> tuple[float, float] | None:
     return float(columns[middle] * step), float(rows[middle] * step)
 
 
-def _draw_tags(picture: Image.Image, tags: list, centered: bool = False, obstacles: Sequence = ()) -> None:
+def _draw_tags(image: Image.Image, tags: list, centered: bool = False, obstacles: Sequence = ()) -> None:
     """
-    Names on coloured ground at their points, (x, y); one that finds no free place is left to the legend. `obstacles`
-    are boxes, one a tag, that the other tags must not cover.
+    Draws names on coloured ground at their points, (x, y). A name without a free place is only in the legend.
+    `obstacles` has one box for each tag, which the other tags must not cover.
     """
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     font = _font(TEXT_SIZE - 1)
     taken: list[tuple[float, float, float, float]] = []
     height = TEXT_SIZE + 5
     for number, ((x, y), text, color) in enumerate(tags):
         others = [box for index, box in enumerate(obstacles) if index != number]
-        text = _shorten(text, font, picture.width - 10)
+        text = _shorten(text, font, image.width - 10)
         width = font.getlength(text) + 8
         if centered:
             places = [(x - width / 2, y - height / 2)]
@@ -485,8 +539,8 @@ def _draw_tags(picture: Image.Image, tags: list, centered: bool = False, obstacl
         else:
             places = [(x - 1, y - height + 1), (x - 1, y), (x - 1, y - 2 * height)]
         for left, top in places:
-            left = min(max(0, left), picture.width - width - 1)
-            top = min(max(0, top), picture.height - height - 1)
+            left = min(max(0, left), image.width - width - 1)
+            top = min(max(0, top), image.height - height - 1)
             box = (left, top, left + width, top + height)
             if not any(
                 box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
@@ -505,8 +559,8 @@ def _readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """
-    The text, cut to a width in pixels. Pillow's own font has ASCII: accents go, a single sign is named (▲ becomes
-    "black up-pointing triangle"), other scripts become boxes.
+    The text, cut to a width in pixels. Pillow's own font has ASCII only: accents are dropped, a single sign is named
+    (▲ becomes "black up-pointing triangle"), and other scripts become boxes.
     """
     text = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
     if len(text) == 1 and not text.isascii():

@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: pictures lie inside it, so that nothing has to be written to disk to be shown."""
+"""The page's contents as HTML. Images are part of the HTML, so that nothing is written to disk."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,14 @@ from PIL import Image
 from reader import Reader, Said
 from sessions import Session
 
-from modeling_prismer.processing.visualization import PALETTE, draw_expert
+from modeling_prismer import ExpertSpec
+from modeling_prismer.expert_spec import BACKGROUND
+from modeling_prismer.processing.expert_labels import label_parts
+from modeling_prismer.processing.experts import look_of
+from modeling_prismer.processing.visualization import PALETTE, Drawing, draw_expert, value_color
 
 
 SIZE = 384
-EXPLAINED = {
-    "depth": "how near everything is",
-    "normal": "which way each surface faces",
-    "segmentation": "what each point belongs to",
-    "edge": "where outlines are",
-    "detection": "which objects there are, and where",
-    "ocr": "which words can be read",
-}
 
 
 def fit(picture: Image.Image, size: int = SIZE) -> Image.Image:
@@ -43,58 +39,57 @@ def figure(picture: Image.Image, alt: str, caption: str = "", kind: str = "") ->
 # ---- experts ----
 
 
-def drawn_label(reader: Reader, picture: Image.Image, name: str, label: Any) -> dict[str, Any]:
-    """As [`draw_expert`], with what the checkpoint says of the expert."""
-    return draw_expert(picture, name, label, reader.descriptions[name]["kind"], reader.class_names(name) or None, SIZE)
+def drawn_label(reader: Reader, picture: Image.Image, name: str, label: Any) -> Drawing:
+    """As [`draw_expert`], with the checkpoint's names of classes."""
+    return draw_expert(picture, reader.specs[name], label, reader.class_names(name), SIZE)
 
 
 def expert_card(
     reader: Reader, name: str, picture: Image.Image, label: Any, note: str = "", failed: bool = False
 ) -> str:
-    """What an expert saw, with its legend."""
-    title = reader.title(name)
+    """The output of an expert, with its legend."""
+    look = look_of(name)
     head = (
-        f'<div class="card-head"><h3>{escape(title)}</h3><span class="quiet">{escape(note)}</span></div>'
-        f'<p class="quiet explained">{escape(EXPLAINED.get(name, ""))}</p>'
+        f'<div class="card-head"><h3>{escape(look.title)}</h3><span class="quiet">{escape(note)}</span></div>'
+        f'<p class="quiet explained">{escape(look.meaning)}</p>'
     )
     if label is None:
         said = (
-            "This expert could not read the picture. The model answers without it."
+            "This expert failed on the image. The model answers without it."
             if failed
-            else "Switched off: the model does not see this."
+            else "Switched off: the model does not get this."
         )
         ratio = f"aspect-ratio: {picture.width} / {picture.height}"
         return f'<div class="card">{head}<div class="missing" style="{ratio}"><p>{said}</p></div></div>'
     drawn = drawn_label(reader, picture, name, label)
     legend = ""
-    if drawn["scale"]:
-        low, colors, high = drawn["scale"]
+    if drawn.scale:
+        low, colors, high = drawn.scale
         steps = ", ".join(f"rgb({int(r)} {int(g)} {int(b)})" for r, g, b in colors)
         bar = f'<span class="scale" style="background: linear-gradient(to right, {steps})"></span>'
         legend = f'<p class="legend"><span>{low}</span>{bar}<span>{high}</span></p>'
-    elif drawn["legend"]:
-        shown = drawn["legend"][:10]
+    elif drawn.legend:
+        shown = drawn.legend[:10]
         items = "".join(
             f'<li><i style="background: rgb{tuple(int(part) for part in color)}"></i>{escape(text)}</li>'
             for color, text in shown
         )
-        more = len(drawn["legend"]) - len(shown)
+        more = len(drawn.legend) - len(shown)
         items += f"<li>and {more} more</li>" if more else ""
         legend = f'<ul class="legend">{items}</ul>'
-    elif drawn["subtitle"]:
-        legend = f'<p class="legend quiet">{escape(drawn["subtitle"])}</p>'
-    elif name == "edge":
-        legend = '<p class="legend quiet">outlines are dark</p>'
-    alt = f"{title}: {EXPLAINED.get(name, 'what this expert saw')}"
-    if drawn["legend"]:
-        alt += f"; {', '.join(text for _, text in drawn['legend'][:10])}"
-    return f'<div class="card">{head}{figure(drawn["picture"], alt)}{legend}</div>'
+    elif drawn.subtitle:
+        legend = f'<p class="legend quiet">{escape(drawn.subtitle)}</p>'
+    alt = f"{look.title}: {look.meaning or 'the output of this expert'}"
+    if drawn.legend:
+        alt += f"; {', '.join(text for _, text in drawn.legend[:10])}"
+    return f'<div class="card">{head}{figure(drawn.image, alt)}{legend}</div>'
 
 
 def waiting_card(reader: Reader, name: str) -> str:
+    look = look_of(name)
     return (
-        f'<div class="card"><div class="card-head"><h3>{escape(reader.title(name))}</h3>'
-        f'<span class="quiet">looking …</span></div><p class="quiet explained">{escape(EXPLAINED.get(name, ""))}</p>'
+        f'<div class="card"><div class="card-head"><h3>{escape(look.title)}</h3>'
+        f'<span class="quiet">looking …</span></div><p class="quiet explained">{escape(look.meaning)}</p>'
         '<div class="missing waiting"></div></div>'
     )
 
@@ -158,7 +153,7 @@ def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], sa
     for name, share in shares.items():
         share /= total
         if name:
-            base = drawn_label(reader, session.picture, name, labels[name])["picture"]
+            base = drawn_label(reader, session.picture, name, labels[name]).image
             title, weights = reader.title(name), said.looked_at_experts[name]
         else:
             base, title, weights = fit(session.picture), "The picture", said.looked
@@ -205,17 +200,17 @@ def warning(text: str) -> str:
 
 
 def editor_value(reader: Reader, session: Session, name: str) -> str:
-    """What editor.js needs to know, as JSON."""
-    description, label = reader.descriptions[name], session.seen.get(name)
-    tool = edits.tool_for(description)
+    """The editor's data, as JSON for editor.js."""
+    spec, label = reader.specs[name], session.seen.get(name)
+    tool = edits.tool_for(spec)
     edit = session.edits.get(name)
     content: dict[str, Any] = {"name": name, "title": reader.title(name), "tool": tool}
     names = reader.class_names(name)
     if tool == "paint":
         base = fit(session.picture)
         if label is not None:
-            base = drawn_label(reader, session.picture, name, label)["picture"]
-        content |= {"picture": data_uri(base), "values": _paints(name, description, names, label)}
+            base = drawn_label(reader, session.picture, name, label).image
+        content |= {"picture": data_uri(base), "values": _paints(spec, names, label)}
         content["strokes"] = edit["strokes"] if edit else []
     else:
         content |= {"picture": data_uri(fit(session.picture)), "classes": names}
@@ -224,29 +219,21 @@ def editor_value(reader: Reader, session: Session, name: str) -> str:
     return json.dumps(content)
 
 
-def _paints(name: str, description: Mapping[str, Any], names: list[str], label: Any) -> list[dict[str, Any]]:
+def _paints(spec: ExpertSpec, names: list[str], label: Any) -> list[dict[str, Any]]:
     """The values to paint with: name, value, colour."""
-    if description["kind"] == "label":
-        areas = np.bincount(edits.as_ids(label).ravel(), minlength=256) if label is not None else np.zeros(256)
-        order = [int(index) for index in np.argsort(-areas[:255], kind="stable") if index < len(names)]
+    if spec.is_label:
+        areas = np.zeros(256)
+        if label is not None:
+            areas = np.bincount(np.ravel(label_parts(label, is_dense=False)["ids"]), minlength=256)
+        order = [int(index) for index in np.argsort(-areas[:BACKGROUND], kind="stable") if index < len(names)]
         colors = {index: PALETTE[place % len(PALETTE)] for place, index in enumerate(order)}
         chosen = [{"label": names[index], "value": index, "color": _css(colors[index])} for index in order]
-        return [*chosen, {"label": "nothing", "value": edits.BACKGROUND, "color": "#777777"}]
-    if description["channels"] == 3:
-        sides = {
-            "facing us": [128, 128, 255],
-            "facing up": [128, 255, 128],
-            "facing left": [0, 128, 128],
-            "facing right": [255, 128, 128],
-            "facing down": [128, 0, 128],
-        }
-        return [{"label": side, "value": value, "color": _css(value)} for side, value in sides.items()]
-    if description["channels"] > 3:
-        return [{"label": str(v), "value": [v] * description["channels"], "color": _css([v] * 3)} for v in (255, 0)]
-    ends = {"depth": ("near", "far"), "edge": ("no outline", "outline")}.get(name, ("high", "low"))
-    colors = ("#fcffa4", "#000004") if name != "edge" else ("#ffffff", "#000000")
-    chosen = [{"label": ends[0], "value": 255, "color": colors[0]}, {"label": ends[1], "value": 0, "color": colors[1]}]
-    return chosen[::-1] if name == "edge" else chosen
+        return [*chosen, {"label": "nothing", "value": BACKGROUND, "color": "#777777"}]
+    look = look_of(spec.name)
+    paints = look.paints or ((look.ends[1], 255), (look.ends[0], 0))
+    if spec.channels > 1:
+        paints = look.paints or tuple((str(value), (value,) * spec.channels) for value in (255, 0))
+    return [{"label": text, "value": value, "color": _css(value_color(value, look))} for text, value in paints]
 
 
 def _css(color: Sequence[int]) -> str:

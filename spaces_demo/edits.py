@@ -1,4 +1,4 @@
-"""What a visitor makes of an expert's map: noise, paint, moved boxes, other words."""
+"""A visitor's changes to the map of an expert: noise, paint, moved boxes, other words."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,32 +9,29 @@ import numpy as np
 from checks import Refused, as_number, as_text
 from PIL import Image, ImageDraw
 
+from modeling_prismer import ExpertSpec
+from modeling_prismer.expert_spec import BACKGROUND
+from modeling_prismer.processing.expert_labels import label_parts
 
-BACKGROUND = 255
+
 MAX_STROKES, MAX_POINTS, MAX_BOXES, MAX_LETTERS = 400, 20_000, 60, 40
 MAX_PAINTED = 200.0  # times the area of the map: wide strokes to and fro take long to draw
-MAX_WORD_LETTERS = 1000  # taken; what is beyond MAX_LETTERS is cut
+MAX_WORD_LETTERS = 1000  # accepted; the letters beyond MAX_LETTERS are cut
 
 
-def tool_for(description: Mapping[str, Any]) -> str:
+def tool_for(spec: ExpertSpec) -> str:
     """How an expert's map is edited: `"paint"`, `"boxes"` (objects with classes) or `"words"`."""
-    if description["kind"] == "dense" or (description.get("num_classes") and not description.get("instances")):
-        return "paint"
-    return "boxes" if description.get("instances") else "words"
+    return {(): "paint", ("classes",): "boxes"}.get(spec.label_parts, "words")
 
 
 # ---- labels as boxes ----
-
-
-def as_ids(label: Any) -> np.ndarray:
-    return np.asarray(label["ids"] if isinstance(label, Mapping) else label)
 
 
 def boxes_of(label: Any) -> list[dict[str, Any]]:
     """Objects or words as `{"box": [left, top, right, bottom] from 0 to 1, "class": int or "text": str}`."""
     if label is None:
         return []
-    ids = as_ids(label)
+    ids = np.asarray(label["ids"])
     height, width = ids.shape
     names = ("class", label["classes"]) if "classes" in label else ("text", label.get("words", []))
     found = []
@@ -49,26 +46,25 @@ def boxes_of(label: Any) -> list[dict[str, Any]]:
 # ---- noise ----
 
 
-def noise(description: Mapping[str, Any], size: tuple[int, int], encode_words: Callable, seed: int = 0) -> Any:
-    """A label of the expert's form that has nothing to do with the picture, of `size` (width, height)."""
+def noise(spec: ExpertSpec, size: tuple[int, int], encode_words: Callable, seed: int = 0) -> Any:
+    """A random label of the expert's form, of `size` (width, height)."""
     random = np.random.default_rng(seed)
     width, height = size
-    tool = tool_for(description)
+    tool = tool_for(spec)
     if tool == "paint":
-        channels = description["channels"] if description["kind"] == "dense" else 1
-        highest = 256 if description["kind"] == "dense" else description["num_classes"]
-        # squares that are still there when the map is made as small as the network reads it
+        channels, highest = (spec.channels, 256) if spec.is_dense else (1, spec.num_classes)
+        # squares that remain when the map is reduced to the size that the network reads
         coarse = random.integers(0, highest, (24, 24, channels), dtype=np.uint8)
         rows, columns = (np.arange(length) * 24 // length for length in (height, width))
         values = coarse[rows][:, columns]
         values = values[..., 0] if channels == 1 else values
-        return {"ids": values} if description["kind"] == "label" else values
+        return values if spec.is_dense else {"ids": values}
     boxes = []
     for _ in range(6):
         left, top = random.uniform(0, 0.8, 2)
         box = [left, top, left + random.uniform(0.1, 0.4), top + random.uniform(0.08, 0.3)]
         letters = "".join(chr(97 + letter) for letter in random.integers(0, 26, 5))
-        named = {"class": int(random.integers(description["num_classes"]))} if tool == "boxes" else {"text": letters}
+        named = {"class": int(random.integers(spec.num_classes))} if tool == "boxes" else {"text": letters}
         boxes.append({"box": [min(1.0, float(side)) for side in box], **named})
     return paint_items(boxes, tool, size, encode_words)
 
@@ -76,18 +72,18 @@ def noise(description: Mapping[str, Any], size: tuple[int, int], encode_words: C
 # ---- edits ----
 
 
-def check_edit(edit: Any, description: Mapping[str, Any]) -> dict[str, list]:
+def check_edit(edit: Any, spec: ExpertSpec) -> dict[str, list]:
     """
-    An edit as the page sends it, or as it lies in a link: `{"strokes": …}` or `{"boxes": …}`.
+    Checks an edit that the page or a link has sent: `{"strokes": …}` or `{"boxes": …}`.
 
     Raises:
-        Refused: if it is not of that form, or too long.
+        Refused: if it has another form, or is too long.
     """
-    tool = tool_for(description)
+    tool = tool_for(spec)
     try:
         if tool == "paint":
-            return {"strokes": _check_strokes(edit, description)}
-        return {"boxes": _check_boxes(edit, tool, description.get("num_classes") or BACKGROUND)}
+            return {"strokes": _check_strokes(edit, spec)}
+        return {"boxes": _check_boxes(edit, tool, spec.num_classes or BACKGROUND)}
     except Refused:
         raise
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -96,20 +92,19 @@ def check_edit(edit: Any, description: Mapping[str, Any]) -> dict[str, list]:
             "boxes": "boxes, each with a box of four numbers and a class of this expert",
             "words": "boxes, each with a box of four numbers and a text",
         }
-        raise Refused(f"edit: this change to {description['name']} cannot be read; it needs {needed[tool]}.") from None
+        raise Refused(f"edit: this change to {spec.name} cannot be read; it needs {needed[tool]}.") from None
 
 
-def _check_strokes(edit: Any, description: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _check_strokes(edit: Any, spec: ExpertSpec) -> list[dict[str, Any]]:
     strokes, painted = [], 0.0
     for stroke in edit["strokes"]:
         value = stroke["value"]
-        if isinstance(value, list) != (description["kind"] == "dense" and description["channels"] > 1):
+        if isinstance(value, list) != (spec.is_dense and spec.channels > 1):
             raise ValueError
-        if isinstance(value, list) and len(value) != description["channels"]:
+        if isinstance(value, list) and len(value) != spec.channels:
             raise ValueError
         value = [_as_value(part) for part in value] if isinstance(value, list) else _as_value(value)
-        limit = description.get("num_classes") if description["kind"] == "label" else None
-        if limit and value >= limit and value != BACKGROUND:
+        if spec.num_classes is not None and value >= spec.num_classes and value != BACKGROUND:
             raise ValueError
         points = [[_share(x), _share(y)] for x, y in stroke["points"]]
         width = min(0.5, max(0.004, as_number(stroke["width"])))
@@ -143,17 +138,16 @@ def _as_value(number: Any) -> int:
 
 
 def apply_edit(
-    label: Any, edit: Mapping[str, list], description: Mapping[str, Any], size: tuple[int, int], encode_words: Callable
+    label: Any, edit: Mapping[str, list], spec: ExpertSpec, size: tuple[int, int], encode_words: Callable
 ) -> Any:
-    """The label, `None` if there was none, with what the visitor changed; of the picture's `size` (width, height)."""
+    """The label, `None` if there was none, with the visitor's changes; of the image's `size` (width, height)."""
     if "boxes" in edit:
-        return paint_items(edit["boxes"], tool_for(description), size, encode_words)
-    is_label = description["kind"] == "label"
+        return paint_items(edit["boxes"], tool_for(spec), size, encode_words)
     if label is None:
-        channels = () if is_label or description["channels"] == 1 else (description["channels"],)
-        values = np.full((size[1], size[0], *channels), BACKGROUND if is_label else 0, np.uint8)
+        channels = (spec.channels,) if spec.is_dense and spec.channels > 1 else ()
+        values = np.full((size[1], size[0], *channels), 0 if spec.is_dense else BACKGROUND, np.uint8)
     else:
-        values = np.array(label["values"] if isinstance(label, Mapping) and "values" in label else as_ids(label))
+        values = np.array(label_parts(label, spec.is_dense)["values" if spec.is_dense else "ids"])
     flat = values if values.ndim == 3 else values[..., None]
     layers = [Image.fromarray(np.ascontiguousarray(flat[..., channel])) for channel in range(flat.shape[2])]
     for stroke in edit["strokes"]:
@@ -162,13 +156,13 @@ def apply_edit(
             _draw_stroke(layer, stroke["points"], stroke["width"], value)
     painted = np.stack([np.asarray(layer) for layer in layers], axis=-1)
     painted = painted if values.ndim == 3 else painted[..., 0]
-    return {"ids": painted} if is_label else painted
+    return painted if spec.is_dense else {"ids": painted}
 
 
 def paint_items(
     boxes: Sequence[Mapping[str, Any]], tool: str, size: tuple[int, int], encode_words: Callable
 ) -> dict[str, Any]:
-    """Boxes as the label of an expert for objects or words, small ones over large ones."""
+    """Boxes as the label of an expert for objects or words, with small boxes over large ones."""
     width, height = size
     boxes = [box for box in boxes if tool == "boxes" or box["text"]]
     ids = np.full((height, width), BACKGROUND, np.uint8)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from checks import Refused
-from edits import as_ids
 from inputs import guarded
 from page import opened
 from PIL import Image
 from reader import MAX_LABEL_LETTERS, Reader, parse_labels
+
+from modeling_prismer.processing.visualization import label_in_words
 
 
 GUIDE = Path(__file__).with_name("guide.md").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ class Endpoints:
 
     def build(self) -> None:
         """Adds the endpoints to a `gr.Blocks`; nothing of them is seen."""
-        names = list(self.reader.descriptions)
+        names = list(self.reader.specs)
         with gr.Column(visible=False):
             picture = gr.Image(label="picture", sources=["upload"])
             question = gr.Textbox(label="question")
@@ -55,7 +55,10 @@ class Endpoints:
         found = []
         for seen in self.reader.look(_required(picture)):
             entry = {"name": seen.name, "seconds": round(seen.seconds, 3), "failed": seen.failed}
-            found.append(entry | {"saw": self._named(seen.name, seen.label)})
+            found.append(
+                entry
+                | {"saw": label_in_words(seen.label, self.reader.specs[seen.name], self.reader.class_names(seen.name))}
+            )
         return found
 
     def caption(self, picture: Any, experts: list[str] | None = None) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class Endpoints:
         return self.reader.rank(self._encode(_required(picture), experts), names, task, question)
 
     def _encode(self, picture: Image.Image, experts: list[str] | None) -> Any:
-        names = list(self.reader.descriptions)
+        names = list(self.reader.specs)
         wanted = names if experts is None else experts
         unknown = [name for name in wanted if name not in names]
         if unknown:
@@ -95,17 +98,6 @@ class Endpoints:
             "attention": {name: round(weights.sum().item(), 4) for name, weights in looked.items()},
             "familiar": None if limit is None else encoding.distance <= limit,
         }
-
-    def _named(self, name: str, label: Any) -> list[str] | None:
-        """The classes, objects or words that a label names, `None` for maps of values."""
-        if label is None or self.reader.descriptions[name]["kind"] == "dense":
-            return None
-        if isinstance(label, dict) and "words" in label:
-            return [str(word) for word in label["words"]]
-        names = self.reader.class_names(name)
-        ids = as_ids(label)
-        classes = label["classes"] if isinstance(label, dict) and "classes" in label else np.unique(ids[ids != 255])
-        return [names[int(index)] for index in classes]
 
 
 def _required(payload: Any) -> Image.Image:

@@ -61,9 +61,9 @@ def from_link(link: str, reader: Reader) -> dict[str, Any]:
     if wrong is not None:
         raise Refused(f"This link is damaged: its {wrong} cannot be read.")
     questions = [as_text(each, "question in this link", MAX_LETTERS) for each in content["questions"]]
-    found = {name: edit for name, edit in content["edits"].items() if name in reader.descriptions}
-    found = {name: edits.check_edit(edit, reader.descriptions[name]) for name, edit in found.items()}
-    modes = check_modes(content["modes"], reader.descriptions)
+    found = {name: edit for name, edit in content["edits"].items() if name in reader.specs}
+    found = {name: edits.check_edit(edit, reader.specs[name]) for name, edit in found.items()}
+    modes = check_modes(content["modes"], reader.specs)
     modes = {name: mode for name, mode in modes.items() if mode != "edited" or name in found}
     example = content.get("example")
     if example is not None:

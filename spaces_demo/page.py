@@ -84,7 +84,7 @@ class Page:
     def __init__(self, reader: Reader, sessions: Sessions, examples: list[Example], study: Path):
         self.reader, self.sessions, self.study = reader, sessions, study
         self.examples = {example.file.name: example for example in examples}
-        self.names = list(reader.descriptions)
+        self.names = list(reader.specs)
         self.cards: dict[str, gr.HTML] = {}
         self.switches: dict[str, gr.Radio] = {}
         self.edit_buttons: dict[str, gr.Button] = {}
@@ -579,7 +579,7 @@ class Page:
     def _open_editor(self, name: str) -> Callable:
         def open_editor(request: gr.Request) -> tuple:
             session = self._with_picture(request)
-            if edits.tool_for(self.reader.descriptions[name]) == "words":
+            if edits.tool_for(self.reader.specs[name]) == "words":
                 self.reader.encode_words(["word"])  # refused here rather than after the first change
             return gr.update(visible=True), drawings.editor_value(self.reader, session, name)
 
@@ -588,7 +588,7 @@ class Page:
     def _edit(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
         session = self._with_picture(request)
         name = self._looked(session, event)
-        session.edits[name] = edits.check_edit(event_value(event, "edit"), self.reader.descriptions[name])
+        session.edits[name] = edits.check_edit(event_value(event, "edit"), self.reader.specs[name])
         session.set_mode(name, "edited")
         yield from self._changed(session, name)
 

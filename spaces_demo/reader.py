@@ -16,8 +16,9 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from transformers.utils import logging as transformers_logging
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, optimize_for_cpu
+from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.familiarity import Familiarity, image_features
-from modeling_prismer.processing.visualization import TITLES
+from modeling_prismer.processing.experts import look_of
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Reader:
         if dtype == torch.float32:
             optimize_for_cpu(self.model)
         self.familiarity = Familiarity.from_pretrained(path)
-        self.descriptions = {entry["name"]: entry for entry in self.processor.image_processor.experts}
+        self.specs = {spec.name: spec for spec in read_specs(self.processor.image_processor.experts)}
         self.tasks = [task for task in self.processor.tasks or [self.processor.task] if task in ("caption", "vqa")]
         self._lock = Lock()  # hooks are the network's, not the call's
         self._experts_on_gpu = on_gpu(self._run_expert)
@@ -100,12 +101,12 @@ class Reader:
         return self.processor.experts or {}
 
     def title(self, name: str) -> str:
-        return TITLES.get(name, name.replace("_", " ").capitalize())
+        return look_of(name).title
 
     def class_names(self, name: str) -> list[str]:
         """The names of an expert's classes, numbered where they have none."""
-        number = self.descriptions[name].get("num_classes") or 0
-        names = getattr(self.live, "class_names", {}).get(name) or []
+        number = self.specs[name].num_classes or 0
+        names = getattr(self.live, "class_names", {}).get(name) or self.specs[name].class_names or ()
         names = [names.get(i) for i in range(number)] if isinstance(names, Mapping) else list(names)
         return [names[i] if i < len(names) and names[i] else f"class {i}" for i in range(number)]
 
@@ -118,7 +119,7 @@ class Reader:
     def look(self, picture: Image.Image, names: Collection[str] | None = None) -> Iterator[Seen]:
         """Runs the experts on a picture, one after the other; `names` are those wanted, by default all."""
         known: dict[str, Any] = {}
-        for name in self.descriptions:
+        for name in self.specs:
             if names is not None and name not in names:
                 continue
             start = time.perf_counter()
@@ -146,7 +147,7 @@ class Reader:
 
     def encode(self, picture: Image.Image, labels: Mapping[str, Any]) -> Encoding:
         """Encodes a picture with what its experts saw; an expert whose label is `None` is missing."""
-        return self._encode_on_gpu(picture, {name: labels.get(name) for name in self.descriptions})
+        return self._encode_on_gpu(picture, {name: labels.get(name) for name in self.specs})
 
     @torch.inference_mode()
     def _encode(self, picture: Image.Image, labels: dict[str, Any]) -> Encoding:

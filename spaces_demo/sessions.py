@@ -61,13 +61,13 @@ class Session:
     def label(self, name: str, reader: Reader) -> Any:
         """Returns an expert's label with the visitor's changes, or `None` if the expert is off or failed."""
         mode, label = self.modes.get(name, "seen"), self.seen.get(name)
-        description, size = reader.descriptions[name], self.picture.size
+        spec, size = reader.specs[name], self.picture.size
         if mode == "noise":
-            return edits.noise(description, size, reader.encode_words)
+            return edits.noise(spec, size, reader.encode_words)
         if mode == "edited":
             edit, made = self.edits[name], self.made.get(name)
             if made is None or made[0] is not edit:  # large edits take seconds; each card and answer needs the label
-                made = (edit, edits.apply_edit(label, edit, description, size, reader.encode_words))
+                made = (edit, edits.apply_edit(label, edit, spec, size, reader.encode_words))
                 self.made[name] = made
             return made[1]
         return label if mode == "seen" else None

@@ -1,9 +1,10 @@
 """The frozen experts that run live, one file each on a common base."""
 
-from .base import Expert, ExpertError, expert_from_dict
+from .base import Expert, ExpertError, expert_from_dict, look_of
 from .depth import DepthEstimator
 from .detection import ObjectDetector, paint_boxes
 from .edge import CannyEdges, DexiNedEdges
+from .look import ExpertLook
 from .normal import NormalEstimator, NormalsFromDepth
 from .pretrained import PretrainedExpert
 from .segmentation import SemanticSegmentation, UniversalSegmentation

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ...expert_spec import ExpertSpec, check_expert_name
 from ..expert_labels import ids_of_8_bits, label_parts
+from .look import ExpertLook
 from .saved_files import copy_into, find_saved, require_hub_id, require_inside
 
 
@@ -276,6 +277,7 @@ class Expert(FrozenModel):
         channels (`int`): channels of a dense map, or of the features that a label map is painted with.
         num_classes (`int`, *optional*): of a label map, if its ids are classes or have classes.
         instances (`bool`): whether the ids of a label map are instances, which have classes.
+        look ([`ExpertLook`], *optional*): title, colours and legend of drawings; by default the title is the name.
         batch_size (`int`): images that `run` gets at a time.
         needs (`tuple[str, ...]`):
             Names of other experts whose labels `run` gets as well, as keyword arguments: `needs = ("depth",)` makes it
@@ -304,6 +306,7 @@ class Expert(FrozenModel):
     """
 
     registry: ClassVar[dict[str, Any]] = {}
+    by_name: ClassVar[dict[str, builtins.type["Expert"]]] = {}  # the class whose `look` experts of that name have
 
     name: str
     kind: str
@@ -319,6 +322,7 @@ class Expert(FrozenModel):
         channels: int
         num_classes: int | None = None
     instances: bool = False
+    look: ExpertLook | None = None
     batch_size: int = 8
     needs: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
@@ -326,6 +330,11 @@ class Expert(FrozenModel):
     seconds: float = 0.0
     num_images: int = 0
     peak_memory: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "look" in vars(cls):
+            Expert.by_name[cls.name] = cls
 
     @property
     def spec(self) -> ExpertSpec:
@@ -528,6 +537,23 @@ def expert_from_dict(
     ```
     """
     return Expert.from_dict(description, folder, checkpoint)
+
+
+def look_of(name: str) -> ExpertLook:
+    """
+    The [`ExpertLook`] of the experts with a name. If no class of experts defines it, the title is the name.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.processing.experts import look_of
+
+    >>> look_of("normal").title, look_of("my_camera").title
+    ('Surface normals', 'My camera')
+    ```
+    """
+    known = Expert.by_name.get(name)
+    return ExpertLook(name.replace("_", " ").capitalize()) if known is None or known.look is None else known.look
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

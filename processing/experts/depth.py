@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .look import ExpertLook
 from .pretrained import KnownModel, PretrainedExpert, resize_bilinear
 
 
@@ -46,6 +47,7 @@ class DepthEstimator(PretrainedExpert):
 
     type = "depth_estimator"
     name, kind, channels = "depth", "dense", 1
+    look = ExpertLook("Depth", "how near everything is", ends=("far", "near"))
     model_id = "Intel/dpt-hybrid-midas"
     license = "apache-2.0"
     size_in_bytes = 490_000_000

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ...expert_spec import BACKGROUND
 from .base import MAX_REGIONS
+from .look import ExpertLook
 from .pretrained import ClassNames, KnownModel, PretrainedExpert
 
 
@@ -46,6 +47,7 @@ class ObjectDetector(ClassNames, PretrainedExpert):
 
     type = "object_detector"
     name, kind, channels, instances = "detection", "label", 64, True
+    look = ExpertLook("Objects", "which objects there are, and where")
     model_id = "ustc-community/dfine-xlarge-obj365"
     license = "apache-2.0"
     size_in_bytes = 254_000_000

@@ -5,7 +5,17 @@ import torch
 from PIL import Image
 
 from .base import Expert, read_weights, size_within
+from .look import ExpertLook
 from .pretrained import autocast, place
+
+
+EDGES = ExpertLook(
+    "Edges",
+    "where outlines are, dark on white",
+    ends=("outline", "no outline"),
+    is_grey=True,
+    paints=(("outline", 0), ("no outline", 255)),
+)
 
 
 class CannyEdges(Expert):
@@ -43,7 +53,7 @@ class CannyEdges(Expert):
     """
 
     type = "canny"
-    name, kind, channels = "edge", "dense", 1
+    name, kind, channels, look = "edge", "dense", 1, EDGES
     license = "none needed: no weights"
     source = "kornia.filters.Canny"
     batch_size = 32
@@ -139,7 +149,7 @@ class DexiNedEdges(Expert):
     """
 
     type = "dexined"
-    name, kind, channels = "edge", "dense", 1
+    name, kind, channels, look = "edge", "dense", 1, EDGES
     model_id = "kornia/dexined"
     license = "mit"
     size_in_bytes = 140_961_380

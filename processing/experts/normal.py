@@ -10,7 +10,22 @@ import torch
 from PIL import Image
 
 from .base import Expert, size_within
+from .look import ExpertLook
 from .pretrained import KnownModel, PretrainedExpert, resize_bilinear, within_aspect
+
+
+NORMALS = ExpertLook(
+    "Surface normals",
+    "which way each surface faces",
+    legend=(((255, 128, 128), "x"), ((128, 255, 128), "y"), ((128, 128, 255), "z")),
+    paints=(
+        ("facing us", (128, 128, 255)),
+        ("facing up", (128, 255, 128)),
+        ("facing left", (0, 128, 128)),
+        ("facing right", (255, 128, 128)),
+        ("facing down", (128, 0, 128)),
+    ),
+)
 
 
 class NormalEstimator(PretrainedExpert):
@@ -44,7 +59,7 @@ class NormalEstimator(PretrainedExpert):
     """
 
     type = "normal_estimator"
-    name, kind, channels = "normal", "dense", 3
+    name, kind, channels, look = "normal", "dense", 3, NORMALS
     model_id = "google/tipsv2-b14-dpt"
     license = "apache-2.0"
     size_in_bytes = 441_000_000
@@ -122,7 +137,7 @@ class NormalsFromDepth(Expert):
     """
 
     type = "normals_from_depth"
-    name, kind, channels = "normal", "dense", 3
+    name, kind, channels, look = "normal", "dense", 3, NORMALS
     license = "none needed: no weights"
     source = "computed here"
     needs = ("depth",)

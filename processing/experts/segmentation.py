@@ -8,6 +8,7 @@ from PIL import Image
 
 from ...expert_spec import BACKGROUND
 from .base import size_within
+from .look import ExpertLook
 from .pretrained import ClassNames, KnownModel, PretrainedExpert, resize_bilinear
 
 
@@ -28,6 +29,7 @@ class Segmentation(ClassNames, PretrainedExpert):
     """
 
     name, kind, channels = "segmentation", "label", 64
+    look = ExpertLook("Segments", "what each point belongs to")
     batch_size = 4
 
     def __init__(

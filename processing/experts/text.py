@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from ...expert_spec import BACKGROUND
 from .base import MAX_REGIONS, Expert, size_within
+from .look import ExpertLook
 from .pretrained import autocast, place, within_aspect
 from .word_features import HashedNgrams, WordFeatures
 
@@ -46,6 +47,7 @@ class TextExpert(Expert):
     """
 
     name, kind = "ocr", "label"
+    look = ExpertLook("Text", "which words can be read")
     part_settings = {"word_features": WordFeatures}
 
     word_features: WordFeatures

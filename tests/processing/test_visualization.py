@@ -3,8 +3,19 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from modeling_prismer.expert_spec import ExpertSpec, read_specs
 from modeling_prismer.processing import visualization
-from modeling_prismer.processing.visualization import COLOR_MAP, PALETTE, draw_expert, experts_panel
+from modeling_prismer.processing.experts import Expert, ExpertLook, ExpertSuite
+from modeling_prismer.processing.experts.base import look_of
+from modeling_prismer.processing.labels import LabelStore, label_images
+from modeling_prismer.processing.visualization import (
+    COLOR_MAP,
+    PALETTE,
+    draw_expert,
+    experts_panel,
+    label_in_words,
+    value_color,
+)
 
 
 SIX = [
@@ -18,7 +29,7 @@ SIX = [
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.new("RGB", (120, 90), (128, 128, 128))
 
 
@@ -57,44 +68,43 @@ def colors_of(image):
 
 
 def tile(panel, number, columns=4, size=400, height=300):
-    """The picture in a tile of the first row, when all pictures are as large as `size` and `height`."""
+    """The image in a tile of the first row, when all images are as large as `size` and `height`."""
     left = visualization.MARGIN + number % columns * (size + visualization.MARGIN)
     top = visualization.MARGIN + 30
     return panel.crop((left, top, left + size, top + height))
 
 
-def test_a_panel_shows_the_picture_and_all_experts_with_their_names(picture, labels, written):
-    panel = experts_panel(picture, labels, SIX, {"segmentation": ["sky", "tree"], "detection": {7: "dog"}})
+def test_a_panel_shows_the_image_and_every_expert(image, labels, written):
+    panel = experts_panel(image, labels, SIX, {"segmentation": ["sky", "tree"], "detection": {7: "dog"}})
     assert panel.mode == "RGB"
     assert panel.width == 4 * 400 + 5 * 16
-    for title in ("Picture", "Depth", "Surface normals", "Segments", "Edges", "Objects", "Text"):
+    for title in ("Image", "Depth", "Surface normals", "Segments", "Edges", "Objects", "Text"):
         assert title in written
     assert {"far", "near", "sky", "tree", "dog", "dog (2)", "stop", "exit", "2 words", "2 objects"} <= set(written)
     assert "missing" not in written
     assert set(PALETTE[:2]) <= colors_of(panel)
 
 
-def test_names_of_classes_come_with_the_descriptions(picture, labels, written):
-    described = [
-        {**expert, "class_names": ["sky", "tree"]} if expert["name"] == "segmentation" else expert for expert in SIX
-    ]
-    experts_panel(picture, labels, described)
+def test_class_names_come_with_the_descriptions(image, labels, written):
+    named = {"num_classes": 2, "class_names": ["sky", "tree"]}
+    described = [{**expert, **named} if expert["name"] == "segmentation" else expert for expert in SIX]
+    experts_panel(image, labels, described)
     assert {"sky", "tree"} <= set(written)
     written.clear()
-    experts_panel(picture, labels, described, {"segmentation": ["air", "wood"]})
+    experts_panel(image, labels, described, {"segmentation": ["air", "wood"]})
     assert {"air", "wood"} <= set(written) and "sky" not in written
 
 
-def test_depth_is_coloured_from_dark_far_away_to_light_nearby(picture, labels, written):
-    drawn = np.asarray(tile(experts_panel(picture, {"depth": labels["depth"]}), 1, columns=2)).astype(int)
+def test_depth_is_dark_far_away_and_light_nearby(image, labels, written):
+    drawn = np.asarray(tile(experts_panel(image, {"depth": labels["depth"]}), 1, columns=2)).astype(int)
     assert np.abs(drawn[150, 1] - COLOR_MAP[0]).max() < 12
     assert np.abs(drawn[150, -2] - COLOR_MAP[-1]).max() < 12
     assert (np.diff(drawn[150].sum(-1)[::20]) > 0).all()
     assert written.index("far") < written.index("near")  # from the left, as the colours of the scale
 
 
-def test_edges_and_normals_are_shown_as_they_are(picture, labels):
-    panel = experts_panel(picture, {name: labels[name] for name in ("edge", "normal")})
+def test_edges_and_normals_keep_their_values(image, labels):
+    panel = experts_panel(image, {name: labels[name] for name in ("edge", "normal")})
     edge = np.asarray(tile(panel, 1, columns=3))
     assert edge[150, 100].tolist() == [0, 0, 0]
     assert edge[20, 20].tolist() == [255, 255, 255]
@@ -102,10 +112,10 @@ def test_edges_and_normals_are_shown_as_they_are(picture, labels):
     assert normal[150, 300] == pytest.approx([191] * 3, abs=4)
 
 
-def test_segments_lie_over_the_picture_where_their_ids_are(picture, labels, written):
+def test_segments_lie_over_the_image_at_their_ids(image, labels, written):
     ids = labels["segmentation"]
     ids[75:85, 10:50] = 0  # the largest
-    panel = experts_panel(picture, {"segmentation": {"ids": ids}})
+    panel = experts_panel(image, {"segmentation": {"ids": ids}})
     drawn = np.asarray(tile(panel, 1, columns=2)).astype(int)
     assert drawn[10, 200].tolist() == [128, 128, 128]  # background
     expected = 0.55 * 128 + 0.45 * np.array(PALETTE[0])
@@ -115,43 +125,43 @@ def test_segments_lie_over_the_picture_where_their_ids_are(picture, labels, writ
     assert "class 1" in written
 
 
-def test_ids_of_every_integer_type_are_drawn_alike(picture):
+def test_ids_of_every_integer_type_are_drawn_alike(image):
     ids = np.tile(np.array([0, 1, -1], np.int64), (30, 10))
-    expected = draw_expert(picture, "segmentation", np.where(ids < 0, 255, ids).astype(np.uint8))
+    expected = draw_expert(image, "segmentation", np.where(ids < 0, 255, ids).astype(np.uint8))
     for dtype in (np.int8, np.int16, np.int64):
-        drawn = draw_expert(picture, "segmentation", ids.astype(dtype))
-        assert drawn["picture"] == expected["picture"] and drawn["legend"] == expected["legend"]
+        drawn = draw_expert(image, "segmentation", ids.astype(dtype))
+        assert drawn.image == expected.image and drawn.legend == expected.legend
 
 
-def test_a_missing_expert_is_said_to_be_missing(picture, labels, written):
-    experts_panel(picture, {"depth": labels["depth"], "ocr": None}, SIX[:2])
+def test_a_missing_expert_gets_a_tile_that_says_so(image, labels, written):
+    experts_panel(image, {"depth": labels["depth"], "ocr": None}, SIX[:2])
     assert written.count("missing") == 2  # normal has no label, ocr has none to show
     assert "Text" in written
 
 
-def test_nothing_found_is_not_missing(picture, written):
+def test_nothing_found_is_not_missing(image, written):
     nothing = np.full((90, 120), 255, np.uint8)
     labels = {
         "ocr": {"ids": nothing, "words": []},
         "detection": {"ids": nothing, "classes": []},
         "segmentation": nothing,
     }
-    experts_panel(picture, labels)
+    experts_panel(image, labels)
     assert {"no words", "no objects", "no classes"} <= set(written)
     assert "missing" not in written
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 1), (9, 400), (3000, 20), (1600, 1200)])
-def test_pictures_of_any_size_are_drawn_large_enough_and_not_too_large(size, written):
+def test_images_of_any_size_give_a_readable_panel(size, written):
     ids = np.zeros((size[1], size[0]), np.uint8)
     labels = {"depth": ids, "segmentation": ids, "ocr": {"ids": ids, "words": ["a"]}}
     panel = experts_panel(Image.new("RGB", size), labels)
     assert 500 <= panel.width <= 2000
     assert 60 <= panel.height <= 1200
-    assert "Picture" in written
+    assert "Image" in written
 
 
-def test_small_pictures_keep_their_pixels_visible():
+def test_small_images_keep_their_pixels_visible():
     image = Image.new("RGB", (64, 64))
     image.putpixel((32, 32), (255, 255, 255))
     drawn = tile(experts_panel(image, {"edge": np.asarray(image.convert("L"))}), 0, columns=2, height=400)
@@ -160,27 +170,27 @@ def test_small_pictures_keep_their_pixels_visible():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_pictures_of_any_mode_are_drawn(mode, labels):
+def test_images_of_any_mode_are_drawn(mode, labels):
     assert experts_panel(Image.new(mode, (120, 90)), {"depth": labels["depth"]}).mode == "RGB"
 
 
-def test_an_expert_of_ones_own_is_drawn_by_the_form_of_its_label(picture, labels, written):
+def test_an_unknown_expert_is_drawn_by_the_form_of_its_label(image, labels, written):
     own = {
         "thermal": torch.from_numpy(labels["depth"]),
         "flow": labels["normal"][..., :2],
         "parts": labels["segmentation"],
     }
-    kinds = [{"name": "parts", "kind": "label"}]
-    panel = experts_panel(picture, own, kinds, {"parts": ["head", "tail"]})
-    assert {"thermal", "flow", "parts", "low", "high", "head", "tail"} <= set(written)
+    described = [ExpertSpec("parts", "label", 8, num_classes=2, class_names=["head", "tail"])]
+    panel = experts_panel(image, own, described)
+    assert {"Thermal", "Flow", "Parts", "low", "high", "head", "tail"} <= set(written)
     assert panel.width == 2 * 400 + 3 * 16
 
 
-def test_a_page_full_of_words_has_them_all_in_a_legend_or_says_how_many_more(picture, written):
+def test_a_long_legend_says_how_many_words_are_left_out(image, written):
     ids = np.full((90, 120), 255, np.uint8)
     ids[: 80 * 90 // 90, :100] = (np.arange(100) // 5 + np.arange(80)[:, None] // 8 * 20).astype(np.uint8)
     words = [f"word{number}" for number in range(200)]
-    panel = experts_panel(picture, {"ocr": {"ids": ids, "words": words}})
+    panel = experts_panel(image, {"ocr": {"ids": ids, "words": words}})
     rest = [text for text in written if text.startswith("and ")]
     listed = [text for text in written if text.startswith("word")]
     assert rest == [f"and {200 - len(listed)} more"]
@@ -188,7 +198,7 @@ def test_a_page_full_of_words_has_them_all_in_a_legend_or_says_how_many_more(pic
     assert panel.height < 700
 
 
-def test_names_do_not_cover_each_other(picture):
+def test_names_do_not_cover_each_other(image):
     boxes = []
     draw_rectangle = ImageDraw.ImageDraw.rectangle
 
@@ -200,7 +210,7 @@ def test_names_do_not_cover_each_other(picture):
     tags = [((40, 40), "one", PALETTE[0]), ((45, 42), "two", PALETTE[1]), ((50, 44), "three", PALETTE[2])]
     original, ImageDraw.ImageDraw = ImageDraw.ImageDraw, Watching
     try:
-        visualization._draw_tags(picture, tags)
+        visualization._draw_tags(image, tags)
     finally:
         ImageDraw.ImageDraw = original
     assert len(boxes) >= 2
@@ -226,19 +236,63 @@ def test_text_is_cut_to_its_room_and_loses_accents():
         ({"words": []}, "the label of 'depth' has words; 'ids' or a map is needed"),
     ],
 )
-def test_labels_of_another_form_are_refused_by_name(picture, label, message):
+def test_labels_of_another_form_are_refused_by_name(image, label, message):
     with pytest.raises(ValueError, match=message):
-        experts_panel(picture, {"depth": label})
+        experts_panel(image, {"depth": label})
 
 
-def test_tiles_below_a_readable_size_are_refused(picture):
+def test_tiles_below_a_readable_size_are_refused(image):
     with pytest.raises(ValueError, match="tile_size is 10; at least 64"):
-        experts_panel(picture, {}, tile_size=10)
+        experts_panel(image, {}, tile_size=10)
 
 
-def test_one_expert_is_drawn_alone_with_its_legend_as_data(picture, labels):
-    drawn = draw_expert(picture, "segmentation", labels["segmentation"], "label", ["sky", "tree"], size=200)
-    assert drawn["title"] == "Segments" and max(drawn["picture"].size) == 200
-    assert {"sky", "tree"} <= {text for _, text in drawn["legend"]}
-    assert draw_expert(picture, "depth", labels["depth"])["scale"][::2] == ("far", "near")
-    assert draw_expert(picture, "ocr", None)["picture"] is None
+def test_one_expert_is_drawn_with_its_legend_as_data(image, labels):
+    drawn = draw_expert(image, "segmentation", labels["segmentation"], ["sky", "tree"], size=200)
+    assert drawn.title == "Segments" and max(drawn.image.size) == 200
+    assert {"sky", "tree"} <= {text for _, text in drawn.legend}
+    assert draw_expert(image, "depth", labels["depth"]).scale[::2] == ("far", "near")
+    assert draw_expert(image, "ocr", None).image is None
+
+
+def test_the_look_of_a_new_class_is_that_of_its_labels(image, labels, written, tmp_path):
+    class Heat(Expert):
+        type = "heat_of_a_test"
+        name, kind, channels = "heat", "dense", 1
+        look = ExpertLook("Temperature", "how warm everything is", ends=("cold", "warm"))
+
+        def run(self, images):
+            return [np.asarray(image.convert("L")) for image in images]
+
+    suite = ExpertSuite([Heat()])
+    try:
+        label_images({"one.png": image}, suite, tmp_path / "store", progress=False)
+        store = LabelStore(tmp_path / "store")
+        experts_panel(image, store["one.png"], store.descriptions)
+        assert {"Temperature", "cold", "warm"} <= set(written)
+        assert draw_expert(image, suite["heat"].spec, store["one.png"]["heat"]).title == "Temperature"
+        assert value_color(255, Heat.look) == tuple(COLOR_MAP[-1])
+    finally:
+        del Expert.by_name["heat"], Expert.registry[Heat.type]
+    assert draw_expert(image, "heat", labels["depth"]).title == "Heat"
+
+
+def test_an_expert_without_a_look_is_named_after_itself(image, labels):
+    assert look_of("my_camera") == ExpertLook("My camera")
+    assert draw_expert(image, "my_camera", labels["depth"]).scale[::2] == ("low", "high")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("depth", None), ("segmentation", ["sky", "tree"]), ("detection", ["dog", "dog"]), ("ocr", ["stop", "exit"])],
+)
+def test_labels_are_written_in_words(labels, name, words):
+    (spec,) = [spec for spec in read_specs(SIX) if spec.name == name]
+    assert label_in_words(labels[name], spec, {0: "sky", 1: "tree", 7: "dog"}) == words
+    assert label_in_words(None, spec) is None
+
+
+def test_colours_of_values_are_those_of_the_drawing():
+    assert value_color(0, ExpertLook("Depth")) == tuple(COLOR_MAP[0])
+    assert value_color(128, ExpertLook("Edges", is_grey=True)) == (128, 128, 128)
+    assert value_color((128, 0, 128), ExpertLook("Normals")) == (128, 0, 128)
+    assert value_color([7, 7], ExpertLook("Flow")) == (7, 7, 7)

@@ -7,12 +7,14 @@ pytest.importorskip("gradio")
 from checks import Refused
 from edits import apply_edit, boxes_of, check_edit, noise, tool_for
 
+from modeling_prismer import ExpertSpec
 
-DEPTH = {"name": "depth", "kind": "dense", "channels": 1}
-NORMAL = {"name": "normal", "kind": "dense", "channels": 3}
-SEGMENTS = {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": 5}
-OBJECTS = {"name": "detection", "kind": "label", "channels": 64, "num_classes": 4, "instances": True}
-WORDS = {"name": "ocr", "kind": "label", "channels": 8}
+
+DEPTH = ExpertSpec("depth", "dense", channels=1)
+NORMAL = ExpertSpec("normal", "dense", channels=3)
+SEGMENTS = ExpertSpec("segmentation", "label", channels=64, num_classes=5)
+OBJECTS = ExpertSpec("detection", "label", channels=64, num_classes=4, instances=True)
+WORDS = ExpertSpec("ocr", "label", channels=8)
 SIX = [DEPTH, NORMAL, SEGMENTS, OBJECTS, WORDS]
 SIZE = (40, 20)  # width, height
 
@@ -72,17 +74,15 @@ def test_edited_words_are_encoded_and_empty_ones_omitted():
     assert label["features"].shape == (1, 8)
 
 
-@pytest.mark.parametrize("description", SIX, ids=lambda each: each["name"])
-def test_noise_has_the_form_of_the_expert(description):
-    label = noise(description, SIZE, encode_words)
-    values = label["ids"] if description["kind"] == "label" else label
-    channels = (3,) if description["channels"] == 3 else ()
+@pytest.mark.parametrize("spec", SIX, ids=lambda spec: spec.name)
+def test_noise_has_the_form_of_the_expert(spec):
+    label = noise(spec, SIZE, encode_words)
+    values = label["ids"] if spec.is_label else label
+    channels = (3,) if spec.channels == 3 else ()
     assert values.shape == (20, 40, *channels) and values.dtype == np.uint8
     np.testing.assert_array_equal(
         values,
-        noise(description, SIZE, encode_words)["ids"]
-        if isinstance(label, dict)
-        else noise(description, SIZE, encode_words),
+        noise(spec, SIZE, encode_words)["ids"] if spec.is_label else noise(spec, SIZE, encode_words),
     )
 
 
@@ -129,6 +129,6 @@ def test_edited_map_is_painted_once(monkeypatch, reader, shape):
     monkeypatch.setattr(edits, "apply_edit", lambda *args: painted.append(1) or apply(*args))
     session = Session(picture=shape, seen={"edge": np.zeros((64, 64), np.uint8)}, modes={"edge": "edited"})
     for value in (200, 100):
-        session.edits["edge"] = check_edit(stroke(value, (0.5, 0.5)), reader.descriptions["edge"])
+        session.edits["edge"] = check_edit(stroke(value, (0.5, 0.5)), reader.specs["edge"])
         assert [session.label("edge", reader)[32, 32] for _ in range(3)] == [value] * 3
     assert len(painted) == 2

@@ -47,7 +47,7 @@ def test_alternatives_are_less_probable_than_the_answer(reader, session):
 
 def test_probability_is_that_of_the_network(reader, session):
     encoding = session.encoding("seen", reader)
-    labels = {name: session.seen[name] for name in reader.descriptions}
+    labels = {name: session.seen[name] for name in reader.specs}
     inputs = reader.processor(session.picture, QUESTION, expert_labels=labels, suffix="teal")
     with torch.no_grad():
         logits = reader.model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
@@ -93,7 +93,7 @@ def test_failing_expert_is_missing_and_the_others_run(reader, shape, monkeypatch
     labels = {name: each.label for name, each in seen.items()}
     assert reader.explain(reader.encode(shape, labels), "vqa", QUESTION).text == "teal"
     card = drawings.expert_card(reader, "edge", shape, None, "failed", failed=True)
-    assert "could not read the picture" in card and "secret" not in card
+    assert "failed on the image" in card and "secret" not in card
 
 
 @pytest.mark.parametrize(
