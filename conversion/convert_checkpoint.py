@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from modeling_prismer.configuration_prismer import VARIANTS, PrismerConfig
 from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
+from modeling_prismer.processing.tasks import find_task
 
 from .clip_pca import read_clip_pca
 from .feature_tables import BACKGROUND_KEY, ClassTable, read_class_tables
@@ -28,12 +29,6 @@ logger = logging.get_logger(__name__)
 PUBLISHED_IMAGE_SIZES = (224, 384, 480)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# How the published results were generated; candidates of a classification are ranked.
-GENERATION_SETTINGS: dict[str, dict[str, Any]] = {
-    "caption": {"num_beams": 3, "max_length": 20, "min_length": 8},
-    "vqa": {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 2, "length_penalty": -1.0},
-    "classification": {},
-}
 TOKENIZERS = {768: "FacebookAI/roberta-base", 1024: "FacebookAI/roberta-large"}  # by the width of the text decoder
 
 CLIP_PCA = "clip_pca"
@@ -83,7 +78,7 @@ def convert_original_checkpoint(
             Side of the image in pixels. If the checkpoint has another one, its position embeddings are resized, as
             by `resize_position_embeddings`. Left out: that of a `config` that is given, or that of the checkpoint.
         task (`str`, *optional*):
-            `"caption"`, `"vqa"` or `"classification"`: puts the published settings of generation into
+            `"caption"`, `"vqa"` or `"classification"`. Writes the task's generation settings into
             `generation_config`, and the task into the processor.
         tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*):
             A tokenizer, its folder or its Hub id, to be saved too. Left out: that of the RoBERTa of this size, if it
@@ -122,8 +117,7 @@ def convert_original_checkpoint(
     """
     config, image_size = _read_config(config, image_size)
     dtype = _read_dtype(dtype)
-    if task is not None and task not in GENERATION_SETTINGS:
-        raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, GENERATION_SETTINGS))}")
+    generation = {} if task is None else find_task(task).generation
     if output_dir is not None:
         output_dir = check_output_dir(output_dir, overwrite)
     tables, without_table = _set_tables(config, feature_tables)
@@ -140,8 +134,7 @@ def convert_original_checkpoint(
         image_size = _published_image_size(model.config)
     if image_size != model.config.vision_config.image_size:
         model.resize_position_embeddings(image_size)
-    if task is not None:
-        model.generation_config.update(**GENERATION_SETTINGS[task])
+    model.generation_config.update(**generation)
     model.eval()
     if output_dir is not None:
         _save(model, output_dir, loaded_tokenizer, task, max_shard_size, analysis)

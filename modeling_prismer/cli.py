@@ -27,10 +27,14 @@ ModelOption = Annotated[
     typer.Option(help="A folder, a Hub id or the name of a shipped checkpoint.", show_default="prismer-scenes"),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … or auto.")]
-Image = Annotated[str, typer.Argument(help="A picture: a file or a URL.", metavar="IMAGE")]
+BeamsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of beams.", show_default="the checkpoint's, in its generation_config.json"),
+]
+Image = Annotated[str, typer.Argument(help="An image: a file or a URL.", metavar="IMAGE")]
 
 
-# Accelerators that torch knows, or gets to know from an extension. Which are there is known once torch is imported.
+# Device types of torch and its extensions. Whether a device is available is only known once torch is imported.
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mlu", "musa", "npu")
 
 
@@ -48,12 +52,12 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Prismer: captions, answers and classifies images, looking through frozen experts."""
+    """Prismer: captions images, answers questions about them and classifies them, with frozen experts."""
 
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Turns the errors that bad input causes into one line and exit code 1."""
+    """Prints errors that bad input causes as one line, and exits with code 1."""
     try:
         yield
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
@@ -72,7 +76,7 @@ def _failed(error: Exception) -> typer.Exit:
 
 
 def _start(image: str | None = None, model: str | None = None, device: str = "cpu") -> None:
-    """Checks the arguments that several commands have, as far as torch is not needed. Then imports the package."""
+    """Checks the arguments that several commands share, without torch. Then imports the package."""
     if image is not None:
         _check_image(image)
     if model is not None:
@@ -95,7 +99,7 @@ def _check_image(image: str) -> None:
 
 
 def _check_model(model: str) -> None:
-    """Raises if there is no such model; of one on the Hub, the configuration is fetched."""
+    """Raises if there is no such model. Fetches the configuration of a model on the Hub."""
     path = Path(_path(model))
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -135,7 +139,7 @@ def _path(model: str | None) -> str:
 
 
 def _load_processor(model: str | None, device: str) -> Any:
-    """The processor of a checkpoint; `model` left out means the shipped one."""
+    """Loads the processor of a checkpoint, by default the shipped one."""
     from transformers import logging
 
     from modeling_prismer import PrismerProcessor
@@ -156,7 +160,7 @@ def _load_network(model: str | None, device: str, optimize: bool = True) -> Any:
 
 
 def _encode(network: Any, inputs: Any, model: str | None) -> Any:
-    """The encoded image, in place of its tensors in `inputs`; warns of a picture unlike those of the training."""
+    """Replaces the image's tensors in `inputs` by the encoded image. Warns if the image is unlike the training's."""
     import torch
 
     from modeling_prismer.familiarity import Familiarity, image_features
@@ -169,9 +173,9 @@ def _encode(network: Any, inputs: Any, model: str | None) -> Any:
         distance = familiarity.distance(image_features(network, encoded)).item()
         if distance > familiarity.limit:
             err.print(
-                f"warning: this picture is unlike those that the checkpoint was trained on (distance {distance:.0f}; "
-                f"up to {familiarity.limit:.0f} is usual): what it says may mean nothing. The checkpoint's model card "
-                "says what it knows; `prismer convert --help` how to get one for photographs.",
+                f"warning: this image is unlike those that the checkpoint was trained on (distance {distance:.0f}; "
+                f"up to {familiarity.limit:.0f} is usual), so the output may be meaningless. The model card describes "
+                "the images of its training. `prismer convert --help` shows how to get a checkpoint for photographs.",
                 style="yellow",
                 highlight=False,
                 soft_wrap=True,
@@ -179,22 +183,20 @@ def _encode(network: Any, inputs: Any, model: str | None) -> Any:
     return {**texts, "encoder_outputs": encoded}
 
 
-def _generate(image: str, texts: list[str] | None, task: str, model: str | None, device: str, beams: int) -> list[str]:
-    if task == "vqa" and not all(text.strip() for text in texts or []):
-        raise ValueError("a question is empty; put it in quotes: 'What color is it?'")
+def _generate(
+    image: str, texts: list[str] | None, task: str, model: str | None, device: str, beams: int | None
+) -> list[str]:
     _start(image, model, device)
     device = _device(device)
     processor = _load_processor(model, device)
     tasks = processor.tasks or [processor.task]
     if task not in tasks:
-        command = "ask" if task == "vqa" else task
-        raise ValueError(
-            f"this checkpoint was made for {', '.join(tasks)}; `prismer {command}` needs one for {task!r}"
-        )
+        raise ValueError(f"this checkpoint was made for {', '.join(tasks)}; this command needs one for {task!r}")
     inputs = processor(images=image, text=texts, task=task, return_tensors="pt").to(device)
     prompt_length = inputs["input_ids"].shape[1]
     network = _load_network(model, device)
-    generated = network.generate(**_encode(network, inputs, model), num_beams=beams, do_sample=False)
+    settings = {} if beams is None else {"num_beams": beams}
+    generated = network.generate(**_encode(network, inputs, model), do_sample=False, **settings)
     return processor.post_process_generation(generated, prompt_length, task=task)
 
 
@@ -203,11 +205,13 @@ def ask(
     image: Image,
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION...", help="One or more, each in quotes.")],
     model: ModelOption = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
+    beams: BeamsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Answers questions about a picture, each on a line of its own."""
+    """Answers questions about an image. Prints each answer on its own line."""
     with _clear_errors():
+        if not all(question.strip() for question in questions):
+            raise ValueError("a question is empty; put it in quotes: 'What color is it?'")
         for answer in _generate(image, questions, "vqa", model, device, beams):
             out.print(answer, markup=False, highlight=False)
 
@@ -216,14 +220,14 @@ def ask(
 def caption(
     image: Image,
     model: ModelOption = None,
-    prompt: Annotated[str | None, typer.Option(help="How the caption begins.")] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 3,
+    prompt: Annotated[str | None, typer.Option(help="The beginning of the caption.")] = None,
+    beams: BeamsOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Describes a picture in a sentence."""
+    """Describes an image in a sentence."""
     with _clear_errors():
-        (said,) = _generate(image, prompt if prompt is None else [prompt], "caption", model, device, beams)
-        out.print(said, markup=False, highlight=False, soft_wrap=True)
+        (text,) = _generate(image, prompt if prompt is None else [prompt], "caption", model, device, beams)
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -231,12 +235,12 @@ def classify(
     image: Image,
     labels: Annotated[list[str], typer.Argument(help="The labels to choose from.")],
     question: Annotated[
-        str | None, typer.Option(help="What is asked; needed by a checkpoint for questions, else a prompt.")
+        str | None, typer.Option(help="The question that the labels answer. Only checkpoints for questions need it.")
     ] = None,
     model: ModelOption = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Ranks labels of your own for a picture, best first."""
+    """Ranks your own labels for an image, best first."""
     with _clear_errors():
         _start(image, model, device)
         device = _device(device)
@@ -257,11 +261,11 @@ def experts(
     output: Annotated[Path, typer.Option("--out", help="The folder for the panel; made if it does not exist.")],
     model: ModelOption = None,
     suite: Annotated[
-        str | None, typer.Option("--experts", help="A suite by name instead of the checkpoint's experts.")
+        str | None, typer.Option("--experts", help="The name of a suite to run instead of the checkpoint's experts.")
     ] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draws what each expert saw in a picture."""
+    """Draws the output of each expert for an image."""
     with _clear_errors():
         if output.exists() and not output.is_dir():
             raise ValueError(f"--out {output} is a file; a folder is needed")
@@ -269,7 +273,7 @@ def experts(
         from modeling_prismer.processing.image_loading import load_image
         from modeling_prismer.processing.visualization import experts_panel
 
-        picture = load_image(image)
+        opened = load_image(image)
         if suite is None:
             processor = _load_processor(model, _device(device))
             live, descriptions, run = processor.experts, processor.image_processor.experts, processor.run_experts
@@ -279,14 +283,14 @@ def experts(
             run = live = ExpertSuite.from_name(suite).to(_device(device))
             descriptions = live.descriptions
         start = time.perf_counter()
-        labels = run([picture])[0]
+        labels = run([opened])[0]
         seconds = time.perf_counter() - start
         output.mkdir(parents=True, exist_ok=True)
         path = output / f"{Path(image).stem}_experts.png"
         temporary = path.with_suffix(".tmp")
         names = [expert["name"] for expert in descriptions]
         panel = experts_panel(
-            picture,
+            opened,
             {name: labels.get(name) for name in names},
             descriptions=descriptions,
             class_names=live.class_names if live is not None else None,
@@ -332,7 +336,7 @@ def label(
         int | None,
         typer.Option(min=1, help="Reduce maps to this many pixels square; the network reads 224."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of images that the experts get together.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images that an expert gets at once.")] = 32,
     workers: Annotated[int | None, typer.Option(min=1, help="Number of workers of the engine.")] = None,
     image_column: Annotated[
         str | None,
@@ -341,15 +345,13 @@ def label(
     key_column: Annotated[str | None, typer.Option(help="The column that names each image of a data set.")] = None,
     allow_other_versions: Annotated[
         bool,
-        typer.Option(
-            "--allow-other-versions", help="Continue a store that other versions of the libraries have begun."
-        ),
+        typer.Option("--allow-other-versions", help="Continue a store that other versions of the libraries began."),
     ] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Set unreadable files of the store aside and label their images again.")
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Label the images again that failed before.")
+        bool, typer.Option("--retry-failed", help="Label images that failed before again.")
     ] = False,
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="GPUs per worker, if the engine has this option; 0.25 shares one GPU.")
@@ -402,15 +404,17 @@ def label(
 def features(
     names: Annotated[Path, typer.Argument(metavar="NAMES", help="A text file with one class name on each line.")],
     output: Annotated[Path, typer.Option("--out", help="The table to write, a safetensors file.")],
-    expert: Annotated[str, typer.Option(help="The label expert whose classes these are.")] = "segmentation",
+    expert: Annotated[str, typer.Option(help="The label expert that has these classes.")] = "segmentation",
     pca: Annotated[
         Path | None,
-        typer.Option(help="The analysis: clip_pca.pkl as published, or safetensors; else fitted anew."),
+        typer.Option(
+            help="The analysis of the features: clip_pca.pkl as published, or safetensors. Fitted by default."
+        ),
     ] = None,
     text_encoder: Annotated[str, typer.Option(help="CLIP: a folder or a Hub id.")] = "openai/clip-vit-large-patch14",
-    background: Annotated[str, typer.Option(help="The text that stands for no class.")] = "background",
+    background: Annotated[str, typer.Option(help="The name of the background.")] = "background",
 ) -> None:
-    """Makes the features with which an expert's classes are painted, from the classes' names."""
+    """Makes the features of an expert's classes from the names of the classes."""
     with _clear_errors():
         classes = [line.strip() for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not classes:
@@ -441,7 +445,7 @@ def convert(
         Path | None, typer.Option(help="Folder of the published feature tables (.pt or .safetensors).")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A RoBERTa tokenizer: a folder or a Hub id.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of OUT.")] = False,
 ) -> None:
     """Turns a published checkpoint into a folder for `from_pretrained`."""
     with _clear_errors():
@@ -466,7 +470,7 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators; else what torch recommends.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of OUT.")] = False,
 ) -> None:
     """Writes a model as ONNX, for onnxruntime: encoder.onnx, decoder.onnx, the processor."""
     with _clear_errors():
@@ -484,7 +488,7 @@ def check(
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
 ) -> None:
-    """Tests this installation: runs a small recorded network on a device and compares what comes out."""
+    """Tests this installation: runs a small network on a device and compares its outputs with recorded ones."""
     with _clear_errors():
         _start(device=device)
         import torch
@@ -497,7 +501,7 @@ def check(
         for name, version in environment(device).items():
             out.print(f"{name}: {version}", markup=False, highlight=False, soft_wrap=True)
         self_check = SelfCheck(device, getattr(torch, dtype, dtype))
-        table = Table("check", "holds", "what was found", "seconds", title=f"{dtype} on {device}")
+        table = Table("check", "holds", "result", "seconds", title=f"{dtype} on {device}")
         failed = []
         for result in self_check.run():
             holds = {True: "yes", False: "NO", None: "not available"}[result.holds]

@@ -27,11 +27,6 @@ from .modeling_prismer import PrismerForConditionalGeneration
 RECORDING = Path(__file__).parent / "assets" / "self_check"
 # The largest relative error that rounding explains. On a CPU the errors are up to 2e-6, 4e-3 and 3e-2.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-SEARCHES: dict[str, dict[str, Any]] = {
-    "greedy": {"max_length": 20},
-    "caption": {"num_beams": 3, "max_length": 20, "min_length": 8},
-    "vqa": {"num_beams": 3, "max_length": 13, "min_length": 5, "length_penalty": -1.0},
-}
 PACKAGES = (
     *("modeling-prismer", "torch", "torchvision", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
     *("accelerate", "peft", "datasets", "kornia", "timm", "onnxruntime", "rapidocr", "numpy", "pillow", "triton"),
@@ -241,14 +236,14 @@ class SelfCheck:
         inputs = {"input_ids": self.ranking_inputs["prompt_ids"], "do_sample": False, **self.images}
         pad = self.model.config.pad_token_id
         if self.dtype == torch.float32:
-            for name, settings in SEARCHES.items():
+            for name, settings in self.recorded["searches"].items():
                 generated = self.model.generate(**inputs, **settings).tolist()
                 for row, expected in zip(generated, self.recorded["generated"][name]):
                     row, expected = ([token for token in ids if token != pad] for ids in (row, expected))
                     if row != expected:
                         raise AssertionError(f"{name} generated {row}; recorded is {expected}")
             return 0.0
-        generated = self.model.generate(**inputs, **SEARCHES["greedy"])
+        generated = self.model.generate(**inputs, **self.recorded["searches"]["greedy"])
         mask = generated != pad
         logits = self.model(input_ids=generated, attention_mask=mask, **self.images).logits.float()
         start = inputs["input_ids"].shape[1]

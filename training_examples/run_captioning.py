@@ -33,7 +33,6 @@ PAPER = {
     "image_size": 480,
     "freeze": "vision",
 }
-GENERATION = {"num_beams": 3, "max_length": 20, "min_length": 8}  # the prompt's tokens included
 
 
 def score_captions(captions, rows):
@@ -58,7 +57,6 @@ def run_captions(model, processor, args, training_args):
         train_rows,
         eval_rows,
         score=score_captions,
-        generation=GENERATION,
     )
     run(trainer, args, write_captions)
 

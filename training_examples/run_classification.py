@@ -28,7 +28,6 @@ PAPER = {
     "freeze": "vision",
 }
 NUM_RANKED = 32
-GENERATION = {"max_new_tokens": 10}
 
 
 @dataclass
@@ -70,7 +69,6 @@ def main():
         score=top_1,
         candidates=sorted(candidates),
         num_ranked=NUM_RANKED,
-        generation=GENERATION,
     )
     run(trainer, args, write_classes)
 

@@ -41,7 +41,7 @@ DEFAULTS = {
     "randaugment": 0,
 }
 QUESTIONS_PER_IMAGE = 8  # drawn for an image each time it is seen; it is encoded once for all
-GENERATION = {"max_new_tokens": 6}
+GENERATION = {"max_new_tokens": 6}  # greedy: an answer is one word
 HELD_OUT_IMAGES = 200  # of the training images, to watch the training
 
 

@@ -35,9 +35,10 @@ DEFAULTS = {
     "weight_decay": 0.0,
     "freeze": "both",
 }
-TASKS = {
-    "caption": (run_captioning.GENERATION, run_captioning.score_captions, run_captioning.write_captions),
-    "vqa": (run_vqa.GENERATION, run_vqa.score_answers, run_vqa.write_answers),
+# how each task is measured, and how its results are written
+RESULTS = {
+    "caption": (run_captioning.score_captions, run_captioning.write_captions),
+    "vqa": (run_vqa.score_answers, run_vqa.write_answers),
 }
 PARTS = {"decoder": "text_model", "encoder": "vision_model", "resampler": "resampler"}
 
@@ -100,12 +101,10 @@ def load_model(args, do_train):
 
 def main():
     args, training_args = parse_arguments(PeftArguments, **DEFAULTS)
-    generation, score, write_results = TASKS[args.task]
+    score, write_results = RESULTS[args.task]
     model, processor = load_model(args, training_args.do_train)
     train_rows, eval_rows = load_data(args, training_args, args.task)
-    trainer = make_trainer(
-        model, processor, args, training_args, train_rows, eval_rows, score=score, generation=generation
-    )
+    trainer = make_trainer(model, processor, args, training_args, train_rows, eval_rows, score=score)
     run(trainer, args, write_results)
     if args.merge_to and trainer.is_world_process_zero():
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()

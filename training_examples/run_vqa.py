@@ -38,7 +38,6 @@ PAPER = {
     "image_size": 480,
     "freeze": "vision",
 }
-GENERATION = {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 2, "length_penalty": -1.0}
 
 
 @dataclass
@@ -83,7 +82,6 @@ def main():
         eval_rows,
         score=score_answers,
         candidates=candidates,
-        generation=GENERATION,
         texts_per_image=args.questions_per_image,
     )
     run(trainer, args, write_answers)

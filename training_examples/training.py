@@ -41,6 +41,7 @@ from modeling_prismer import (
 from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing import JointAugmentation
 from modeling_prismer.processing.labels import label_images, label_source
+from modeling_prismer.processing.tasks import find_task
 
 
 logger = logging.getLogger("prismer")
@@ -283,8 +284,8 @@ class PrismerTrainer(Trainer):
         score (`Callable`): from the texts that the model gave and the rows of the data set to a dict of metrics.
         candidates (`list[str]`, *optional*): the answers to choose from; without them the model generates.
         num_ranked (`int`): how many candidates, those with the most probable first tokens, are scored in full.
-        generation (`dict`, *optional*): how the model generates, in evaluation and when it is saved. All settings of
-            the task that it was trained for before are replaced.
+        generation (`dict`, *optional*): the generation settings of the model, for evaluation and for its
+            generation_config.json. They replace all settings of the task that it was trained for before.
         args, kwargs: as those of `transformers.Trainer`.
     """
 
@@ -458,6 +459,7 @@ def make_trainer(
     other_rows: Sequence[Rows] = (),
     labels_for: Callable | None = None,
     texts_per_image: int | None = None,
+    generation: dict[str, Any] | None = None,
     **kwargs,
 ) -> PrismerTrainer:
     """
@@ -468,6 +470,7 @@ def make_trainer(
         other_rows: further rows that `trainer.predict_texts` will be given.
         labels_for (`Callable`, *optional*): from images' ids to what experts saw, instead of what `--labels` says.
         texts_per_image (`int`, *optional*): how many texts to draw of a training row that has several.
+        generation (`dict`, *optional*): the generation settings of the model, by default those of the task.
         kwargs: passed on to [`PrismerTrainer`].
     """
     output_dir = Path(training_args.output_dir)
@@ -515,6 +518,7 @@ def make_trainer(
             seed=training_args.seed,
         ),
         eval_collator=DataCollatorForPrismer(processor, eval_labels, with_suffix=False, experts=experts),
+        generation=find_task(processor.task).generation if generation is None else generation,
         **kwargs,
     )
 

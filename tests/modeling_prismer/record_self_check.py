@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from modeling_prismer import TASKS
 from modeling_prismer.conversion.original_names import original_names
 from modeling_prismer.self_check import RECORDING
 
 from .conftest import Golden, load_golden
 
 
+# The recorded generations, and their settings for a prompt of three tokens.
 SEARCHES = {
-    "greedy": "greedy_max20",
-    "caption": "caption_beam3_max20_min8",
-    "vqa": "vqa_beam3_lenpen-1_max+10_min+2",
+    "greedy": ("greedy_max20", {"max_length": 20}),
+    "caption": ("caption_beam3_max20_min8", TASKS["caption"].generation),
+    "vqa": ("vqa_beam3_lenpen-1_max+10_min+2", TASKS["vqa"].generation),
 }
 
 
@@ -50,7 +52,8 @@ def recording(golden: Golden) -> tuple[dict[str, torch.Tensor], dict]:
     tensors["expected.gradient_norms"] = torch.tensor([recorded["train_grad_norm"][source] for source in names])
     values = {
         "gradient_names": list(names.values()),
-        "generated": {name: recorded[source] for name, source in SEARCHES.items()},
+        "searches": {name: settings for name, (_, settings) in SEARCHES.items()},
+        "generated": {name: recorded[source] for name, (source, _) in SEARCHES.items()},
         "rank_k": recorded["rank_k"],
         "rank_best": recorded["rank_best_answer_index"],
         "rank_scores": recorded["rank_log_prob_by_answer"],

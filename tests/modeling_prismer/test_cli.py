@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 from typer.testing import CliRunner
 
-from modeling_prismer import pretrained_path
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path, sample_image
 from modeling_prismer.cli import app
 from modeling_prismer.conversion import read_feature_tables
 from modeling_prismer.pretrained import find_checkpoint
@@ -43,6 +43,18 @@ def test_ask_answers_with_the_bundled_checkpoint(picture, question, answer):
     result = run("ask", picture, question, "--model", EASY_VQA)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == answer
+
+
+def test_caption_is_the_one_that_a_script_gets(tmp_path):
+    path = tmp_path / "scene.png"
+    sample_image("scene").save(path)
+    processor = PrismerProcessor.from_pretrained(pretrained_path())
+    model = PrismerForConditionalGeneration.from_pretrained(pretrained_path(), dtype=torch.float32)
+    inputs = processor(path, task="caption")
+    generated = model.generate(**inputs)
+    (caption,) = processor.post_process_generation(generated, inputs["input_ids"].shape[1], task="caption")
+    assert run("caption", path).stdout.strip() == caption
+    assert run("caption", path, "--beams", 1).stdout.strip() != caption
 
 
 def test_a_shipped_checkpoint_is_known_by_its_name(picture):

@@ -78,7 +78,7 @@ DEFAULTS = {
     # Left and right, and how many there are, would not be what the texts say.
     "augment": False,
 }
-GENERATION = {"max_new_tokens": 30}
+GENERATION = {"num_beams": 3, "max_new_tokens": 30}  # captions are longer than COCO's
 TEXTS_PER_IMAGE = {"all": 20, "signs": 3}  # drawn of a picture's captions and questions each time it is seen
 WEIGHTS = {"sign": 3.0}  # of a question's loss, by type: one question a picture is all that asks for one of 200 words
 CAPTION_PROMPT = "A picture of"
@@ -257,7 +257,7 @@ def evaluation_splits(splits: dict[str, Dataset], max_rows: int | None = None) -
 def measure(model, processor, scenes, collator, num_beams: int = 3) -> dict[str, dict[str, float]]:
     collator.with_suffix = False
     questions = [[each["question"] for each in row] for row in scenes["questions"]]
-    answers = say(model, processor, scenes, collator, questions, "vqa", max_new_tokens=8)
+    answers = say(model, processor, scenes, collator, questions, "vqa", num_beams=1, max_new_tokens=8)
     prompts = [[CAPTION_PROMPT]] * len(scenes)
     captions = say(model, processor, scenes, collator, prompts, "caption", num_beams=num_beams)
     return {
