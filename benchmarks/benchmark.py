@@ -1,15 +1,15 @@
 """
-Times Prismer on random weights of the true size, beside the recorded times of the original network.
+Times Prismer with random weights of the true size and compares it with recorded times of the original network.
 
     python benchmarks/benchmark.py                                    (make benchmark)
     python benchmarks/benchmark.py --only encode
     python benchmarks/benchmark.py --device cuda --dtype bfloat16
     python benchmarks/benchmark.py --compare old/result.json new/result.json
 
-What a row runs is in rows.py. Each has a process of its own: one run to warm up, `--repeats` that count, and one under
-torch's counter of floating-point operations. Before and after each run that counts, a matrix product measures how fast
-the machine is just then. The reference was recorded beside the same product, so that times are compared in units of
-it: seconds times GFLOP/s. docs/speed.md says how to read what comes out: result.json, table.md and chart.png.
+rows.py defines the rows. Each row runs in its own process: a warm-up run, `--repeats` runs that count, and a run under
+torch's counter of floating-point operations. A matrix product before and after each run that counts measures the
+current speed of the machine. The reference was recorded next to the same product, so times are compared in units of
+it: seconds times GFLOP/s. The program writes result.json, table.md and chart.png; docs/speed.md explains them.
 """
 
 import argparse
@@ -51,7 +51,7 @@ NONE = "–"
 
 
 def measure_row(name: str, setup: Setup, repeats: int) -> dict[str, Any]:
-    """One row, in the process that calls this: times, speed of the machine, peak memory, and operations."""
+    """Measures a row in this process: times, speed of the machine, peak memory and operations."""
     device = setup.torch_device
     torch.manual_seed(0)
     work = ROWS[name](setup)
@@ -62,12 +62,12 @@ def measure_row(name: str, setup: Setup, repeats: int) -> dict[str, Any]:
         nonlocal memory
         memory = max(memory, peak_memory(device))
         speeds.append(machine_speed(setup))
-        if device.type == "cuda":  # what the product took
+        if device.type == "cuda":  # forget the memory of the product
             torch.cuda.reset_peak_memory_stats(device)
 
     if "gemm_gflop" in json.loads(REFERENCE.read_text())["rows"][name]:
         timing = time_repeatedly(work, repeats, device, between=between)
-    else:  # milliseconds, compared in seconds
+    else:  # takes milliseconds, and is compared in seconds
         timing = time_repeatedly(work, repeats, device, at_least=0 if setup.small else 1)
         between()
     gemm, peak = zip(*speeds)
@@ -82,18 +82,18 @@ def measure_row(name: str, setup: Setup, repeats: int) -> dict[str, Any]:
 
 def machine_speed(setup: Setup) -> tuple[float, float]:
     """
-    GFLOP/s just now: of the product that the reference is given in, and of one in the type of the run that is large
-    enough to fill the device.
+    The current speed in GFLOP/s of two products: the one that was measured for the reference, and one in the dtype of
+    the run that is large enough to fill the device.
     """
     device, dtype = setup.torch_device, setup.torch_dtype
     gemm = matrix_product_gflops(device, torch.float32, setup.product_size)
-    if device.type == "cpu" and dtype == torch.float32:  # which of the libraries is faster, the processor decides
+    if device.type == "cpu" and dtype == torch.float32:  # the faster library depends on the processor
         return gemm, max(gemm, onednn_product_gflops(setup.product_size))
     return gemm, matrix_product_gflops(device, dtype, setup.product_size if device.type == "cpu" else 8192)
 
 
 def peak_memory_of_all(setup: Setup) -> int:
-    """Of a process that does what every row times, once, one after the other."""
+    """The peak memory of a process that runs every row once, one after the other."""
     for prepare in ROWS.values():
         work = prepare(setup)
         work()
@@ -103,7 +103,7 @@ def peak_memory_of_all(setup: Setup) -> int:
 
 
 def run(setup: Setup, repeats: int = 5, only: list[str] | None = None, own_processes: bool = True) -> dict[str, Any]:
-    """All rows, or those whose names hold a word of `only`; see `measure_row`."""
+    """Measures all rows, or those whose names contain a word of `only`; see `measure_row`."""
     call = partial(in_own_process, first=setup.prepare_process) if own_processes else lambda work, *args: work(*args)
     names = select(only, [*ROWS, *SIZES])
     result: dict[str, Any] = {
@@ -134,8 +134,8 @@ def run(setup: Setup, repeats: int = 5, only: list[str] | None = None, own_proce
 
 def gemm_gflop(row: dict[str, Any], speeds: str = "gemm_gflops") -> float:
     """
-    The row's time in units of the matrix product: what the machine could have multiplied meanwhile. The median of all
-    runs, each by the speed just before and after it, as a machine's speed may change within seconds.
+    The row's time in units of the matrix product, in GFLOP: seconds times speed. The median of all runs, each with the
+    speed measured just before and after it, because the speed of a machine may change within seconds.
     """
     return statistics.median(
         seconds * statistics.mean(around) for seconds, around in zip(row["seconds"], pairwise(row[speeds]))
@@ -147,7 +147,7 @@ def share_of_peak(row: dict[str, Any]) -> float:
 
 
 def times_better(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """How many times faster or smaller than the reference each row is; nothing for a tiny network."""
+    """How many times faster or smaller than the reference each row is. Empty for a tiny network."""
     if result["network"] != reference["network"]:
         return {}
     better = {}
@@ -155,13 +155,13 @@ def times_better(result: dict[str, Any], reference: dict[str, Any]) -> dict[str,
         recorded = reference["rows"][name]
         if "gemm_gflop" in recorded:
             better[name] = recorded["gemm_gflop"] / gemm_gflop(row)
-        else:  # no matrix product, and none was measured beside it
+        else:  # not a matrix product, and none was measured next to it
             better[name] = recorded["seconds"] / statistics.median(row["seconds"])
     return better | {name: reference["sizes"][name]["bytes"] / size for name, size in result["sizes"].items()}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result beside the reference, as Markdown."""
+    """The result next to the reference, as Markdown."""
     reference = json.loads(REFERENCE.read_text())
     better = times_better(result, reference)
 
@@ -179,7 +179,7 @@ def table(result: dict[str, Any]) -> str:
         cells.append(f"{share_of_peak(row):.0%}" if row["flops"] else NONE)
         cells.append(size_text(row["peak_memory"]) if result["own_processes"] else NONE)
         rows.append(cells)
-    head = ["work", "seconds, median (min – max)", "gemm-GFLOP", "reference", "times faster", "must be", "goal"]
+    head = ["work", "seconds, median (min – max)", "gemm-GFLOP", "reference", "times faster", "required", "goal"]
     parts = [markdown_table([*head, "GFLOP", "share of peak", "peak memory"], rows)] if rows else []
     if result["sizes"]:
         rows = []
@@ -187,14 +187,14 @@ def table(result: dict[str, Any]) -> str:
             recorded = reference["sizes"][name]
             rows.append([name, size_text(size), size_text(recorded["bytes"])])
             rows[-1] += comparison(name, recorded)
-        parts.append(markdown_table(["size", "here", "reference", "times smaller", "must be", "goal"], rows))
+        parts.append(markdown_table(["size", "here", "reference", "times smaller", "required", "goal"], rows))
     parts.append(f"{result['network']}; {machine_text(result['machine'])}; {speeds_text(result['rows'])}")
     return "\n\n".join(parts)
 
 
 def speeds_text(rows: dict[str, Any]) -> str:
     text = []
-    for key, name in (("gemm_gflops", "float32 product"), ("peak_gflops", "peak")):
+    for key, name in (("gemm_gflops", "float32 matrix product"), ("peak_gflops", "peak")):
         speeds = [speed for row in rows.values() for speed in row[key]]
         if speeds:
             text.append(f"{name} {min(speeds):,.0f} – {max(speeds):,.0f} GFLOP/s")
@@ -204,8 +204,11 @@ def speeds_text(rows: dict[str, Any]) -> str:
 COLORS = {"goal": "#009E73", "required": "#0072B2", "neither": "#D55E00", "no": "0.55"}  # of Okabe and Ito
 
 
-def chart(result: dict[str, Any], path: Path) -> bool:
-    """Times faster or smaller than the reference as bars, each with its two marks. False if nothing is compared."""
+def draw_chart(result: dict[str, Any], path: Path) -> bool:
+    """
+    Draws a bar per row: how many times faster or smaller than the reference, with marks for required and goal. Returns
+    False if there is nothing to compare.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -243,12 +246,12 @@ def chart(result: dict[str, Any], path: Path) -> bool:
     axis.set_xticks([], minor=True)
     axis.set_yticks(range(len(better)), better)
     axis.set_ylim(len(better) - 0.5, -0.5)
-    axis.set_xlabel("times faster, or smaller, than the original network; the thin line: fastest and slowest run")
+    axis.set_xlabel("times faster or smaller than the original network; thin line: fastest and slowest run")
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    names = {"goal": "goal reached", "required": "required reached", "neither": "not reached", "no": "nothing asked"}
+    names = {"goal": "goal reached", "required": "required reached", "neither": "not reached", "no": "no requirement"}
     legend = [Patch(color=COLORS[key], label=name) for key, name in names.items()]
     marks = ((":", "required"), ("-", "goal"))
     legend += [Line2D([], [], color="black", linewidth=2, linestyle=style, label=name) for style, name in marks]
@@ -259,7 +262,7 @@ def chart(result: dict[str, Any], path: Path) -> bool:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What two results have in common, side by side, as Markdown."""
+    """The rows that two results have in common, side by side, as Markdown."""
     rows = []
     for name in (name for name in old["rows"] if name in new["rows"]):
         before, after = old["rows"][name], new["rows"][name]
@@ -270,7 +273,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
         if before["flops"] and after["flops"]:
             cells.append(f"{gemm_gflop(before) / gemm_gflop(after):.2f}×")
             cells.append(f"{share_of_peak(before):.0%} → {share_of_peak(after):.0%}")
-        else:  # no matrix products
+        else:  # not a matrix product
             cells += [NONE, NONE]
         memory = " → ".join(size_text(row["peak_memory"]) for row in (before, after))
         rows.append([*cells, memory if old["own_processes"] and new["own_processes"] else NONE])
@@ -285,7 +288,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
     unlike = [key for key in facts[0] if key != "load_before" and facts[0][key] != facts[1].get(key)]
     lines = [f"- {key}: {facts[0][key]} before, {facts[1].get(key)} after" for key in unlike]
     if lines:
-        parts.append("\n".join(["Not measured alike:", "", *lines]))
+        parts.append("\n".join(["Differences in the measurement:", "", *lines]))
     return "\n\n".join(parts)
 
 
@@ -296,20 +299,22 @@ def read_result(path: Path) -> dict[str, Any]:
             return result
     except (OSError, ValueError, AttributeError) as error:
         raise SystemExit(f"--compare {path}: {error}; two result.json of this program are needed") from error
-    raise SystemExit(f"--compare {path}: this program did not write it; two of its result.json are needed")
+    raise SystemExit(f"--compare {path}: not a result of this program; two result.json of it are needed")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for what is written")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names hold one of these")
-    parser.add_argument("--repeats", type=positive, default=5, help="runs that count, after one to warm up")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for the result")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names contain one of these")
+    parser.add_argument("--repeats", type=positive, default=5, help="runs that count, after a warm-up run")
     Setup.add_arguments(parser)
     parser.add_argument(
-        "--one_process", action="store_true", help="all rows in this process: quicker, no memory a row"
+        "--one_process", action="store_true", help="all rows in this process: faster, but without memory per row"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile, of encoding and the training step")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two result.json; runs nothing")
+    parser.add_argument("--compile", action="store_true", help="compile the encoder and the training step")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="compare two result.json and run nothing"
+    )
     args = parser.parse_args()
     if args.compare:
         print(compare(*map(read_result, args.compare)))
@@ -317,7 +322,7 @@ def main():
     setup = replace(Setup.from_arguments(args), compiled=args.compile)
     result = run(setup, args.repeats, args.only, own_processes=not args.one_process)
     write_result(args.out, result, table(result))
-    chart(result, args.out / "chart.png")
+    draw_chart(result, args.out / "chart.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-What a trained network answers in each form that it can be deployed in, beside what it answers in float32.
+Compares the answers of a deployed network with its answers in float32.
 
     python benchmarks/deployed_answers.py
 
-asks the bundled checkpoint the test questions of easy-VQA, greedily, in the types and quantisations of docs/deploy.md;
-those whose library is not installed are left out. Sizes are those of the weights on disk. Writes result.json and
-table.md.
+The program asks prismer-easy-vqa the test questions of easy-VQA with the dtypes and quantisations of docs/deploy.md,
+decoded greedily. Those whose library is not installed are left out. Sizes are those of the weights on disk. The
+program writes result.json and table.md.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def onnx(folder: Path, int8: bool = False) -> OnnxPrismer:
     return OnnxPrismer(folder)
 
 
-# By name: the libraries that it needs, and how to make it in a folder of its own.
+# name: (libraries that it needs, function that makes it in a folder)
 FORMS: dict[str, tuple[tuple[str, ...], Callable[[Path], Any]]] = {
     "float32": ((), lambda folder: load(dtype=torch.float32)),
     "float16": ((), lambda folder: load(dtype=torch.float16)),
@@ -72,7 +72,7 @@ FORMS: dict[str, tuple[tuple[str, ...], Callable[[Path], Any]]] = {
 
 
 def questions_by_image(images: int) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """The inputs of each image with its questions, what the experts see computed once, and the true answers."""
+    """The inputs of each image with its questions and expert labels, and the true answers."""
     questions, answers, image_ids = easy_vqa.get_test_questions()
     paths = easy_vqa.get_test_image_paths()
     processor = PrismerProcessor.from_pretrained(CHECKPOINT)
@@ -85,7 +85,7 @@ def questions_by_image(images: int) -> tuple[list[dict[str, Any]], list[list[str
 
 
 def answer(network: Any, inputs: list[dict[str, Any]]) -> tuple[list[list[str]], torch.Tensor]:
-    """The answers to each image's questions, and the logits `(questions, vocabulary)` of their first tokens."""
+    """The answers for each image, and the logits of their first tokens: (questions, vocabulary)."""
     processor = PrismerProcessor.from_pretrained(CHECKPOINT, experts=None)
     answers, logits = [], []
     for each in inputs:
@@ -105,7 +105,7 @@ def answer(network: Any, inputs: list[dict[str, Any]]) -> tuple[list[list[str]],
 
 
 def size(network: Any, folder: Path) -> int:
-    """Bytes of the weights on disk."""
+    """The size of the weights on disk in bytes."""
     if not isinstance(network, OnnxPrismer):
         network.save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".onnx", ".data"))
@@ -114,9 +114,9 @@ def size(network: Any, folder: Path) -> int:
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/deployed_answers"), help="folder for what is written")
-    parser.add_argument("--images", type=positive, default=200, help="of easy-VQA's 1,000 test images")
-    parser.add_argument("--only", nargs="+", metavar="FORM", choices=FORMS, help="these forms; float32 always")
+    parser.add_argument("--out", type=Path, default=Path("runs/deployed_answers"), help="folder for the result")
+    parser.add_argument("--images", type=positive, default=200, help="number of test images; easy-VQA has 1,000")
+    parser.add_argument("--only", nargs="+", metavar="FORM", choices=FORMS, help="only these forms, and float32")
     args = parser.parse_args()
 
     inputs, truths = questions_by_image(args.images)
@@ -129,7 +129,7 @@ def main():
             continue
         with tempfile.TemporaryDirectory() as folder:
             network = make(Path(folder) / "model")
-            weights = size(network, Path(folder) / "model")  # before it runs, which may change how weights lie
+            weights = size(network, Path(folder) / "model")  # first, because running it may repack the weights
             answers, logits = answer(network, inputs)
         if name == "float32":
             expected, expected_logits = answers, logits
@@ -142,13 +142,14 @@ def main():
         forms[name] = form
         cells = [f"{weights / 1e6:.1f}", f"{form['logits_change']:.2g}", f"{form['right'] / number:.2%}"]
         rows.append([name, *cells, str(form["other_answers"])])
-    head = ["", "weights, MB", "change of the logits", "exact match", "other answers"]
+    head = ["", "weights, MB", "change of the logits", "exact match", "changed answers"]
     machine = machine_facts(torch.device("cpu"), torch.float32)
     text = "\n\n".join(
         [
             markdown_table(head, rows),
-            f"{number} questions to {len(inputs)} images, against float32; logits of the first tokens of the answers, "
-            f"norm of the change by norm. {machine_text(machine)}.",
+            f"Compared with float32 on {number} questions about {len(inputs)} images. Change of the logits: the norm "
+            "of the change divided by the norm of the logits, for the first token of each answer. "
+            f"{machine_text(machine)}.",
         ]
     )
     write_result(args.out, {"machine": machine, "questions": number, "forms": forms}, text)

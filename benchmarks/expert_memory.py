@@ -1,17 +1,16 @@
 """
-Memory that each expert of a suite takes: random weights of the true size, one batch through the expert's own code.
+Measures the memory of each expert of a suite, with random weights of the true size.
 
     python benchmarks/expert_memory.py --suite published                    (about 6 minutes on one core)
     python benchmarks/expert_memory.py --suite published --device cuda
 
-On CUDA the peak is `torch.cuda.max_memory_allocated`. On the CPU it is accounted: the weights and every tensor that an
-operation has returned and that is still held, at their largest sum. The workspaces of kernels are not in it, nor what
-the driver takes, nor the gaps between the blocks of CUDA's allocator. In half precision the CPU runs bfloat16: the
-same layers are in 16 bits as float16 on CUDA, though autocast's lists of what stays in float32 differ a little.
+Each expert runs one batch through its own code. On CUDA the peak is `torch.cuda.max_memory_allocated`. On a CPU it is
+counted: the weights plus all tensors that operations have returned and that are still held. It does not include
+workspaces of kernels, memory of the driver, or gaps between the blocks of CUDA's allocator. Half precision is bfloat16
+on a CPU and float16 on CUDA; autocast keeps slightly different operations in float32.
 
-The models have the sizes of the published weights, see `MODELS`. The pictures are square, for which the networks'
-inputs are the largest. One expert is in memory at a time; text is read on the CPU by onnxruntime, whose memory is not
-counted.
+The models have the sizes of the published weights, see `MODELS`. The images are square, because these give the largest
+inputs. One expert is in memory at a time. onnxruntime reads text on the CPU, and its memory is not counted.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from PIL import Image
 from modeling_prismer.processing.experts import DexiNedEdges, Expert, ExpertSuite, PretrainedExpert
 
 
-# What a card of 4 GB has left for tensors: about half a gigabyte goes to the CUDA context and its libraries.
+# The memory for tensors on a GPU with 4 GB: the CUDA context and its libraries take about half a gigabyte.
 BUDGET = 4 * 2**30 - 500 * 2**20
 
 
@@ -40,7 +39,7 @@ def classes(number: int) -> dict[str, Any]:
 
 
 def dpt_hybrid():
-    """As transformers' script converts dpt_hybrid-midas-501f0c75.pt; 490 MB on the Hub."""
+    """The configuration of dpt_hybrid-midas-501f0c75.pt in transformers' conversion script; 490 MB on the Hub."""
     config = transformers.DPTConfig(
         is_hybrid=True,
         hidden_size=768,
@@ -74,13 +73,13 @@ def depth_anything_small():
 
 
 def tipsv2_normals():
-    """The configuration's defaults are google/tipsv2-b14-dpt; of its three heads only that for normals is loaded."""
+    """The defaults are google/tipsv2-b14-dpt. It has three heads; only the one for normals is loaded."""
     config = transformers.Tipsv2DptConfig()
     return transformers.Tipsv2DptForNormalEstimation(config), transformers.Tipsv2DptImageProcessor()
 
 
 def mask2former(embed_dim, depths, num_heads, window_size, image_size, num_queries):
-    """As Mask2Former's configuration files say: Swin-L is `maskformer2_swin_large_IN21k_384_bs16_100ep`; 866 MB."""
+    """From Mask2Former's configuration files; Swin-L is `maskformer2_swin_large_IN21k_384_bs16_100ep`, 866 MB."""
     config = transformers.Mask2FormerConfig(
         backbone_config=transformers.SwinConfig(
             image_size=image_size,
@@ -97,7 +96,7 @@ def mask2former(embed_dim, depths, num_heads, window_size, image_size, num_queri
 
 
 def dfine_xlarge():
-    """As transformers' script converts dfine_x_obj365, with 366 classes; 252 MB with the 80 classes of COCO."""
+    """dfine_x_obj365 in transformers' conversion script, 366 classes; 252 MB with the 80 classes of COCO."""
     config = transformers.DFineConfig(
         backbone_config=transformers.HGNetV2Config(
             stem_channels=[3, 32, 64],
@@ -135,7 +134,7 @@ def rtdetr_v2_r18():
 
 
 def segformer_b0():
-    """The configuration's defaults, with the 150 classes of ADE20K; 15 MB on the Hub."""
+    """The defaults with the 150 classes of ADE20K; 15 MB on the Hub."""
     config = transformers.SegformerConfig(**classes(150))
     return transformers.SegformerForSemanticSegmentation(config), transformers.SegformerImageProcessor()
 
@@ -155,7 +154,7 @@ MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def with_random_weights(expert: Expert, folder: Path) -> Expert:
-    """The same expert on random weights of the same size, saved in a folder; itself if it has none from the Hub."""
+    """The expert with random weights of the same size, saved in `folder`; the expert itself if it needs none."""
     if isinstance(expert, PretrainedExpert):
         torch.manual_seed(0)
         model, processor = MODELS[expert.model_id]()
@@ -168,14 +167,14 @@ def with_random_weights(expert: Expert, folder: Path) -> Expert:
 
 
 def weights_of(expert: Expert) -> list[torch.Tensor]:
-    """Parameters and buffers."""
+    """The parameters and buffers of a loaded expert."""
     if not isinstance(expert.model, torch.nn.Module):
         return []
     return [*expert.model.parameters(), *expert.model.buffers()]
 
 
 def peak_bytes(expert: Expert, images: list[Image.Image], device: torch.device) -> int:
-    """The most that the loaded expert takes while it runs one batch, its weights included."""
+    """The peak memory of a loaded expert in bytes while it runs one batch, including its weights."""
     expert.batch_size = len(images)
     depth = [np.array(Image.linear_gradient("L").resize(image.size)) for image in images]
     others = {name: depth for name in (*expert.needs, *expert.uses)}
@@ -190,8 +189,8 @@ def peak_bytes(expert: Expert, images: list[Image.Image], device: torch.device) 
 
 
 def measure(expert: Expert, image_size: int, device: torch.device, batch_sizes: list[int]) -> dict[str, Any]:
-    """What one expert takes: `{"weights": {precision: bytes}, "peaks": {precision: {images: bytes}}, …}`."""
-    picture = Image.effect_noise((image_size, image_size), 64).convert("RGB")
+    """Measures one expert: `{"weights": {precision: bytes}, "peaks": {precision: {images: bytes}}, …}`."""
+    image = Image.effect_noise((image_size, image_size), 64).convert("RGB")
     result: dict[str, Any] = {
         "expert": f"{expert.name}: {type(expert).__name__}",
         "stated_bytes": expert.size_in_bytes,
@@ -211,7 +210,7 @@ def measure(expert: Expert, image_size: int, device: torch.device, batch_sizes: 
             result["parameters"] = sum(tensor.numel() for tensor in weights_of(expert) if not is_buffer(tensor))
             result["weights"][precision] = sum(tensor.nbytes for tensor in weights_of(expert))
             result["peaks"][precision] = {
-                number: peak_bytes(expert, [picture] * number, device) for number in batch_sizes
+                number: peak_bytes(expert, [image] * number, device) for number in batch_sizes
             }
             expert.unload()
             gc.collect()
@@ -223,9 +222,9 @@ def is_buffer(tensor: torch.Tensor) -> bool:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown; sizes in MB, 10⁶ bytes."""
+    """The results as Markdown. Sizes are in MB (10⁶ bytes)."""
     lines = [
-        "| expert | parameters | weights, single and half | images at a time | peak, single | peak, half |",
+        "| expert | parameters | weights, single and half | batch size | peak, single | peak, half |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     most = 0
@@ -241,22 +240,22 @@ def table(results: list[dict[str, Any]]) -> str:
             lines.append(f"| {result['expert']} | {size} | {weights} | {number}{default} | {cells} |")
     verdict = "fits" if most <= BUDGET else "does not fit"
     lines.append(
-        f"\nThe most with the default settings, one expert at a time: {most / 1e6:,.0f} MB, which {verdict} into the "
-        f"{BUDGET / 1e6:,.0f} MB that a card of 4 GB has for tensors."
+        f"\nThe largest peak with the default settings is {most / 1e6:,.0f} MB, which {verdict} into the "
+        f"{BUDGET / 1e6:,.0f} MB that a GPU with 4 GB has for tensors."
     )
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="published", help="a suite of experts by its name")
-    parser.add_argument("--only", nargs="*", help="only the experts of these names")
-    parser.add_argument("--image_size", type=positive, default=640, help="width and height of the pictures")
-    parser.add_argument("--batch_sizes", type=positive, nargs="*", default=[1], help="besides each expert's own")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--suite", default="published", help="name of a suite of experts")
+    parser.add_argument("--only", nargs="*", help="only the experts with these names")
+    parser.add_argument("--image_size", type=positive, default=640, help="width and height of the images")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/expert_memory"), help="folder for result.json, table.md"
+        "--batch_sizes", type=positive, nargs="*", default=[1], help="in addition to each expert's own"
     )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/expert_memory"), help="folder for the result")
     args = parser.parse_args()
     results = []
     for name, expert in ExpertSuite.from_name(args.suite).items():

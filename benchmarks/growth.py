@@ -1,13 +1,14 @@
 """
-How time and memory grow with the batch, the experts, the resolution, the candidates and the beams.
+Measures how time and memory grow with the batch, the experts, the resolution, the candidates and the beams.
 
     python benchmarks/growth.py                                     (about 10 minutes on two cores)
     python benchmarks/growth.py --only resolution --device cuda --dtype bfloat16
 
-Each curve has a growth that it must have, such as time = a + b·images. That is fitted to all points but the largest,
-which it then predicts: what comes out above the prediction grows faster than it must. Floating-point operations and
-memory are counted in a run of their own, so that they are the same on a busy machine: memory is that of all tensors
-that are held, weights included (on CUDA what torch has allocated). Writes result.json, table.md and growth.png.
+Each curve has an expected growth, such as time = a + b·images. It is fitted to all points but the largest, and then
+predicts the largest. A measurement above the prediction grows too fast. Floating-point operations and memory are
+counted in a separate run, so they do not depend on the load of the machine. Memory is that of all tensors that are
+held, including weights (on CUDA, the memory allocated by torch). The program writes result.json, table.md and
+growth.png.
 """
 
 import argparse
@@ -39,16 +40,16 @@ from rows import Setup, Work, caption, encode, image_inputs, make_model, rank, s
 from modeling_prismer import PrismerForConditionalGeneration
 
 
-LONG = 10  # seconds: what takes longer is run once
-TOLERANCE = {"seconds": 0.2, "flops": 0.02, "memory": 0.05}  # above the prediction: noise, rounding, bookkeeping
-KINDS = ("dense", "dense", "label", "dense", "label", "label")  # of the first, second, … expert
+LONG = 10  # seconds; longer work runs once
+TOLERANCE = {"seconds": 0.2, "flops": 0.02, "memory": 0.05}  # for noise, rounding and bookkeeping
+KINDS = ("dense", "dense", "label", "dense", "label", "label")  # the kinds of the six experts, in order
 
 
 @dataclass(frozen=True)
 class Curve:
     """
-    What is measured at which points, and the growth that it must have: a constant, and `terms` of x each times a
-    factor. `units` says what one more of a term is.
+    A measurement at several points, with its expected growth: a constant plus `terms` of x, each times a factor.
+    `units` names one unit of each term.
     """
 
     name: str
@@ -56,15 +57,15 @@ class Curve:
     points: tuple[int, ...]
     small_points: tuple[int, ...]
     prepare: Callable[[PrismerForConditionalGeneration, int], Work]
-    must: str
+    expected: str
     units: tuple[str, ...]
     terms: tuple[Callable[[float], float], ...] = (float,)
     panel: str | None = None
-    power: bool = True  # whether the exponent at the end says something
+    power: bool = True  # whether the exponent at the end is meaningful
 
 
 def some_experts(model: PrismerForConditionalGeneration, number: int) -> Work:
-    """One image with the first experts only."""
+    """Encodes one image with the first experts only."""
     inputs = image_inputs(model, 1)
     for spec in model.config.expert_specs[number:]:
         inputs = {key: tensor for key, tensor in inputs.items() if not spec.owns(key)}
@@ -96,7 +97,7 @@ CURVES = [
         (0, 1, 2, 3, 4, 5, 6),
         (0, 1, 2, 3, 4, 5, 6),
         some_experts,
-        "linear growth, steeper for dense experts than for those of labels",
+        "linear growth, steeper for dense experts than for label experts",
         ("dense expert", "label expert"),
         (kind_counter("dense"), kind_counter("label")),
         power=False,
@@ -107,7 +108,7 @@ CURVES = [
         (224, 320, 480, 640, 768),
         (64, 96, 128, 160, 192),
         at_resolution,
-        "growth with the patches, and a part with their square (attention)",
+        "linear in the number of patches, and quadratic in attention",
         (),
         (lambda side: (side / 16) ** 2, lambda side: (side / 16) ** 4),
     ),
@@ -126,7 +127,7 @@ CURVES = [
         (16, 30, 100, 300, 1000, 3000),
         (128, 256, 384, 512),
         lambda model, x: rank(model, candidates=x, k=16, shortest=6),
-        "no growth to speak of, as only the first choice looks at all",
+        "constant, because only the first choice looks at all candidates",
         (),
         (),
         panel="candidates",
@@ -150,7 +151,7 @@ CURVES = [
 def measure_curve(
     curve: Curve, model: PrismerForConditionalGeneration, setup: Setup, repeats: int
 ) -> list[dict[str, Any]]:
-    """A point for each x: its times, floating-point operations and peak memory."""
+    """The times, floating-point operations and peak memory at each x."""
     device = setup.torch_device
     model.resize_position_embeddings(setup.train_size)  # another curve may have changed it
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -179,7 +180,7 @@ def quantity(point: dict[str, Any], name: str) -> float:
 
 
 def fit(curve: Curve, points: list[dict[str, Any]], name: str) -> np.ndarray:
-    """The constant and the terms' factors that come closest, in relation to each point's size."""
+    """The constant and the factors of the terms with the smallest relative error (least squares)."""
     y = np.array([quantity(point, name) for point in points])
     columns = np.array([[1.0, *(term(point["x"]) for term in curve.terms)] for point in points])
     return np.linalg.lstsq(columns / y[:, None], np.ones(len(y)), rcond=None)[0]
@@ -191,8 +192,8 @@ def value(curve: Curve, factors: np.ndarray, x: float) -> float:
 
 def read_curve(curve: Curve, points: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    For time, operations and memory: the fitted factors, what all points but the largest predict for that one, by how
-    much it is above that, and the exponent between the last two points.
+    For time, operations and memory: the fitted factors, the prediction of the other points for the largest one, by how
+    much it is above the prediction, and the exponent between the last two points.
     """
     last, before = points[-1], points[-2]
     reading: dict[str, Any] = {}
@@ -204,13 +205,13 @@ def read_curve(curve: Curve, points: list[dict[str, Any]]) -> dict[str, Any]:
             "predicted": predicted,
             "above": measured / predicted - 1,
             "exponent": math.log(measured / quantity(before, name)) / math.log(last["x"] / before["x"]),
-            "as_it_must": bool(measured <= (1 + tolerance) * predicted),
+            "as_expected": bool(measured <= (1 + tolerance) * predicted),
         }
     return reading
 
 
 def sentence(curve: Curve, points: list[dict[str, Any]], reading: dict[str, Any]) -> str:
-    """What the numbers say about one curve."""
+    """Describes a curve in words."""
     first, last = points[0], points[-1]
     time, memory = reading["seconds"], reading["memory"]
     slopes = [
@@ -223,12 +224,13 @@ def sentence(curve: Curve, points: list[dict[str, Any]], reading: dict[str, Any]
         f"{last['flops'] / 1e9:,.4g} GFLOP, memory from {first['memory'] / 1e6:,.0f} to {last['memory'] / 1e6:,.0f} MB"
         + (f" ({'; '.join(slopes)})." if slopes else "."),
         f"Between the last two points time grows with the power {time['exponent']:.2f}." if curve.power else "",
-        f"What it must have is {curve.must}; fitted to the smaller points, that gives {time['predicted']:.3g} s, "
-        f"{reading['flops']['predicted'] / 1e9:,.4g} GFLOP and {memory['predicted'] / 1e6:,.0f} MB for the largest.",
+        f"The expected growth is {curve.expected}. Fitted to the smaller points, it predicts "
+        f"{time['predicted']:.3g} s, {reading['flops']['predicted'] / 1e9:,.4g} GFLOP and "
+        f"{memory['predicted'] / 1e6:,.0f} MB for the largest.",
     ]
     names = {"seconds": "time", "flops": "operations", "memory": "memory"}
-    faster = [f"{names[name]} by {entry['above']:.0%}" for name, entry in reading.items() if not entry["as_it_must"]]
-    lines.append(f"**Above that: {', '.join(faster)}.**" if faster else "Nothing grows faster than it must.")
+    faster = [f"{names[name]} by {entry['above']:.0%}" for name, entry in reading.items() if not entry["as_expected"]]
+    lines.append(f"**Above that: {', '.join(faster)}.**" if faster else "Nothing grows faster than expected.")
     return " ".join(filter(None, lines))
 
 
@@ -250,17 +252,17 @@ def report(result: dict[str, Any]) -> str:
 TIME, MEMORY = ("#0072B2", "#56B4E9"), ("#D55E00", "#E69F00")  # of Okabe and Ito
 
 
-def figure(result: dict[str, Any], path: Path) -> None:
-    """A panel for each quantity: measured points, and as lines the growth that it must have, fitted to them."""
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draws a panel per quantity: measured points, and the fitted expected growth as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     curves = [curve for curve in CURVES if curve.name in result["curves"]]
     panels = list(dict.fromkeys(curve.panel or curve.name for curve in curves))
-    picture = Figure(figsize=(12, 7.2), layout="constrained")
-    axes = dict(zip(panels, picture.subplots(2, 3).flat))
-    for axis in picture.axes[len(panels) :]:
+    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(2, 3).flat))
+    for axis in figure.axes[len(panels) :]:
         axis.set_axis_off()
     for panel, axis in axes.items():
         memory_axis = axis.twinx()
@@ -301,21 +303,19 @@ def figure(result: dict[str, Any], path: Path) -> None:
     points = {"marker": "o", "markersize": 5}
     legend = [
         Line2D([], [], **points, color=TIME[0], linestyle="none", label="time: fastest run, bar to the slowest"),
-        Line2D([], [], color=TIME[0], label="the growth that time must have, fitted"),
-        Line2D(
-            [], [], **points, color=MEMORY[0], linestyle=":", markerfacecolor="white", label="memory, with weights"
-        ),
+        Line2D([], [], color=TIME[0], label="expected growth of time, fitted"),
+        Line2D([], [], **points, color=MEMORY[0], linestyle=":", markerfacecolor="white", label="memory with weights"),
     ]
-    picture.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
-    picture.suptitle(machine_title(result["network"], result["machine"]))
-    FigureCanvasAgg(picture).print_png(str(path))
+    figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(machine_title(result["network"], result["machine"]))
+    FigureCanvasAgg(figure).print_png(str(path))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for what is written")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only curves whose names hold one of these")
-    parser.add_argument("--repeats", type=positive, default=2, help="runs of each point that count")
+    parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for the result")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only curves whose names contain one of these")
+    parser.add_argument("--repeats", type=positive, default=2, help="runs that count at each point")
     Setup.add_arguments(parser)
     args = parser.parse_args()
     setup = Setup.from_arguments(args)
@@ -333,7 +333,7 @@ def main():
         points = measure_curve(curve, model, setup, args.repeats)
         result["curves"][curve.name] = {"points": points, "reading": read_curve(curve, points)}
     write_result(args.out, result, report(result))
-    figure(result, args.out / "growth.png")
+    draw(result, args.out / "growth.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How the programs of this folder measure: time, floating-point operations, memory, and the machine itself."""
+"""Measures time, floating-point operations, memory and the machine, for all programs of this folder."""
 
 import argparse
 import importlib.metadata
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-# which the network calls as well, and torch counts nothing of; `None` in a build of torch without oneDNN
+# optimize_for_cpu uses this operator, and torch's counter does not know it. `None` in a build of torch without oneDNN.
 ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
 
 
@@ -37,7 +37,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Time of one run of `work`, until the device has finished."""
+    """The time of one run of `work`, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -47,7 +47,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 @dataclass
 class Timing:
-    """Times of repeated runs in seconds. `first` is the run before them, to warm up, which does not count."""
+    """The times of repeated runs in seconds. `first` is the warm-up run before them, which does not count."""
 
     first: float
     seconds: list[float]
@@ -69,8 +69,8 @@ def time_repeatedly(
     between: Callable[[], Any] = lambda: None,
 ) -> Timing:
     """
-    `repeats` runs after one to warm up; of quick work more, until they have taken `at_least` so many seconds. Around
-    each run that counts `between` is called.
+    Times `repeats` runs after a warm-up run. Short work is repeated until all runs together have taken `at_least`
+    seconds. `between` is called before and after each run that counts.
     """
     timing = Timing(seconds(work, device), [])
     between()
@@ -81,7 +81,7 @@ def time_repeatedly(
 
 
 def spread_text(times: list[float]) -> str:
-    """Median (shortest – longest), with three significant digits or more."""
+    """Median (shortest – longest), with at least three significant digits."""
     median = statistics.median(times)
     digits = 3 if median < 1 else 2 if median < 10 else 1
     if median < 0.1:
@@ -90,13 +90,13 @@ def spread_text(times: list[float]) -> str:
 
 
 def matrix_product_gflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Speed of a product of two square matrices, in GFLOP/s: the median of five."""
+    """The speed of a product of two square matrices in GFLOP/s: the median of five runs."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / time_repeatedly(lambda: a @ b, 5, device).median / 1e9
 
 
 def onednn_product_gflops(size: int) -> float:
-    """The same of float32 on a CPU, where `@` is MKL's, by oneDNN; 0 in a build of torch without it."""
+    """The same for float32 on a CPU by oneDNN (`@` uses MKL there). 0 in a build of torch without oneDNN."""
     if ONEDNN_LINEAR is None:
         return 0.0
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -119,7 +119,7 @@ def _linear(states, weight, *args, **kwargs) -> int:
     return 2 * math.prod(states) * weight[0]
 
 
-# torch counts attention on CUDA only, and no linear layers of oneDNN
+# torch counts attention on CUDA only, and no linear layers of oneDNN at all
 _ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -129,16 +129,19 @@ if ONEDNN_LINEAR is not None:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts what matrix products, convolutions and attention do, a multiplication and an addition as two."""
+    """
+    Counts the operations of matrix products, convolutions and attention. A multiplication with an addition counts as
+    two.
+    """
     counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
-    # Not by module: the hooks for that fail on a view of a parameter that is made without gradients.
+    # Do not count by module: the hooks for that fail on a view of a parameter that was made without gradients.
     counter.mod_tracker = nullcontext()
     counter.mod_tracker.parents = {"Global"}
     return counter
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    """Of `work` as it is without compilation, which counters cannot look into."""
+    """Counts the operations of `work`, run eagerly, because counters cannot see inside compiled code."""
     with torch.compiler.set_stance("force_eager"), flop_counter() as counter:
         work()
     return counter.get_total_flops()
@@ -149,12 +152,12 @@ def count_flops(work: Callable[[], Any]) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """
-    The most bytes that this process has held so far: on CUDA what torch has allocated there, else what was resident.
+    The largest number of bytes that this process has held so far: allocated by torch on CUDA, else resident memory.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss, this knows nothing of the process that started this one
+    if status.exists():  # unlike ru_maxrss, this does not include the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     import resource
@@ -165,11 +168,11 @@ def peak_memory(device: torch.device) -> int:
 
 class HeldBytes(TorchDispatchMode):
     """
-    Counts the bytes of all tensors that operations return, from then until nothing holds them any more.
+    Counts the bytes of all tensors that operations return, until nothing refers to them any more.
 
     Attributes:
-        now (`int`): what is held; starts with `held_before`.
-        peak (`int`): the most that was held.
+        now (`int`): number of bytes that are held; starts with `held_before`.
+        peak (`int`): the largest number of bytes that were held.
     """
 
     def __init__(self, held_before: int = 0):
@@ -179,7 +182,7 @@ class HeldBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
-        for storage in storages((args, kwargs)):  # weights; and what a view looks at
+        for storage in storages((args, kwargs)):  # weights, and the tensors that a view refers to
             self._known[storage] = None
         for storage in storages(outputs):
             if storage not in self._known:
@@ -208,7 +211,7 @@ def positive(text: str) -> int:
 
 
 def machine_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that a time depends on besides the program."""
+    """Everything besides the program that a time depends on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "cpu": _cpu_name(),
@@ -233,7 +236,7 @@ def machine_text(machine: dict[str, Any]) -> str:
 
 
 def machine_title(network: str, machine: dict[str, Any]) -> str:
-    """For a figure."""
+    """The title of a figure."""
     return f"{network}, {machine['device']}, {threads_text(machine)}, {machine['dtype']}"
 
 
@@ -242,7 +245,7 @@ def threads_text(machine: dict[str, Any]) -> str:
 
 
 def _cpu_name() -> str:
-    """The model's name with what tells those apart that hypervisors call alike."""
+    """The name of the model, with its numbers: hypervisors give several models the same name."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
@@ -256,7 +259,7 @@ def _cpu_name() -> str:
 
 
 def in_own_process(function: Callable, *args, first: Callable[[], Any] | None = None) -> Any:
-    """`function(*args)`, after `first()`, in a new process: its memory, caches and threads are nobody else's."""
+    """Runs `first()` and `function(*args)` in a new process, which shares no memory, caches or threads."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=first) as pool:
         return pool.submit(function, *args).result()
 
@@ -271,7 +274,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def write_result(folder: Path, result: Any, text: str) -> None:
-    """`result.json` and `table.md`, each whole or not at all; the text is printed too."""
+    """Writes `result.json` and `table.md`, each complete or not at all, and prints the text."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("result.json", json.dumps(result, indent=2)), ("table.md", text)):
         temporary = folder / f"{name}.{os.getpid()}.tmp"

@@ -1,14 +1,14 @@
 """
-bfloat16, and int8 of the decoder: how much faster, and how much the outputs change.
+Compares bfloat16 and an int8 decoder with float32: the speed-up, and the changes of the outputs.
 
     python benchmarks/precision.py
-    python benchmarks/precision.py --checkpoint prismer-easy-vqa --pictures modeling_prismer/assets/shape.png \\
+    python benchmarks/precision.py --checkpoint prismer-easy-vqa --image_files modeling_prismer/assets/shape.png \\
         --text "What color is the shape?" "What shape is in the image?"
 
-Without `--checkpoint` on random weights of the true size: times, and outputs, whose tokens are a harsh test, since no
-token that such a network writes is much more probable than the next. With it on a trained checkpoint: outputs alone.
-int8 is torchao's (pip install torchao) as `quantize_` leaves the model, without torch.compile: weight-only, or
-dynamic, which has the layers' inputs in 8 bits as well. Writes result.json and table.md.
+Without `--checkpoint`, the program measures times and outputs with random weights of the true size. Tokens then change
+easily, because the most probable token is hardly more probable than the next one. With `--checkpoint`, it compares the
+outputs of a trained model. int8 comes from torchao (pip install torchao) without torch.compile: weight-only, or
+dynamic, which also quantises the inputs of the layers. The program writes result.json and table.md.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def to_bfloat16(model: PrismerForConditionalGeneration, encoder: bool = False, d
 
 
 def to_int8(model: PrismerForConditionalGeneration, config_name: str) -> None:
-    """Every linear layer of the decoder, the language modelling head included."""
+    """Quantises every linear layer of the decoder, including the language modelling head."""
     import torchao.quantization
 
     for part in decoder_of(model):
@@ -79,7 +79,7 @@ VARIANTS: dict[str, Callable[[PrismerForConditionalGeneration], None]] = {
 
 
 def installed_variants() -> tuple[list[str], str | None]:
-    """The variants that can run, and what to say about the others."""
+    """The variants that can run, and a note on the others."""
     try:
         import torchao
     except ImportError:
@@ -105,7 +105,7 @@ def time_rows(model: PrismerForConditionalGeneration, repeats: int) -> dict[str,
 
 @torch.no_grad()
 def say(model: PrismerForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The encoded images, and the text that the model finds by greedy search."""
+    """The encoded images, and the greedily generated text."""
     inputs = dict(inputs)
     text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask") if name in inputs}
     encoded = model.get_image_features(**inputs).last_hidden_state
@@ -117,7 +117,7 @@ def say(model: PrismerForConditionalGeneration, inputs: dict[str, torch.Tensor])
 
 @torch.no_grad()
 def logits_along(model: PrismerForConditionalGeneration, said: dict[str, Any], text: torch.Tensor) -> torch.Tensor:
-    """Float32 logits of each token of `text` after the prompt: `(tokens, vocabulary)`, without padding."""
+    """The float32 logits of each token of `text` after the prompt, without padding: (tokens, vocabulary)."""
     mask = text != model.config.pad_token_id
     logits = model(input_ids=text, attention_mask=mask, encoder_outputs=said["encoder_outputs"]).logits
     start = said["prompt"]
@@ -125,7 +125,7 @@ def logits_along(model: PrismerForConditionalGeneration, said: dict[str, Any], t
 
 
 def change(reference: dict[str, Any], said: dict[str, Any], logits: list[torch.Tensor], pad: int) -> dict[str, float]:
-    """How far `said` and its logits, the second, are from the reference's."""
+    """The differences between two outputs. `logits` are those of the reference and of `said`."""
     difference = (logits[1] - logits[0]).abs()
     generated = [each["generated"][:, each["prompt"] :] for each in (reference, said)]
     length = max(each.shape[1] for each in generated)
@@ -149,7 +149,7 @@ def max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
 def measure(
     model: PrismerForConditionalGeneration, inputs: dict[str, torch.Tensor], names: list[str], repeats: int
 ) -> dict[str, Any]:
-    """Each variant's times (with `repeats`), and what it says differently from the model in float32."""
+    """The times of each variant (if `repeats` is not 0), and its differences from the float32 model."""
     reference = say(model, inputs)
     expected = logits_along(model, reference, reference["generated"])
     variants = {}
@@ -169,16 +169,14 @@ def measure(
 
 
 def checkpoint_and_inputs(
-    checkpoint: str, pictures: list[str], texts: list[str] | None, device: torch.device
+    checkpoint: str, images: list[str], texts: list[str] | None, device: torch.device
 ) -> tuple[PrismerForConditionalGeneration, dict[str, torch.Tensor]]:
-    """A trained model and its inputs: every text about every picture. Its live experts see the pictures."""
-    if not pictures:
-        raise SystemExit("--checkpoint needs --pictures")
+    """A trained model and its inputs: every text for every image. Its experts run live."""
     folder = checkpoint if Path(checkpoint).is_dir() else pretrained_path(checkpoint)
     processor = PrismerProcessor.from_pretrained(folder)
     model = PrismerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    text = None if texts is None else [texts] * len(pictures)
-    return model, dict(processor(images=pictures, text=text).to(device))
+    text = None if texts is None else [texts] * len(images)
+    return model, dict(processor(images=images, text=text).to(device))
 
 
 # ---- reading ----
@@ -202,7 +200,7 @@ def table(result: dict[str, Any]) -> str:
         head = ["", *(f"{name}, s" for name in timed)]
         parts.append(markdown_table(head, rows))
         speeds = ", ".join(f"{dtype} {speed:,.0f}" for dtype, speed in result["gemm_gflops"].items())
-        parts.append(f"Times faster than float32 after the comma. Matrix products of their types, GFLOP/s: {speeds}.")
+        parts.append(f"The number after the comma is the speed-up over float32. Matrix products in GFLOP/s: {speeds}.")
     rows = []
     for name, entry in variants.items():
         change = entry["change"]
@@ -212,9 +210,9 @@ def table(result: dict[str, Any]) -> str:
     parts.append(markdown_table([*head, "same next token", "same greedy token"], rows))
     change = next(iter(variants.values()))["change"]
     parts.append(
-        f"The logits' standard deviation is {change['logits_std']:.2g}. Next tokens are those along the "
-        f"{change['tokens']} tokens that float32 wrote; greedy tokens are compared by place, so that all after a "
-        "first other one may differ."
+        f"The logits' standard deviation is {change['logits_std']:.2g}. Next tokens are compared along the "
+        f"{change['tokens']} tokens that float32 generated. Greedy tokens are compared by position, so all tokens "
+        "after the first different one may differ."
     )
     parts.append(f"{result['network']}; {machine_text(result['machine'])}. {result['note']}")
     return "\n\n".join(parts)
@@ -222,23 +220,25 @@ def table(result: dict[str, Any]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/precision"), help="folder for what is written")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only variants whose names hold one of these")
-    parser.add_argument("--repeats", type=positive, default=3, help="runs that count, after one to warm up")
-    parser.add_argument("--images", type=positive, default=4, help="random images whose texts are compared")
-    parser.add_argument("--checkpoint", help="a folder, or the name of a shipped checkpoint: its outputs, no times")
-    parser.add_argument("--pictures", nargs="+", default=[], metavar="FILE", help="for --checkpoint")
-    parser.add_argument("--text", nargs="+", help="for --checkpoint: prompts or questions about every picture")
+    parser.add_argument("--out", type=Path, default=Path("runs/precision"), help="folder for the result")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only variants whose names contain one of these")
+    parser.add_argument("--repeats", type=positive, default=3, help="runs that count, after a warm-up run")
+    parser.add_argument("--images", type=positive, default=4, help="number of random images")
+    parser.add_argument("--checkpoint", help="a folder or the name of a shipped checkpoint; no times are measured")
+    parser.add_argument("--image_files", nargs="+", default=[], metavar="FILE", help="images, for --checkpoint")
+    parser.add_argument("--text", nargs="+", help="prompts or questions for every image, for --checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
     args = parser.parse_args()
+    if args.checkpoint and not args.image_files:
+        parser.error("--checkpoint needs --image_files")
     setup = Setup(args.small, args.device, keep_memory=args.device == "cpu")
     setup.prepare_process()
     names, note = installed_variants()
     names = select(args.only, names)
     result: dict[str, Any] = {
         "network": args.checkpoint or setup.network,
-        "machine": {**machine_facts(setup.torch_device, setup.torch_dtype), "dtype": "several types"},
+        "machine": {**machine_facts(setup.torch_device, setup.torch_dtype), "dtype": "several dtypes"},
         "note": note,
         "gemm_gflops": {
             str(dtype).removeprefix("torch."): matrix_product_gflops(setup.torch_device, dtype, setup.product_size)
@@ -247,7 +247,7 @@ def main():
     }
     torch.manual_seed(0)
     if args.checkpoint:
-        model, inputs = checkpoint_and_inputs(args.checkpoint, args.pictures, args.text, setup.torch_device)
+        model, inputs = checkpoint_and_inputs(args.checkpoint, args.image_files, args.text, setup.torch_device)
         result["variants"] = measure(model, inputs, names, repeats=0)
     else:
         model = make_model(setup)

@@ -1,12 +1,12 @@
 """
-Where the time of each row of the benchmark goes: torch.profiler's operators by their own time, with input shapes.
+Profiles the rows of the benchmark: torch.profiler's operators with their input shapes, sorted by their own time.
 
     python benchmarks/profile_rows.py --out runs/profile_before
     python benchmarks/profile_rows.py --only encode --top 20
 
-Each row is profiled five times in a process of its own, and the quickest run is shown: in the first ones memory is
-new, or broken up by the profiler's own blocks. The profiler slows small operators down: shares are what to read, and
-benchmark.py has the times. Writes result.json and table.md.
+Each row is profiled five times in its own process, and the fastest run is shown. The first runs are slower, because
+memory is new or fragmented by the profiler. The profiler slows down small operators, so read the shares here and the
+times in benchmark.py. The program writes result.json and table.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RUNS = 5
 
 
 def profile_row(name: str, setup: Setup) -> dict[str, Any]:
-    """The time of the quickest run, and of each operator with each of its input shapes: calls and own time."""
+    """The time of the fastest run, and the calls and own time of each operator with each of its input shapes."""
     cuda = setup.torch_device.type == "cuda"
     torch.manual_seed(0)
     work = ROWS[name](setup)
@@ -37,7 +37,7 @@ def profile_row(name: str, setup: Setup) -> dict[str, Any]:
             wall, events = run, profiler.key_averages(group_by_input_shape=True)
     operators = []
     for event in events:
-        if event.device_type != DeviceType.CPU:  # a kernel, whose time its operator has as well
+        if event.device_type != DeviceType.CPU:  # a kernel; its operator has the same time
             continue
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
         if microseconds:
@@ -49,7 +49,7 @@ def profile_row(name: str, setup: Setup) -> dict[str, Any]:
 
 
 def row_table(row: dict[str, Any], top: int) -> str:
-    """The operators that take the most; shares are of all operators' time."""
+    """The operators that take the most time. Shares refer to the time of all operators."""
     operators = row["operators"]
     total = sum(operator["seconds"] for operator in operators)
     rows, shown = [], 0.0
@@ -58,15 +58,15 @@ def row_table(row: dict[str, Any], top: int) -> str:
         shapes = ", ".join("×".join(map(str, shape)) for shape in operator["shapes"])
         times = f"{operator['seconds'] * 1e3:,.2f}", f"{operator['seconds'] / total:.1%}", f"{shown / total:.0%}"
         rows.append([f"`{operator['name']}`", shapes, str(operator["calls"]), *times])
-    head = ["operator", "shapes of its inputs", "calls", "own time, ms", "share", "with those above"]
+    head = ["operator", "shapes of its inputs", "calls", "own time, ms", "share", "cumulative"]
     by_name: dict[str, float] = {}
     for operator in operators:
         by_name[operator["name"]] = by_name.get(operator["name"], 0) + operator["seconds"]
     names = sorted(by_name, key=lambda name: -by_name[name])[:8]
     summary = ", ".join(f"`{name}` {by_name[name] / total:.1%}" for name in names)
     return (
-        f"{markdown_table(head, rows)}\n\nAll shapes together: {summary}. Operators took {total:.3g} s; the profiled "
-        f"run took {row['seconds']:.3g} s, with Python, whatever is not torch's, and the profiler."
+        f"{markdown_table(head, rows)}\n\nAll shapes together: {summary}. Operators took {total:.3g} s. The profiled "
+        f"run took {row['seconds']:.3g} s with Python, other libraries and the profiler."
     )
 
 
@@ -77,11 +77,11 @@ def report(result: dict[str, Any], top: int) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/profile"), help="folder for what is written")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names hold one of these")
-    parser.add_argument("--top", type=positive, default=12, help="operators in a row's table")
+    parser.add_argument("--out", type=Path, default=Path("runs/profile"), help="folder for the result")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose names contain one of these")
+    parser.add_argument("--top", type=positive, default=12, help="number of operators per row")
     Setup.add_arguments(parser)
-    parser.add_argument("--one_process", action="store_true", help="all rows in this process: quicker")
+    parser.add_argument("--one_process", action="store_true", help="all rows in this process: faster")
     args = parser.parse_args()
     setup = Setup.from_arguments(args)
     machine = machine_facts(setup.torch_device, setup.torch_dtype)

@@ -1,7 +1,7 @@
 """
-What each row of the benchmark runs, and on what: random weights of the true size, random images.
+The rows of the benchmark, with random weights of the true size and random images.
 
-A row is a function that prepares everything and returns what is timed, a function without arguments.
+A row is a function that prepares everything and returns the function to be timed, which takes no arguments.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -25,7 +25,7 @@ from modeling_prismer import (
 )
 
 
-EXPERT_SIZE = 224  # side of the experts' maps, whatever the size of the image (of smaller images, theirs)
+EXPERT_SIZE = 224  # side of the experts' maps; those of smaller images have the size of the image
 PROMPT = [0, 250, 2170, 9]  # <s>A picture of
 Work = Callable[[], Any]
 
@@ -33,8 +33,13 @@ Work = Callable[[], Any]
 @dataclass(frozen=True)
 class Setup:
     """
-    Which network runs where. `small` is a tiny one, to try a program in seconds; without `keep_memory` what a process
-    frees goes back to the system; with `compiled` the encoder is, and the model in the training step.
+    The network and where it runs.
+
+    Args:
+        small (`bool`): use a tiny network, to try a program in seconds.
+        device, dtype (`str`): as in torch.
+        keep_memory (`bool`): call [`keep_freed_memory`] first.
+        compiled (`bool`): compile the encoder, and the model in the training step.
     """
 
     small: bool = False
@@ -48,16 +53,14 @@ class Setup:
         parser.add_argument("--device", default="cpu")
         parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
         parser.add_argument("--small", action="store_true", help="a tiny network, to try the program")
-        parser.add_argument(
-            "--give_memory_back", action="store_true", help="do not call keep_freed_memory first, as is done on a CPU"
-        )
+        parser.add_argument("--give_memory_back", action="store_true", help="do not call keep_freed_memory on a CPU")
 
     @classmethod
     def from_arguments(cls, args: Namespace) -> "Setup":
         return cls(args.small, args.device, args.dtype, args.device == "cpu" and not args.give_memory_back)
 
     def prepare_process(self) -> None:
-        """What a process does first."""
+        """Call this first in every process."""
         if self.keep_memory:
             keep_freed_memory()
 
@@ -75,7 +78,7 @@ class Setup:
 
     @property
     def product_size(self) -> int:
-        """Of the matrix product that times are compared with."""
+        """The size of the matrix product that times are compared with."""
         return 256 if self.small else 2048
 
     @property
@@ -103,7 +106,7 @@ def make_config(setup: Setup, image_size: int) -> PrismerConfig:
 def make_model(
     setup: Setup, image_size: int | None = None, dtype: torch.dtype | None = None
 ) -> PrismerForConditionalGeneration:
-    """In evaluation mode, in the setup's size and type unless others are asked for."""
+    """A model in evaluation mode, by default in the size and dtype of the setup."""
     config = make_config(setup, image_size or setup.image_size)
     dtype = dtype or setup.torch_dtype
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype).to(setup.torch_device).eval()
@@ -112,7 +115,7 @@ def make_model(
 
 
 def image_inputs(model: PrismerForConditionalGeneration, images: int) -> dict[str, torch.Tensor]:
-    """Images and dense expert maps; those of labels are painted beforehand, as the reference took them."""
+    """Images and dense expert maps. Label maps are painted beforehand, because the reference takes them that way."""
     kind = {"device": model.device, "dtype": model.model.vision_model.dtype}
     size = model.config.vision_config.image_size
     map_size = min(EXPERT_SIZE, size)
@@ -130,19 +133,19 @@ def random_words(model: PrismerForConditionalGeneration, shape: tuple[int, int])
 
 @torch.no_grad()
 def encoded_images(model: PrismerForConditionalGeneration, images: int) -> tuple[torch.Tensor]:
-    """As `encoder_outputs` takes them, in the decoder's type."""
+    """Encoded images for `encoder_outputs`, in the dtype of the decoder."""
     encoded = model.get_image_features(**image_inputs(model, images)).last_hidden_state
     return (encoded.to(model.model.text_model.dtype),)
 
 
-def picture_and_labels(
+def image_and_labels(
     config: PrismerConfig, width: int = 640, height: int = 480, seed: int = 0
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """A picture and what experts would say of it, as the processor takes it: 8-bit maps of the picture's size."""
+    """An image and made-up expert labels for the processor: 8-bit maps of the image's size."""
     generator = np.random.default_rng(seed)
 
     def blocks(high: int, channels: int) -> np.ndarray:
-        """Smooth enough to look like a map: squares of 20 pixels."""
+        """Squares of 20 pixels, smooth enough to look like a map."""
         coarse = generator.integers(0, high, (height // 20, width // 20, channels), dtype=np.uint8)
         return np.kron(coarse, np.ones((20, 20, 1), np.uint8))
 
@@ -157,8 +160,8 @@ def picture_and_labels(
             label["classes"] = generator.integers(0, spec.num_classes, items)
         elif "features" in spec.label_parts:
             label["features"] = generator.normal(size=(items, spec.channels)).astype(np.float32)
-    picture = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    return picture, labels
+    image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return image, labels
 
 
 def make_image_processor(config: PrismerConfig) -> PrismerImageProcessor:
@@ -170,7 +173,7 @@ def make_image_processor(config: PrismerConfig) -> PrismerImageProcessor:
 
 
 def encode(model: PrismerForConditionalGeneration, images: int, compiled: bool = False) -> Work:
-    """The vision encoder with all experts' stems and the resampler. Compiled, the weights are its constants."""
+    """The vision encoder with all stems and the resampler. In the compiled one, the weights are constants."""
     features = model.get_image_features
     if compiled:
         features = torch.compile(features, fullgraph=True, options={"freezing": True})
@@ -178,7 +181,7 @@ def encode(model: PrismerForConditionalGeneration, images: int, compiled: bool =
 
 
 def caption(model: PrismerForConditionalGeneration, images: int, beams: int = 3) -> Work:
-    """Beam search from a prompt of 4 tokens to exactly 20 with it, by images that are encoded already."""
+    """Beam search from a prompt of 4 tokens to exactly 20 tokens in total. The images are encoded beforehand."""
     return partial(
         model.generate,
         input_ids=torch.tensor([PROMPT] * images, device=model.device),
@@ -191,7 +194,10 @@ def caption(model: PrismerForConditionalGeneration, images: int, beams: int = 3)
 
 
 def rank(model: PrismerForConditionalGeneration, candidates: int, k: int | None = None, shortest: int = 2) -> Work:
-    """Scores `k` (by default all) answers of `shortest` to 6 tokens after a question of 12, to one encoded image."""
+    """
+    Scores `k` (by default all) answers of `shortest` to 6 tokens after a question of 12 tokens. The image is encoded
+    beforehand.
+    """
     question = torch.cat([torch.tensor([PROMPT[:1]]), random_words(model, (1, 11))], dim=1)
     lengths = torch.randint(shortest, 7, (candidates, 1))
     return partial(
@@ -206,8 +212,8 @@ def rank(model: PrismerForConditionalGeneration, candidates: int, k: int | None 
 
 def training_step(setup: Setup) -> Work:
     """
-    Forward, backward and update by what is Trainer's default, AdamW(fused=True), with both backbones frozen. Weights
-    are in float32; another type of the setup is autocast's, as with Trainer's `--bf16`.
+    Forward, backward and update with Trainer's default AdamW(fused=True), both backbones frozen. The weights are in
+    float32. Another dtype of the setup is used for autocast, as with Trainer's `--bf16`.
     """
     model = make_model(setup, setup.train_size, dtype=torch.float32).train()
     model.freeze_backbones(vision=True, language=True)
@@ -227,18 +233,18 @@ def training_step(setup: Setup) -> Work:
 
 
 def transform(setup: Setup) -> Work:
-    """A picture and six label maps through the image processor, on one thread."""
+    """The image processor on an image and six label maps, in one thread."""
     config = make_config(setup, setup.image_size)
     processor = make_image_processor(config)
-    picture, labels = picture_and_labels(config)
-    return on_one_thread(partial(processor, picture, labels))
+    image, labels = image_and_labels(config)
+    return on_one_thread(partial(processor, image, labels))
 
 
 def painting(setup: Setup) -> Work:
-    """What the label experts' stems do with ids before their first convolution, on one thread."""
+    """The painting of ids in the stems of label experts, up to the first convolution, in one thread."""
     model = make_model(setup)
-    picture, labels = picture_and_labels(model.config)
-    inputs = make_image_processor(model.config)(picture, labels).to(model.device)
+    image, labels = image_and_labels(model.config)
+    inputs = make_image_processor(model.config)(image, labels).to(model.device)
 
     @torch.no_grad()
     def paint():
@@ -254,7 +260,7 @@ def painting(setup: Setup) -> Work:
 
 
 def labels_to_inputs(setup: Setup) -> Work:
-    """The two one after the other."""
+    """Both, one after the other."""
     transformed, painted = transform(setup), painting(setup)
     return lambda: (transformed(), painted())
 
@@ -273,9 +279,9 @@ ROWS: dict[str, Callable[[Setup], Work]] = {
 
 
 def bytes_of_a_sample(setup: Setup) -> dict[str, int]:
-    """What the image processor's tensors of one picture take: that is what a data loader hands to the device."""
+    """The size of each tensor that the image processor returns for one image."""
     config = make_config(setup, setup.image_size)
-    sample = make_image_processor(config)(*picture_and_labels(config))
+    sample = make_image_processor(config)(*image_and_labels(config))
     return {name: tensor.nbytes for name, tensor in sample.items()}
 
 
@@ -294,8 +300,8 @@ def on_one_thread(work: Work) -> Work:
 
 
 def select(only: list[str] | None, names: list[str]) -> list[str]:
-    """The names that hold one of the words of `only`; all, if there are none."""
+    """The names that contain one of the words of `only`; all names if `only` is empty."""
     chosen = [name for name in names if not only or any(word in name for word in only)]
     if not chosen:
-        raise SystemExit(f"--only {' '.join(only)}: nothing is called so; there are {', '.join(names)}")
+        raise SystemExit(f"--only {' '.join(only)} matches nothing; there are {', '.join(names)}")
     return chosen

@@ -1,11 +1,11 @@
 """
-A server's view: captions of many pictures in one process, labels given. Images a second, and where the time goes.
+Measures the throughput of a server: captions of many images in one process, with stored labels.
 
-    python benchmarks/throughput.py                                 (64 images, by 1, 4 and 16 at a time)
+    python benchmarks/throughput.py                                 (64 images in batches of 1, 4 and 16)
 
-The pictures are JPEG files of 640×480, their labels come from a label store, the captions are found by 3 beams and
-have exactly 20 tokens with their prompt. Each stage counts only its own time: `generate` is what transformers'
-generation does around the network. Writes result.json, table.md and throughput.png.
+The images are JPEG files of 640×480, and their labels come from a label store. Captions are found with 3 beams and
+have exactly 20 tokens with the prompt. Each stage counts only its own time: `generate` is the work of transformers'
+generation around the network. The program writes result.json, table.md and throughput.png.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from measuring import machine_facts, machine_text, machine_title, markdown_table, positive, synchronize, write_result
-from rows import Setup, make_image_processor, make_model, picture_and_labels
+from rows import Setup, image_and_labels, make_image_processor, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -31,9 +31,9 @@ from modeling_prismer.processing.labels import LabelStore, LabelWriter, make_man
 STAGES = {
     "encoder": "the vision encoder with stems and resampler",
     "decoder": "the text decoder and its head",
-    "generate": "what generate does around them: beams, caches",
-    "loading": "opening the pictures, reading their labels from the store",
-    "transform": "the image processor: transform and collate",
+    "generate": "the work of generate around them: beams, caches",
+    "loading": "opens the images and reads their labels from the store",
+    "transform": "the image processor: transforms and collates",
     "tokenising": "the prompts",
     "decoding": "tokens to text",
 }
@@ -41,7 +41,7 @@ NETWORK = ("encoder", "decoder")
 
 
 class Stopwatch:
-    """Time by stages. A stage that begins within another stops that one's clock until it ends."""
+    """Measures time by stages. A stage inside another one pauses the outer clock until it ends."""
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
@@ -60,7 +60,7 @@ class Stopwatch:
             self._running.pop()
 
     def watch(self, owner: Any, method: str, name: str) -> None:
-        """From now on what `owner.method` takes is the stage's."""
+        """From now on, the time of `owner.method` counts for the stage."""
         call: Callable = getattr(owner, method)
 
         @functools.wraps(call)
@@ -78,11 +78,11 @@ class Stopwatch:
         self._since = now
 
 
-# ---- what is served ----
+# ---- inputs ----
 
 
 def make_tokenizer(config: PrismerConfig) -> PreTrainedTokenizerFast:
-    """As many words as the network has, made up but for those of the prompt."""
+    """A tokenizer with as many words as the network knows. All but those of the prompt are made up."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     words = [*special, "A", "picture", "of"]
     words += [f"word{number}" for number in range(len(words), config.text_config.vocab_size)]
@@ -92,15 +92,15 @@ def make_tokenizer(config: PrismerConfig) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def write_pictures(folder: Path, config: PrismerConfig, number: int) -> list[Path]:
-    """JPEG files, and a label store of what experts would say of them in `folder / "labels"`."""
+def write_images(folder: Path, config: PrismerConfig, number: int) -> list[Path]:
+    """Writes JPEG files, and a store of made-up labels in `folder / "labels"`."""
     paths = []
     manifest = make_manifest(None, config.experts, {"source": "made up"})
     with LabelWriter(folder / "labels", manifest) as writer:
         for index in range(number):
-            picture, labels = picture_and_labels(config, seed=index)
+            image, labels = image_and_labels(config, seed=index)
             paths.append(folder / f"{index:04}.jpg")
-            picture.save(paths[-1])
+            image.save(paths[-1])
             writer.write(paths[-1].name, labels)
     return paths
 
@@ -116,16 +116,16 @@ def serve(
     batch_size: int,
     watch: Stopwatch,
 ) -> list[str]:
-    """Captions of all pictures, `batch_size` at a time."""
+    """The captions of all images, `batch_size` at a time."""
     captions = []
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         with watch.stage("loading"):
-            pictures = load_images([str(path) for path in batch])
+            loaded = load_images([str(path) for path in batch])
             labels = store.labels_for([path.name for path in batch])
-        with watch.stage("tokenising"):  # within it the pictures' transform, which is watched
-            inputs = processor(images=pictures, expert_labels=labels, text="A picture of").to(model.device)
-        with watch.stage("generate"):  # within it encoder and decoder, which are watched
+        with watch.stage("tokenising"):  # the transform inside it is watched
+            inputs = processor(images=loaded, expert_labels=labels, text="A picture of").to(model.device)
+        with watch.stage("generate"):  # encoder and decoder inside it are watched
             generated = model.generate(**inputs, num_beams=3, min_length=20, max_length=20, do_sample=False)
         with watch.stage("decoding"):
             captions += processor.post_process_generation(generated, inputs["input_ids"].shape[1])
@@ -133,7 +133,7 @@ def serve(
 
 
 def run(setup: Setup, images: int, batch_sizes: list[int]) -> dict[str, Any]:
-    """For each batch size the time of all, and that of each stage."""
+    """Measures the total time and the time of each stage for each batch size."""
     device = setup.torch_device
     torch.manual_seed(0)
     model = make_model(setup)
@@ -149,11 +149,11 @@ def run(setup: Setup, images: int, batch_sizes: list[int]) -> dict[str, Any]:
     watch.watch(model, "get_image_features", "encoder")
     watch.watch(model, "forward", "decoder")
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_pictures(Path(folder), model.config, images)
+        paths = write_images(Path(folder), model.config, images)
         store = LabelStore(Path(folder, "labels"))
-        serve(model, processor, paths[:1], store, 1, watch)  # to warm up
+        serve(model, processor, paths[:1], store, 1, watch)  # warm up
         for batch_size in batch_sizes:
-            print(f"{batch_size} at a time …", flush=True)
+            print(f"batch size {batch_size} …", flush=True)
             watch.seconds = dict.fromkeys(STAGES, 0.0)
             synchronize(device)
             start = time.perf_counter()
@@ -169,7 +169,7 @@ def run(setup: Setup, images: int, batch_sizes: list[int]) -> dict[str, Any]:
 
 
 def outside_the_network(entry: dict[str, Any]) -> float:
-    """Share of the time that is not encoder or decoder."""
+    """The share of the time that is spent outside encoder and decoder."""
     return 1 - sum(entry["stages"][name] for name in NETWORK) / entry["seconds"]
 
 
@@ -180,12 +180,12 @@ def table(result: dict[str, Any]) -> str:
         cells.append(f"{entry['seconds'] / result['images'] * 1e3:,.0f}")
         cells += [f"{entry['stages'][name] / entry['seconds']:.1%}" for name in STAGES]
         rows.append([*cells, f"{outside_the_network(entry):.1%}"])
-    head = ["at a time", "images/s", "ms an image", *STAGES, "outside the network"]
+    head = ["batch size", "images/s", "ms per image", *STAGES, "outside the network"]
     stages = "; ".join(f"{name}: {text}" for name, text in STAGES.items())
     return "\n\n".join(
         [
             markdown_table(head, rows),
-            f"Shares of the time. {stages[0].upper()}{stages[1:]}.",
+            f"The percentages are shares of the time. {stages[0].upper()}{stages[1:]}.",
             f"{result['images']} images; {result['network']}; {machine_text(result['machine'])}.",
         ]
     )
@@ -194,14 +194,14 @@ def table(result: dict[str, Any]) -> str:
 COLORS = ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7")  # of Okabe and Ito
 
 
-def figure(result: dict[str, Any], path: Path) -> None:
-    """Milliseconds an image by stages, a bar for each batch size."""
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draws the milliseconds per image by stages, one bar per batch size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     entries = result["batch_sizes"]
-    picture = Figure(figsize=(8, 1.6 + 0.6 * len(entries)), layout="constrained")
-    axis = picture.subplots()
+    figure = Figure(figsize=(8, 1.6 + 0.6 * len(entries)), layout="constrained")
+    axis = figure.subplots()
     left = [0.0] * len(entries)
     for name, color in zip(STAGES, COLORS):
         widths = [entry["stages"][name] / result["images"] * 1e3 for entry in entries.values()]
@@ -210,18 +210,18 @@ def figure(result: dict[str, Any], path: Path) -> None:
     for place, entry in enumerate(entries.values()):
         speed = result["images"] / entry["seconds"]
         axis.text(1.01, place, f"{speed:.3g} images/s", transform=axis.get_yaxis_transform(), va="center")
-    axis.set_yticks(range(len(entries)), [f"{batch_size} at a time" for batch_size in entries])
+    axis.set_yticks(range(len(entries)), [f"batch size {batch_size}" for batch_size in entries])
     axis.invert_yaxis()
-    axis.set_xlabel("milliseconds an image")
+    axis.set_xlabel("milliseconds per image")
     axis.spines[["top", "right"]].set_visible(False)
-    picture.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=8)
-    picture.suptitle(machine_title(result["network"], result["machine"]), fontsize=11)
-    FigureCanvasAgg(picture).print_png(str(path))
+    figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=8)
+    figure.suptitle(machine_title(result["network"], result["machine"]), fontsize=11)
+    FigureCanvasAgg(figure).print_png(str(path))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for what is written")
+    parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder for the result")
     parser.add_argument("--images", type=positive, default=64)
     parser.add_argument("--batch_sizes", type=positive, nargs="+", default=[1, 4, 16])
     Setup.add_arguments(parser)
@@ -230,7 +230,7 @@ def main():
     setup.prepare_process()
     result = run(setup, args.images, args.batch_sizes)
     write_result(args.out, result, table(result))
-    figure(result, args.out / "throughput.png")
+    draw(result, args.out / "throughput.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The forms that a network is deployed in are compared with float32."""
+"""Deployed forms of a network are compared with float32."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The accounting of memory counts what is held, on models of the sizes that the experts state."""
+"""The memory of experts is measured with models of the stated sizes."""
 
 import json
 
@@ -22,7 +22,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("model_id", MODELS)
-def test_models_have_the_size_that_their_expert_states(model_id):
+def test_models_have_the_stated_size(model_id):
     with torch.device("meta"):
         model, _ = MODELS[model_id]()
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -35,7 +35,7 @@ def test_every_model_of_a_suite_can_be_measured(suite):
     assert {expert.model_id for expert in experts if isinstance(expert, PretrainedExpert)} <= MODELS.keys()
 
 
-def test_an_expert_is_measured_on_batches_of_its_own_size_and_others(monkeypatch, tmp_path, capsys):
+def test_peak_memory_is_measured_for_several_batch_sizes(monkeypatch, tmp_path, capsys):
     suite = ExpertSuite([CannyEdges(), NormalsFromDepth()])
     monkeypatch.setattr(ExpertSuite, "from_name", lambda name: suite)
     monkeypatch.setattr("sys.argv", ["expert_memory.py", "--image_size", "64", "--out", str(tmp_path)])

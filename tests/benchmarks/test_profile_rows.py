@@ -1,4 +1,4 @@
-"""The profile names operators with their shapes, those that take the most first."""
+"""The profile lists the operators of a row, slowest first."""
 
 import json
 
@@ -16,15 +16,3 @@ def test_operators_of_a_row_are_listed(monkeypatch, tmp_path):
     assert {"mkldnn::_linear_pointwise", "aten::native_layer_norm"} <= names
     table = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| `")]
     assert len(table) == 4
-
-
-def test_shares_are_of_all_operators():
-    operators = [
-        {"name": "aten::addmm", "shapes": [[3], [2, 4], [4, 3]], "calls": 5, "seconds": 0.6},
-        {"name": "aten::mul", "shapes": [[2, 4]], "calls": 2, "seconds": 0.3},
-        {"name": "aten::addmm", "shapes": [[7], [2, 4], [4, 7]], "calls": 1, "seconds": 0.1},
-    ]
-    table = profile_rows.row_table({"seconds": 1.5, "operators": operators}, top=2)
-    assert "| `aten::addmm` | 3, 2×4, 4×3 | 5 | 600.00 | 60.0% | 60% |" in table
-    assert "| `aten::mul` | 2×4 | 2 | 300.00 | 30.0% | 90% |" in table and "4×7" not in table
-    assert "`aten::addmm` 70.0%, `aten::mul` 30.0%. Operators took 1 s; the profiled run took 1.5 s" in table
