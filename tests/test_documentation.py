@@ -139,68 +139,6 @@ def test_memory_page_shows_what_its_code_counts(capsys):
     assert [row for row in counted if row not in page.splitlines()] == []
 
 
-DOCSTRING = """
-Counts [`Widget`]s; not [`Gadget`]s.
-
-Args:
-    widgets (`list` of [`Widget`], *optional*, defaults to `[]`): what to count;
-        all of them.
-    first, second (`int`):
-        Two more:
-
-        - one;
-    kwargs: passed on.
-
-Raises:
-    ValueError: if there is none.
-
-Example:
-
-```python
->>> count([])
-0
-```
-"""
-MARKDOWN = """
-Counts [`Widget`][package.Widget]s; not `Gadget`s.
-
-**Arguments**
-
-`widgets` (`list` of [`Widget`][package.Widget], *optional*, defaults to `[]`)
-:   what to count;
-    all of them.
-
-`first`, `second` (`int`)
-:   Two more:
-
-    - one;
-
-`kwargs`
-:   passed on.
-
-**Raises**
-
-`ValueError`
-:   if there is none.
-
-**Example**
-
-```pycon
->>> count([])
-0
-```
-"""
-
-
-def test_a_docstring_of_transformers_style_becomes_markdown():
-    pytest.importorskip("griffe", reason="griffe comes with the extra `docs`")
-    spec = importlib.util.spec_from_file_location("docstring_markdown", API.parent / "docstring_markdown.py")
-    docstring_markdown = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(docstring_markdown)
-    markdown = docstring_markdown.to_markdown(inspect.cleandoc(DOCSTRING), {"Widget": "package.Widget"})
-    assert re.sub(r"\n\s*\n", "\n\n", markdown).strip() == MARKDOWN.strip()
-
-
 def test_search_works_in_pages_opened_as_files(tmp_path):
     """The site's own settings, with one page."""
     pytest.importorskip("material", reason="mkdocs-material comes with the extra `docs`")

@@ -136,15 +136,6 @@ def test_each_kind_of_run_trains_and_is_evaluated(prepared, run, monkeypatch):
     assert training["memory"] >= 0 and (training["trained_share"] == 1) == (run.freeze == "none")
 
 
-def test_every_kind_of_run_is_tested():
-    def kind(run):
-        return {**vars(run), "experts": min(len(run.experts), 2) if run.experts != EXPERTS else None}.items()
-
-    tested = [kind(run) for run in RUNS]
-    wanted = [run for run in runs_of(list(STUDIES), 0) if len(run.experts) != 1]
-    assert all(kind(run) in tested for run in wanted)
-
-
 @pytest.mark.parametrize("adaptation", ["lora", "dora"])
 def test_lora_replaces_the_adaptors_with_about_as_many_weights(prepared, adaptation):
     rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["train"]
