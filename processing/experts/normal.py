@@ -194,14 +194,13 @@ class NormalsFromDepth(Expert):
 
 def _blurred(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     """(1, height, width), blurred by a Gaussian."""
+    from kornia.filters import filter2d_separable, get_gaussian_kernel1d
+
     if sigma == 0:
         return maps
     reach = math.ceil(2 * sigma)
-    steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
-    kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    blurred = torch.nn.functional.conv2d(_continued(maps, reach)[None], kernel[None, None, None])
-    return torch.nn.functional.conv2d(blurred, kernel[None, None, :, None])[0]
+    kernel = get_gaussian_kernel1d(2 * reach + 1, sigma, device=maps.device, dtype=maps.dtype)
+    return filter2d_separable(_continued(maps, reach)[None], kernel, kernel, padding="valid")[0]
 
 
 def _continued(maps: torch.Tensor, reach: int) -> torch.Tensor:
