@@ -100,8 +100,9 @@ class PrismerLMConfig(PreTrainedConfig):
     Args:
         vision_config (`list[dict]` or `list[PreTrainedConfig]`, *optional*, defaults to `[]`):
             The vision encoders, for example of CLIP, SigLIP, DINOv2, DINOv3 or `timm_wrapper`. Their patch features
-            are resized to one grid and concatenated along channels. Leave it empty if `text_config` is that of a
-            vision-language model.
+            are resized to one grid and concatenated along channels. A single [`PrismerVisionConfig`] puts a trained
+            Prismer's encoder in front of the language model, its experts included. Leave it empty if `text_config` is
+            that of a vision-language model.
         experts_config (`dict` or [`PrismerExpertsConfig`], *optional*):
             Stems and resampler of the experts; without it, the experts reach the model as words alone, or not at all.
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to that of a Llama):
@@ -208,6 +209,13 @@ class PrismerLMConfig(PreTrainedConfig):
                 f"text_config is that of a vision-language model ({self.text_config.model_type}), which has its own "
                 "vision encoder: vision_config must be empty"
             )
+        if any(encoder.model_type == "prismer_vision_model" for encoder in self.vision_config) and (
+            len(self.vision_config) > 1 or self.experts_config is not None
+        ):
+            raise ValueError(
+                "vision_config has Prismer's encoder, which has experts of its own: neither experts_config nor "
+                "another encoder can be next to it"
+            )
         if self.vision_config and self.grid_size is None:
             raise ValueError(
                 f"grid_size is missing: the configuration of {self.vision_config[0].model_type!r} does not tell how "
@@ -257,7 +265,14 @@ class PrismerLMConfig(PreTrainedConfig):
         return getattr(self.text_config, "vision_config", None) is not None
 
     @property
+    def has_prismer_encoder(self) -> bool:
+        """Whether the vision encoder is that of a Prismer, which reads the experts by itself."""
+        return bool(self.vision_config) and self.vision_config[0].model_type == "prismer_vision_model"
+
+    @property
     def experts(self) -> list[dict[str, Any]]:
+        if self.has_prismer_encoder:
+            return self.vision_config[0].experts
         return [] if self.experts_config is None else self.experts_config.experts
 
     @experts.setter
@@ -267,7 +282,7 @@ class PrismerLMConfig(PreTrainedConfig):
 
     @property
     def expert_specs(self) -> list[ExpertSpec]:
-        return [] if self.experts_config is None else self.experts_config.expert_specs
+        return read_specs(self.experts)
 
     @property
     def expert_names(self) -> list[str]:
@@ -281,6 +296,9 @@ class PrismerLMConfig(PreTrainedConfig):
     @property
     def num_features(self) -> int:
         """Features of one image: patches and latents."""
+        if self.has_prismer_encoder:
+            encoder = self.vision_config[0]
+            return self.grid_size**2 + (encoder.num_latents if encoder.experts else 0)
         num_patches = self.grid_size**2 if self.vision_config else 0
         return num_patches + (self.experts_config.num_latents if self.experts_config is not None else 0)
 

@@ -54,7 +54,7 @@ def build_from_backbones(
         experts_config = {**(experts_config or {}), "experts": [ExpertSpec.from_dict(e).to_dict() for e in experts]}
     if kwargs.get("image_token_id") is None:
         kwargs["image_token_id"] = find_placeholder_id(language_model, EXPERTS_TOKEN if is_vlm else IMAGE_TOKEN)
-    if encoders and kwargs.get("grid_size") is None:
+    if encoders and kwargs.get("grid_size") is None and encoders[0].config.model_type != "prismer_vision_model":
         kwargs["grid_size"] = find_grid_size(encoders[0])
     kwargs.setdefault("feature_scale", embedding_scale(language_model))
     config = PrismerLMConfig(  # of copies: a new configuration resets the attention implementation of its parts
@@ -96,14 +96,16 @@ def load_language_model(language: Backbone, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedModel]:
-    """The vision encoders; of a CLIP or SigLIP with two towers, that for images."""
+    """The vision encoders. Of a CLIP or SigLIP with two towers, or of a Prismer, the encoder of images."""
     sources = [] if vision is None else vision if isinstance(vision, list | tuple) else [vision]
     encoders = []
     for source in sources:
         encoder = source
         if not isinstance(source, PreTrainedModel):
             encoder = AutoModel.from_pretrained(source, trust_remote_code=False)
-        encoder = getattr(encoder, "vision_model", encoder)
+        encoder = getattr(
+            getattr(encoder, "model", encoder), "vision_model", getattr(encoder, "vision_model", encoder)
+        )
         if encoder.main_input_name != "pixel_values":
             raise ValueError(f"vision has a {type(encoder).__name__}; a vision encoder is needed")
         encoders.append(encoder)

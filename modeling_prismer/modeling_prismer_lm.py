@@ -332,8 +332,21 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         inputs |= {name: tensors.pop(name) for name in names if name in tensors}
         return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
-    def encode_patches(self, pixel_values: list[torch.Tensor]) -> torch.Tensor:
-        """The patch features of all encoders: `(num_images, grid_size * grid_size, channels)`."""
+    def encode_patches(
+        self,
+        pixel_values: list[torch.Tensor],
+        expert_inputs: dict[str, dict[str, torch.Tensor]],
+        expert_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        The patch features of all encoders: `(num_images, grid_size * grid_size, channels)`. A Prismer's encoder adds
+        its latents.
+        """
+        if self.config.has_prismer_encoder:
+            (encoder,), (pixels,) = self.vision_encoders, pixel_values
+            mask = None if expert_mask is None else expert_mask.to(device=pixels.device, dtype=torch.bool)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(encoder)):
+                return encoder(pixels, expert_inputs, mask).last_hidden_state
         grid = (self.config.grid_size, self.config.grid_size)
         features = []
         for encoder, pixels in zip(self.vision_encoders, pixel_values):
@@ -382,7 +395,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         outputs = PrismerLMImageFeatures()
         features = []
         if pixels:
-            outputs.last_hidden_state = self.encode_patches(list(pixels.values()))
+            outputs.last_hidden_state = self.encode_patches(list(pixels.values()), expert_inputs, expert_mask)
             features.append(self.vision_projection(outputs.last_hidden_state))
         if self.experts is not None:
             device = self.experts.position_embedding.device
