@@ -381,7 +381,7 @@ class PrismerConfig(PreTrainedConfig):
     @property
     def class_names(self) -> dict[str, list[str]]:
         """The names of each expert's classes, for the experts whose class names are known."""
-        return {expert["name"]: expert["class_names"] for expert in self.experts if expert.get("class_names")}
+        return {spec.name: list(spec.class_names) for spec in self.expert_specs if spec.class_names}
 
     @classmethod
     def from_variant(cls, variant: str, image_size: int = 224, **kwargs: Any) -> "PrismerConfig":

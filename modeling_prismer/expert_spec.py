@@ -106,7 +106,8 @@ class ExpertSpec:
             raise ValueError(
                 f"expert {description.get('name')!r} has unknown fields {unknown}; known: {sorted(known)}"
             )
-        return cls(**{field: description.get(field) for field in known})
+        values: dict[str, Any] = {field: description.get(field) for field in known}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The description as plain JSON, without the fields that have their default."""

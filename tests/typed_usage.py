@@ -11,6 +11,7 @@ from PIL import Image
 
 from modeling_prismer import (
     DataCollatorForPrismer,
+    ExpertSpec,
     PrismerConfig,
     PrismerForConditionalGeneration,
     PrismerImageProcessor,
@@ -50,6 +51,7 @@ def new_model() -> PrismerForConditionalGeneration:
     assert_type(config.vision_config.image_size, int)
     assert_type(config.text_config.hidden_size, int)
     assert_type(config.expert_names, list[str])
+    assert_type(config.expert_specs, list[ExpertSpec])
     model = PrismerForConditionalGeneration(PrismerConfig.from_variant("prismer_base", image_size=480))
     model.add_expert("edge", "dense", 1)
     model.resize_position_embeddings(224)
