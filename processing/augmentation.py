@@ -14,7 +14,6 @@ from torchvision.transforms.v2 import functional as F
 from .expert_labels import (
     BACKGROUND,
     ExpertFields,
-    match_expert_labels,
     read_experts,
     read_ids,
     read_values,
@@ -134,14 +133,16 @@ class JointAugmentation:
             found = f"a PIL image in mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
             raise TypeError(f"image is {found}; a PIL image in mode RGB is accepted, such as load_image gives")
         experts = {expert.name: expert for expert in read_experts(self.experts)}
-        given = match_expert_labels(labels, 1, list(experts))[0]
-        maps = {
-            name: self._lay_over(image, label, experts[name]) for name, label in given.items() if label is not None
-        }
+        maps = {}
+        for name, label in (labels or {}).items():
+            if name not in experts:
+                raise ValueError(f"labels has '{name}'; the experts are: {', '.join(experts) or 'none'}")
+            if label is not None:
+                maps[name] = self._lay_over(image, label, experts[name])
         image, maps = self.transforms(image, maps)
         if labels is None:
             return image, None
-        return image, {name: _replace_map(label, maps.get(name)) for name, label in given.items()}
+        return image, {name: _replace_map(label, maps.get(name)) for name, label in labels.items()}
 
     def _lay_over(self, image: Image.Image, label: Any, expert: ExpertFields) -> "ExpertMap":
         values = read_values(label, expert) if expert.is_dense else read_ids(label, expert)[None]

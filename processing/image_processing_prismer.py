@@ -149,6 +149,16 @@ class _ImageAndExpertMaps(_Backend):
         """
         return super().preprocess(images, expert_labels, return_tensors=return_tensors, **kwargs)
 
+    def _preprocess_opened(
+        self,
+        images: list[Image.Image],
+        labels: list[dict[str, Any]],
+        return_tensors: str | TensorType | None = "pt",
+        **kwargs: Unpack[PrismerImageProcessorKwargs],
+    ) -> BatchFeature:
+        """[`preprocess`] of images from [`load_images`] and labels from [`match_expert_labels`]."""
+        return super().preprocess(images, labels, True, return_tensors=return_tensors, **kwargs)
+
     def _standardize_kwargs(self, experts: list[dict[str, Any]] | None = None, **kwargs: Any) -> dict:
         kwargs = super()._standardize_kwargs(**kwargs)
         experts = experts or []
@@ -168,7 +178,8 @@ class _ImageAndExpertMaps(_Backend):
     def _preprocess_image_like_inputs(
         self,
         images: Any,
-        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        expert_labels: Any = None,
+        is_opened: bool = False,
         *,
         experts: list[dict[str, Any]],
         expert_size: int,
@@ -180,24 +191,26 @@ class _ImageAndExpertMaps(_Backend):
         return_tensors: str | TensorType | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        images = load_images(images, max_pixels=max_image_pixels, input_data_format=input_data_format)
         described = read_experts(experts)
         names = [expert.name for expert in described]
-        labels_of_images = match_expert_labels(expert_labels, len(images), names)
+        if not is_opened:
+            images = load_images(images, max_pixels=max_image_pixels, input_data_format=input_data_format)
+            expert_labels = match_expert_labels(expert_labels, len(images), names)
         if len(images) > 1:
-            for number, labels in enumerate(labels_of_images):
+            for number, labels in enumerate(expert_labels):
                 check_expert_labels(labels, described, f"sample {number}")
         data = {"pixel_values": self._pixel_values(images, device=device, **kwargs)}
         for expert in described:
-            own = [labels.get(expert.name) for labels in labels_of_images]
+            own = [labels.get(expert.name) for labels in expert_labels]
             if expert.is_dense:
                 data.update(_dense_tensors(own, expert, expert_size))
             else:
                 max_items = max_instances if expert.instances else max_words
                 data.update(_label_tensors(own, expert, expert_size, max_items))
         if names:
-            given = [[labels.get(name) is not None for name in names] for labels in labels_of_images]
-            data["expert_mask"] = np.array(given)
+            data["expert_mask"] = np.array(
+                [[labels.get(name) is not None for name in names] for labels in expert_labels]
+            )
         features = BatchFeature(data, tensor_type=return_tensors)
         return features if device is None or return_tensors in (None, "np") else features.to(device)
 

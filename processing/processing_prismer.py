@@ -244,15 +244,12 @@ class PrismerProcessor(ProcessorMixin):
                 "for tokens alone. A pipeline takes both: images=… and text=…"
             )
         kwargs = self._merge_kwargs(**kwargs)
-        images = load_images(
-            images,
-            max_pixels=kwargs["images_kwargs"].get("max_image_pixels", self.image_processor.max_image_pixels),
-            input_data_format=kwargs["images_kwargs"].pop("input_data_format", None),
-        )
+        images, labels = self._open(images, expert_labels, kwargs["images_kwargs"])
+        # texts first: a mistake there is found before the experts run
         prompts, suffixes, tasks = self._texts(text, suffix, task, len(images))
-        # the texts first: a mistake there is found before the experts run
         data = self._tokenize(prompts, suffixes, tasks, **kwargs["text_kwargs"])
-        data.update(self.process_images(images, expert_labels, experts, **kwargs["images_kwargs"]))
+        labels = self._run_experts(images, labels, experts)
+        data.update(self.image_processor._preprocess_opened(images, labels, **kwargs["images_kwargs"]))
         return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
 
     # ---- images and experts ----
@@ -271,9 +268,8 @@ class PrismerProcessor(ProcessorMixin):
             images, expert_labels, experts: as in [`PrismerProcessor.__call__`].
             kwargs: passed on to the image processor.
         """
-        images = load_images(images, max_pixels=kwargs.get("max_image_pixels", self.image_processor.max_image_pixels))
-        labels = self._run_experts(images, expert_labels, experts)
-        return self.image_processor(images, expert_labels=labels, **kwargs)
+        images, labels = self._open(images, expert_labels, kwargs)
+        return self.image_processor._preprocess_opened(images, self._run_experts(images, labels, experts), **kwargs)
 
     def run_experts(
         self,
@@ -291,17 +287,25 @@ class PrismerProcessor(ProcessorMixin):
             `list[dict]`: for each image a dict from an expert's name to its label, of 8 bits and the image's size. An
             expert that neither ran nor was given has no entry; a warning says so once.
         """
-        images = load_images(images, max_pixels=self.image_processor.max_image_pixels)
-        return self._run_experts(images, expert_labels, experts)
+        images, labels = self._open(images, expert_labels, {})
+        return self._run_experts(images, labels, experts)
+
+    def _open(
+        self, images: Any, expert_labels: Any, settings: dict[str, Any]
+    ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+        """Opened images, and the labels given for each. `settings` are those of the image processor in this call."""
+        images = load_images(
+            images,
+            max_pixels=settings.get("max_image_pixels", self.image_processor.max_image_pixels),
+            input_data_format=settings.pop("input_data_format", None),
+        )
+        names = [expert["name"] for expert in self.image_processor.experts]
+        return images, match_expert_labels(expert_labels, len(images), names)
 
     def _run_experts(
-        self,
-        images: list[Image.Image],
-        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
-        experts: list[str] | None,
+        self, images: list[Image.Image], labels: list[dict[str, Any]], experts: list[str] | None
     ) -> list[dict[str, Any]]:
         configured = [expert["name"] for expert in self.image_processor.experts]
-        labels = match_expert_labels(expert_labels, len(images), configured)
         wanted = configured if experts is None else [experts] if isinstance(experts, str) else list(experts)
         for name in wanted:
             if name not in configured:

@@ -394,7 +394,7 @@ def test_another_picture_is_refused(experts, image, message):
 
 def test_a_label_that_does_not_fit_is_named(experts, picture):
     jitter = JointAugmentation(experts, (8, 8))
-    with pytest.raises(ValueError, match="expert_labels has 'motion'; the config's experts are: depth"):
+    with pytest.raises(ValueError, match="labels has 'motion'; the experts are: depth"):
         jitter(picture, {"motion": np.zeros((8, 8), np.uint8)})
     with pytest.raises(ValueError, match="depth label has 3 channels; the config's expert 'depth' has 1"):
         jitter(picture, {"depth": np.zeros((8, 8, 3), np.uint8)})
