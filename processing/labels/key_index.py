@@ -1,4 +1,4 @@
-"""Which keys are known, and in which row: by hashes, so that many millions of keys fit in memory."""
+"""Finds the rows of keys by hashes, so that many millions of keys fit in memory."""
 
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -8,7 +8,7 @@ import numpy as np
 
 def as_text(name: str) -> str:
     """
-    A name that can be stored. Names on a disk, in a tar or in JSON may contain bytes that are not text: they become
+    Makes a name storable. Names on a disk, in a tar or in JSON may contain bytes that are not text; they become
     `\\xff`.
     """
     try:
@@ -25,24 +25,24 @@ def as_text(name: str) -> str:
 
 def key_digests(keys: Iterable[str]) -> np.ndarray:
     """
-    128-bit hashes of keys, by which they are compared.
+    The 128-bit hashes of keys.
 
     Args:
-        keys (`Iterable[str]`): any number.
+        keys (`Iterable[str]`): any number of keys.
 
     Returns:
-        `np.ndarray` of shape `(keys,)`, of 16-byte strings.
+        `np.ndarray` of shape `(keys,)`: strings of 16 bytes.
     """
-    # "S16" drops zeros at the end, alike for all: equal hashes stay equal, different ones different
+    # "S16" drops zeros at the end; equal hashes stay equal and different ones stay different
     return np.array([blake2b(as_text(key).encode(), digest_size=16).digest() for key in keys], dtype="S16")
 
 
 class KeyIndex:
     """
-    Finds the rows of keys. It takes 24 bytes a key.
+    Finds the rows of keys. Takes 24 bytes per key.
 
     Args:
-        digests (`np.ndarray` of shape `(rows,)`): from [`key_digests`]; of equal ones the first row counts.
+        digests (`np.ndarray` of shape `(rows,)`): from [`key_digests`]. If several are equal, the first row counts.
     """
 
     def __init__(self, digests: np.ndarray):
@@ -52,16 +52,18 @@ class KeyIndex:
         return len(self._digests)
 
     def rows(self) -> np.ndarray:
-        """The rows that count, in their order: (different keys,) int64."""
+        """The first row of each different key, ascending: (different keys,) int64."""
         return np.sort(self._rows)
 
     def find(self, keys: Iterable[str]) -> np.ndarray:
         """
+        Finds keys.
+
         Args:
-            keys (`Iterable[str]`): any number.
+            keys (`Iterable[str]`): any number of keys.
 
         Returns:
-            `np.ndarray` of shape `(keys,)`, int64: the row of each key, -1 where it is not known.
+            `np.ndarray` of shape `(keys,)`, int64: the row of each key, -1 if it is unknown.
         """
         digests = key_digests(keys)
         if not len(self):

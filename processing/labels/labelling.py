@@ -1,4 +1,4 @@
-"""From images to rows of labels in three steps, open, see and encode, which both engines run."""
+"""The three steps from an image to a row of labels: open, see, encode. All engines run them."""
 
 import itertools
 from collections import deque
@@ -18,7 +18,7 @@ from .key_index import as_text
 
 logger = logging.get_logger(__name__)
 
-# an expert that fails on this many images in a row is broken; the images are not
+# an expert that fails on this many images in a row is broken
 MAX_FAILURES_IN_A_ROW = 100
 
 T = TypeVar("T")
@@ -26,14 +26,15 @@ T = TypeVar("T")
 
 class Labeller:
     """
-    The three steps for an image. It pickles as its settings, without loaded models.
+    Opens images, runs the experts and encodes their labels. A pickled labeller has the settings of the experts, but no
+    loaded models.
 
     Args:
         suite ([`ExpertSuite`]): the experts.
         map_size (`int`, *optional*): reduce every map to this many pixels square; see [`encode_labels`].
         on_expert_error (`str`, *optional*, defaults to `"record"`):
-            `"record"`: if an expert fails on an image, its label is missing and `error` says why; or `"raise"`.
-        max_image_pixels (`int`, *optional*): images of more pixels count as damaged.
+            If an expert fails on an image, `"record"` leaves its label out and stores the `error`, `"raise"` raises.
+        max_image_pixels (`int`, *optional*): images with more pixels count as damaged.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Labeller:
     ):
         if on_expert_error not in ("record", "raise"):
             raise ValueError(f"on_expert_error is {on_expert_error!r}; accepted are 'record' and 'raise'")
-        # a suite of its own with the same experts, since failures are handled here
+        # another suite with the same experts, because this class handles their failures
         self.suite = suite.only(*suite)
         self.suite.on_error = "raise"
         self.specs = [expert.spec for expert in suite.values()]
@@ -56,12 +57,21 @@ class Labeller:
         self._misfits_in_a_row = 0
 
     def open(self, key: str, image: Any) -> Image.Image | str:
-        """The image, in RGB, or why there is none; `image` is anything that [`load_image`] takes, or an exception."""
+        """
+        Opens an image.
+
+        Args:
+            key (`str`): its name in error messages.
+            image: anything that [`load_image`] takes, or an exception that says why there is no image.
+
+        Returns:
+            `PIL.Image.Image` in RGB, or the error message (`str`).
+        """
         if isinstance(image, Exception):
             return str(image)
         try:
             return load_image(image, max_pixels=self.max_image_pixels, name=key)
-        except Exception as error:  # one image does not end a run of a month
+        except Exception as error:  # one image must not end a run of a month
             return f"{type(error).__name__}: {error}"
 
     def see(self, images: list[Image.Image | str]) -> list[tuple[dict[str, Any], str | None]]:
@@ -69,13 +79,13 @@ class Labeller:
         Runs the experts.
 
         Args:
-            images (`list`): from [`Labeller.open`]; texts are images that could not be opened.
+            images (`list`): from [`Labeller.open`]; strings stand for images that could not be opened.
 
         Returns:
-            `list[tuple]`: for each image its labels by the expert's name, and an error or `None`.
+            `list[tuple]`: for each image, a dict from each expert's name to its label, and an error message or `None`.
 
         Raises:
-            ExpertError: if an expert failed and `on_expert_error` is `"raise"`, or on 100 images in a row.
+            ExpertError: if an expert fails and `on_expert_error` is `"raise"`, or if it fails on 100 images in a row.
         """
         opened = [image for image in images if not isinstance(image, str)]
         seen = iter(self._see(opened) if opened else [])
@@ -95,7 +105,7 @@ class Labeller:
         labels: dict[str, Any] = {}
         errors: list[str] = []
         for name in self.suite:
-            try:  # the labels of the experts so far, missing ones too, go to those that need them
+            try:  # an expert gets the labels of the earlier ones, because it may need them
                 (own,) = self.suite.only(name)([image], [labels])
                 labels[name] = own[name]
                 self._failures_in_a_row[name] = 0
@@ -109,19 +119,22 @@ class Labeller:
         return labels, "; ".join(dict.fromkeys(errors)) or None
 
     def encode(self, key: str, labels: dict[str, Any], error: str | None) -> dict[str, Any]:
-        """A row for [`LabelWriter.write_row`]."""
+        """Makes a row for [`LabelWriter.write_row`]; the arguments are an image's key and its result of [`see`]."""
         error = error if error is None else as_text(error)
         return {"key": key, "error": error, **encode_labels(labels, self.specs, self.map_size)}
 
     def rows(self, images: Iterable[tuple[str, Any]], batch_size: int, pool: ThreadPoolExecutor) -> Iterator[dict]:
         """
-        The rows of images, in their order. While the experts see a batch, the pool's threads open the next one and
-        encode the labels of the previous one.
+        Runs all three steps. While the experts run on a batch, the threads of the pool open the next batch and encode
+        the labels of the previous one.
 
         Args:
-            images (`Iterable[tuple[str, Any]]`): keys, and what [`Labeller.open`] takes.
-            batch_size (`int`): images that the experts get at a time.
+            images (`Iterable[tuple[str, Any]]`): pairs of a key and anything that [`Labeller.open`] takes.
+            batch_size (`int`): number of images that the experts get at a time.
             pool (`ThreadPoolExecutor`): the threads.
+
+        Returns:
+            `Iterator[dict]`: rows for [`LabelWriter.write_row`], in the order of the images.
 
         Raises:
             ExpertError: see [`Labeller.see`].
@@ -150,7 +163,7 @@ class Labeller:
 
 
 def _ahead(items: Iterable[T], number: int) -> Iterator[T]:
-    """The same items, `number` of them made before they are needed."""
+    """Yields the same items, but takes `number` items in advance."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)

@@ -1,4 +1,4 @@
-"""How the labels of a store were made, and the refusal to mix them with labels that were made otherwise."""
+"""The manifest records how the labels of a store were made. A store refuses labels that were made differently."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 
-# what a manifest holds beside its version
+# the fields of a manifest besides its version
 _FIELDS: dict[str, type] = {"experts": dict, "descriptions": dict, "settings": dict, "versions": dict, "hash": str}
 # libraries that an expert's labels may depend on
 _LIBRARIES = (
@@ -37,7 +37,7 @@ _LIBRARIES = (
     "torchvision",
     "transformers",
 )
-# settings that change the speed of an expert, not its labels
+# settings that only change the speed of an expert
 _SETTINGS_OF_SPEED = ("batch_size", "num_threads")
 
 
@@ -50,11 +50,11 @@ def make_manifest(
     Args:
         suite ([`ExpertSuite`], *optional*): the experts; `None` if the labels come from elsewhere.
         descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
-        settings (`dict`): everything else that the labels depend on, plain JSON.
+        settings (`dict`): everything else that the labels depend on, as plain JSON.
 
     Returns:
-        `dict`: `format_version`, `experts` (each with its settings; a file of weights by its SHA-256 instead of its
-        path), `descriptions`, `settings`, `versions` of the libraries, and `hash`, the SHA-256 of all that.
+        `dict`: `format_version`, `experts` with their settings (files of weights have their SHA-256 instead of their
+        path), `descriptions`, `settings`, `versions` of the libraries, and `hash`, the SHA-256 of all of these.
 
     Raises:
         ValueError: if an expert's entry is not one that `PrismerConfig.experts` accepts.
@@ -78,7 +78,7 @@ def make_manifest(
         "settings": dict(settings),
         "versions": dict(_installed()) if suite else {},
     }
-    manifest = json.loads(json.dumps(manifest))  # as it will be read: lists for tuples
+    manifest = json.loads(json.dumps(manifest))  # turns tuples into lists, as when it is read
     return {**manifest, "hash": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
 
 
@@ -91,7 +91,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def _running(suite: ExpertSuite | None) -> Iterator[tuple[str, Expert]]:
-    """The experts of a suite, and those that were left out of it but still run because others need them."""
+    """The experts of a suite, and experts that were left out but still run because others need them."""
     left_out = {} if suite is None else dict(suite._left_out)
     waiting = [] if suite is None else list(suite.items())
     while waiting:
@@ -114,7 +114,7 @@ def _describe(model: FrozenModel) -> dict[str, Any]:
 
 
 def _hash_files(path: Path) -> str:
-    """The SHA-256 of a file, or of the names and contents of the files in a folder."""
+    """The SHA-256 of a file, or of the names and contents of all files in a folder."""
     if path.is_file():
         digest = hashlib.sha256()
         with path.open("rb") as file:
@@ -128,11 +128,12 @@ def _hash_files(path: Path) -> str:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
-    The manifest of a store.
+    Reads the manifest of a store.
 
     Raises:
         FileNotFoundError: if the folder is not a label store.
-        ValueError: if the manifest is damaged, or was written by another version of this package; it names the file.
+        ValueError: if the manifest is damaged, or was written by another version of this package. The message names
+            the file.
 
     Example:
 
@@ -168,7 +169,7 @@ def _check_manifest(manifest: Any) -> None:
     number = manifest.get("format_version")
     if type(number) is not int:
         raise ValueError(f"its format_version is {_brief(number)}; a number is needed")
-    if number != FORMAT_VERSION:  # other formats have fields of their own
+    if number != FORMAT_VERSION:  # other formats have other fields
         return
     for field, kind in _FIELDS.items():
         if not isinstance(manifest.get(field), kind):
@@ -181,13 +182,14 @@ def _check_manifest(manifest: Any) -> None:
 
 
 def manifest_lock(folder: Path) -> FileLock:
-    """Held by the process that writes the files that all processes share."""
+    """The lock of the files that all processes share. Hold it to write one of them."""
     return FileLock(folder / f".{MANIFEST_FILE}.lock")
 
 
 def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_versions: bool = False) -> None:
     """
-    Makes a folder the store of a manifest, or checks that it already is. Several processes may do so at once.
+    Writes the manifest into a new store, or compares it with the manifest of an existing store. Several processes may
+    do so at the same time.
 
     Args:
         folder (`str` or `Path`): made if it does not exist.
@@ -197,7 +199,7 @@ def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_ve
 
     Raises:
         NotADirectoryError: if the folder is a file.
-        ValueError: if the folder's labels were made otherwise; it names each difference. Also if the folder has
+        ValueError: if the labels in the folder were made differently (the message names each difference), or if it has
             labels but no manifest.
     """
     folder = Path(folder)
@@ -206,12 +208,12 @@ def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_ve
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST_FILE
     if not path.exists():
-        with manifest_lock(folder):  # one process writes it, the others wait for that
+        with manifest_lock(folder):  # one process writes it, the others wait
             if not path.exists():
                 if shard := next(folder.glob("labels-*.parquet"), None):
                     raise ValueError(
-                        f"{folder} holds labels ({shard.name}) but no {MANIFEST_FILE}, so nobody knows how they were "
-                        "made. Restore it from a copy, or use another folder"
+                        f"{folder} holds labels ({shard.name}) but no {MANIFEST_FILE}, so it is unknown how they "
+                        "were made. Restore it from a copy, or use another folder"
                     )
                 write_durably(path, json.dumps(manifest, indent=2) + "\n")
     there = read_manifest(folder)
@@ -222,15 +224,15 @@ def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_ve
         logger.warning(f"The labels in {folder} were made with other versions: {'; '.join(versions)}")
         versions = []
     if others or versions:
-        hint = "" if others else ". To mix them nevertheless: allow_other_versions=True, --allow-other-versions"
+        hint = "" if others else ". To mix them anyway: allow_other_versions=True, --allow-other-versions"
         raise ValueError(
-            f"{folder} holds labels that were made otherwise, and one store does not mix them: "
-            f"{'; '.join(others + versions)}. Use another folder, or the same settings{hint}"
+            f"{folder} holds labels that were made differently: {'; '.join(others + versions)}. Use another folder or "
+            f"the same settings{hint}"
         )
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, what differs) for each value that is not the same."""
+    """Yields (dotted name, description of the difference) for each different value."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in [*there, *(key for key in here if key not in there)]:
             if (name, key) != ("", "hash"):

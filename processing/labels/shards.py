@@ -1,4 +1,4 @@
-"""A store's Parquet files: written whole or not at all, by any number of processes."""
+"""The Parquet files of a store. Any number of processes write them, each file completely or not at all."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ from .manifest import claim_folder, manifest_lock, read_manifest
 
 logger = logging.get_logger(__name__)
 
-# rows that are read together to get at one of them
+# number of rows that are read together
 ROW_GROUP_SIZE = 32
 README_FILE = "README.md"
 # lets `datasets.load_dataset(folder)` and the Hub's viewer find the shards
@@ -35,11 +35,11 @@ configs:
 - config_name: default
   data_files: "labels-*.parquet"
 ---
-Labels of frozen experts, one row an image; manifest.json says how they were made.
+Labels of frozen experts, one row per image. manifest.json describes how they were made.
 """
 _SHARD_NAME = re.compile(r"labels-(\d{5,})-of-(\d{5,})-(\d{6,})\.parquet")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# what set_aside_damaged adds to the name of a shard
+# set_aside_damaged adds this to the name of a shard
 _DAMAGED = ".damaged"
 
 
@@ -92,17 +92,17 @@ def shard_files(folder: str | Path) -> list[Path]:
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether a file of this name belongs to a label store: a shard, also one that was set aside."""
+    """Whether a file with this name is a shard of a label store, or one that was set aside."""
     return _SHARD_NAME.fullmatch(name.removesuffix(_DAMAGED)) is not None
 
 
 @contextmanager
 def naming_the_shard(path: Path) -> Iterator[None]:
     """
-    Turns errors of reading a shard into one that names it.
+    Turns errors in reading a shard into one error that names the shard.
 
     Raises:
-        DamagedShardError: for all errors, except that the file is gone or that this user may not read it.
+        DamagedShardError: for all errors except a missing file, missing permission and lack of memory.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def naming_the_shard(path: Path) -> Iterator[None]:
 
 
 def open_shard(path: Path, columns: Iterable[str] = ("key", "error"), memory_map: bool = False) -> pq.ParquetFile:
-    """Opens a shard; what is read from it is compared with its checksums."""
+    """Opens a shard and checks that it has `columns`. Reading from it verifies the checksums."""
     with naming_the_shard(path):
         file = pq.ParquetFile(path, memory_map=memory_map, page_checksum_verification=True)
         if missing := [name for name in columns if name not in file.schema_arrow.names]:
@@ -125,13 +125,13 @@ def open_shard(path: Path, columns: Iterable[str] = ("key", "error"), memory_map
 
 
 def read_columns(path: Path, columns: list[str]) -> pa.Table:
-    """Some columns of a shard."""
+    """Reads some columns of a shard."""
     with open_shard(path, columns) as file, naming_the_shard(path):
         return file.read(columns=columns, use_threads=False)
 
 
 def read_key_digests(files: Iterable[Path]) -> list[np.ndarray]:
-    """The hashes of the keys of each shard; only the column `key` is read."""
+    """The hashes of the keys of each shard. Only the column `key` is read."""
 
     def read(path: Path) -> np.ndarray:
         keys = read_columns(path, ["key"])["key"].to_pylist()
@@ -143,31 +143,31 @@ def read_key_digests(files: Iterable[Path]) -> list[np.ndarray]:
 
 
 def index_keys(folder: str | Path) -> KeyIndex:
-    """The keys of all finished shards of a store, those of failed images included."""
+    """The keys of all finished shards of a store, including failed images."""
     return KeyIndex(np.concatenate([key_digests([]), *read_key_digests(shard_files(folder))]))
 
 
 class LabelWriter:
     """
-    Writes labels into a store, for as many images as there are, shard by shard.
+    Writes labels into a store, shard by shard.
 
-    A shard gets its name, `labels-<process>-of-<processes>-<number>.parquet`, when it is complete and on the disk. A
-    process that is killed, or whose disk is full, loses the labels of its unfinished shard and leaves nothing
-    half-written. Rows do not wait in memory: they go to the unfinished file in groups of 32.
+    A shard gets its name, `labels-<process>-of-<processes>-<number>.parquet`, when it is complete and on the disk. If
+    the process is killed or the disk is full, the labels of the unfinished shard are lost, and no incomplete file is
+    left. Only 32 rows are kept in memory.
 
     Args:
-        folder (`str` or `Path`): the store; made if it does not exist.
-        manifest (`dict`): from [`make_manifest`]; its `descriptions` say which experts there are.
+        folder (`str` or `Path`): the store. It is made if it does not exist.
+        manifest (`dict`): from [`make_manifest`]; its `descriptions` list the experts.
         process (`tuple[int, int]`, *optional*, defaults to `(0, 1)`): number of this process and of all processes.
-        rows_per_shard (`int`, *optional*, defaults to 1024): rows of a complete shard.
+        rows_per_shard (`int`, *optional*, defaults to 1024): number of rows in a shard.
         seconds_per_shard (`float`, *optional*, defaults to 600):
-            A shard that has been open for longer is complete with fewer rows.
+            A shard that has been open for this time is finished with fewer rows.
         allow_other_versions (`bool`, *optional*, defaults to `False`): see [`claim_folder`].
 
     Raises:
-        ValueError: if the store holds labels that were made otherwise.
-        StoreInUseError: if another process writes in its place, or one of another number of processes.
-        OSError: if a shard cannot be written. It says how many labels are lost; those of finished shards are kept.
+        ValueError: if the store holds labels that were made differently.
+        StoreInUseError: if another run writes with the same process number, or with another number of processes.
+        OSError: if a shard cannot be written. The message tells how many labels are lost. Finished shards are kept.
 
     Example:
 
@@ -239,7 +239,7 @@ class LabelWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        # finished labels are kept, whatever ended the run
+        # keep the finished labels, whatever ended the run
         try:
             self.finish_shard()
         finally:
@@ -247,7 +247,7 @@ class LabelWriter:
 
     @property
     def done(self) -> KeyIndex:
-        """The keys in the store when it was first asked for."""
+        """The keys in the store at the first use of this property."""
         if self._index is None:
             self._index = index_keys(self.folder)
         return self._index
@@ -262,17 +262,17 @@ class LabelWriter:
         Adds an image.
 
         Args:
-            key (`str`): its name.
-            labels (`dict`): each expert's label by its name, `None` or absent if it is missing; see
+            key (`str`): the name of the image.
+            labels (`dict`): the label of each expert by its name, `None` or absent if it is missing; see
                 [`encode_labels`].
-            error (`str`, *optional*): what went wrong with it.
+            error (`str`, *optional*): an error message.
         """
         error = error if error is None else as_text(error)
         key = as_text(key)
         self.write_row({"key": key, "error": error, **encode_labels(labels or {}, self.specs, self.map_size)})
 
     def write_row(self, row: dict[str, Any]) -> None:
-        """Adds a row: `key`, `error` and the experts' columns as [`encode_labels`] makes them."""
+        """Adds a row: `key`, `error` and the columns of [`encode_labels`]."""
         self._rows.append(row)
         if len(self._rows) >= min(ROW_GROUP_SIZE, self.rows_per_shard - self._rows_in_file):
             self._write_waiting_rows()
@@ -296,7 +296,7 @@ class LabelWriter:
             self._publish()
 
     def finish_shard(self) -> None:
-        """Completes the shard with the rows that it has, if any."""
+        """Finishes the current shard, if it has rows."""
         self._write_waiting_rows()
         self._publish()
 
@@ -306,7 +306,7 @@ class LabelWriter:
         path = self.folder / f"{self._prefix}{self._number:06d}.parquet"
         with self._discarding_on_failure():
             self._file.close()
-            pq.read_metadata(self._temporary)  # fails unless the file has its end
+            pq.read_metadata(self._temporary)  # fails if the end of the file is missing
             publish(self._temporary, path)
         self.rows_written += self._rows_in_file
         self.bytes_written += path.stat().st_size
@@ -315,13 +315,13 @@ class LabelWriter:
 
     @contextmanager
     def _discarding_on_failure(self, rows: int = 0) -> Iterator[None]:
-        """A failed write costs the unfinished shard: its file is removed and never gets a name."""
+        """Removes the unfinished shard if writing it fails."""
         try:
             yield
         except BaseException as error:
             lost = rows + self._rows_in_file
             file, self._file, self._rows_in_file = self._file, None, 0
-            with suppress(Exception):  # the disk is still full
+            with suppress(Exception):  # fails again if the disk is full
                 if file is not None:
                     file.close()
             with suppress(OSError):
@@ -340,10 +340,10 @@ class LabelWriter:
 
 def lock_place(folder: Path, process: tuple[int, int]) -> FileLock:
     """
-    Takes the place of one of n writing processes, until it is released or the process ends, however it ends.
+    Locks the store for process i of n, until the lock is released or the process ends.
 
     Raises:
-        StoreInUseError: if the place is taken, or if processes of another n are writing.
+        StoreInUseError: if another process has the same number, or if a run of another n is writing.
     """
     own = f".lock-{process[0]:05d}-of-{process[1]:05d}"
     lock = FileLock(folder / own)
@@ -362,21 +362,22 @@ def lock_place(folder: Path, process: tuple[int, int]) -> FileLock:
         except Timeout as error:
             lock.release()
             raise StoreInUseError(
-                f"a run of {int(path.name[-5:])} processes writes into {folder}; this one, of {process[1]}, would "
-                "share the images out in another way. Wait until it ends"
+                f"a run of {int(path.name[-5:])} processes writes into {folder}, and this run has {process[1]}. Wait "
+                "until the other run ends"
             ) from error
     return lock
 
 
 def forget_failed(folder: str | Path) -> int:
     """
-    Takes the images with an `error` out of a store, so that the next run labels them again. No run may be writing.
+    Removes the images with an `error` from a store, so that the next run labels them again. No other run may be
+    writing into the store.
 
     Args:
         folder (`str` or `Path`): the store.
 
     Returns:
-        `int`: how many there were.
+        `int`: number of removed images.
 
     Raises:
         StoreInUseError: if a run writes into the store.
@@ -388,7 +389,7 @@ def forget_failed(folder: str | Path) -> int:
     >>> from modeling_prismer.processing.experts import CannyEdges
     >>> from modeling_prismer.processing.labels import forget_failed, label_images
 
-    >>> images = {"good": "modeling_prismer/assets/shape.png", "bad": b"no picture"}
+    >>> images = {"good": "modeling_prismer/assets/shape.png", "bad": b"not an image"}
     >>> label_images(images, [CannyEdges()], "my_labels", progress=False).failed
     1
     >>> forget_failed("my_labels")
@@ -428,14 +429,14 @@ def _replace_shard(path: Path, table: pa.Table) -> None:
 
 def set_aside_damaged(folder: str | Path) -> list[Path]:
     """
-    Renames each shard that cannot be read to `<name>.damaged`, so that the store opens and the next run labels the
-    images of these shards again. Every label is read for that. Runs may be writing meanwhile.
+    Reads every label of a store and renames each shard that cannot be read to `<name>.damaged`. The store then opens,
+    and the next run labels the images of these shards again. Other runs may be writing meanwhile.
 
     Args:
         folder (`str` or `Path`): the store.
 
     Returns:
-        `list[Path]`: the shards that were set aside, under their old names.
+        `list[Path]`: the former paths of the shards that were set aside.
 
     Example:
 
@@ -456,7 +457,7 @@ def set_aside_damaged(folder: str | Path) -> list[Path]:
         try:
             _check_shard(path, specs)
             return False
-        except FileNotFoundError:  # another process was faster
+        except FileNotFoundError:  # another process has set it aside
             return False
         except DamagedShardError as error:
             logger.warning(str(error.__cause__ or error))

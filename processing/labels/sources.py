@@ -1,4 +1,4 @@
-"""Where images come from: folders, files, data sets and tars. An image keeps its key from run to run."""
+"""Sources of images: folders, files, data sets and tars. An image has the same key in every run."""
 
 import glob
 import os
@@ -20,7 +20,7 @@ from .tars import IMAGE_SUFFIXES, TAR_SUFFIXES, read_tar
 logger = logging.get_logger(__name__)
 
 KEY_COLUMNS = ("key", "id", "image_id", "file_name", "__key__")
-"""Columns that may name a data set's images if `key_column` is not given; the first one that exists does."""
+"""Columns that hold the keys of a data set if `key_column` is not given; the first one that exists is used."""
 
 ACCEPTED_SOURCES = (
     "accepted are a folder of images, of webdataset tars or of a data set that was saved, a file or a glob of them, a "
@@ -30,8 +30,8 @@ ACCEPTED_SOURCES = (
 
 class ImageSource:
     """
-    Images by their keys. Iterating gives `(key, image)`. The image is anything that [`load_image`] takes, not yet
-    opened, or an exception that says why there is none.
+    Images with their keys. Iterating yields `(key, image)`. The image is anything that [`load_image`] takes, not yet
+    opened, or an exception that says why there is no image.
 
     Example:
 
@@ -44,25 +44,25 @@ class ImageSource:
     ```
     """
 
-    num_images: int | None = None  # if it is known
+    num_images: int | None = None  # None if it is not known
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         raise NotImplementedError
 
     def share(self, process: int, num_processes: int) -> "ImageSource":
-        """The share of one of several processes: every n-th image, or every n-th file of a stream."""
+        """The share of one of n processes: every n-th image, or every n-th file of a stream."""
         raise NotImplementedError
 
     def without(self, done: KeyIndex) -> "ImageSource":
-        """The images whose keys are not done."""
+        """The images whose keys are not in `done`."""
         raise NotImplementedError
 
     def parts(self, images: int) -> list["ImageSource"]:
-        """The same images in parts of about this many, each small to send to another process."""
+        """The same images in parts of about `images` images. A part is small when it is sent to another process."""
         raise NotImplementedError
 
     def progress(self) -> tuple[int, int] | None:
-        """(files read, all files) of a stream; `None` if `num_images` is known."""
+        """The number of files read and of all files of a stream; `None` if `num_images` is known."""
         return None
 
 
@@ -71,8 +71,8 @@ class ListedImages(ImageSource):
     Images whose keys are all known: files, or rows of a data set.
 
     Args:
-        keys (`Sequence[str]`): if a key comes twice, its first image counts.
-        images (`Sequence`): one for each key; anything that [`load_image`] takes.
+        keys (`Sequence[str]`): the keys. If a key occurs twice, its first image counts.
+        images (`Sequence`): one image for each key; anything that [`load_image`] takes.
 
     Example:
 
@@ -116,8 +116,8 @@ class DatasetImages(ListedImages):
         dataset (`datasets.Dataset`): with a column of images, or of paths to them.
         image_column (`str`, *optional*): by default the first column of images.
         key_column (`str`, *optional*):
-            The column with the images' names, texts or numbers. By default the first of `key`, `id`, `image_id`,
-            `file_name` and `__key__` that exists; without one, the number of the row, in 12 digits.
+            The column with the keys, strings or numbers. By default the first of `key`, `id`, `image_id`, `file_name`
+            and `__key__` that exists. If none exists, the keys are the numbers of the rows in 12 digits.
 
     Example:
 
@@ -125,8 +125,8 @@ class DatasetImages(ListedImages):
     >>> from datasets import Dataset
     >>> from modeling_prismer.processing.labels import DatasetImages
 
-    >>> rows = Dataset.from_dict({"id": [7], "picture": ["modeling_prismer/assets/shape.png"]})
-    >>> list(DatasetImages(rows, image_column="picture"))
+    >>> rows = Dataset.from_dict({"id": [7], "photo": ["modeling_prismer/assets/shape.png"]})
+    >>> list(DatasetImages(rows, image_column="photo"))
     [('7', 'modeling_prismer/assets/shape.png')]
     ```
     """
@@ -159,9 +159,9 @@ class DatasetImages(ListedImages):
 
 class StreamedImages(ImageSource):
     """
-    Images that are read from the beginning of a file to its end.
+    Images of files that are read from beginning to end.
 
-    If a file cannot be read to its end, the rest of it is left out and the file's name is among the keys, with the
+    If a file cannot be read to its end, the rest is left out. The name of the file is then yielded as a key, with the
     error.
 
     Args:
@@ -169,10 +169,10 @@ class StreamedImages(ImageSource):
             The name of each file, and a function without arguments that opens it as a `datasets.IterableDataset`.
         image_column (`str`, *optional*): by default the first column of images.
         key_column (`str`, *optional*):
-            The column with the images' names. By default the first of `key`, `id`, `image_id`, `file_name` and
-            `__key__` that exists.
+            The column with the keys. By default the first of `key`, `id`, `image_id`, `file_name` and `__key__` that
+            exists.
         files_in_keys (`bool`, *optional*, defaults to `False`):
-            Put the file's name, without its suffix, and a `/` before the images' names.
+            Put the name of the file without its suffix and a `/` before each key.
 
     Example:
 
@@ -219,7 +219,7 @@ class StreamedImages(ImageSource):
     def _read(self, name: str, file: Any) -> Iterator[tuple[str, Any]]:
         try:
             dataset: datasets.IterableDataset = file()
-        except Exception as error:  # every reader fails in its own way
+        except Exception as error:  # each reader raises its own errors
             yield name, OSError(f"{name} cannot be read: {error}")
             return
         image_column, key_column = _image_column(dataset, self.image_column), _key_column(dataset, self.key_column)
@@ -250,7 +250,7 @@ class StreamedImages(ImageSource):
         return self._with(_done=done) if len(done) else self
 
     def parts(self, images: int) -> list[ImageSource]:
-        if self._every != (0, 1):  # positions count over all files
+        if self._every != (0, 1):  # shares are counted over all files
             return [self]
         return [self._with(files=[file]) for file in self.files]
 
@@ -267,14 +267,15 @@ class TarImages(StreamedImages):
     """
     The images of webdataset tars, under the keys `<name of the tar without suffix>/<name of the sample>`.
 
-    A damaged sample costs only itself: its key has the error. Of a sample's other files nothing is read, so they may
-    be damaged, in any order, or missing. If a tar is damaged, the tar's name is among the keys too, with the error.
+    A damaged sample has an error and does not affect the others. Only images are read; the other files of a sample may
+    be damaged, missing, or in any order. If a tar is damaged, its name is yielded as a key too, with the error.
 
     Args:
         files (`Sequence[tuple[str, str]]`): the name of each tar, and its path or URL.
         image_type (`str`, *optional*):
-            The type of the images, such as `jpg` or `seg.png`. By default each sample's first image counts, and
-            `SAMPLE.MORE.png` belongs to the image of `SAMPLE`. If there is none, its sample is `SAMPLE.MORE`.
+            The type of the images, such as `jpg` or `seg.png`. By default the first image of each sample counts, and
+            `SAMPLE.MORE.png` belongs to the sample `SAMPLE`. If `SAMPLE` has no other image, it is a sample of its
+            own, `SAMPLE.MORE`.
 
     Example:
 
@@ -301,31 +302,31 @@ class TarImages(StreamedImages):
             yield as_text(name), OSError(f"{name} cannot be read to its end: {error}")
 
 
-# ---- what a user gives ----
+# ---- sources given by a user ----
 
 
 def open_source(
     source: Any, image_column: str | None = None, key_column: str | None = None, root: str | Path | None = None
 ) -> ImageSource:
     """
-    Opens whatever a user calls a source of images.
+    Opens a source of images.
 
     Args:
         source:
-            - a folder of images, at any depth: the keys are their paths relative to it, with `/`. The files of label
-              stores in it are left out;
-            - a folder that `datasets` saved (`save_to_disk`), or one of Parquet files;
-            - a file or a glob (`"photos/**/*.jpg"`): images, webdataset tars, or Parquet files; keys are relative to
-              the part before the first wildcard. Tars and Parquet files may be URLs that `datasets` reads;
-            - a list of such files: the keys are the paths as given;
+            - a folder of images, at any depth. The keys are paths relative to it, with `/`. The files of label stores
+              are left out;
+            - a folder that `datasets` saved (`save_to_disk`), or a folder of Parquet files;
+            - a file or a glob (`"photos/**/*.jpg"`): images, webdataset tars, or Parquet files. The keys are relative
+              to the part before the first wildcard. Tars and Parquet files may be URLs that `datasets` reads;
+            - a list of such files. The keys are the paths as given;
             - a dict from keys to anything that [`load_image`] takes;
             - a `datasets.Dataset` or `datasets.IterableDataset`;
             - an [`ImageSource`].
-        image_column (`str`, *optional*): the images' column of a data set, see [`DatasetImages`], or the images' type
-            in tars, see [`TarImages`].
-        key_column (`str`, *optional*): of a data set; see [`DatasetImages`]. An image of a tar has the key
-            `<path of the tar without suffix>/<__key__>`.
-        root (`str` or `Path`, *optional*): keys are paths relative to this folder.
+        image_column (`str`, *optional*): the column of images in a data set, see [`DatasetImages`], or the type of
+            images in tars, see [`TarImages`].
+        key_column (`str`, *optional*): the column of keys in a data set; see [`DatasetImages`]. An image of a tar has
+            the key `<path of the tar without suffix>/<__key__>`.
+        root (`str` or `Path`, *optional*): make keys relative to this folder.
 
     Returns:
         [`ImageSource`]
@@ -405,7 +406,7 @@ def _open_folder(
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """All files but hidden ones, in the order of their names; links to folders are followed, once."""
+    """All files except hidden ones, sorted by name. Links to folders are followed once."""
 
     def warn(error: OSError) -> None:
         logger.warning(f"The folder {error.filename} is left out: {error.strerror}")
@@ -422,7 +423,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _is_of_a_store(path: str) -> bool:
-    """Whether a file belongs to a label store, which may lie among the images."""
+    """Whether a file belongs to a label store; a store may lie among the images."""
     folder, name = os.path.split(path)
     if name in (MANIFEST_FILE, README_FILE):
         return any(is_shard_name(other) for other in os.listdir(folder or "."))
@@ -453,7 +454,7 @@ def _open_files(
 
 
 class _OpenShard:
-    """Opens one of a data set's files when it is called."""
+    """Opens one shard of a data set when it is called."""
 
     def __init__(self, dataset: datasets.IterableDataset, number: int):
         self.dataset, self.number = dataset, number
@@ -463,7 +464,7 @@ class _OpenShard:
 
 
 class _OpenTable:
-    """Opens a Parquet file when it is called; pickles as its path."""
+    """Opens a Parquet file when it is called. It is pickled as its path."""
 
     def __init__(self, path: str):
         self.path = path
@@ -480,7 +481,7 @@ def _open_stream(
     for _, open_file in files:
         try:
             dataset = open_file()
-        except Exception:  # a damaged file is recorded when it is its turn
+        except Exception:  # a damaged file is recorded when it is read
             continue
         _image_column(dataset, image_column)
         if _key_column(dataset, key_column) is None:
@@ -490,7 +491,7 @@ def _open_stream(
 
 
 def _name(file: str, root: str | Path | None) -> str:
-    """The file's path relative to `root`, or as given if it does not lie below it; always with /."""
+    """The path of a file relative to `root`, or as given if it does not lie below `root`; always with `/`."""
     if "://" in file:
         return file.removeprefix(f"{root}/") if root else file
     if root:
@@ -535,7 +536,7 @@ def _key_column(dataset: datasets.Dataset | datasets.IterableDataset, column: st
 
 
 def _undecoded(dataset: Any, image_column: str, *others: str) -> Any:
-    """The data set with these columns, its images left as bytes or paths: they are opened, and fail, one by one."""
+    """The data set with these columns. Its images stay bytes or paths, so that a damaged one does not end the run."""
     dataset = dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else dataset
     dataset = dataset.select_columns([image_column, *others])
     if isinstance(dataset.features[image_column], datasets.Image):

@@ -1,4 +1,4 @@
-"""Reads labels back: by key, as a data set, or as the source of labels of a training."""
+"""Reads stored labels: by key, as a data set, or as the labels of a training."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,22 +21,22 @@ from .shards import naming_the_shard, open_shard, read_columns, read_key_digests
 
 class LabelStore(Mapping):
     """
-    The labels of a folder that [`label_images`] wrote, by the images' keys.
+    The labels that [`label_images`] has written into a folder, by the keys of the images.
 
-    Files are mapped into memory, not read. Opening takes 24 bytes an image and the time to read the keys; a look-up
-    reads the image's group of 32 rows. Labels that are written after the store was opened are not seen. A store can
-    be sent to the workers of a data loader.
+    Files are mapped into memory. Opening a store reads all keys and takes 24 bytes per image. A look-up reads a group
+    of 32 rows. Labels that are written later are not seen. A store can be pickled and used in the workers of a data
+    loader.
 
     Args:
         folder (`str` or `Path`): the store.
 
     Attributes:
-        manifest (`dict`): how the labels were made; see [`make_manifest`].
+        manifest (`dict`): describes how the labels were made; see [`make_manifest`].
         descriptions (`list[dict]`): the experts' entries as in `PrismerConfig.experts`.
 
     Raises:
         FileNotFoundError: if the folder is not a label store.
-        DamagedShardError: if a shard cannot be read; it names the shard and the command that repairs the store.
+        DamagedShardError: if a shard cannot be read. The message names it, and the command that repairs the store.
         ValueError: if the manifest is damaged.
 
     Example:
@@ -67,7 +67,7 @@ class LabelStore(Mapping):
         return len(self._index)
 
     def __iter__(self) -> Iterator[str]:
-        """The keys, in the order in which they were written."""
+        """Yields the keys in the order in which they were written."""
         wanted = self._index.rows()
         for number, end in enumerate(self._ends):
             start = self._ends[number - 1] if number else 0
@@ -90,20 +90,20 @@ class LabelStore(Mapping):
         The labels of images, for `expert_labels` of the processor.
 
         Args:
-            keys (`Iterable[str]`): any number, in any order.
-            experts (`Iterable[str]`, *optional*): only these experts' labels; by default all.
+            keys (`Iterable[str]`): any number of keys, in any order.
+            experts (`Iterable[str]`, *optional*): names of experts; by default all.
 
         Returns:
-            `list[dict]`: for each key a dict from each expert's name to its label. Maps have the H×W pixels of the
-            image, or of `map_size` if they were stored with it:
+            `list[dict]`: for each key, a dict from the name of each expert to its label. Maps have the size of the
+            image, (H, W), or of `map_size` if it was set:
 
-            - dense: uint8 (H, W), or (H, W, C) for more than one channel;
-            - label: `{"ids": uint8 (H, W)}`, 255 = background, with `classes` (`list[int]`) if the ids are instances,
-              with `words` (`list[str]`) and `features` (float32 (words, channels)) if they are words;
+            - dense: uint8 (H, W), or (H, W, C) for several channels;
+            - label: `{"ids": uint8 (H, W)}`, 255 = background. If the ids are instances, with `classes` (`list[int]`).
+              If they are words, with `words` (`list[str]`) and `features` (float32 (words, channels));
             - `None` if the label is missing. An image that could not be opened has no labels.
 
         Raises:
-            KeyError: if the store lacks keys; it names the first and says how many.
+            KeyError: if keys are missing. The message names the first one and their number.
             DamagedShardError: if a label cannot be read.
         """
         keys = list(keys)
@@ -117,7 +117,7 @@ class LabelStore(Mapping):
 
     @property
     def errors(self) -> dict[str, str]:
-        """The errors by key: of images that could not be opened, and of experts that failed."""
+        """The errors by key, of images that could not be opened and of experts that failed."""
         errors: dict[str, str] = {}
         for path in self._files:
             table = read_columns(path, ["key", "error"])
@@ -129,11 +129,11 @@ class LabelStore(Mapping):
 
     def as_dataset(self, **kwargs: Any) -> datasets.Dataset:
         """
-        All rows as a `datasets.Dataset` with the columns `key`, `error` and one for each expert; see
-        [`label_features`]. `datasets` makes an Arrow copy in its cache the first time, and maps it into memory.
+        All rows as a `datasets.Dataset` with the columns `key`, `error` and one per expert; see [`label_features`].
+        The first call makes an Arrow copy in the cache of `datasets`.
 
         Args:
-            kwargs: passed on to `datasets.Dataset.from_parquet`: `cache_dir`, `num_proc`, `streaming`, …
+            kwargs: arguments of `datasets.Dataset.from_parquet`: `cache_dir`, `num_proc`, `streaming`, …
         """
         return datasets.Dataset.from_parquet([str(path) for path in self._files], **kwargs)
 
@@ -144,16 +144,16 @@ class LabelStore(Mapping):
         column: str = "expert_labels",
     ) -> datasets.Dataset | datasets.IterableDataset:
         """
-        Adds the labels to a data set of images. Nothing is copied: labels are looked up when a row is read.
+        Adds the labels to a data set. Nothing is copied; labels are looked up when a row is read.
 
         Args:
-            dataset (`datasets.Dataset` or `datasets.IterableDataset`): the images, or rows about them.
-            key_column (`str`, *optional*, defaults to `"key"`): its column with the keys of this store.
+            dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows with keys of this store.
+            key_column (`str`, *optional*, defaults to `"key"`): the column with the keys.
             column (`str`, *optional*, defaults to `"expert_labels"`): the new column, see [`LabelStore.labels_for`].
 
         Returns:
-            the same kind of data set with the column `column`. It is absent if single columns without the keys are
-            read.
+            The same kind of data set with the new column. The column is absent if you read other columns without the
+            keys.
 
         Raises:
             ValueError: if there is no column `key_column`.
@@ -179,18 +179,18 @@ class LabelStore(Mapping):
     def _make_caches(self) -> None:
         self._lock = threading.Lock()
         self._open = lru_cache(128)(self._open_file)
-        # rows are often read one after the other
+        # rows are often read in order
         self._read_group = lru_cache(4)(self._read_row_group)
 
     def _open_file(self, number: int) -> tuple[pq.ParquetFile, np.ndarray]:
-        """A shard, and the row at which each of its groups ends."""
+        """A shard, and the row at which each of its row groups ends."""
         columns = ["key", *(spec.name for spec in self._specs)]
         file = open_shard(self._files[number], columns, memory_map=True)
         groups = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
         return file, np.cumsum(groups)
 
     def _read_row_group(self, number: int, group: int) -> pa.Table:
-        # one thread: a data loader's worker inherits none of the others
+        # one thread, because a worker of a data loader does not inherit the others
         return self._open(number)[0].read_row_group(group, use_threads=False)
 
     def _labels(self, row: int, specs: list[ExpertSpec]) -> dict[str, Any]:
@@ -216,20 +216,20 @@ def label_source(
     labels: "str | Path | LabelStore", experts: list[dict[str, Any]] | None = None
 ) -> Callable[[Iterable[str]], list[dict[str, Any]] | None]:
     """
-    Turns one argument of a training or an evaluation into the source of its labels.
+    Makes the function that looks up the labels of a training or an evaluation.
 
     Args:
-        labels (`str`, `Path` or [`LabelStore`]): `"live"` to run the processor's experts, or a store.
+        labels (`str`, `Path` or [`LabelStore`]): `"live"` to run the experts of the processor, or a store.
         experts (`list[dict]`, *optional*):
-            The configured experts' entries. The store must have each of them, with the same description. Its other
-            experts are left out.
+            The entries of the configured experts. The store must have each of them, with the same description. Its
+            other experts are left out.
 
     Returns:
-        a function from the images' keys to `expert_labels` of the processor; it returns `None` for `"live"`.
+        `Callable`: takes the keys of images and returns `expert_labels` for the processor, or `None` for `"live"`.
 
     Raises:
         FileNotFoundError: if the folder is not a label store.
-        ValueError: if the store lacks an expert, describes it in another way, or is damaged.
+        ValueError: if an expert is missing from the store or has another description there, or the store is damaged.
 
     Example:
 
@@ -263,7 +263,7 @@ def _live(keys: Iterable[str]) -> None:
 
 
 class _Stored:
-    """A function that can be sent to the workers of a data loader."""
+    """A function that can be pickled, for the workers of a data loader."""
 
     def __init__(self, store: LabelStore, experts: list[str] | None):
         self.store, self.experts = store, experts

@@ -1,4 +1,4 @@
-"""The images of a webdataset tar, one after the other; damage costs the samples that it hits, not the tar."""
+"""Reads the images of a webdataset tar one by one. Damage only affects the samples in which it lies."""
 
 import re
 import tarfile
@@ -19,16 +19,16 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
     ".pcx .ico".split()
 )
-"""Suffixes of image files in a folder or a tar, in any case."""
+"""Suffixes of image files in a folder or a tar, in upper or lower case."""
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 """Suffixes of webdataset tars."""
 
-# an image is read into memory, and a small compressed tar can hold one of any size
+# an image is read into memory, and a small compressed tar can contain a huge one
 MAX_IMAGE_BYTES = 1 << 30
-# webdataset's rule: the sample's name ends at the first dot of the file's name, and its type follows
+# as in webdataset, the name of a sample ends at the first dot, and the type follows
 _MEMBER_NAME = re.compile(r"((?:.*/)?(?!__)[^./][^./]*)\.([^/]+)", re.DOTALL)
-# images named SAMPLE.MORE.png; of more than these, each is a sample
+# if a sample has more images named SAMPLE.MORE.png, each of them is a sample
 _MAX_MAPS = 16
 
 
@@ -64,24 +64,25 @@ class _Tar(tarfile.TarFile):
 
 def read_tar(path: str, image_type: str | None = None) -> Iterator[tuple[str, bytes | Exception]]:
     """
-    Reads the images of a tar from its beginning to its end. The other files of a sample are not read.
+    Reads the images of a tar from beginning to end. The other files of a sample are not read.
 
     Args:
         path (`str`): a file, or a URL that `datasets` reads.
         image_type (`str`, *optional*):
-            The type of the images, such as `jpg` or `seg.png`. By default each sample's first image counts, and
-            `SAMPLE.MORE.png` belongs to the image of `SAMPLE`. If there is none, its sample is `SAMPLE.MORE`.
+            The type of the images, such as `jpg` or `seg.png`. By default the first image of each sample counts, and
+            `SAMPLE.MORE.png` belongs to the sample `SAMPLE`. If `SAMPLE` has no other image, it is a sample of its
+            own, `SAMPLE.MORE`.
 
     Returns:
-        `Iterator[tuple[str, bytes | Exception]]`: each sample's name with its image file, or with the reason why
-        there is none.
+        `Iterator[tuple[str, bytes | Exception]]`: the name of each sample with the content of its image file, or with
+        the error.
 
     Raises:
-        OSError: after everything else, if the tar could not be read completely or has no images at all.
+        OSError: at the end, if the tar cannot be read completely or has no images.
     """
     found: set[str] = set()
-    dotted: set[str] = set()  # the beginnings of samples with dots in their names
-    others: dict[str, set[str]] = {}  # the types of the other files, for each sample without an image
+    dotted: set[str] = set()  # SAMPLE of samples named SAMPLE.MORE
+    others: dict[str, set[str]] = {}  # the types of the files of each sample without an image
     damage = None
     try:
         with xopen(path, "rb") as file, _Tar.open(fileobj=file, mode="r|*") as tar:
@@ -109,7 +110,7 @@ def read_tar(path: str, image_type: str | None = None) -> Iterator[tuple[str, by
                     dotted.add(beginning)
                     yield from maps.items()
             damage = tar.damage
-    except Exception as error:  # every kind of compression fails in its own way
+    except Exception as error:  # each kind of compression raises its own errors
         damage = str(error)
     if not found and not damage:
         there = ", ".join(sorted(set().union(*others.values()))[:10])
@@ -124,16 +125,16 @@ def read_tar(path: str, image_type: str | None = None) -> Iterator[tuple[str, by
 
 
 def _files(tar: _Tar) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(beginning of the name, type, member) of each file that belongs to a sample."""
+    """Yields (name up to the first dot, type, member) of each file that belongs to a sample."""
     while member := tar.next():
-        tar.members.clear()  # there can be millions
+        tar.members.clear()  # the list would grow to millions
         match = _MEMBER_NAME.fullmatch(member.name)
         if match and member.isreg():
             yield match[1], match[2], member
 
 
 def _sample_of_image(beginning: str, kind: str, image_type: str | None) -> str | None:
-    """The name of the sample whose image a file is, or `None` if it is no image."""
+    """The name of the sample that an image belongs to; `None` if the file is not an image."""
     if image_type:
         return beginning if kind.lower() == image_type.lower() else None
     more, _, suffix = kind.rpartition(".")
@@ -146,7 +147,7 @@ def _read(tar: _Tar, member: tarfile.TarInfo) -> bytes | Exception:
     if not 0 <= member.size <= MAX_IMAGE_BYTES:
         return ValueError(f"'{member.name}' has {member.size:,} bytes; at most {MAX_IMAGE_BYTES:,} are read")
     content = tar.extractfile(member)
-    assert content is not None  # it is a regular file
+    assert content is not None  # because it is a regular file
     try:
         return content.read()
     except Exception as error:

@@ -22,7 +22,7 @@ class MeanColour(Expert):
 
 
 class Flow(Expert):
-    """Five channels: more than a picture has."""
+    """A dense expert with five channels."""
 
     type = "test_flow"
     name, kind, channels = "flow", "dense", 5

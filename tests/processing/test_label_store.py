@@ -1,4 +1,4 @@
-"""The label store: what is written comes back, whole, once, and never mixed with something else."""
+"""The label store returns the stored labels exactly, once per image, and refuses to mix different labels."""
 
 import json
 import pickle
@@ -49,7 +49,7 @@ def stored_keys(folder):
 # ---- what is stored comes back ----
 
 
-def test_every_kind_of_label_comes_back_exactly(photos, labelled):
+def test_labels_of_every_kind_are_read_back_exactly(photos, labelled):
     folder, keys = photos
     store = LabelStore(labelled[0])
     suite = all_kinds()
@@ -61,7 +61,7 @@ def test_every_kind_of_label_comes_back_exactly(photos, labelled):
     assert labels["ocr"]["features"].dtype == np.float32
 
 
-def test_store_is_a_mapping_over_the_keys(photos, labelled):
+def test_store_is_a_mapping_from_keys(photos, labelled):
     store = LabelStore(labelled[0])
     assert list(store) == photos[1] and len(store) == 40
     assert photos[1][0] in store and "part0/none.png" not in store and 3 not in store
@@ -70,7 +70,7 @@ def test_store_is_a_mapping_over_the_keys(photos, labelled):
         store.labels_for([photos[1][0], "none"])
 
 
-def test_shards_have_the_rows_asked_for_and_the_report_counts_them(labelled):
+def test_shards_have_rows_per_shard_and_are_reported(labelled):
     output, report = labelled
     sizes = [pq.read_metadata(path).num_rows for path in sorted(output.glob("labels-*.parquet"))]
     assert sizes == [16, 16, 8]
@@ -80,13 +80,13 @@ def test_shards_have_the_rows_asked_for_and_the_report_counts_them(labelled):
     assert report.images_per_second > 0
 
 
-def test_a_second_run_labels_nothing_again(photos, labelled, tmp_path):
+def test_second_run_labels_nothing_again(photos, labelled, tmp_path):
     output = shutil.copytree(labelled[0], tmp_path / "labels")
     assert label_images(photos[0], all_kinds(), output, progress=False).images == 0
     assert sorted(stored_keys(output)) == photos[1]
 
 
-def test_images_added_later_are_labelled_alone(tmp_path):
+def test_only_new_images_are_labelled_later(tmp_path):
     write_images(tmp_path / "photos", 5)
     label_images(tmp_path / "photos", [Rows()], tmp_path / "labels", progress=False)
     keys = write_images(tmp_path / "photos", 9)
@@ -94,7 +94,7 @@ def test_images_added_later_are_labelled_alone(tmp_path):
     assert sorted(stored_keys(tmp_path / "labels")) == keys
 
 
-def test_maps_reduced_for_the_network_give_it_the_same_tensors(photos, labelled, tmp_path):
+def test_reduced_maps_give_the_same_tensors(photos, labelled, tmp_path):
     folder, keys = photos
     label_images(folder, all_kinds(), tmp_path, map_size=8, progress=False)
     full, reduced = LabelStore(labelled[0]), LabelStore(tmp_path)
@@ -106,13 +106,13 @@ def test_maps_reduced_for_the_network_give_it_the_same_tensors(photos, labelled,
         assert all((inputs[name] == expected[name]).all() for name in expected)
 
 
-def test_a_store_goes_to_other_processes_by_its_settings(photos, labelled):
+def test_store_can_be_pickled(photos, labelled):
     store = LabelStore(labelled[0])
     copy = pickle.loads(pickle.dumps(store))
     np.testing.assert_equal(copy[photos[1][3]], store[photos[1][3]])
 
 
-def test_keys_are_found_by_the_million_of_which_doubles_count_once():
+def test_a_million_keys_are_found():
     keys = [f"folder/{i}" for i in range(1000)]
     index = KeyIndex(key_digests(["folder/5", *keys, "folder/7"]))
     assert len(index) == 1000 and index.find(keys)[:7].tolist() == [1, 2, 3, 4, 5, 0, 7]
@@ -126,7 +126,7 @@ def test_keys_are_found_by_the_million_of_which_doubles_count_once():
 def test_damaged_images_are_recorded_and_skipped(tmp_path):
     keys = write_images(tmp_path / "photos", 6)
     (tmp_path / "photos/empty.jpg").touch()
-    (tmp_path / "photos/text.png").write_text("no picture")
+    (tmp_path / "photos/text.png").write_text("not an image")
     (tmp_path / "photos/cut.png").write_bytes((tmp_path / "photos" / keys[0]).read_bytes()[:200])
     report = label_images(
         tmp_path / "photos", [CannyEdges(), Rows()], tmp_path / "labels", batch_size=4, progress=False
@@ -139,7 +139,7 @@ def test_damaged_images_are_recorded_and_skipped(tmp_path):
     assert store[keys[5]]["edge"] is not None
 
 
-def test_failed_images_can_be_tried_again(tmp_path):
+def test_failed_images_can_be_labelled_again(tmp_path):
     write_images(tmp_path / "photos", 6)
     (tmp_path / "photos/late.png").touch()
     label_images(tmp_path / "photos", [Rows()], tmp_path / "labels", rows_per_shard=3, progress=False)
@@ -151,7 +151,7 @@ def test_failed_images_can_be_tried_again(tmp_path):
     assert len(store) == 7 and not store.errors and len(stored_keys(tmp_path / "labels")) == 7
 
 
-def test_a_failing_expert_costs_its_own_label_only(tmp_path):
+def test_failing_expert_only_loses_its_own_label(tmp_path):
     keys = write_images(tmp_path / "photos", 10)
     suite = ExpertSuite([FailsOn(width=20), Rows()])
     report = label_images(tmp_path / "photos", suite, tmp_path / "labels", batch_size=4, progress=False)
@@ -164,7 +164,7 @@ def test_a_failing_expert_costs_its_own_label_only(tmp_path):
         label_images(tmp_path / "photos", suite, tmp_path / "others", on_expert_error="raise", progress=False)
 
 
-def test_experts_get_the_labels_of_others_though_some_fail(tmp_path):
+def test_experts_get_labels_of_others_even_if_some_fail(tmp_path):
     class Doubled(Rows):
         type = "test_doubled"
         name, kind, channels = "doubled", "dense", 1
@@ -183,13 +183,13 @@ def test_experts_get_the_labels_of_others_though_some_fail(tmp_path):
     assert make_manifest(suite.only("doubled"), [], {})["experts"].keys() == {"doubled", "depth"}
 
 
-def test_an_expert_that_fails_on_everything_ends_the_run(tmp_path):
+def test_expert_that_always_fails_ends_the_run(tmp_path):
     images = {str(i): Image.new("RGB", (20, 8)) for i in range(120)}
     with pytest.raises(ExpertError, match="no depth here"):
         label_images(images, [FailsOn(width=20)], tmp_path, progress=False)
 
 
-def test_a_label_that_does_not_fit_its_description_is_an_error_of_its_image(tmp_path):
+def test_label_that_does_not_fit_is_an_error_of_its_image(tmp_path):
     class TooFewWords(Rows):
         type = "test_too_few_words"
 
@@ -231,7 +231,7 @@ def test_other_versions_are_refused_unless_allowed(tmp_path):
     label_images(tmp_path / "photos", [Rows()], tmp_path / "labels", allow_other_versions=True, progress=False)
 
 
-def test_a_setting_of_speed_is_no_difference(tmp_path):
+def test_batch_size_and_threads_may_change(tmp_path):
     write_images(tmp_path / "photos", 2)
     label_images(tmp_path / "photos", [Rows()], tmp_path / "labels", progress=False)
     faster = Rows()
@@ -239,7 +239,7 @@ def test_a_setting_of_speed_is_no_difference(tmp_path):
     assert label_images(tmp_path / "photos", [faster], tmp_path / "labels", progress=False).images == 0
 
 
-def test_weights_are_told_apart_by_their_content(tmp_path):
+def test_weights_are_compared_by_content(tmp_path):
     class WithWeights(Rows):
         type = "test_with_weights"
         file_settings = ("weights",)
@@ -300,7 +300,7 @@ def test_wrong_arguments_are_named(photos, tmp_path, arguments, message):
         label_images(**{"source": photos[0], "suite": [Rows()], "output": tmp_path / "labels", **arguments})
 
 
-def test_shards_are_read_from_text():
+def test_parse_shard():
     assert parse_shard("2/16") == (2, 16)
     for wrong in ("16/16", "1", "a/b", "-1/2", "1/2/3"):
         with pytest.raises(ValueError, match="needed is i/n"):
@@ -308,7 +308,7 @@ def test_shards_are_read_from_text():
 
 
 @pytest.mark.parametrize("kind", ["folder", "tars"])
-def test_a_bar_shows_rate_and_time_left(photos, tmp_path, capsys, kind):
+def test_progress_bar_shows_rate_and_time_left(photos, tmp_path, capsys, kind):
     source = photos[0]
     if kind == "tars":
         source = tmp_path / "tars"
@@ -325,7 +325,7 @@ def test_a_bar_shows_rate_and_time_left(photos, tmp_path, capsys, kind):
 # ---- a file is there whole or not at all ----
 
 
-def test_what_was_labelled_before_an_error_is_kept(tmp_path):
+def test_labels_before_an_error_are_kept(tmp_path):
     suite = ExpertSuite([Rows()])
     with (
         pytest.raises(KeyboardInterrupt),
@@ -336,7 +336,7 @@ def test_what_was_labelled_before_an_error_is_kept(tmp_path):
     assert list(LabelStore(tmp_path)) == ["a"]
 
 
-def test_a_full_disk_leaves_no_broken_file(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_broken_file(tmp_path, monkeypatch):
     def full(self, table, row_group_size):
         raise OSError(28, "No space left on device")
 
@@ -350,7 +350,7 @@ def test_a_full_disk_leaves_no_broken_file(tmp_path, monkeypatch):
     assert list(LabelStore(tmp_path)) == ["a", "b"]
 
 
-def test_a_shard_does_not_stay_open_for_long(tmp_path):
+def test_shard_is_finished_after_some_time(tmp_path):
     suite = ExpertSuite([Rows()])
     manifest = make_manifest(suite, suite.descriptions, {})
     with LabelWriter(tmp_path, manifest, seconds_per_shard=0) as writer:
@@ -388,7 +388,7 @@ def test_labels_are_attached_to_a_data_set_without_a_copy(photos, labelled):
         store.attach(dataset)
 
 
-def test_one_argument_says_where_labels_come_from(photos, labelled):
+def test_label_source_is_live_or_a_store(photos, labelled):
     keys = photos[1][:2]
     assert label_source("live")(keys) is None
     store = LabelStore(labelled[0])
@@ -403,7 +403,7 @@ def test_one_argument_says_where_labels_come_from(photos, labelled):
         label_source(store, [{"name": "ocr", "kind": "label", "channels": 64}])
 
 
-def test_an_error_row_masks_all_experts_out(tmp_path):
+def test_failed_image_has_no_experts(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").touch()
     label_images(tmp_path / "photos", [CannyEdges()], tmp_path / "labels", progress=False)

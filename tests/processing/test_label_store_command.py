@@ -1,4 +1,4 @@
-"""`prismer label`: what it prints, and how it continues, repairs and refuses."""
+"""The command `prismer label`: its output, and how it continues, repairs and refuses."""
 
 import os
 

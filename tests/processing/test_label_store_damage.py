@@ -1,4 +1,4 @@
-"""A full disk, damaged files and hostile content cost little, and the error names the file."""
+"""A full disk, damaged files and hostile content lose few labels, and the error names the file."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def store(labelled, tmp_path):
 
 # ---- a full disk ----
 
-# Forks of one program, each of which may write files of so many bytes and no larger ones. It says how each ended.
+# The program forks. Each child may only write files up to a limit of bytes. The parent prints how each child ended.
 PROGRAM = """
 import os, resource, sys
 from tests.processing.test_label_store_damage import RUNS, label
@@ -121,7 +121,7 @@ def full_disks(photos, labelled, tmp_path_factory):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_full_disk_leaves_a_store_that_resumes_or_nothing(photos, full_disks, run):
+def test_full_disk_leaves_a_store_that_resumes(photos, full_disks, run):
     folder, ended = full_disks
     complete = 20 if run == "shard" else 40
     statuses = {limit: status for (name, limit), status in ended.items() if name == run}
@@ -135,7 +135,7 @@ def test_full_disk_leaves_a_store_that_resumes_or_nothing(photos, full_disks, ru
         assert stored_keys(store) == Counter(photos[1])
 
 
-def test_shard_that_cannot_be_read_back_gets_no_name(tmp_path, monkeypatch):
+def test_incomplete_shard_gets_no_name(tmp_path, monkeypatch):
     close = pq.ParquetWriter.close
 
     def lose_the_end(self):
@@ -151,7 +151,7 @@ def test_shard_that_cannot_be_read_back_gets_no_name(tmp_path, monkeypatch):
     assert len(LabelStore(tmp_path)) == 0 and not list(tmp_path.glob(".labels*"))
 
 
-def test_failed_write_costs_its_shard_and_says_how_much(tmp_path, monkeypatch):
+def test_failed_write_tells_how_many_labels_are_lost(tmp_path, monkeypatch):
     def full(self, *_, **__):
         raise OSError(28, "No space left on device")
 
@@ -169,7 +169,7 @@ def test_failed_write_costs_its_shard_and_says_how_much(tmp_path, monkeypatch):
     assert list(LabelStore(tmp_path)) == [*map(str, range(80)), "again"]
 
 
-def test_full_disk_keeps_the_shard_that_forget_failed_rewrites(photos, tmp_path, monkeypatch):
+def test_full_disk_during_forget_failed_loses_no_shard(photos, tmp_path, monkeypatch):
     images = {"good": Image.new("RGB", (20, 8)), "bad": b"no image"}
     label(images, tmp_path)
 
@@ -224,7 +224,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_shard_is_named_and_only_its_images_are_repaired(photos, labelled, store, damage):
+def test_only_images_of_damaged_shards_are_repaired(photos, labelled, store, damage):
     damaged = shards(store)[1]
     others = {path: path.read_bytes() for path in shards(store) if path != damaged}
     DAMAGES[damage](damaged)
@@ -244,7 +244,7 @@ def test_damaged_shard_is_named_and_only_its_images_are_repaired(photos, labelle
     np.testing.assert_equal(repaired.labels_for(photos[1]), expected.labels_for(photos[1]))
 
 
-def test_run_without_repair_refuses_a_store_with_a_damaged_shard(photos, store):
+def test_damaged_shard_is_refused_without_repair(photos, store):
     os.truncate(shards(store)[0], 100)
     before = sorted(path.name for path in store.iterdir())
     with pytest.raises(DamagedShardError, match="000000.parquet is damaged: .* --repair"):
@@ -262,7 +262,7 @@ def test_shards_set_aside_before_are_kept(photos, store):
     assert len(list(store.glob("*.damaged"))) == 2 and stored_keys(store) == Counter(photos[1])
 
 
-def test_repair_leaves_a_sound_store_as_it_is(photos, store):
+def test_repair_does_not_change_a_sound_store(photos, store):
     before = {path: path.read_bytes() for path in shards(store)}
     assert label(photos[0], store, repair=True).images == 0
     assert {path: path.read_bytes() for path in shards(store)} == before
@@ -309,7 +309,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("damage", MANIFESTS)
-def test_damaged_manifest_gets_one_line_with_its_name(photos, store, damage):
+def test_damaged_manifest_is_named_in_one_line(photos, store, damage):
     change, message = MANIFESTS[damage]
     path = store / "manifest.json"
     path.write_bytes(change(path.read_bytes()))
@@ -320,7 +320,7 @@ def test_damaged_manifest_gets_one_line_with_its_name(photos, store, damage):
         assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 
-def test_labels_without_a_manifest_are_not_mixed_with_others(photos, store):
+def test_labels_without_a_manifest_are_refused(photos, store):
     (store / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"holds labels \(labels-.*\) but no manifest.json"):
         label(photos[0], store)
@@ -380,7 +380,7 @@ def test_invalid_expert_is_refused_before_writing():
         make_manifest(None, [{**EDGE, "name": "../edge"}], {})
 
 
-def test_keys_that_are_no_text_are_stored_and_found(tmp_path):
+def test_keys_with_undecodable_bytes_are_found(tmp_path):
     images = dict.fromkeys(["\ud800.png", "\udcff.png"], Image.new("RGB", (20, 8)))
     assert label(images, tmp_path).failed == 0
     store = LabelStore(tmp_path)

@@ -1,4 +1,4 @@
-"""The engines give the same labels, and a run that is killed goes on: every image is labelled exactly once."""
+"""All engines give the same labels, and every image is labelled exactly once, even if a run is killed."""
 
 import importlib.util
 import itertools
@@ -36,7 +36,7 @@ def suite(edges=None):
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     keys = write_images(folder, IMAGES - 1)
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
     return folder, sorted([*keys, "broken.jpg"])
 
 
@@ -70,7 +70,7 @@ def test_shares_of_several_processes_make_one_store(photos, local, tmp_path):
     assert_same_labels(LabelStore(tmp_path), local)
 
 
-# Forks of one program, which imports everything once. What it prints last says how they ended.
+# The program imports everything once and forks. Its last line tells whether all children ended as expected.
 PROGRAM = """
 import os, signal, socket, sys
 import pyarrow.parquet as pq
@@ -119,7 +119,7 @@ def die_at(moment):
     label_images(photos, suite(edges), f"{folder}/{moment}", rows_per_shard=40, progress=False)
 
 def join_in(rank, port):
-    # what torchrun and accelerate launch tell a process
+    # the environment that torchrun and accelerate launch set
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     report = label_images(photos, suite(), f"{folder}/launched", progress=False)
@@ -134,7 +134,7 @@ children = [fork(join_in, rank, port) for rank in range(2)]
 assert [status(child) for child in children] == [0, 0]
 print("all as it should be")
 """
-# what is stored, at least, when a run is killed at a moment
+# moment at which a run is killed: the least number of stored labels
 MOMENTS = {"manifest": 0, "group": 40, "before its name": 80, "after its name": 80, "expert": 40}
 
 
@@ -157,14 +157,14 @@ def outputs(photos, tmp_path_factory):
     return folder
 
 
-def test_launched_processes_share_the_images_out(photos, local, outputs):
+def test_launched_processes_share_the_images(photos, local, outputs):
     names = sorted(path.name for path in (outputs / "launched").glob("labels-*"))
     assert names == [f"labels-0000{process}-of-00002-000000.parquet" for process in range(2)]
     assert_each_image_once(outputs / "launched", photos[1])
     assert_same_labels(LabelStore(outputs / "launched"), local)
 
 
-def test_accelerate_launch_shares_prismer_label_out(photos, tmp_path):
+def test_accelerate_launch_shares_the_images(photos, tmp_path):
     ExpertSuite([CannyEdges()]).save_pretrained(tmp_path / "suite")
     launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     label = ["label", str(photos[0]), "--experts", str(tmp_path / "suite"), "--out", str(tmp_path / "launched")]
@@ -179,7 +179,7 @@ def test_accelerate_launch_shares_prismer_label_out(photos, tmp_path):
         timeout=120,
     )
     assert finished.returncode == 0, finished.stdout
-    # each process had its own half, under its own number
+    # each process wrote its own half under its own number
     rows = {path.name: pq.read_metadata(path).num_rows for path in (tmp_path / "launched").glob("labels-*")}
     assert rows == {f"labels-0000{process}-of-00002-000000.parquet": IMAGES // 2 for process in range(2)}
     assert finished.stdout.count(f"{IMAGES // 2} images labelled") == 2
@@ -189,12 +189,12 @@ def test_accelerate_launch_shares_prismer_label_out(photos, tmp_path):
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(photos, local, outputs, moment):
+def test_killed_run_resumes_without_loss_or_duplicates(photos, local, outputs, moment):
     output = outputs / moment
     rows = sum(pq.read_metadata(path).num_rows for path in output.glob("labels-*.parquet"))
     assert MOMENTS[moment] <= rows < IMAGES
     edges = EdgeThatKills(fatal=120 if moment == "expert" else 0)
-    edges.seen = -IMAGES  # the same expert, but this run will live
+    edges.seen = -IMAGES  # the same expert, but this run is not killed
     report = label_images(photos[0], suite(edges), output, rows_per_shard=40, progress=False)
     assert report.images == IMAGES - rows
     assert_each_image_once(output, photos[1])
@@ -214,7 +214,7 @@ def ray(tmp_path_factory):
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    # the tests' modules cannot be imported by Ray's processes
+    # Ray's processes cannot import the modules of the tests
     ray.cloudpickle.register_pickle_by_value(label_experts)
     ray.init(
         num_cpus=2,
@@ -230,10 +230,10 @@ def ray(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
-def test_ray_completes_a_store_once_though_an_actor_is_killed(ray, photos, local, tmp_path):
+def test_ray_labels_each_image_once_if_an_actor_is_killed(ray, photos, local, tmp_path):
     mark = tmp_path / "an actor was killed"
     edges = EdgeThatKills(fatal=40, mark=str(mark))
-    edges.seen = -IMAGES  # not this process
+    edges.seen = -IMAGES  # does not kill this process
     label_images(photos[0], suite(edges), tmp_path / "labels", shard=(1, 4), progress=False)
     edges = EdgeThatKills(fatal=40, mark=str(mark))
     report = label_images(
@@ -245,7 +245,7 @@ def test_ray_completes_a_store_once_though_an_actor_is_killed(ray, photos, local
     assert_same_labels(LabelStore(tmp_path / "labels"), local)
 
 
-def test_experts_of_ray_actors_with_a_gpu_run_there(photos, tmp_path, monkeypatch):
+def test_experts_of_ray_actors_run_on_their_gpu(photos, tmp_path, monkeypatch):
     seen = []
 
     def run(self, images, labeller, batch_size):
@@ -262,7 +262,7 @@ def test_experts_of_ray_actors_with_a_gpu_run_there(photos, tmp_path, monkeypatc
     assert own["edge"].device.type == "cpu"
 
 
-def test_without_ray_the_error_says_what_to_install(photos, tmp_path, monkeypatch):
+def test_missing_ray_tells_what_to_install(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"'ray' needs ray: pip install 'modeling-prismer\[ray\]'"):
         label_images(photos[0], suite(), tmp_path / "labels", engine="ray", progress=False)
@@ -288,7 +288,7 @@ def backwards(monkeypatch):
     return Backwards
 
 
-def test_an_engine_of_your_own_labels_by_its_name(photos, local, backwards, tmp_path):
+def test_own_engine_labels_by_its_name(photos, local, backwards, tmp_path):
     label_images(photos[0], suite(), tmp_path, engine="backwards", most=5, progress=False)
     assert list(LabelStore(tmp_path)) == list(local)[:-6:-1]
     report = label_images(photos[0], suite(), tmp_path, engine=backwards(), progress=False)
@@ -296,7 +296,7 @@ def test_an_engine_of_your_own_labels_by_its_name(photos, local, backwards, tmp_
     assert_same_labels(LabelStore(tmp_path), local)
 
 
-def test_the_command_line_and_errors_list_your_engine(photos, backwards, tmp_path):
+def test_command_line_and_errors_list_own_engine(photos, backwards, tmp_path):
     ExpertSuite([CannyEdges()]).save_pretrained(tmp_path / "suite")
     command = ["label", str(photos[0]), "--experts", str(tmp_path / "suite"), "--out", str(tmp_path / "labels")]
     listed = CliRunner().invoke(app, ["label", "--list-engines"], env={"COLUMNS": "200"})
@@ -319,7 +319,7 @@ def test_wrong_options_of_an_engine_are_named(photos, tmp_path, engine, options,
         label_images(photos[0], suite(), tmp_path, engine=engine, **options)
 
 
-def test_the_guide_lists_every_engine():
+def test_guide_lists_every_engine():
     guide = (REPOSITORY / "docs" / "label_store.md").read_text()
     for name, engine in LabelEngine.registry.items():
         if engine.__module__.startswith("modeling_prismer."):

@@ -1,4 +1,4 @@
-"""Labels in the layout in which they were published: `<expert>/<data set>/<image>.png` and what belongs to it."""
+"""Labels in the published layout: `<expert>/<data set>/<image>.png` with .json and .pt files."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_all_six_experts_are_written_and_read(tmp_path):
     assert key == "coco/val/a.b.jpg" and list(read) == ["edge", "detection", "ocr"]
 
 
-def test_segmentation_lies_in_seg_coco(tmp_path):
+def test_segmentation_is_in_seg_coco(tmp_path):
     labels = six_experts()
     write_published_layout([("coco/val/a.jpg", labels)], tmp_path, ENTRIES)
     folders = {path.name for path in tmp_path.iterdir()}
@@ -66,7 +66,7 @@ def test_segmentation_lies_in_seg_coco(tmp_path):
     np.testing.assert_equal(read["segmentation"], labels["segmentation"])
 
 
-def test_folders_called_like_the_experts_are_read_too(tmp_path):
+def test_folders_named_like_the_experts_are_read(tmp_path):
     labels = six_experts()
     own = {name: name for name in labels}
     write_published_layout([("a.jpg", labels)], tmp_path, ENTRIES, folders=own)
@@ -75,7 +75,7 @@ def test_folders_called_like_the_experts_are_read_too(tmp_path):
     np.testing.assert_equal(read, labels)
 
 
-def test_folders_that_are_not_read_are_reported(tmp_path, warnings_once):
+def test_unread_folders_are_reported(tmp_path, warnings_once):
     write_published_layout([("a.jpg", six_experts())], tmp_path, ENTRIES)
     list(read_published_layout(tmp_path))
     assert not warnings_once()
@@ -89,7 +89,7 @@ def test_folders_that_are_not_read_are_reported(tmp_path, warnings_once):
     assert read["segmentation"] is not None
 
 
-def test_image_without_words_has_no_file_of_ocr(tmp_path):
+def test_image_without_words_has_no_ocr_file(tmp_path):
     labels = six_experts()
     del labels["ocr"]
     write_published_layout([("a.jpg", labels)], tmp_path, ENTRIES[:5])
@@ -104,7 +104,7 @@ def test_image_without_words_has_no_file_of_ocr(tmp_path):
     assert read["c.jpg"]["ocr"] is None
 
 
-def test_names_with_dots_are_not_taken_for_each_other(tmp_path):
+def test_names_with_dots_are_not_confused(tmp_path):
     labels = [(key, six_experts() if key == "a" else {}) for key in ("a", "a.b", "a.c.jpg")]
     assert write_published_layout(labels, tmp_path, ENTRIES[:1]) == 3
     assert {path.name for path in (tmp_path / "depth").iterdir()} == {"a.png", "a.b.png", "a.c.png"}
@@ -134,7 +134,7 @@ def test_names_with_dots_are_not_taken_for_each_other(tmp_path):
         ("seg_coco/a.png", b"GIF89a", "a.png is damaged or not a PNG"),
     ],
 )
-def test_damaged_files_are_named_with_what_is_wrong(tmp_path, name, content, message):
+def test_damaged_published_files_are_named(tmp_path, name, content, message):
     write_published_layout([("a.jpg", six_experts())], tmp_path, ENTRIES)
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
@@ -145,7 +145,7 @@ def test_damaged_files_are_named_with_what_is_wrong(tmp_path, name, content, mes
     assert message in str(error.value) and str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
-def test_a_png_of_zero_bytes_means_that_nothing_is_known(tmp_path):
+def test_empty_png_is_a_missing_label(tmp_path):
     labels = {**six_experts(), "depth": None, "ocr": None}
     write_published_layout([("a.jpg", labels)], tmp_path, ENTRIES)
     assert (tmp_path / "depth/a.png").stat().st_size == (tmp_path / "ocr_detection/a.png").stat().st_size == 0
@@ -154,7 +154,7 @@ def test_a_png_of_zero_bytes_means_that_nothing_is_known(tmp_path):
     assert [name for name, label in read.items() if label is None] == ["depth", "normal", "ocr"]
 
 
-def test_no_file_of_words_means_no_text(tmp_path):
+def test_missing_ocr_file_means_no_text(tmp_path):
     empty = {"ids": np.full((6, 8), 255, np.uint8), "words": [], "features": np.zeros((0, 64), np.float32)}
     write_published_layout([("a.jpg", six_experts())], tmp_path, ENTRIES)
     write_published_layout([("a.jpg", {"ocr": empty})], tmp_path, ENTRIES[5:])  # over it
@@ -164,7 +164,7 @@ def test_no_file_of_words_means_no_text(tmp_path):
 
 
 @pytest.mark.parametrize("make", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])
-def test_features_of_words_come_in_any_form_but_no_object_is_unpickled(tmp_path, make):
+def test_word_features_are_read_without_unpickling_objects(tmp_path, make):
     numbers = np.random.default_rng(0).normal(size=64)
     (tmp_path / "ocr_detection").mkdir()
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "ocr_detection/a.png")
@@ -177,7 +177,7 @@ def test_features_of_words_come_in_any_form_but_no_object_is_unpickled(tmp_path,
         list(read_published_layout(tmp_path))
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_published_labels_that_do_not_fit_are_named(tmp_path):
     write_published_layout([("a.jpg", six_experts())], tmp_path, ENTRIES)
     (tmp_path / "obj_detection/a.json").write_text('{"0": 3}')
     with pytest.raises(ValueError, match=r"obj_detection/a.png has the id 1, but 1 classes belong to it"):
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         write_published_layout([("b.jpg", {"depth": np.zeros((4, 4, 5), np.uint8)})], tmp_path, ENTRIES)
 
 
-def test_a_store_goes_to_the_published_layout_and_back(tmp_path):
+def test_store_to_published_layout_and_back(tmp_path):
     suite = ExpertSuite([MeanColour(), Brightness(), Halves(), Rows()])
     keys = write_images(tmp_path / "photos", 12)
     label_images(tmp_path / "photos", suite, tmp_path / "labels", progress=False)

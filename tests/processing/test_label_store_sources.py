@@ -1,4 +1,4 @@
-"""Where the label store has its images from: folders, globs, lists, data sets, tars; each image under its key."""
+"""The sources of the label store: folders, globs, lists, data sets and tars, and the keys of their images."""
 
 import io
 import os
@@ -17,13 +17,13 @@ from modeling_prismer.processing.labels.key_index import KeyIndex, key_digests
 from .label_experts import Rows, write_images
 
 
-def picture(i):
+def photo(i):
     return Image.fromarray(np.full((6, 7 + i % 3, 3), 5 * i, np.uint8))
 
 
 def jpeg(i):
     file = io.BytesIO()
-    picture(i).save(file, "JPEG")
+    photo(i).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -74,7 +74,7 @@ def test_keys_of_a_folder_are_relative_paths_in_order(tmp_path):
     assert keys_of(open_source(tmp_path / "part1", root=tmp_path)) == [key for key in keys if key.startswith("part1")]
 
 
-def test_a_glob_counts_from_its_first_wildcard_and_a_list_as_given(tmp_path, monkeypatch):
+def test_keys_of_globs_and_lists(tmp_path, monkeypatch):
     write_images(tmp_path / "photos", 4)
     assert keys_of(open_source(f"{tmp_path}/photos/part[01]/*.png")) == [
         "part0/0000.png",
@@ -89,7 +89,7 @@ def test_a_glob_counts_from_its_first_wildcard_and_a_list_as_given(tmp_path, mon
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of bytes")
-def test_a_name_that_is_no_text_has_a_key(tmp_path):
+def test_undecodable_file_name_has_a_key(tmp_path):
     write_images(tmp_path / "photos", 1)
     try:
         os.rename(tmp_path / "photos/part0/0000.png", os.fsencode(tmp_path) + b"/photos/part0/\xff.png")
@@ -99,7 +99,7 @@ def test_a_name_that_is_no_text_has_a_key(tmp_path):
     assert list(LabelStore(tmp_path / "labels")) == ["part0/\\xff.png"] and not LabelStore(tmp_path / "labels").errors
 
 
-def test_what_is_no_source_is_refused_by_name(tmp_path):
+def test_wrong_source_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images in"):
         open_source(tmp_path / "empty")
@@ -110,7 +110,7 @@ def test_what_is_no_source_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="source is a int"):
         open_source(3)
     with pytest.raises(TypeError, match="source is a list"):
-        open_source([picture(0)])
+        open_source([photo(0)])
     (tmp_path / "a.jpg").touch()
     (tmp_path / "a.tar").touch()
     with pytest.raises(ValueError, match="holds images and tars"):
@@ -120,16 +120,16 @@ def test_what_is_no_source_is_refused_by_name(tmp_path):
 
 
 def test_images_in_memory_have_the_keys_of_their_dict(tmp_path):
-    label_images({"a": picture(1), 7: np.zeros((4, 4), np.uint8)}, [Rows()], tmp_path, progress=False)
+    label_images({"a": photo(1), 7: np.zeros((4, 4), np.uint8)}, [Rows()], tmp_path, progress=False)
     assert list(LabelStore(tmp_path)) == ["a", "7"]
 
 
 # ---- data sets ----
 
 
-def test_a_data_set_is_read_by_its_columns(tmp_path):
+def test_data_set_is_read_by_its_columns(tmp_path):
     features = datasets.Features({"image_id": datasets.Value("int64"), "photo": datasets.Image()})
-    rows = [{"image_id": i, "photo": picture(i)} for i in (5, 3, 5, 9)]
+    rows = [{"image_id": i, "photo": photo(i)} for i in (5, 3, 5, 9)]
     dataset = datasets.Dataset.from_list(rows, features)
     source = open_source(dataset)
     assert keys_of(source.share(0, 1)) == ["5", "3", "9"]
@@ -144,14 +144,14 @@ def test_a_data_set_is_read_by_its_columns(tmp_path):
         assert LabelStore(output)["9"]["ocr"]["ids"].shape == (6, 7)
 
 
-def test_a_column_of_paths_is_a_column_of_images(tmp_path):
+def test_column_of_paths_can_be_the_image_column(tmp_path):
     keys = write_images(tmp_path / "photos", 3)
     dataset = datasets.Dataset.from_dict({"file_name": keys, "path": [str(tmp_path / "photos" / key) for key in keys]})
     report = label_images(dataset, [Rows()], tmp_path / "labels", image_column="path", progress=False)
     assert list(LabelStore(tmp_path / "labels")) == keys and report.failed == 0
 
 
-def test_a_damaged_image_of_a_data_set_is_recorded(tmp_path):
+def test_damaged_image_of_a_data_set_is_recorded(tmp_path):
     rows = {
         "id": ["good", "bad", "none"],
         "image": [{"bytes": jpeg(1), "path": None}, {"bytes": b"x", "path": None}, None],
@@ -163,10 +163,10 @@ def test_a_damaged_image_of_a_data_set_is_recorded(tmp_path):
     assert set(LabelStore(tmp_path).errors) == {"bad", "none"}
 
 
-def test_damaged_parquet_file_costs_itself_and_is_named(tmp_path):
+def test_damaged_parquet_file_is_named(tmp_path):
     features = datasets.Features({"id": datasets.Value("int64"), "image": datasets.Image()})
     for number in range(3):
-        rows = [{"id": 10 * number + i, "image": picture(i)} for i in range(2)]
+        rows = [{"id": 10 * number + i, "image": photo(i)} for i in range(2)]
         datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / f"tables/{number}.parquet")
     for number in (0, 2):
         damaged = tmp_path / f"tables/{number}.parquet"
@@ -203,7 +203,7 @@ def test_missing_columns_and_splits_are_named(tmp_path):
 # ---- tars ----
 
 
-def test_webdataset_tars_are_labelled_and_gone_on_with(tars, tmp_path):
+def test_webdataset_tars_are_labelled_and_resumed(tars, tmp_path):
     report = label_images(tars, [Rows()], tmp_path / "labels", rows_per_shard=5, batch_size=2, progress=False)
     store = LabelStore(tmp_path / "labels")
     assert list(store) == TAR_KEYS and report.failed == 0
@@ -214,7 +214,7 @@ def test_webdataset_tars_are_labelled_and_gone_on_with(tars, tmp_path):
     assert keys_of(open_source(f"{tars}/*.tar")) == TAR_KEYS[:4]
 
 
-def test_a_broken_tar_is_recorded_and_the_others_are_labelled(tars, tmp_path):
+def test_broken_tar_is_recorded_and_others_are_labelled(tars, tmp_path):
     content = (tars / "a.tar").read_bytes()
     (tars / "a.tar").write_bytes(content[:2500])  # the first image and a half
     (tars / "b.tar.gz").write_bytes(b"no tar")
@@ -224,7 +224,7 @@ def test_a_broken_tar_is_recorded_and_the_others_are_labelled(tars, tmp_path):
     assert label_images(tars, [Rows()], tmp_path / "labels", progress=False).images == 0
 
 
-def test_a_damaged_image_in_a_tar_is_recorded(tmp_path):
+def test_damaged_image_in_a_tar_is_recorded(tmp_path):
     write_tar(tmp_path / "a.tar", {"x.jpg": jpeg(1), "y.jpg": b"broken", "z.jpg": jpeg(2)})
     label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
     assert list(LabelStore(tmp_path / "labels").errors) == ["a/y"] and len(LabelStore(tmp_path / "labels")) == 3
@@ -252,7 +252,7 @@ def test_a_damaged_image_in_a_tar_is_recorded(tmp_path):
     ],
     ids=["bad json", "bytes", "order", "far apart", "png and jpg", "several", "maps", "hidden", "other files"],
 )
-def test_other_files_of_a_sample_cost_nothing(tmp_path, members):
+def test_other_files_of_a_sample_are_not_read(tmp_path, members):
     write_tar(tmp_path / "a.tar", members)
     report = label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
     assert (report.images, report.failed) == (2, 0)
@@ -261,14 +261,14 @@ def test_other_files_of_a_sample_cost_nothing(tmp_path, members):
         np.testing.assert_equal(store[f"a/{i}"], ExpertSuite([Rows()])([load_image(jpeg(i))])[0])
 
 
-def test_sample_without_an_image_costs_itself_and_is_named(tmp_path):
+def test_sample_without_an_image_is_named(tmp_path):
     write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(0), "1.json": b"{}", "1.txt": b"", "2.jpg": jpeg(2)})
     report = label_images(tmp_path / "a.tar", [Rows()], tmp_path / "labels", progress=False)
     assert (report.images, report.errors) == (3, {"a/1": "the sample '1' has no image; it has json, txt"})
     assert list(LabelStore(tmp_path / "labels")) == ["a/0", "a/2", "a/1"]
 
 
-def test_names_with_dots_are_samples_of_their_own(tmp_path):
+def test_names_with_dots_are_separate_samples(tmp_path):
     names = [f"v1.0/photo.{i:02d}.2024" for i in range(40)]
     write_tar(tmp_path / "a.tar", {f"{name}.{end}": jpeg(3) for name in names for end in ("jpg", "json")})
     assert keys_of(open_source(tmp_path / "a.tar")) == [f"a/{name}" for name in names]
@@ -276,7 +276,7 @@ def test_names_with_dots_are_samples_of_their_own(tmp_path):
     assert keys_of(open_source(tmp_path / "b.tar")) == ["b/x.1", "b/y", "b/x.2"]
 
 
-def test_type_of_the_images_in_a_tar_can_be_named(tmp_path):
+def test_image_type_in_a_tar_can_be_chosen(tmp_path):
     members = {"0.jpg": jpeg(0), "0.seg.png": jpeg(1), "1.seg.PNG": jpeg(1), "2.jpg": jpeg(2)}
     write_tar(tmp_path / "a.tar", members)
     images = dict(open_source(tmp_path / "a.tar", image_column="seg.png"))
@@ -289,7 +289,7 @@ def test_type_of_the_images_in_a_tar_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["a bit", "zeros"])
-def test_damaged_header_in_a_tar_costs_one_sample(tmp_path, damage):
+def test_damaged_header_in_a_tar_loses_one_sample(tmp_path, damage):
     write_tar(tmp_path / "a.tar", {f"{i}.jpg": jpeg(i) for i in range(5)})
     content = bytearray((tmp_path / "a.tar").read_bytes())
     with tarfile.open(tmp_path / "a.tar") as tar:
@@ -313,7 +313,7 @@ def test_tar_cut_between_two_samples_is_named(tmp_path):
     assert list(images) == ["a/0", "a/1", "a/2", "a.tar"] and "it is cut off" in str(images["a.tar"])
 
 
-def test_tars_joined_to_one_are_read_to_the_end(tmp_path):
+def test_concatenated_tars_are_read_to_the_end(tmp_path):
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.tar", {f"{name}.jpg": jpeg(0)})
     (tmp_path / "c.tar").write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
@@ -321,7 +321,7 @@ def test_tars_joined_to_one_are_read_to_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
-def test_cut_tar_names_the_image_that_was_cut(tmp_path, name):
+def test_cut_tar_names_the_cut_image(tmp_path, name):
     keys = write_images(tmp_path / "photos", 2)
     write_tar(tmp_path / name, {f"{i}.png": (tmp_path / "photos" / key).read_bytes() for i, key in enumerate(keys)})
     content = (tmp_path / name).read_bytes()
@@ -332,14 +332,14 @@ def test_cut_tar_names_the_image_that_was_cut(tmp_path, name):
     assert f"{name} cannot be read to its end" in report.errors[name]
 
 
-def test_image_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
+def test_too_large_image_in_a_tar_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_prismer.processing.labels.tars.MAX_IMAGE_BYTES", 2000)
     write_tar(tmp_path / "a.tar.gz", {"0.jpg": jpeg(0), "1.jpg": bytes(3000), "2.jpg": jpeg(2)})
     images = dict(open_source(tmp_path / "a.tar.gz"))
     assert str(images["a/1"]) == "'1.jpg' has 3,000 bytes; at most 2,000 are read" and images["a/2"] == jpeg(2)
 
 
-def test_links_and_names_that_are_no_text_in_a_tar_do_no_harm(tmp_path):
+def test_links_and_undecodable_names_in_a_tar(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -356,7 +356,7 @@ def test_links_and_names_that_are_no_text_in_a_tar_do_no_harm(tmp_path):
 
 @pytest.mark.parametrize("output", ["labels", "more/labels", "."])
 @pytest.mark.parametrize("source", [".", "**/*"])
-def test_store_inside_its_input_folder_is_no_image(tmp_path, output, source):
+def test_store_inside_its_input_folder_is_left_out(tmp_path, output, source):
     keys = write_images(tmp_path, 5)
     arguments = (f"{tmp_path}/{source}", [Rows()], tmp_path / output)
     for images in (5, 0):
@@ -368,7 +368,7 @@ def test_store_inside_its_input_folder_is_no_image(tmp_path, output, source):
     assert list(LabelStore(tmp_path / output)) == keys == list(LabelStore(tmp_path / "second"))
 
 
-def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, warnings_once):
+def test_unreadable_folder_is_named(tmp_path, monkeypatch, warnings_once):
     keys = write_images(tmp_path, 6)
     scandir = os.scandir
 
@@ -386,7 +386,7 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, warnings_o
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 40])
-def test_processes_share_images_out(tars, tmp_path, processes):
+def test_processes_share_the_images(tars, tmp_path, processes):
     write_images(tmp_path / "photos", 10)
     for folder in (tars, tmp_path / "photos"):
         shares = [keys_of(open_source(folder).share(i, processes)) for i in range(processes)]
@@ -394,7 +394,7 @@ def test_processes_share_images_out(tars, tmp_path, processes):
         assert sorted(together) == sorted(keys_of(open_source(folder))) and len(set(together)) == len(together)
 
 
-def test_parts_together_are_the_source_and_know_what_is_done(tars, tmp_path):
+def test_parts_cover_the_source_without_finished_images(tars, tmp_path):
     write_images(tmp_path / "photos", 10)
     for folder, number in ((tars, 3), (tmp_path / "photos", 4)):
         done = keys_of(open_source(folder))[:2]
@@ -404,6 +404,6 @@ def test_parts_together_are_the_source_and_know_what_is_done(tars, tmp_path):
         assert [key for part in parts for key in keys_of(part)] == keys_of(open_source(folder))[2:]
 
 
-def test_keys_and_images_must_be_as_many():
+def test_keys_and_images_must_have_equal_length():
     with pytest.raises(ValueError, match="2 keys for 1 images"):
         ListedImages(["a", "b"], ["a.jpg"])
