@@ -235,8 +235,10 @@ def load_data(
     folders = args.image_folder[0] if len(args.image_folder) == 1 else args.image_folder or None
     options = {"image_folder": folders, "bad_rows": args.bad_rows, "check_pictures": args.check_images, **options}
     options |= {"image_column": args.image_column, "key_column": args.id_column, "split_column": args.split_column}
-    options |= {"answer_column": args.answer_column, "class_column": args.label_column}
-    options["question_column" if task == "vqa" else "caption_column"] = args.text_column
+    options |= {
+        f"{role}_column": name for role, name in zip(find_task(task).columns, [args.text_column, args.answer_column])
+    }
+    options["class_column"] = args.label_column
     train_rows = eval_rows = None
     problems = []  # of both, which are reported together
     if training_args.do_train:

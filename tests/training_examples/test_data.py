@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 import data
 from data import group_by_image, load_rows, pictures_of, read_class_names
 from data.rows import RowMaker
+from modeling_prismer import TASKS, Task, register_task
 from modeling_prismer.processing.labels import open_source
 from tests.training_examples.data_files import (
     captioned,
@@ -55,6 +57,22 @@ def test_keys_are_those_that_labelling_the_folder_gives(folder):
 @pytest.mark.parametrize("caption", ["caption", "text", "description"])
 def test_columns_are_known_by_their_usual_names(folder, image, caption):
     assert len(load_rows(captioned(folder, (image, caption)))) == 2
+
+
+def test_rows_of_an_own_task_are_read(folder):
+    write_pictures(folder, "a.png")
+    write_csv(
+        folder / "places.csv", ("image", "phrase", "place"), ("a.png", "red cube", "left"), ("a.png", "it", "top")
+    )
+    with mock.patch.dict(TASKS):
+        register_task(Task("pointing", prompt_column="phrase", suffix_column="place"))
+        rows = load_rows(str(folder), "pointing")
+        assert columns(rows, "text", "suffix", "weight") == [("red cube", "left", 1.0), ("it", "top", 1.0)]
+        assert columns(load_rows(str(folder), "pointing", train=False), "text", "references")[1] == ("it", ["top"])
+        renamed = load_rows(str(folder), "pointing", phrase_column="place", place_column="phrase")
+        assert renamed["text"][:] == ["left", "top"]
+    with pytest.raises(TypeError, match="load_rows got phrase_column; 'vqa' has the columns question, answer"):
+        load_rows(str(folder), "vqa", phrase_column="place")
 
 
 def test_other_columns_can_be_named(folder):
@@ -286,7 +304,7 @@ def test_other_bad_input_says_what_is_accepted(folder):
         ((str(folder / "nowhere"),), "is no file that can be read|no file or folder"),
         ((str(folder / "broken.json"),), "broken.json cannot be read: Expecting"),
         ((str(folder),), "several lists could be meant: .*captions.csv.*more.csv"),
-        ((str(folder), "painting"), "task is 'painting'; accepted are caption, vqa, classification"),
+        ((str(folder), "painting"), "task is 'painting'; accepted are 'caption', 'vqa', 'classification'"),
         ((str(folder / "more.csv"), "vqa"), "no column that is known as question"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -18,10 +18,12 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
+from modeling_prismer.processing.tasks import find_task
+
 from .answers import shorten_answers
 from .faults import checked, raise_together
 from .grouping import group_by_image
-from .lists import COLUMN_NAMES, TASKS, open_text, parse_json
+from .lists import COLUMN_NAMES, open_text, parse_json
 from .pictures import leave_undecoded, pictures_of, refuse_doubled_names
 from .rows import RowMaker, find_columns, make_rows, stream_rows
 from .sources import choose_split, open_tables
@@ -49,6 +51,7 @@ def load_rows(
     max_rows: int | None = None,
     bad_rows: str | None = None,
     check_pictures: bool = True,
+    **own_columns: str | None,
 ) -> Dataset | IterableDataset:
     """
     Rows to train on or to evaluate with.
@@ -88,7 +91,7 @@ def load_rows(
             list of one of these. A path that is not there is looked for without regard to case and Unicode's normal
             form. Numbers of a `ClassLabel` become their names. A column `split` of a source that has one split tells
             its splits apart.
-        task (`str`): `"caption"`, `"vqa"` or `"classification"`.
+        task (`str`): The name of a registered task: `"caption"`, `"vqa"`, `"classification"` or your own.
         split (`str`, *optional*):
             As `datasets` writes it: `"train"`, `"train+restval"`, `"train[:90%]"`; a file whose name says no split is
             `train`. By default `train` to train, `validation` or else `test` to evaluate, or the only one there is.
@@ -98,6 +101,7 @@ def load_rows(
             `prismer label IMAGE_FOLDER` gives. By default the list's folder. One for each source, if it is a list.
         image_column, caption_column, question_column, answer_column, class_column (`str`, *optional*):
             Columns that are called otherwise. `image_column` may also make a path of several: `"{folder}/{name}.png"`.
+        own_columns: The same for the columns of a task of your own, such as `phrase_column="text"`.
         key_column (`str`, *optional*): Of a data set that brings its pictures: their names. By default what
             `prismer label` takes: `key`, `id`, `image_id`, `file_name` or `__key__`, else the number of the row.
         split_column (`str`, *optional*): The column that tells splits apart, if it is not called `split`.
@@ -124,8 +128,10 @@ def load_rows(
         FileNotFoundError: if there is no such file, or if nothing is wrong but that pictures are missing.
         ValueError: if a list cannot be read, a column or a split is missing, or rows cannot be used.
     """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; accepted are {', '.join(TASKS)}")
+    found_task = find_task(task)
+    own = {name.removesuffix("_column"): column for name, column in own_columns.items()}
+    if unknown := sorted(set(own) - set(found_task.columns)):
+        raise TypeError(f"load_rows got {unknown[0]}_column; {task!r} has the columns {', '.join(found_task.columns)}")
     sources = source if isinstance(source, list) else [source]
     streaming = streaming or any(isinstance(one, IterableDataset) for one in sources)
     bad_rows = bad_rows or ("skip" if streaming else "error")
@@ -135,7 +141,7 @@ def load_rows(
         class_names = read_class_names(class_names)
     columns = {"image": image_column, "caption": caption_column, "question": question_column}
     columns |= {"answer": answer_column, "class": class_column, "key": key_column, "split": split_column}
-    columns = {role: column for role, column in columns.items() if column}
+    columns = {role: column for role, column in {**columns, **own}.items() if column}
     folders = image_folder if isinstance(image_folder, list) else [image_folder] * len(sources)
     if len(folders) != len(sources):
         raise ValueError(f"{len(folders)} image folders for {len(sources)} sources; give one, or one for each")
@@ -144,12 +150,12 @@ def load_rows(
     for one, folder in zip(sources, folders):
         name = os.fspath(one) if isinstance(one, str | os.PathLike) else "the data set"
         try:
-            tables, root = open_tables(one, task, folder, columns, streaming)
+            tables, root = open_tables(one, found_task, folder, columns, streaming)
             records, used_column = choose_split(tables, split, train, name, split_column, streaming)
-            known = find_columns(records, task, train, columns, name)
+            known = find_columns(records, found_task, train, columns, name)
             maker = RowMaker(
                 source=name,
-                task=task,
+                task=found_task,
                 train=train,
                 root=root,
                 skip=bad_rows == "skip",

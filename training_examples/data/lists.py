@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_prismer.processing.labels import IMAGE_SUFFIXES
+from modeling_prismer.processing.tasks import Task
 
 from .faults import BadRecord, checked
 from .published_lists import published_list
@@ -37,8 +38,6 @@ COLUMN_NAMES = {
     "question_id": ("question_id", "json.question_id"),
     "image_number": ("image_number", "cocoid", "img_id", "image_id"),
 }
-# the columns that each task needs; the last of them is learned, and may be missing from what is evaluated
-TASKS = {"caption": ("image", "caption"), "vqa": ("image", "question", "answer"), "classification": ("image", "class")}
 
 DELIMITED = (".csv", ".tsv", ".txt", ".token")
 LIST_SUFFIXES = (*DELIMITED, ".jsonl", ".json")
@@ -46,6 +45,11 @@ LIST_SUFFIXES = (*DELIMITED, ".jsonl", ".json")
 RECORD_FIELDS = ("questions", "annotations", "images", "data")
 
 Record = dict[str, Any] | BadRecord
+
+
+def column_names(task: Task) -> dict[str, tuple[str, ...]]:
+    """The usual names of columns by their role. A column of a task of your own is known by its own name."""
+    return {**{role: (role,) for role in task.columns}, **COLUMN_NAMES}
 
 
 def is_list(path: Path) -> bool:
@@ -78,23 +82,26 @@ def columns_in(path: Path) -> list[str]:
     return _Delimited(path).names if path.suffix.lower() in DELIMITED else [*_peek(path)[1]]
 
 
-def fits(path: Path, task: str, columns: dict[str, str], with_texts: bool = False) -> bool:
-    """Whether a list has the columns that a task needs, captions or answers (tests have none) if `with_texts`."""
+def fits(path: Path, task: Task, columns: dict[str, str], with_texts: bool = False) -> bool:
+    """
+    Whether a list has the columns that a task needs. Test lists have no captions or answers, so those are needed only
+    `with_texts`.
+    """
     try:
         field, first = ("", {}) if path.suffix.lower() in DELIMITED else _peek(path)
         published = published_list(field, first)
         if published is not None:
-            return published.task == task and (field != "annotations" or "answers" not in first)
+            return published.columns == task.columns and (field != "annotations" or "answers" not in first)
         names = {name.strip().lower() for name in columns_in(path)} | set(columns_in(path))
     except ValueError:
         return False
-    known = {role: {columns[role]} if role in columns else set(COLUMN_NAMES[role]) for role in COLUMN_NAMES}
+    known = {role: {columns[role]} if role in columns else set(usual) for role, usual in column_names(task).items()}
     if "{" in columns.get("image", ""):
         known["image"] = names
-    if task == "caption" and names & known["question"]:
+    if "caption" in task.columns and names & known["question"]:
         return False
-    needed = TASKS[task] if with_texts or task == "classification" else TASKS[task][:-1]
-    return all(names & known[role] for role in needed)
+    needed = task.columns if with_texts or "class" in task.columns else task.columns[:-1]
+    return all(names & known[role] for role in ("image", *needed))
 
 
 def open_text(path: Path) -> io.TextIOWrapper:

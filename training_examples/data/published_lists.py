@@ -24,6 +24,7 @@ from typing import Any
 from .faults import BadRecord
 
 
+CAPTIONS, QUESTIONS = ("caption",), ("question", "answer")
 VISUAL_GENOME_QA_WEIGHT = 0.2
 
 Record = dict[str, Any] | BadRecord
@@ -31,9 +32,9 @@ Record = dict[str, Any] | BadRecord
 
 @dataclass
 class PublishedList:
-    """What a published list is for, and what reads it: from its path, the folder of images and a reader of JSON."""
+    """The columns of a published list, and its reader: from the path, the folder of images and a reader of JSON."""
 
-    task: str
+    columns: tuple[str, ...]
     read: Callable[[Path, str, Callable[[Path], Any]], Iterator[Record]]
 
 
@@ -45,21 +46,21 @@ def published_list(field: str | None, first: dict[str, Any]) -> PublishedList | 
     if field == "":
         return None
     if field == "questions" or (field == "annotations" and "answers" in first):
-        return PublishedList("vqa", read_vqa)
+        return PublishedList(QUESTIONS, read_vqa)
     if field == "images" and "sentences" in first:
-        return PublishedList("caption", read_karpathy)
+        return PublishedList(CAPTIONS, read_karpathy)
     if field == "images" or (field == "annotations" and "image_id" in first):
-        return PublishedList("caption", read_coco)
+        return PublishedList(CAPTIONS, read_coco)
     if "imageId" in first and "question" in first:
-        return PublishedList("vqa", read_gqa)
+        return PublishedList(QUESTIONS, read_gqa)
     if "image_id" in first and "question" in first and not {"image", "file_name"} & first.keys():
         if field == "data":
-            return PublishedList("vqa", read_textvqa)
+            return PublishedList(QUESTIONS, read_textvqa)
         if "choices" in first:
-            return PublishedList("vqa", read_aokvqa)
+            return PublishedList(QUESTIONS, read_aokvqa)
     if "qas" in first:
-        return PublishedList("vqa", read_visual_genome)
-    return PublishedList("caption", read_visual_genome) if "regions" in first else None
+        return PublishedList(QUESTIONS, read_visual_genome)
+    return PublishedList(CAPTIONS, read_visual_genome) if "regions" in first else None
 
 
 def _in_folder(root: str, *folders: str) -> str:

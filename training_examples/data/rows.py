@@ -14,10 +14,11 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils.file_utils import xopen
 
 from modeling_prismer.processing.labels import KEY_COLUMNS
+from modeling_prismer.processing.tasks import Task
 
 from .faults import SHOWN, BadRecord, Faults, MissingFile, checked, place_of_record
 from .grouping import draw_shots, join_references
-from .lists import COLUMN_NAMES, TASKS
+from .lists import column_names
 from .pictures import (
     fault_of,
     faults_of,
@@ -42,7 +43,7 @@ READ_AHEAD = 100  # records of a list of which the columns are known
 
 
 def find_columns(
-    records: Dataset | IterableDataset, task: str, train: bool, known: dict[str, str], source: str
+    records: Dataset | IterableDataset, task: Task, train: bool, known: dict[str, str], source: str
 ) -> dict[str, str]:
     """
     Which column holds what: `{"image": "file_name", "caption": "text"}`.
@@ -59,7 +60,8 @@ def find_columns(
             features |= {f"{name}.{key}": feature for key, feature in inner.items()}
     spelled = {name.strip().lower(): name for name in reversed(features)}
     columns = {}
-    for role, usual in {**COLUMN_NAMES, "key": (*KEY_COLUMNS, ROW_NUMBER)}.items():
+    names = column_names(task)
+    for role, usual in {**names, "key": (*KEY_COLUMNS, ROW_NUMBER)}.items():
         candidates = [spelled[name] for name in usual if name in spelled]
         if role == "image":
             candidates = [name for name in features if is_image(features[name])] + candidates
@@ -72,11 +74,11 @@ def find_columns(
                 raise ValueError(f"{source} has no column '{min(lacking)}'; it has {_listed(features)}")
         if candidates:
             columns[role] = candidates[0]
-    for role in TASKS[task] if train else TASKS[task][:-1]:
+    for role in ("image", *(task.columns if train else task.columns[:-1])):
         if role not in columns:
             raise ValueError(
                 f"{source} has no column that is known as {role}: it has {_listed(features)}; known are "
-                f"{', '.join(COLUMN_NAMES[role])}. Name another by {role}_column"
+                f"{', '.join(names[role])}. Name another by {role}_column"
             )
     return columns
 
@@ -122,7 +124,7 @@ class RowMaker:
 
     Args:
         source (`str`): What messages call the records.
-        task (`str`): `"caption"`, `"vqa"` or `"classification"`.
+        task ([`Task`]): The task that the rows are for.
         train (`bool`): One row for each text, or one with all of them as references.
         root (`str`): The folder that paths start from.
         skip (`bool`): Of a stream: leave bad records out, with a warning, rather than raise a `ValueError`.
@@ -135,7 +137,7 @@ class RowMaker:
     """
 
     source: str
-    task: str
+    task: Task
     train: bool
     root: str
     skip: bool
@@ -154,10 +156,11 @@ class RowMaker:
         is_in_data_set = is_image(self.features.get(self.columns["image"]))
         if not is_in_data_set or "key" in self.columns:
             features["image_id"] = Value("string")
-        if self.task == "vqa":
+        if self.task.prompt is None:
             features["text"] = Value("string")
-        known = TASKS[self.task][-1] in self.columns
-        if self.train or (known and self.task == "classification"):
+        learned = self.task.suffix_column
+        known = learned in self.columns
+        if self.train or (known and learned == "class"):
             features["suffix"] = Value("string")
         if self.train:
             features["weight"] = Value("float32")
@@ -225,9 +228,10 @@ class RowMaker:
 
     def rows_of(self, record: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
         common = {"picture": number, "image_id": self.key(record)} if self.numbered else self.picture(record)
-        if self.task == "vqa":
-            common["text"] = one_text_of(self.value(record, "question"), "question")
-        learned = TASKS[self.task][-1]
+        if self.task.prompt is None:
+            asked = self.task.prompt_column
+            common["text"] = one_text_of(self.value(record, asked), asked)
+        learned = self.task.suffix_column
         texts = None
         if learned == "class" and learned in self.columns:
             texts = [self.class_name(one_text_of(self.value(record, learned), learned))]
@@ -239,7 +243,7 @@ class RowMaker:
             numbers = {"question_id": None if question_id is None else as_text(question_id)}
             return [{**common, **numbers, "image_number": self.image_number(record), "references": texts}]
         weight = self.weight(record)
-        if self.task == "vqa":
+        if self.task.prompt is None:
             shares = Counter(texts)
             return [{**common, "suffix": text, "weight": weight * n / len(texts)} for text, n in shares.items()]
         return [{**common, "suffix": text, "weight": weight} for text in texts]
@@ -365,7 +369,7 @@ def make_rows(
         rows = draw_shots(rows, shots, seed)
     if not maker.train:
         rows = join_references(rows)
-    if not maker.train and maker.task == "vqa" and "question_id" not in rows.column_names:
+    if not maker.train and maker.task.prompt is None and "question_id" not in rows.column_names:
         rows = rows.add_column("question_id", np.arange(len(rows)))
     return rows if pictures is None else with_pictures(rows, pictures)
 

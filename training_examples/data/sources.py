@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from modeling_prismer.processing.labels import KEY_COLUMNS, TAR_SUFFIXES
+from modeling_prismer.processing.tasks import Task
 
-from .lists import LIST_SUFFIXES, TASKS, columns_in, fits, is_list
+from .lists import LIST_SUFFIXES, columns_in, fits, is_list
 from .pictures import is_image, undecoded
 from .rows import ROW_NUMBER
 from .tables import SPLIT, is_packed, open_packed
@@ -30,7 +31,7 @@ Tables = dict[str, Callable[[], Dataset | IterableDataset]]  # what opens each s
 
 
 def open_tables(
-    source: Any, task: str, image_folder: str | Path | None, columns: dict[str, str], streaming: bool
+    source: Any, task: Task, image_folder: str | Path | None, columns: dict[str, str], streaming: bool
 ) -> tuple[Tables, str]:
     """The splits of a source, as far as possible not yet read, and the folder that its pictures' paths start from."""
     if isinstance(source, dict) and not all(isinstance(one, Dataset | IterableDataset) for one in source.values()):
@@ -68,7 +69,7 @@ def open_tables(
 
 
 def _open_folder(
-    folder: str, task: str, image_folder: str | Path | None, columns: dict[str, str], streaming: bool
+    folder: str, task: Task, image_folder: str | Path | None, columns: dict[str, str], streaming: bool
 ) -> tuple[Tables, str]:
     root = os.path.abspath(image_folder or folder)
     files = sorted(path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith("."))
@@ -86,14 +87,15 @@ def _open_folder(
             if len(paths) > 1:  # one of tests may be among them
                 by_split[split] = [path for path in paths if fits(Path(path), task, columns, with_texts=True)] or paths
         return _packed(by_split, root, columns, streaming), root
-    if glob.has_magic(folder) and not (lists and task != "classification"):
+    has_classes = "class" in task.columns
+    if glob.has_magic(folder) and not (lists and not has_classes):
         raise ValueError(f"{folder} has one of * ? [ in its name, which `datasets` takes for a pattern; rename it")
-    if task == "classification":
+    if has_classes:
         options = {"data_dir": folder, "drop_labels": False, "drop_metadata": True}
         return _opened(load("imagefolder", None, streaming, **options)), root
     if lists and not names & {"dataset_infos.json", "dataset_info.json"}:
         there = "; ".join(f"{path.name} {_describe(path)}" for path in lists)
-        needed = [role for role in TASKS[task] if role != "answer"]
+        needed = [role for role in ("image", *task.columns) if role != "answer"]
         remedy = ", ".join(f"{role}_column" for role in needed)
         raise ValueError(f"no list in {folder} has columns known as {', '.join(needed)}: {there}. Name them: {remedy}")
     return _opened(load(folder, None, streaming)), root
