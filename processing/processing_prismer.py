@@ -1,23 +1,17 @@
 """Processor of Prismer: frozen experts, image processor and tokenizer behind one call."""
 
-import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import TensorType, logging
-from transformers.utils.hub import hf_api
 
-from .expert_labels import ExpertFields, match_expert_labels, read_experts
-from .image_loading import load_images
+from .experts_processor import ExpertsProcessor
 from .tasks import Task, find_task
 
 
@@ -52,17 +46,7 @@ class PrismerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[cal
     }
 
 
-class _Shared:
-    """Keeps the live experts out of the deep copies that `ProcessorMixin.to_dict` makes for every repr and save."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __deepcopy__(self, memo: Any) -> "_Shared":
-        return self
-
-
-class PrismerProcessor(ProcessorMixin):
+class PrismerProcessor(ExpertsProcessor):
     r"""
     Turns pictures and text into the inputs of Prismer: runs the frozen experts on the pictures, prepares pictures and
     expert maps with a [`PrismerImageProcessor`], and makes the prompt of the checkpoint's task.
@@ -112,8 +96,6 @@ class PrismerProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = PrismerProcessorKwargs
-    _experts: _Shared
-    _experts_source: tuple[str, dict[str, Any]] | None  # where a description comes from: folder or Hub id
 
     def __init__(
         self,
@@ -138,37 +120,6 @@ class PrismerProcessor(ProcessorMixin):
         self.task = task
         self.tasks = tasks
         self.experts = experts
-
-    @property
-    def experts(self) -> Any:
-        """The suite of live experts, or `None`."""
-        if _is_description(self._experts.value):
-            try:
-                suite_class = _suite_class()
-            except ImportError as error:
-                logger.warning_once(f"The saved experts do not run: {error}")
-                return None
-            source, hub_kwargs = self._experts_source or (None, {})
-            if source is None or os.path.isdir(source):
-                suite = suite_class.from_dict(dict(self._experts.value), folder=source)
-            else:
-                suite = suite_class.from_pretrained(source, **hub_kwargs)
-            self._experts = _Shared(suite)
-        return self._experts.value
-
-    @experts.setter
-    def experts(self, experts: Any) -> None:
-        if isinstance(experts, str):
-            experts = _suite_class().from_name(experts)
-        elif isinstance(experts, list | tuple):
-            experts = _suite_class()(list(experts))
-        elif experts is not None and not isinstance(experts, Mapping):
-            raise TypeError(
-                f"experts is a {type(experts).__name__}; accepted are an ExpertSuite, a list of experts, the name of "
-                "a suite such as 'offline', a suite's description, and None"
-            )
-        self._experts = _Shared(experts)
-        self._experts_source = None
 
     @property
     def model_input_names(self) -> list[str]:
@@ -251,91 +202,6 @@ class PrismerProcessor(ProcessorMixin):
         labels = self._run_experts(images, labels, experts)
         data.update(self.image_processor._preprocess_opened(images, labels, **kwargs["images_kwargs"]))
         return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
-
-    # ---- images and experts ----
-
-    def process_images(
-        self,
-        images: Any,
-        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
-        experts: list[str] | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """
-        The image inputs alone, without text: `pixel_values`, the experts' tensors and `expert_mask`.
-
-        Args:
-            images, expert_labels, experts: as in [`PrismerProcessor.__call__`].
-            kwargs: passed on to the image processor.
-        """
-        images, labels = self._open(images, expert_labels, kwargs)
-        return self.image_processor._preprocess_opened(images, self._run_experts(images, labels, experts), **kwargs)
-
-    def run_experts(
-        self,
-        images: Any,
-        expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
-        experts: list[str] | None = None,
-    ) -> list[dict[str, Any]]:
-        """
-        The labels of the configured experts, live ones where none are given.
-
-        Args:
-            images, expert_labels, experts: as in [`PrismerProcessor.__call__`].
-
-        Returns:
-            `list[dict]`: for each image a dict from an expert's name to its label, of 8 bits and the image's size. An
-            expert that neither ran nor was given has no entry; a warning says so once.
-        """
-        images, labels = self._open(images, expert_labels, {})
-        return self._run_experts(images, labels, experts)
-
-    def _open(
-        self, images: Any, expert_labels: Any, settings: dict[str, Any]
-    ) -> tuple[list[Image.Image], list[dict[str, Any]]]:
-        """Opened images, and the labels given for each. `settings` are those of the image processor in this call."""
-        images = load_images(
-            images,
-            max_pixels=settings.get("max_image_pixels", self.image_processor.max_image_pixels),
-            input_data_format=settings.pop("input_data_format", None),
-        )
-        names = [expert["name"] for expert in self.image_processor.experts]
-        return images, match_expert_labels(expert_labels, len(images), names)
-
-    def _run_experts(
-        self, images: list[Image.Image], labels: list[dict[str, Any]], experts: list[str] | None
-    ) -> list[dict[str, Any]]:
-        configured = [expert["name"] for expert in self.image_processor.experts]
-        wanted = configured if experts is None else [experts] if isinstance(experts, str) else list(experts)
-        for name in wanted:
-            if name not in configured:
-                raise ValueError(f"experts has '{name}'; the config's experts are: {', '.join(configured) or 'none'}")
-        labels = [{name: given[name] for name in configured if name in given and name in wanted} for given in labels]
-
-        suite: Any = self.experts if wanted else None
-        live = [name for name in wanted if suite is not None and name in suite]
-        for expert in read_experts(self.image_processor.experts):
-            if expert.name in live:
-                _require_same_description(suite[expert.name].description, expert)
-        rows_by_need: dict[tuple[str, ...], list[int]] = {}
-        for row, given in enumerate(labels):
-            rows_by_need.setdefault(tuple(name for name in live if name not in given), []).append(row)
-        for names, rows in rows_by_need.items():
-            if names:
-                part = suite.only(*names)
-                needed = {other for name in names for other in _labels_that(part[name], "needs", "uses")}
-                known = {"labels": [labels[row] for row in rows]} if needed.intersection(configured) else {}
-                outputs = part([images[row] for row in rows], **known)
-                for row, output in zip(rows, outputs):
-                    labels[row].update({name: output.get(name) for name in names})
-
-        lacking = [name for name in wanted if name not in live and any(name not in given for given in labels)]
-        if lacking:
-            logger.warning_once(
-                f"The configured experts {', '.join(lacking)} are neither among the live experts nor in "
-                "expert_labels: they are masked out."
-            )
-        return labels
 
     # ---- text ----
 
@@ -602,107 +468,6 @@ class PrismerProcessor(ProcessorMixin):
             for row in zip(ranking.scores.tolist(), ranking.indices.tolist())
         ]
 
-    # ---- saving and loading ----
-
-    def to_dict(self) -> dict[str, Any]:
-        """The processor's settings, with a description of the live experts in place of the experts themselves."""
-        output = super().to_dict()
-        experts = self._experts.value
-        if experts is not None:
-            output["experts"] = dict(experts) if _is_description(experts) else experts.to_dict()
-        return output
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """
-        Saves image processor, tokenizer, task and the description of the live experts, and the weights of those
-        experts that have weights of their own.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder; made if it does not exist.
-            push_to_hub (`bool`, *optional*, defaults to `False`): whether to upload the folder to the Hub.
-            kwargs: passed on to `ProcessorMixin.save_pretrained`.
-        """
-        live = self._experts
-        if self.experts is not None:
-            self.experts.save_pretrained(save_directory)
-            # this description gives the paths of own weights relative to the folder
-            description = Path(save_directory, "experts", "suite.json").read_text(encoding="utf-8")
-            live, self._experts = self._experts, _Shared(json.loads(description))
-        try:
-            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        finally:
-            self._experts = live
-
-    def _upload_modified_files(
-        self,
-        working_dir: str,
-        repo_id: str,
-        files_timestamps: dict[str, float],
-        commit_message: str | None = None,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        # transformers goes no deeper than one folder, and the experts' weights lie deeper
-        times = self._get_files_timestamps(working_dir)
-        changed = [name for name in times if times[name] > files_timestamps.get(name, 0)]
-        if revision is not None and not revision.startswith("refs/pr"):
-            hf_api().create_branch(repo_id=repo_id, branch=revision, token=kwargs.get("token"), exist_ok=True)
-        return hf_api().upload_folder(
-            repo_id=repo_id,
-            folder_path=working_dir,
-            allow_patterns=[*changed, "experts/*", "additional_chat_templates/*"],
-            commit_message=commit_message or "Upload processor",
-            revision=revision,
-            **kwargs,
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        experts: Any = "saved",
-        expert_device: str | torch.device | int | None = None,
-        expert_dtype: torch.dtype | str | None = None,
-        experts_memory: str | None = None,
-        **kwargs: Any,
-    ) -> "PrismerProcessor":
-        """
-        Loads a processor and its experts; an expert's own weights are loaded when it first runs.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
-            experts (*optional*, defaults to `"saved"`):
-                `"saved"` restores the experts that were saved with it; `None` leaves them out; else as in the
-                constructor: `"published"`, `"fast"`, `"offline"`, a list of experts, a suite.
-            expert_device (`str` or `torch.device`, *optional*): where the experts run.
-            expert_dtype (`torch.dtype`, *optional*): in which precision they run.
-            experts_memory (`str`, *optional*):
-                `"sequential"` loads one expert at a time, runs it over all images of the call and frees it: for small
-                memories and many images a call. `"all"` keeps them loaded. By default as saved, else `"all"`.
-            kwargs: passed on to `ProcessorMixin.from_pretrained`.
-
-        Raises:
-            OSError: if the files are not found.
-        """
-        if experts_memory not in (None, "all", "sequential"):
-            raise ValueError(f"experts_memory is {experts_memory!r}; accepted are 'sequential', 'all' and None")
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if isinstance(experts, str) and experts == "saved":
-            names = ("revision", "token", "cache_dir", "local_files_only")
-            hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            processor._experts_source = (os.fspath(pretrained_model_name_or_path), hub_kwargs)
-        else:
-            processor.experts = experts
-        if (expert_device is not None or expert_dtype is not None) and processor.experts is not None:
-            dtype = getattr(torch, expert_dtype) if isinstance(expert_dtype, str) else expert_dtype
-            processor.experts.to(device=expert_device, dtype=dtype)
-        if experts_memory is not None and processor.experts is not None:
-            processor.experts.memory = experts_memory
-        return processor
-
 
 def _flatten_texts(texts: Iterable[Any], num_images: int, name: str) -> list[str]:
     texts = list(texts)
@@ -730,35 +495,6 @@ def _own_prompt(task: Task) -> str:
             "inputs alone, call processor.process_images(images)"
         )
     return task.prompt
-
-
-def _require_same_description(description: Mapping[str, Any], configured: ExpertFields) -> None:
-    (live,) = read_experts([description])
-    for field in ExpertFields._fields:
-        if (getattr(live, field) or None) != (getattr(configured, field) or None):
-            raise ValueError(
-                f"the live expert '{configured.name}' has {field}={getattr(live, field)!r}; the config's expert "
-                f"'{configured.name}' has {field}={getattr(configured, field)!r}"
-            )
-
-
-def _labels_that(expert: Any, *fields: str) -> list[str]:
-    return [name for field in fields for name in getattr(expert, field, ())]
-
-
-def _is_description(experts: Any) -> bool:
-    return isinstance(experts, Mapping) and not callable(experts)
-
-
-def _suite_class() -> Any:
-    # Only live experts need the installed package; the rest works in a saved folder alone (trust_remote_code).
-    try:
-        from modeling_prismer.processing.experts import ExpertSuite
-    except ImportError as error:
-        raise ImportError(
-            f"live experts need the package modeling-prismer ({error}); install it, or pass expert_labels"
-        ) from error
-    return ExpertSuite
 
 
 __all__ = ["PrismerProcessor"]

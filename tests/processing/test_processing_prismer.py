@@ -23,6 +23,7 @@ from modeling_prismer.processing import (
     PrismerProcessor,
     clean_caption,
     clean_question,
+    experts_processor,
     processing_prismer,
 )
 from modeling_prismer.processing.experts import CannyEdges
@@ -511,7 +512,7 @@ def test_an_unknown_task_and_a_tokenizer_without_padding_are_refused(image_proce
 
 @pytest.fixture
 def pretend_package(monkeypatch, pretend_suite):
-    monkeypatch.setattr(processing_prismer, "_suite_class", lambda: pretend_suite)
+    monkeypatch.setattr(experts_processor, "_suite_class", lambda: pretend_suite)
 
 
 @pytest.mark.parametrize("load", [PrismerProcessor.from_pretrained, AutoProcessor.from_pretrained])
@@ -601,6 +602,7 @@ def test_a_saved_folder_works_where_the_package_is_not_installed(
     np.savez(tmp_path / "expected.npz", image=image, **expected)
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
         "expert_labels.py",
+        "experts_processor.py",
         "image_fetching.py",
         "image_loading.py",
         "image_processing_prismer.py",
