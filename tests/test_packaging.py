@@ -1,4 +1,4 @@
-"""The wheel and the sdist install one name, `modeling_prismer`, complete, and nothing else."""
+"""The wheel and the sdist install the complete package `modeling_prismer` and nothing else."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ import pytest
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# where each folder of the repository lies in the wheel
+# folder of the repository: folder in the wheel
 FOLDERS = {
     "modeling_prismer": "modeling_prismer",
     "processing": "modeling_prismer/processing",
@@ -41,14 +41,14 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clean_bin(built, tmp_path_factory):
-    """The commands of an environment that has the wheel, and sees this one's libraries but no editable install."""
+    """The commands of an environment with the wheel, the libraries of this environment, and no editable install."""
     folder = tmp_path_factory.mktemp("clean") / "env"
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
     python = scripts / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built[1])
     site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # a folder named in a .pth file comes after site-packages, and the .pth files inside it are not read
+    # a folder in a .pth file comes after site-packages, and its own .pth files are not read
     libraries = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     (site_packages / "libraries.pth").write_text("\n".join(libraries) + "\n")
     return scripts
@@ -107,7 +107,7 @@ def test_wheel_has_every_file_of_the_three_folders(built):
         assert expected - set(archive.namelist()) == set()
 
 
-def test_everything_public_imports_beside_a_foreign_processing_folder(clean_bin, folder_with_foreign_processing):
+def test_public_names_import_next_to_a_foreign_processing(clean_bin, folder_with_foreign_processing):
     script = """
 import importlib, pathlib, pkgutil, sys
 
@@ -130,7 +130,7 @@ except RuntimeError:
     assert output.strip().endswith("all imported")
 
 
-def test_console_script_runs_beside_a_foreign_processing_folder(clean_bin, folder_with_foreign_processing):
+def test_command_runs_next_to_a_foreign_processing(clean_bin, folder_with_foreign_processing):
     output = run(clean_bin / "prismer", "--help", cwd=folder_with_foreign_processing)
     for command in ("ask", "experts", "convert"):
         assert command in output

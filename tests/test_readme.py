@@ -1,7 +1,4 @@
-"""
-The Python of the README and of guides runs, block after block, as a reader would run it, and prints what its comments
-say.
-"""
+"""The Python blocks of the README and of the guides run in order and print what their comments promise."""
 
 import importlib.util
 import inspect
@@ -28,7 +25,7 @@ import modeling_prismer
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
 from modeling_prismer.processing.experts import Expert
 from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessorTorchvision
-from modeling_prismer.processing.labels import label_images
+from modeling_prismer.processing.labels import LabelEngine, label_images
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,13 +48,14 @@ def nothing_is_trained_in_half_precision(caplog):
 
 @pytest.fixture(autouse=True)
 def in_a_folder_with_the_package(monkeypatch, tmp_path):
-    """As the reader's: paths in the texts begin at the top of the repository. Experts that a text adds go again."""
+    """Paths in the texts start at the top of the repository. Experts and engines that a text adds are removed."""
     (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Expert, "registry", dict(Expert.registry))
+    monkeypatch.setattr(LabelEngine, "registry", dict(LabelEngine.registry))
 
 
-def test_python_blocks_run_and_print_what_they_say(capsys):
+def test_python_of_the_readme_runs(capsys):
     namespace = {}
     assert len(OFFLINE_BLOCKS) == len(BLOCKS) - 1 >= 3
     for block in OFFLINE_BLOCKS:
@@ -87,9 +85,9 @@ def test_python_blocks_run_and_print_what_they_say(capsys):
         ("convert.md", ["['teal']", "left over in the checkpoint (79):", "  expert_encoder.resampler.*"]),
     ],
 )
-def test_python_blocks_of_a_guide_run_and_print_what_they_say(monkeypatch, capsys, guide, printed):
+def test_python_of_a_guide_runs(monkeypatch, capsys, guide, printed):
     classes = [cls for cls in vars(modeling_prismer).values() if inspect.isclass(cls) and hasattr(cls, "_auto_class")]
-    for cls in [*classes, PrismerImageProcessorTorchvision]:  # what sharing.md changes is put back
+    for cls in [*classes, PrismerImageProcessorTorchvision]:  # undo the changes of sharing.md
         monkeypatch.setattr(cls, "_auto_class", cls._auto_class)
     namespace = {"__name__": "guide"}
     for block in python_blocks(f"docs/{guide}"):
@@ -152,7 +150,7 @@ def given_label_store():
 
 
 def given_new_model():
-    """In the folders that stand for the two backbones."""
+    """Small backbones in local folders."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=224, patch_size=32)).save_pretrained("clip")
     tokenizer = AutoTokenizer.from_pretrained(pretrained_path("prismer-easy-vqa"))
@@ -161,7 +159,7 @@ def given_new_model():
     return {}
 
 
-# what a machine without a card and a network has in place of what a guide names
+# replacements for names in guides that need a GPU or the Hub
 AT_HAND = {'"fast"': '"offline"', '"cuda"': '"cpu"', '["depth", "ocr"]': '["edge", "ocr"]'}
 AT_HAND |= {'"openai/clip-vit-base-patch16"': '"clip"', '"FacebookAI/roberta-base"': '"roberta"'}
 
@@ -176,7 +174,7 @@ AT_HAND |= {'"openai/clip-vit-base-patch16"': '"clip"', '"FacebookAI/roberta-bas
         (given_label_store, r"3 0 \{\} [\d.]+\n"),
     ],
 )
-def test_python_blocks_of_a_guide_run_with_what_they_take_as_given(capsys, given, printed):
+def test_python_of_a_guide_runs_with_given_names(capsys, given, printed):
     names = {"__name__": "guide", **given()}
     capsys.readouterr()
     guide = given.__name__.removeprefix("given_")
@@ -187,7 +185,7 @@ def test_python_blocks_of_a_guide_run_with_what_they_take_as_given(capsys, given
     assert re.search(printed, capsys.readouterr().out, flags=re.DOTALL)
 
 
-def test_the_guide_to_deployment_runs_as_far_as_its_libraries_are_there(capsys):
+def test_python_of_the_deployment_guide_runs(capsys):
     blocks = python_blocks("docs/deploy.md")
     optional = ("torchao", "bitsandbytes", "modeling_prismer.conversion", "onnxruntime")
     libraries = {name: "onnxscript" if name == "modeling_prismer.conversion" else name for name in optional}
@@ -200,7 +198,7 @@ def test_the_guide_to_deployment_runs_as_far_as_its_libraries_are_there(capsys):
     assert lines == ["['teal']"] * sum("# ['teal']" in block for block in there) and len(lines) >= 2
 
 
-def test_every_file_and_make_target_that_it_names_exists():
+def test_files_and_make_targets_in_the_readme_exist():
     readme = (REPOSITORY / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert link.startswith("http") or (REPOSITORY / link).exists(), link
