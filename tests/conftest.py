@@ -1,4 +1,4 @@
-"""What holds for every test: no network, nothing written into the user's caches, one thread, fixed seeds."""
+"""For every test: no network, no writing into the user's caches, one thread, fixed seeds."""
 
 import atexit
 import os

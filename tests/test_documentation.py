@@ -1,4 +1,4 @@
-"""Every public name stands on a page of the API reference, with a docstring and an example; the examples run."""
+"""Every public name is on a page of the API reference, with a docstring and an example that runs."""
 
 import ast
 import copy
@@ -26,7 +26,7 @@ API = REPOSITORY / "docs" / "api"
 ON_API_PAGES = [path for page in sorted(API.glob("*.md")) for path in re.findall(r"(?m)^::: (\S+)$", page.read_text())]
 PACKAGES = [f"modeling_prismer{name}" for name in ("", ".processing", ".processing.experts", ".processing.labels")]
 PACKAGES.append("modeling_prismer.conversion")
-# examples that go on in the folder of another
+# examples that continue in the folder of another example
 FOLLOWING = {"modeling_prismer.conversion.export_onnx.export_onnx": "modeling_prismer.conversion.OnnxPrismer"}
 
 
@@ -47,16 +47,16 @@ def is_constant(value) -> bool:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_every_public_name_stands_on_one_api_page(package):
+def test_every_public_name_is_on_one_api_page(package):
     documented = [look_up(path) for path in ON_API_PAGES]
     for path, value in public_objects(package).items():
         times = ON_API_PAGES.count(path) if is_constant(value) else sum(value is other for other in documented)
-        assert times == 1, f"{path} stands {times} times on the pages of docs/api"
+        assert times == 1, f"{path} is {times} times on the pages of docs/api"
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """What the first lines of the reference make: `path`, `processor`, `model` and `image`."""
+    """The names that the first lines of the reference define: `path`, `processor`, `model` and `image`."""
     folder = tmp_path_factory.mktemp("given")
     (folder / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
     (block,) = re.findall(r"```python\n(.*?)```", (API / "index.md").read_text(), flags=re.DOTALL)
@@ -70,7 +70,7 @@ def given(tmp_path_factory):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """An empty one with the shipped images. What `register_for_auto_class` and `register_task` change is undone."""
+    """An empty folder with the shipped images. Changes by `register_for_auto_class` and `register_task` are undone."""
     (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
     monkeypatch.chdir(tmp_path)
     for cls in (*vars(modeling_prismer).values(), PrismerImageProcessorTorchvision):
@@ -82,14 +82,14 @@ def folder(monkeypatch, tmp_path):
 
 def run_examples(path: str, given: dict) -> None:
     documented = look_up(path)
-    # a class must not make do with what it inherits
+    # an inherited docstring is not enough
     assert vars(documented).get("__doc__") or inspect.isfunction(documented) and documented.__doc__, path
     tests = doctest.DocTestFinder(parser=HfDocTestParser(), exclude_empty=True).find(documented, path, globs=given)
     tests = [test for test in tests if test.examples]
     assert tests, f"{path} has no example"
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for test in tests:
-        test.globs["model"] = copy.deepcopy(given["model"])  # some change it
+        test.globs["model"] = copy.deepcopy(given["model"])  # some examples change it
         report: list[str] = []
         assert runner.run(test, out=report.append).failed == 0, "".join(report)
 
@@ -98,7 +98,7 @@ def run_examples(path: str, given: dict) -> None:
 @pytest.mark.parametrize(
     "path", [path for path in ON_API_PAGES if not is_constant(look_up(path)) and path not in FOLLOWING.values()]
 )
-def test_it_has_a_docstring_and_an_example_that_runs(path, given, folder):
+def test_docstring_has_an_example_that_runs(path, given, folder):
     if path.endswith("export_onnx"):
         pytest.importorskip("onnxscript")
     run_examples(path, given)
@@ -107,7 +107,7 @@ def test_it_has_a_docstring_and_an_example_that_runs(path, given, folder):
 
 
 def messages_of_the_sources() -> list[str]:
-    """Every text of the packages and of the recipes, `…` in place of what is filled in."""
+    """All strings of the packages and the recipes, with `…` in place of inserted values."""
 
     def text_of(node) -> str:
         if isinstance(node, ast.JoinedStr):
@@ -129,7 +129,7 @@ def test_troubleshooting_quotes_real_messages():
     assert [quote for quote in quoted if not any(quote.rstrip(" …") in message for message in messages)] == []
 
 
-def test_memory_page_shows_what_its_code_counts(capsys):
+def test_memory_page_shows_the_figures_of_its_code(capsys):
     page = (API.parent / "memory.md").read_text()
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
@@ -140,7 +140,7 @@ def test_memory_page_shows_what_its_code_counts(capsys):
 
 
 def test_search_works_in_pages_opened_as_files(tmp_path):
-    """The site's own settings, with one page."""
+    """Builds one page with the settings of the site."""
     pytest.importorskip("material", reason="mkdocs-material comes with the extra `docs`")
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or pytest.skip("no chromium is installed")
