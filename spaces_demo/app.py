@@ -21,9 +21,9 @@ import gradio as gr  # noqa: E402
 import hardware  # noqa: E402, F401  before torch
 from endpoints import Endpoints  # noqa: E402
 from guard import Guard  # noqa: E402
+from images import MAX_BYTES  # noqa: E402
 from inputs import CheckedBlocks  # noqa: E402
 from page import Page, load_examples  # noqa: E402
-from pictures import MAX_BYTES  # noqa: E402
 from reader import Reader  # noqa: E402
 from sessions import MAX_SESSIONS, Sessions  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402

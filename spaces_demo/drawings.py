@@ -7,7 +7,7 @@ from typing import Any
 import edits
 import numpy as np
 import torch
-from pictures import data_uri, escape
+from images import data_uri, escape
 from PIL import Image
 from reader import Reader, Said
 from sessions import Session
@@ -22,30 +22,30 @@ from modeling_prismer.processing.visualization import PALETTE, Drawing, draw_exp
 SIZE = 384
 
 
-def fit(picture: Image.Image, size: int = SIZE) -> Image.Image:
-    scale = size / max(picture.size)
-    return picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+def fit(image: Image.Image, size: int = SIZE) -> Image.Image:
+    scale = size / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
 
 
 def percent(share: float) -> str:
     return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
-def figure(picture: Image.Image, alt: str, caption: str = "", kind: str = "") -> str:
+def figure(image: Image.Image, alt: str, caption: str = "", kind: str = "") -> str:
     caption = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure class="{kind}"><img src="{data_uri(picture)}" alt="{escape(alt)}">{caption}</figure>'
+    return f'<figure class="{kind}"><img src="{data_uri(image)}" alt="{escape(alt)}">{caption}</figure>'
 
 
 # ---- experts ----
 
 
-def drawn_label(reader: Reader, picture: Image.Image, name: str, label: Any) -> Drawing:
-    """As [`draw_expert`], with the checkpoint's names of classes."""
-    return draw_expert(picture, reader.specs[name], label, reader.class_names(name), SIZE)
+def drawn_label(reader: Reader, image: Image.Image, name: str, label: Any) -> Drawing:
+    """Calls [`draw_expert`] with the checkpoint's names of classes."""
+    return draw_expert(image, reader.specs[name], label, reader.class_names(name), SIZE)
 
 
 def expert_card(
-    reader: Reader, name: str, picture: Image.Image, label: Any, note: str = "", failed: bool = False
+    reader: Reader, name: str, image: Image.Image, label: Any, note: str = "", failed: bool = False
 ) -> str:
     """The output of an expert, with its legend."""
     look = look_of(name)
@@ -59,9 +59,9 @@ def expert_card(
             if failed
             else "Switched off: the model does not get this."
         )
-        ratio = f"aspect-ratio: {picture.width} / {picture.height}"
+        ratio = f"aspect-ratio: {image.width} / {image.height}"
         return f'<div class="card">{head}<div class="missing" style="{ratio}"><p>{said}</p></div></div>'
-    drawn = drawn_label(reader, picture, name, label)
+    drawn = drawn_label(reader, image, name, label)
     legend = ""
     if drawn.scale:
         low, colors, high = drawn.scale
@@ -89,7 +89,7 @@ def waiting_card(reader: Reader, name: str) -> str:
     look = look_of(name)
     return (
         f'<div class="card"><div class="card-head"><h3>{escape(look.title)}</h3>'
-        f'<span class="quiet">looking …</span></div><p class="quiet explained">{escape(look.meaning)}</p>'
+        f'<span class="quiet">running …</span></div><p class="quiet explained">{escape(look.meaning)}</p>'
         '<div class="missing waiting"></div></div>'
     )
 
@@ -103,7 +103,7 @@ def status(done: int, total: int, text: str) -> str:
 
 
 def turn_panel(turn: tuple[str, str | None], versions: Sequence[tuple[str, str, Said | None]]) -> str:
-    """The same question to several versions of what the model sees, (title, note, what it said), side by side."""
+    """Shows the answers to one question side by side: (title, note, answer) of each version of the inputs."""
     task, text = turn
     heading = escape(text) if task == "vqa" else "The caption"
     columns = "".join(_version(task, *version) for version in versions)
@@ -115,7 +115,7 @@ def _version(task: str, title: str, note: str, said: Said | None) -> str:
     if said is None:
         return f'<article class="version">{head}<p class="answer quiet">…</p></article>'
     sure = said.per_word if task == "caption" else said.probability
-    meaning = "sure of each word, on average" if task == "caption" else "sure of it"
+    meaning = "mean probability of a word" if task == "caption" else "probability"
     bar = f'<span class="bar" aria-hidden="true"><i style="width: {100 * sure:.1f}%"></i></span>'
     others = "".join(
         f"<li><span>{escape(other) or '(nothing)'}</span><span>{percent(probability)}</span></li>"
@@ -125,13 +125,13 @@ def _version(task: str, title: str, note: str, said: Said | None) -> str:
     return (
         f'<article class="version">{head}<p class="answer">{escape(said.text) or "(nothing)"}</p>'
         f'<p class="chance">{bar}<span><b>{percent(sure)}</b> {meaning}</span></p>'
-        + (f'<p class="quiet or">or else</p><ol class="others">{others}</ol>' if others else "")
+        + (f'<p class="quiet or">alternatives</p><ol class="others">{others}</ol>' if others else "")
         + "</article>"
     )
 
 
 def answer_bar(turn: tuple[str, str | None], versions: Sequence[tuple[str, str, Said | None]]) -> str:
-    """The same in one line, which stays in sight beside the experts."""
+    """The answers in one line, which stays visible next to the experts."""
     task, text = turn
     parts = "".join(
         f"<li><span>{escape(title)}</span> <b>{escape(said.text) if said else '…'}</b>"
@@ -143,7 +143,7 @@ def answer_bar(turn: tuple[str, str | None], versions: Sequence[tuple[str, str, 
 
 
 def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], said: Said, which: str) -> str:
-    """Where the model looked: the picture, and each expert's map, lit where it looked and dimmed elsewhere."""
+    """Shows the attention: the image and each expert's map, bright where the model attended, dim elsewhere."""
     shares = {"": said.looked.sum().item()}
     shares |= {
         name: looked.sum().item() for name, looked in said.looked_at_experts.items() if labels.get(name) is not None
@@ -153,32 +153,32 @@ def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], sa
     for name, share in shares.items():
         share /= total
         if name:
-            base = drawn_label(reader, session.picture, name, labels[name]).image
+            base = drawn_label(reader, session.image, name, labels[name]).image
             title, weights = reader.title(name), said.looked_at_experts[name]
         else:
-            base, title, weights = fit(session.picture), "The picture", said.looked
+            base, title, weights = fit(session.image), "The image", said.looked
         caption = f"<b>{escape(title)}</b><span>{percent(share)}</span>"
-        alt = f"{title}, lit where the model looked: {percent(share)} of its attention"
+        alt = f"{title}, bright where the model attended: {percent(share)} of its attention"
         figures.append(figure(spotlight(base.convert("RGB"), weights), alt, caption))
     return (
-        f'<section class="looked"><h2>Where it looked</h2><p class="quiet">For “{escape(said.text)}”, {escape(which)}.'
-        " Lit is where the text attended to, directly or through what the experts' maps were condensed to; the shares "
-        "say how much of it fell where. Attention is a hint, no proof.</p>"
+        f'<section class="looked"><h2>Attention</h2><p class="quiet">For “{escape(said.text)}”, {escape(which)}.'
+        " Bright places got the attention of the text, directly or through the latents of the experts' maps. The "
+        "shares sum to 100 %. Attention is a hint, not a proof.</p>"
         f'<div class="strip">{"".join(figures)}</div></section>'
     )
 
 
-def spotlight(picture: Image.Image, weights: torch.Tensor) -> Image.Image:
-    """The picture, lit where the weights (height, width) are large, grey and dim where they are small."""
+def spotlight(image: Image.Image, weights: torch.Tensor) -> Image.Image:
+    """The image, bright where the weights (height, width) are large, grey and dim where they are small."""
     values = weights.float().numpy()
     values = np.clip(values / max(float(np.quantile(values, 0.98)), 1e-12), 0, 1)
-    mask = Image.fromarray((255 * values).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
-    dim = picture.convert("L").point(lambda value: round(0.3 * value)).convert("RGB")
-    return Image.composite(picture, dim, mask)
+    mask = Image.fromarray((255 * values).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
+    dim = image.convert("L").point(lambda value: round(0.3 * value)).convert("RGB")
+    return Image.composite(image, dim, mask)
 
 
 def ranking_panel(rankings: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> str:
-    """Labels, ranked, in one column for each version of what the model sees."""
+    """Ranked labels, with one column for each version of the inputs."""
     columns = []
     for title, ranking in rankings:
         rows = "".join(
@@ -188,12 +188,12 @@ def ranking_panel(rankings: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -
             for row in ranking
         )
         columns.append(f'<article class="version"><h3>{escape(title)}</h3><ol class="ranking">{rows}</ol></article>')
-    note = "The shares compare your labels with each other: a softmax of the mean log-probability of a label's tokens."
+    note = "The shares are a softmax of the mean log-probabilities of the labels' tokens."
     return f'<section class="turn"><div class="versions">{"".join(columns)}</div><p class="quiet">{note}</p></section>'
 
 
 def warning(text: str) -> str:
-    return f'<div class="warning" role="alert"><b>Take this with care.</b> {escape(text)}</div>'
+    return f'<div class="warning" role="alert"><b>Unfamiliar image.</b> {escape(text)}</div>'
 
 
 # ---- the editor ----
@@ -207,13 +207,13 @@ def editor_value(reader: Reader, session: Session, name: str) -> str:
     content: dict[str, Any] = {"name": name, "title": reader.title(name), "tool": tool}
     names = reader.class_names(name)
     if tool == "paint":
-        base = fit(session.picture)
+        base = fit(session.image)
         if label is not None:
-            base = drawn_label(reader, session.picture, name, label).image
-        content |= {"picture": data_uri(base), "values": _paints(spec, names, label)}
+            base = drawn_label(reader, session.image, name, label).image
+        content |= {"image": data_uri(base), "values": _paints(spec, names, label)}
         content["strokes"] = edit["strokes"] if edit else []
     else:
-        content |= {"picture": data_uri(fit(session.picture)), "classes": names}
+        content |= {"image": data_uri(fit(session.image)), "classes": names}
         content["boxes"] = edit["boxes"] if edit else edits.boxes_of(label)
         content["original"] = edits.boxes_of(label)
     return json.dumps(content)

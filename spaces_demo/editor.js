@@ -1,5 +1,5 @@
-// The editor of an expert's map. The server sets `props.value` (JSON, see drawings.editor_value); every finished change
-// is sent back by the event "edit": strokes to paint, or the boxes of objects and words, all places from 0 to 1.
+// The editor of an expert's map. The server sets `props.value` (JSON, see drawings.editor_value). The event "edit" sends
+// each finished change: strokes to paint, or the boxes of objects and words. All positions are between 0 and 1.
 const find = (name) => element.querySelector(name);
 const make = (tag, attributes = {}, text = "") => {
   const made = document.createElement(tag);
@@ -127,7 +127,7 @@ function tools() {
     });
     group.append(add);
   }
-  const reset = make("button", { type: "button" }, "Back to what it saw");
+  const reset = make("button", { type: "button" }, "Restore");
   reset.addEventListener("click", () => {
     if (state.tool === "paint") state.strokes = [];
     else state.boxes = structuredClone(state.original);
@@ -309,12 +309,12 @@ function start() {
     canvas.width = image.naturalWidth;
     canvas.height = image.naturalHeight;
     canvas.setAttribute("aria-label", `${content.title}: drawing area`);
-    find(".editor-title").textContent = `Change “${content.title}”`;
+    find(".editor-title").textContent = `Edit “${content.title}”`;
     find(".editor-help").textContent =
       content.tool === "paint"
-        ? "Paint over the map; the answer follows. With keys: arrows move the brush, space paints, shift and arrows draw."
-        : `Drag a box, or its corner; ${content.tool === "words" ? "type another word" : "choose another class"} below. ` +
-          "With keys: space chooses a box, arrows move it, with shift its corner, delete removes it.";
+        ? "Paint over the map; the answer is then computed again. Keys: arrows move the brush, space paints, shift and arrows draw."
+        : `Drag a box or its corner. ${content.tool === "words" ? "Type another word" : "Choose another class"} below. ` +
+          "Keys: space chooses a box, arrows move it, shift and arrows move its corner, delete removes it.";
     tools();
     items();
     draw();
@@ -322,7 +322,7 @@ function start() {
     element.scrollIntoView({ block: "center", behavior: calm ? "auto" : "smooth" });
     canvas.focus({ preventScroll: true });
   };
-  image.src = content.picture;
+  image.src = content.image;
 }
 
 const canvas = find("canvas");

@@ -15,7 +15,7 @@ from modeling_prismer.processing.expert_labels import label_parts
 
 
 MAX_STROKES, MAX_POINTS, MAX_BOXES, MAX_LETTERS = 400, 20_000, 60, 40
-MAX_PAINTED = 200.0  # times the area of the map: wide strokes to and fro take long to draw
+MAX_PAINTED = 200.0  # times the area of the map; many wide strokes take long to draw
 MAX_WORD_LETTERS = 1000  # accepted; the letters beyond MAX_LETTERS are cut
 
 
@@ -112,7 +112,7 @@ def _check_strokes(edit: Any, spec: ExpertSpec) -> list[dict[str, Any]]:
         painted += width * (width + sum(math.dist(*pair) for pair in pairwise(points)))
     num_points = sum(len(stroke["points"]) for stroke in strokes)
     if len(strokes) > MAX_STROKES or num_points > MAX_POINTS or painted > MAX_PAINTED:
-        raise Refused("edit: that is more paint than fits. Please undo some of it.")
+        raise Refused("edit: this is too much paint. Please undo some of it.")
     return [stroke for stroke in strokes if stroke["points"]]
 
 
@@ -129,7 +129,7 @@ def _check_boxes(edit: Any, tool: str, num_classes: int) -> list[dict[str, Any]]
             box["text"] = as_text(item["text"], "word", MAX_WORD_LETTERS).strip()[:MAX_LETTERS]
         boxes.append(box)
     if len(boxes) > MAX_BOXES:
-        raise Refused(f"edit: that is more than {MAX_BOXES} boxes. Please remove some.")
+        raise Refused(f"edit: the limit is {MAX_BOXES} boxes. Please remove some.")
     return boxes
 
 

@@ -1,4 +1,4 @@
-"""What programs may call, by name: each call brings its picture, and nothing of it is kept."""
+"""The API. Each call brings its own image, and the server keeps nothing of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +24,10 @@ class Endpoints:
         self.reader = reader
 
     def build(self) -> None:
-        """Adds the endpoints to a `gr.Blocks`; nothing of them is seen."""
+        """Adds the endpoints to a `gr.Blocks`. They are invisible on the page."""
         names = list(self.reader.specs)
         with gr.Column(visible=False):
-            picture = gr.Image(label="picture", sources=["upload"])
+            image = gr.Image(label="image", sources=["upload"])
             question = gr.Textbox(label="question")
             labels = gr.Textbox(label="labels", max_length=MAX_LABEL_LETTERS)
             experts = gr.CheckboxGroup(names, value=names, label="experts")
@@ -44,16 +44,16 @@ class Endpoints:
                 preprocess=False,
             )
 
-        add(self.experts, [picture], "What each expert saw in a picture.")
+        add(self.experts, [image], "The output of each expert for an image.")
         if "caption" in self.reader.tasks:
-            add(self.caption, [picture, experts], "A caption, how sure it is, and where the model looked.")
+            add(self.caption, [image, experts], "A caption, its probability, and the attention of the model.")
         if "vqa" in self.reader.tasks:
-            add(self.ask, [picture, question, experts], "The answer to a question about a picture.")
-        add(self.classify, [picture, labels, question, experts], "Ranks labels of your own, divided by commas.")
+            add(self.ask, [image, question, experts], "The answer to a question about an image.")
+        add(self.classify, [image, labels, question, experts], "Ranks your own labels, separated by commas.")
 
-    def experts(self, picture: Any) -> list[dict[str, Any]]:
+    def experts(self, image: Any) -> list[dict[str, Any]]:
         found = []
-        for seen in self.reader.look(_required(picture)):
+        for seen in self.reader.look(_required(image)):
             entry = {"name": seen.name, "seconds": round(seen.seconds, 3), "failed": seen.failed}
             found.append(
                 entry
@@ -61,34 +61,34 @@ class Endpoints:
             )
         return found
 
-    def caption(self, picture: Any, experts: list[str] | None = None) -> dict[str, Any]:
-        return self._said(picture, "caption", None, experts)
+    def caption(self, image: Any, experts: list[str] | None = None) -> dict[str, Any]:
+        return self._said(image, "caption", None, experts)
 
-    def ask(self, picture: Any, question: str, experts: list[str] | None = None) -> dict[str, Any]:
+    def ask(self, image: Any, question: str, experts: list[str] | None = None) -> dict[str, Any]:
         self.reader.prompt("vqa", question)
-        return self._said(picture, "vqa", question, experts)
+        return self._said(image, "vqa", question, experts)
 
     def classify(
-        self, picture: Any, labels: str, question: str = "", experts: list[str] | None = None
+        self, image: Any, labels: str, question: str = "", experts: list[str] | None = None
     ) -> list[dict[str, Any]]:
         names = parse_labels(labels or "")
         task = "vqa" if "vqa" in self.reader.tasks else self.reader.processor.task
         self.reader.prompt(task, question)
-        return self.reader.rank(self._encode(_required(picture), experts), names, task, question)
+        return self.reader.rank(self._encode(_required(image), experts), names, task, question)
 
-    def _encode(self, picture: Image.Image, experts: list[str] | None) -> Any:
+    def _encode(self, image: Image.Image, experts: list[str] | None) -> Any:
         names = list(self.reader.specs)
         wanted = names if experts is None else experts
         unknown = [name for name in wanted if name not in names]
         if unknown:
-            raise Refused(f"experts: there is no “{unknown[0]}”; there are: {', '.join(names) or 'none'}.")
-        seen = {each.name: each.label for each in self.reader.look(picture, wanted)}
-        return self.reader.encode(picture, seen)
+            raise Refused(f"experts: “{unknown[0]}” is unknown; known are: {', '.join(names) or 'none'}.")
+        seen = {each.name: each.label for each in self.reader.look(image, wanted)}
+        return self.reader.encode(image, seen)
 
-    def _said(self, picture: Any, task: str, text: str | None, experts: list[str] | None) -> dict[str, Any]:
-        encoding = self._encode(_required(picture), experts)
+    def _said(self, image: Any, task: str, text: str | None, experts: list[str] | None) -> dict[str, Any]:
+        encoding = self._encode(_required(image), experts)
         said = self.reader.explain(encoding, task, text)
-        looked = {"picture": said.looked} | said.looked_at_experts
+        looked = {"image": said.looked} | said.looked_at_experts
         limit = self.reader.usual_distance
         return {
             "text": said.text,
@@ -101,7 +101,7 @@ class Endpoints:
 
 
 def _required(payload: Any) -> Image.Image:
-    picture = opened(payload)
-    if picture is None:
-        raise Refused("picture: an uploaded file is needed.")
-    return picture
+    image = opened(payload)
+    if image is None:
+        raise Refused("image: an uploaded file is needed.")
+    return image

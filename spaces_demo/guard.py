@@ -10,7 +10,7 @@ import anyio
 import anyio.to_thread
 import gradio as gr
 from checks import MAX_DEPTH, is_too_deep, parse_json
-from pictures import MAX_BYTES
+from images import MAX_BYTES
 from starlette.formparsers import MultiPartException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send

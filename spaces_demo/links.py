@@ -1,6 +1,6 @@
 """
-A session in a link: picture, questions, switches and edits, all of it after the `#`, which browsers do not send when
-they open a page. Nothing of it is kept on the server.
+Links that contain a session: image, questions, switches and edits. All of it is after the `#`, which browsers do not
+send when they open a page, so the server stores nothing.
 """
 
 import base64
@@ -11,28 +11,28 @@ from typing import Any
 
 import edits
 from checks import Refused, as_text, is_too_deep, parse_json
-from pictures import from_base64
+from images import from_base64
 from PIL import Image
 from reader import MAX_LETTERS, Reader
 from sessions import Session, check_modes
 
 
-LONG_SIDE = 384  # of the picture in a link
+LONG_SIDE = 384  # pixels of the image in a link
 MAX_LINK = 200_000  # letters
 MAX_QUESTIONS = 8
 
 
 def to_link(session: Session) -> str:
-    """What comes after the `#`."""
+    """Returns the part of the link after the `#`."""
     content: dict[str, Any] = {"v": 1}
     if session.source is not None:
         content["example"] = session.source
     else:
-        picture = session.picture.copy()
-        picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+        image = session.image.copy()
+        image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
         file = io.BytesIO()
-        picture.save(file, "WEBP", quality=85, method=6)
-        content["picture"] = base64.b64encode(file.getvalue()).decode()
+        image.save(file, "WEBP", quality=85, method=6)
+        content["image"] = base64.b64encode(file.getvalue()).decode()
     content["questions"] = [text for task, text, _ in session.turns if task == "vqa"][-MAX_QUESTIONS:]
     content["modes"] = {name: mode for name, mode in session.modes.items() if mode != "seen"}
     content["edits"] = {name: session.edits[name] for name, mode in session.modes.items() if mode == "edited"}
@@ -42,13 +42,13 @@ def to_link(session: Session) -> str:
 
 def from_link(link: str, reader: Reader) -> dict[str, Any]:
     """
-    `{"picture": PIL image or None, "example": name or None, "questions": …, "modes": …, "edits": …}`, all checked.
+    Returns `{"image": PIL image or None, "example": name or None, "questions": …, "modes": …, "edits": …}`, checked.
 
     Raises:
         Refused: if the link is damaged.
     """
     if len(link) > MAX_LINK:
-        raise Refused("This link is too long to be one of ours.")
+        raise Refused("This link is too long; the Space makes no such links.")
     try:
         packed = base64.urlsafe_b64decode(link + "=" * (-len(link) % 4))
         content = parse_json(zlib.decompressobj().decompress(packed, 4 * MAX_LINK))
@@ -68,9 +68,9 @@ def from_link(link: str, reader: Reader) -> dict[str, Any]:
     example = content.get("example")
     if example is not None:
         as_text(example, "example in this link", MAX_LETTERS)
-    picture = None if example is not None else from_base64(content.get("picture"))
+    image = None if example is not None else from_base64(content.get("image"))
     return {
-        "picture": picture,
+        "image": image,
         "example": example,
         "questions": questions[:MAX_QUESTIONS],
         "modes": modes,

@@ -1,4 +1,4 @@
-"""The page: what is where, and what happens when."""
+"""The page: its layout and its events."""
 
 import functools
 import json
@@ -13,8 +13,8 @@ import edits
 import gradio as gr
 import links
 from checks import Refused, as_text
+from images import MAX_BYTES, data_uri, escape, open_image
 from inputs import event_value, guarded
-from pictures import MAX_BYTES, data_uri, escape, open_picture
 from PIL import Image
 from reader import MAX_LABEL_LETTERS, MAX_LETTERS, Reader, parse_labels
 from sessions import MAX_TURNS, Session, Sessions
@@ -23,25 +23,25 @@ from uploads import find_upload, keep
 
 HERE = Path(__file__).parent
 VERSIONS = {"seen": "With all experts", "yours": "With your changes", "none": "Without experts"}
-CHOICES = {"seen": "As seen", "off": "Off", "noise": "Noise", "edited": "Edited"}
-NO_PICTURE = "Please choose a picture first, under “Ask”."
-# What came out of the study of the experts (docs/study.md), by figure, in the order in which they are shown.
+CHOICES = {"seen": "Unchanged", "off": "Off", "noise": "Noise", "edited": "Edited"}
+NO_IMAGE = "Please choose an image first, under “Ask”."
+# The findings of the study (docs/study.md) by figure, in the order of the page.
 FINDINGS = {
-    "number_of_experts": "None to six experts, each seed in an order of its own. Most of the gain comes with two of "
-    "them, detection and text, wherever they stand in the order.",
-    "single": "One expert alone: detection helps with counts, shapes and what is nearest, text with signs; the others "
-    "bring less than a point.",
-    "missing": "One of six missing: without detection or without text answers lose 4 points, without another nothing.",
-    "quality": "What the trained experts see is as good as true labels; blocks of 8×8 and a wrong letter in each word "
-    "still give half of the gain, but no signs.",
-    "noise": "Labels of other pictures mislead, in proportion; expert dropout does not help against it.",
-    "freezing": "With both backbones frozen it answers best. So short a training of everything makes CLIP forget.",
-    "adaptation": "Adaptors, LoRA and DoRA answer alike; LoRA takes 1.3 times as long for a step, DoRA 1.9 times.",
-    "resampler": "Without the resampler answers are the same, but a step takes 3.2 times as long.",
-    "transfer": "On scenes of another look all answers are worse, and experts bring as much as at home.",
+    "number_of_experts": "None to six experts; each seed adds them in its own order. Two of them, detection and text, "
+    "give most of the gain at any position in the order.",
+    "single": "One expert alone: detection improves counts, shapes and nearest objects, text improves signs. The "
+    "others gain less than a point.",
+    "missing": "One of six experts missing: answers lose 4 points without detection or text, nothing without another.",
+    "quality": "The outputs of the trained experts are as good as true labels. Maps of 8×8 blocks and words with a "
+    "wrong letter still give half of the gain, but signs are no longer read.",
+    "noise": "Labels of other images mislead the model in proportion to their share. Expert dropout does not help.",
+    "freezing": "Answers are best with both backbones frozen. A short training of all weights makes CLIP forget.",
+    "adaptation": "Adaptors, LoRA and DoRA answer equally well. Steps take 1.3 times as long with LoRA, 1.9 with DoRA.",
+    "resampler": "Answers are equally good without the resampler, but a step takes 3.2 times as long.",
+    "transfer": "On scenes of another style all answers are worse, and the experts contribute as much as before.",
 }
 STOPPED = drawings.status(1, 1, "Stopped.")
-PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # what the page itself does; programs have endpoints.py
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # events of the page; endpoints.py has the API
 BUSY: dict[str, Any] = {**PRIVATE, "concurrency_id": "network", "show_progress": "hidden"}
 
 
@@ -53,7 +53,7 @@ class Example:
 
 
 def load_examples(folder: Path, name: str = "") -> list[Example]:
-    """The examples of a folder, or of its sub-folder that is called as the checkpoint."""
+    """Returns the examples of a folder, or of its sub-folder with the name of the checkpoint."""
     own = folder / name
     folder = own if name and (own / "examples.json").is_file() else folder
     content = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
@@ -62,23 +62,23 @@ def load_examples(folder: Path, name: str = "") -> list[Example]:
 
 def opened(payload: Any) -> Image.Image | None:
     """
-    The picture of an image component, for events with `preprocess=False`: gradio would open it without bounds, and
-    answer a broken one with a traceback.
+    Opens the image of an image component, for events with `preprocess=False`. gradio itself would open it without
+    limits, and would answer a broken one with a traceback.
 
     Raises:
-        Refused: if it is no file that was uploaded, and as [`open_picture`] does.
+        Refused: if the file was not uploaded, or as [`open_image`] raises it.
     """
     path = payload.get("path") if isinstance(payload, dict) else None
-    return None if not path else open_picture(find_upload(path, "picture"))
+    return None if not path else open_image(find_upload(path, "image"))
 
 
 class Page:
     """
     Args:
         reader ([`Reader`]): the checkpoint.
-        sessions ([`Sessions`]): what the page remembers of its visitors.
-        examples (`list[Example]`): pictures to begin with.
-        study (`Path`): the folder with the figures of the experts' study, if it has been run.
+        sessions ([`Sessions`]): the sessions of the visitors.
+        examples (`list[Example]`): the images that visitors can choose.
+        study (`Path`): the folder with the figures of the study, which need not exist.
     """
 
     def __init__(self, reader: Reader, sessions: Sessions, examples: list[Example], study: Path):
@@ -92,15 +92,15 @@ class Page:
     # ---- layout ----
 
     def build(self) -> None:
-        """Lays the page out, inside a `gr.Blocks`."""
+        """Builds the page inside a `gr.Blocks`."""
         gr.HTML(
             '<div class="masthead"><h1>Prismer: see through the experts</h1><p>'
             + (
-                "Frozen expert models look at your picture first; a small network answers from the picture and from "
-                "what they saw. Switch experts off, replace them by noise or change what they saw, and watch the "
-                "answer follow."
+                "Frozen expert models process your image first. A small network reads the image and their output, and "
+                "answers your question. Switch experts off, replace their output by noise or edit it, and see how the "
+                "answer changes."
                 if self.names
-                else "A small network looks at your picture and answers. This checkpoint works without experts."
+                else "A small network reads your image and answers. This checkpoint has no experts."
             )
             + "</p></div>"
         )
@@ -118,20 +118,20 @@ class Page:
     def _build_ask(self) -> None:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=300):
-                self.picture = gr.Image(
-                    label="Your picture",
+                self.image = gr.Image(
+                    label="Your image",
                     sources=["upload", "webcam", "clipboard"],
                     height=360,
                     buttons=[],
-                    placeholder=f"Drop a picture here, or click to choose one\n(up to {MAX_BYTES // 1024**2} MB)",
-                    elem_id="picture",
+                    placeholder=f"Drop an image here, or click to choose one\n(up to {MAX_BYTES // 1024**2} MB)",
+                    elem_id="image",
                 )
                 self.thumbs = gr.HTML(self._thumbs(), js_on_load=_chips_script("name"), elem_id="examples")
                 self.status = gr.HTML(drawings.status(1, 1, ""), elem_id="status")
                 self.share = gr.Button("Make a link to this", size="sm", elem_id="share", visible=False)
                 self.link = gr.Textbox(
-                    label="A link to this picture, these questions and changes",
-                    info="Everything is in the link itself, the picture made smaller. We keep nothing.",
+                    label="A link to this image, these questions and changes",
+                    info="The link contains everything, with a smaller image. The server stores nothing.",
                     visible=False,
                     interactive=False,
                     max_lines=1,
@@ -141,12 +141,12 @@ class Page:
             with gr.Column(scale=6, min_width=300):
                 self.warning = gr.HTML(visible=False, elem_id="warning")
                 self.chat = gr.Chatbot(
-                    label="What it says",
+                    label="Answers",
                     height=360,
                     buttons=[],
                     feedback_options=None,
                     elem_id="chat",
-                    placeholder="Choose a picture, and the model tells you about it.",
+                    placeholder="Choose an image, and the model describes it or answers questions about it.",
                     render_markdown=False,
                     allow_file_downloads=False,
                 )
@@ -169,10 +169,10 @@ class Page:
         with gr.Column(visible=False) as self.after:
             if self.names:
                 gr.HTML(
-                    '<h2 class="section-title">What each expert saw</h2><p class="quiet">Switch one off, give the '
-                    "model noise in its place, or change what it saw: the last answer is worked out anew.</p>"
+                    '<h2 class="section-title">Output of each expert</h2><p class="quiet">Switch an expert off, '
+                    "replace its output by noise, or edit it. The last answer is then computed again.</p>"
                 )
-                self.restore_all = gr.Button("All experts as they saw it", size="sm", elem_id="restore")
+                self.restore_all = gr.Button("Restore all experts", size="sm", elem_id="restore")
                 with gr.Row(elem_classes="cards"):
                     for name in self.names:
                         with gr.Column(elem_classes="expert", min_width=200):
@@ -180,11 +180,11 @@ class Page:
                             self.switches[name] = gr.Radio(
                                 _choices(False),
                                 value="seen",
-                                label=f"{self.reader.title(name)}: what the model gets",
+                                label=f"{self.reader.title(name)}: input of the model",
                                 elem_id=f"switch-{name}",
                             )
                             self.edit_buttons[name] = gr.Button(
-                                f"Change {self.reader.title(name).lower()}", size="sm", elem_id=f"edit-{name}"
+                                f"Edit {self.reader.title(name).lower()}", size="sm", elem_id=f"edit-{name}"
                             )
                 with gr.Column(visible=False, elem_id="editor") as self.editor_place:
                     self.editor = gr.HTML(
@@ -200,16 +200,16 @@ class Page:
     def _build_classify(self, tab: gr.Tab) -> None:
         with gr.Row():
             with gr.Column(scale=2, min_width=220):
-                self.thumbnail = gr.HTML(f'<p class="quiet">{NO_PICTURE}</p>')
+                self.thumbnail = gr.HTML(f'<p class="quiet">{NO_IMAGE}</p>')
             with gr.Column(scale=5, min_width=300):
                 self.labels = gr.Textbox(
                     label="Your labels",
-                    info="Divided by commas.",
+                    info="Separated by commas.",
                     value="red, green, blue, yellow",
                     max_length=MAX_LABEL_LETTERS,
                 )
                 self.class_prompt = gr.Textbox(
-                    label="The question they answer" if "vqa" in self.reader.tasks else "What comes before the label",
+                    label="The question" if "vqa" in self.reader.tasks else "The text before the label",
                     value="What color is it?" if "vqa" in self.reader.tasks else "A picture of",
                     max_length=2 * MAX_LETTERS,
                 )
@@ -221,14 +221,14 @@ class Page:
         figures = [self.study / f"{name}.png" for name in FINDINGS if (self.study / f"{name}.png").is_file()]
         if not figures:
             gr.HTML(
-                "<h2>What each expert is worth</h2><p>The study of the experts has not been run for this version, "
-                "so there are no figures to show. Once it has, they appear here.</p>"
+                "<h2>The contribution of each expert</h2><p>The study has not been run for this version. Its figures "
+                "would appear here.</p>"
             )
             return
         gr.HTML(
-            '<h2>What each expert is worth</h2><p class="quiet">46 short trainings on scenes, two seeds of each: full '
-            "marks are means, bars standard deviations, white marks the seeds. docs/study.md in the repository "
-            "has the tables.</p>"
+            '<h2>The contribution of each expert</h2><p class="quiet">46 short trainings on scenes, two seeds each. '
+            "Full marks are means, bars are standard deviations, and white marks are single seeds. docs/study.md in "
+            "the repository has the tables.</p>"
         )
         for file in figures:
             title = f"Figure of the study: {file.stem.replace('_', ' ')}"
@@ -271,11 +271,11 @@ class Page:
         everything = [*shown, *experts, *editor, self.link]
         stoppable = self._stoppable
 
-        # the last of them: a picture that is pasted or taken by the camera comes right after an empty one
-        took = stoppable(self._take_picture)
-        self.picture.input(took, self.picture, everything, preprocess=False, trigger_mode="always_last", **BUSY)
-        self.picture.clear(guarded(self._forget), None, everything, **PRIVATE, queue=False)
-        self.thumbs.click(stoppable(self._take_example), None, [self.picture, *everything], **BUSY)
+        # `always_last`, because gradio sends an empty image right before one that is pasted or taken by the camera
+        took = stoppable(self._take_image)
+        self.image.input(took, self.image, everything, preprocess=False, trigger_mode="always_last", **BUSY)
+        self.image.clear(guarded(self._forget), None, everything, **PRIVATE, queue=False)
+        self.thumbs.click(stoppable(self._take_example), None, [self.image, *everything], **BUSY)
 
         asked = [self.status, self.chat, self.question, self.result, self.looked, self.bar]
         for trigger in (self.question.submit, self.ask.click):
@@ -321,23 +321,23 @@ class Page:
         blocks.load(
             stoppable(self._open_link),
             self.fragment,
-            [self.picture, *everything],
+            [self.image, *everything],
             js="() => location.hash.slice(1)",
             **BUSY,
         )
         blocks.unload(self._leave)
 
-    # ---- what happens ----
+    # ---- event handlers ----
 
     def _session(self, request: gr.Request) -> Session:
-        if not request.session_hash:  # or all who send none would share one
-            raise Refused("session_hash: the name of a session is needed.")
+        if not request.session_hash:  # without it, several visitors would share a session
+            raise Refused("session_hash: the key of a session is needed.")
         return self.sessions[request.session_hash]
 
-    def _with_picture(self, request: gr.Request) -> Session:
+    def _with_image(self, request: gr.Request) -> Session:
         session = self._session(request)
-        if session.picture is None:
-            raise Refused("Please choose a picture first. (After half an hour of rest, a picture is forgotten.)")
+        if session.image is None:
+            raise Refused("Please choose an image first. (An image is deleted after half an hour without use.)")
         return session
 
     def _leave(self, request: gr.Request) -> None:
@@ -349,8 +349,8 @@ class Page:
 
     def _stoppable(self, function: Callable) -> Callable:
         """
-        A guarded generator that ends with the step during which its visitor presses Stop, or without a trace when they
-        take the picture away. Gradio's own way, `cancels`, now and then leaves "Error" where the answer would stand.
+        A guarded generator that ends after the current step if its visitor presses Stop, and ends without output if
+        they remove the image. gradio's `cancels` sometimes shows "Error" in place of the answer.
         """
 
         @functools.wraps(function)
@@ -361,7 +361,7 @@ class Page:
             try:
                 with closing(guarded(function)(*args)) as running:
                     for step in running:
-                        if session.forgotten:  # gradio sends what came last once more
+                        if session.forgotten:  # gradio sends the last output once more
                             yield {self.status: drawings.status(1, 1, "")}
                             return
                         yield step
@@ -378,7 +378,7 @@ class Page:
         return STOPPED
 
     def _nothing(self) -> dict:
-        """The page without a picture."""
+        """The page without an image."""
         empty: dict = {
             self.status: drawings.status(1, 1, ""),
             self.warning: gr.update(visible=False),
@@ -402,13 +402,13 @@ class Page:
         self.sessions.forget(request.session_hash or "")
         return self._nothing()
 
-    def _take_picture(self, payload: Any, request: gr.Request) -> Iterator[dict]:
+    def _take_image(self, payload: Any, request: gr.Request) -> Iterator[dict]:
         self._session(request).take(None)
-        picture = opened(payload)
-        if picture is None:
+        image = opened(payload)
+        if image is None:
             yield self._nothing()
             return
-        self._session(request).take(picture, upload=payload["path"])
+        self._session(request).take(image, upload=payload["path"])
         yield from self._look(self._session(request))
 
     def _take_example(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
@@ -416,16 +416,16 @@ class Page:
         yield self._show(session, None, event_value(event, "name"))
         yield from self._look(session)
 
-    def _show(self, session: Session, picture: Image.Image | None, example: Any = None) -> dict:
-        """Takes a picture, or that of an example, and shows it where visitors' own are."""
-        if picture is None:
+    def _show(self, session: Session, image: Image.Image | None, example: Any = None) -> dict:
+        """Starts a session with an image, or with an example, and shows the image on the page."""
+        if image is None:
             name = as_text(example, "example", MAX_LETTERS)
             if name not in self.examples:
-                raise Refused(f"example: there is none of this name; there are: {', '.join(self.examples)}.")
-            with Image.open(self.examples[name].file) as image:
-                picture = image.convert("RGB")
-        session.take(picture, example, upload=keep(picture))
-        return {self.picture: session.upload}
+                raise Refused(f"example: this name is unknown; known are: {', '.join(self.examples)}.")
+            with Image.open(self.examples[name].file) as file:
+                image = file.convert("RGB")
+        session.take(image, example, upload=keep(image))
+        return {self.image: session.upload}
 
     def _open_link(self, link: str | None, request: gr.Request) -> Iterator[dict]:
         if not link:
@@ -433,23 +433,23 @@ class Page:
             return
         found = links.from_link(link, self.reader)
         session = self._session(request)
-        yield self._show(session, found["picture"], found["example"])
+        yield self._show(session, found["image"], found["example"])
         modes, session.edits = found["modes"], found["edits"]
         yield from self._look(session, modes)
         for question in found["questions"]:
             yield from self._answer(session, "vqa", question)
 
     def _look(self, session: Session, modes: dict[str, str] | None = None) -> Iterator[dict]:
-        """Runs the experts, shows each as it comes, then says the caption."""
+        """Runs the experts and shows each output as it comes. Then writes the caption."""
         total = len(self.names) + 1
         source = self.examples.get(session.source or "")
         yield {
             **self._nothing(),
-            self.status: drawings.status(0, total, "Looking …"),
+            self.status: drawings.status(0, total, "Running the experts …"),
             self.after: gr.update(visible=True),
             self.share: gr.update(visible=True),
         }
-        steps = self.reader.look(session.picture)
+        steps = self.reader.look(session.image)
         for number, name in enumerate(self.names):
             title = self.reader.title(name)
             yield {self.status: drawings.status(number, total, f"{title}: expert {number + 1} of {len(self.names)}")}
@@ -460,16 +460,16 @@ class Page:
             note = f"{seen.seconds:.2f} s" if not seen.failed else "failed"
             session.notes[name] = (note, seen.failed)
             if seen.failed:
-                failed = f"The expert for {title.lower()} could not read this picture. The model goes on without it."
+                failed = f"The expert for {title.lower()} failed on this image. The model answers without it."
                 gr.Warning(escape(failed))  # gradio shows it as HTML
             yield {self.cards[name]: self._card(session, name), self.switches[name]: self._switch_value(session, name)}
-        yield {self.status: drawings.status(total - 1, total, "Putting it together")}
+        yield {self.status: drawings.status(total - 1, total, "Encoding …")}
         encoding = session.encoding("seen", self.reader)
         limit = self.reader.usual_distance
         if limit is not None and encoding.distance > limit:
             text = (
-                f"This picture is unlike those that the checkpoint was trained on (distance {encoding.distance:.0f}; "
-                f"up to {limit:.0f} is usual), so what it says may mean nothing."
+                f"This image is unlike the training images of the checkpoint (distance {encoding.distance:.0f}; "
+                f"up to {limit:.0f} is usual), so its answers may make no sense."
             )
             yield {self.warning: gr.update(value=drawings.warning(text), visible=True)}
         questions = source.questions if source and "vqa" in self.reader.tasks else []
@@ -481,8 +481,8 @@ class Page:
             yield {self.status: drawings.status(1, 1, "Ready. Ask a question.")}
 
     def _answer(self, session: Session, task: str, text: str | None, is_new: bool = True) -> Iterator[dict]:
-        """Says it word by word, then shows the versions side by side and where the model looked."""
-        self.reader.prompt(task, text)  # refuses a question that cannot be read
+        """Streams the answer, then shows the versions side by side and the attention of the model."""
+        self.reader.prompt(task, text)  # raises an error for a question that cannot be read
         before = [turn for turn in session.turns] if is_new else session.turns[:-1]
         encoding = session.encoding("yours", self.reader)
         said = ""
@@ -492,7 +492,7 @@ class Page:
         session.turns = [*before, (task, text, said or "(nothing)")][-MAX_TURNS:]
         yield {self.chat: _messages(session.turns), self.status: drawings.status(1, 2, "Comparing …")}
 
-        notes = {"seen": "as they saw it", "yours": self._changes(session), "none": "the picture alone"}
+        notes = {"seen": "their unchanged output", "yours": self._changes(session), "none": "the image alone"}
         titles = {version: (VERSIONS[version], note) for version, note in notes.items()}
         if not self.names:
             titles["seen"] = ("The answer", "this checkpoint has no experts")
@@ -507,14 +507,14 @@ class Page:
             }
         shown = "yours" if session.changed else "seen"
         labels = {name: session.label(name, self.reader) for name in self.names}
-        note = "with your changes" if session.changed else "with all experts" if self.names else "from the picture"
+        note = "with your changes" if session.changed else "with all experts" if self.names else "from the image"
         yield {
             self.looked: drawings.looked_panel(self.reader, session, labels, found[shown], note),
             self.status: drawings.status(1, 1, "Done."),
         }
 
     def _versions(self, session: Session) -> list[str]:
-        """What is shown side by side, as `Session.encoding` names it."""
+        """Returns the versions that are shown side by side, by the names of `Session.encoding`."""
         if not self.names:
             return ["seen"]
         return ["seen", "yours", "none"] if session.changed else ["seen", "none"]
@@ -527,7 +527,7 @@ class Page:
         return ", ".join(parts)
 
     def _ask(self, question: str | None, request: gr.Request) -> Iterator[dict]:
-        session = self._with_picture(request)
+        session = self._with_image(request)
         self.reader.prompt("vqa", question)
         yield {self.question: ""}
         yield from self._answer(session, "vqa", question.strip())  # type: ignore[union-attr]
@@ -536,7 +536,7 @@ class Page:
         yield from self._ask(event_value(event, "question"), request)
 
     def _again(self, session: Session) -> Iterator[dict]:
-        """The last answer, anew."""
+        """Computes the last answer again."""
         if session.turns:
             task, text, _ = session.turns[-1]
             yield from self._answer(session, task, text, is_new=False)
@@ -546,16 +546,16 @@ class Page:
     def _card(self, session: Session, name: str) -> str:
         note, failed = session.notes.get(name, ("", False))
         mode = session.modes.get(name, "seen")
-        note = {"seen": note, "off": "off", "noise": "noise", "edited": "changed by you"}[mode]
+        note = {"seen": note, "off": "off", "noise": "noise", "edited": "edited by you"}[mode]
         label = session.label(name, self.reader)
-        return drawings.expert_card(self.reader, name, session.picture, label, note, failed and mode == "seen")
+        return drawings.expert_card(self.reader, name, session.image, label, note, failed and mode == "seen")
 
     def _switch_value(self, session: Session, name: str) -> dict:
         return gr.update(choices=_choices(name in session.edits), value=session.modes.get(name, "seen"))
 
     def _switch(self, name: str) -> Callable:
         def switch(mode: str, request: gr.Request) -> Iterator[dict]:
-            session = self._with_picture(request)
+            session = self._with_image(request)
             session.set_mode(name, mode)
             yield {self.cards[name]: self._card(session, name)}
             yield from self._again(session)
@@ -563,7 +563,7 @@ class Page:
         return switch
 
     def _restore_all(self, request: gr.Request) -> Iterator[dict]:
-        session = self._with_picture(request)
+        session = self._with_image(request)
         session.modes = dict.fromkeys(session.seen, "seen")
         session.edits.clear()
         yield {self.editor_place: gr.update(visible=False)} | {
@@ -578,32 +578,32 @@ class Page:
 
     def _open_editor(self, name: str) -> Callable:
         def open_editor(request: gr.Request) -> tuple:
-            session = self._with_picture(request)
+            session = self._with_image(request)
             if edits.tool_for(self.reader.specs[name]) == "words":
-                self.reader.encode_words(["word"])  # refused here rather than after the first change
+                self.reader.encode_words(["word"])  # raises its error now rather than after the first change
             return gr.update(visible=True), drawings.editor_value(self.reader, session, name)
 
         return open_editor
 
     def _edit(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
-        session = self._with_picture(request)
+        session = self._with_image(request)
         name = self._looked(session, event)
         session.edits[name] = edits.check_edit(event_value(event, "edit"), self.reader.specs[name])
         session.set_mode(name, "edited")
         yield from self._changed(session, name)
 
     def _reset(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
-        session = self._with_picture(request)
+        session = self._with_image(request)
         name = self._looked(session, event)
         session.edits.pop(name, None)
         session.set_mode(name, "seen")
         yield from self._changed(session, name)
 
     def _looked(self, session: Session, event: gr.EventData) -> str:
-        """The name of the expert that an event is about."""
+        """Returns the name of the expert that an event is about."""
         name = as_text(event_value(event, "name"), "name of the expert", MAX_LETTERS)
         if name not in session.seen:
-            raise Refused(f"name of the expert: {', '.join(session.seen) or 'none'} have looked at your picture.")
+            raise Refused(f"name of the expert: this must be one of {', '.join(session.seen) or 'none'}.")
         return name
 
     def _changed(self, session: Session, name: str) -> Iterator[dict]:
@@ -614,16 +614,16 @@ class Page:
 
     def _thumbnail(self, request: gr.Request) -> str:
         session = self._session(request)
-        if session.picture is None:
-            return f'<p class="quiet">{NO_PICTURE}</p>'
+        if session.image is None:
+            return f'<p class="quiet">{NO_IMAGE}</p>'
         note = self._changes(session)
         note = f"With your changes: {note}" if note else ""
-        return drawings.figure(drawings.fit(session.picture, 240), "Your picture", escape(note), "thumbnail")
+        return drawings.figure(drawings.fit(session.image, 240), "Your image", escape(note), "thumbnail")
 
     def _rank(self, text: str, prompt: str, request: gr.Request) -> str:
         session = self._session(request)
-        if session.picture is None:
-            raise Refused(NO_PICTURE)
+        if session.image is None:
+            raise Refused(NO_IMAGE)
         labels = parse_labels(text)
         task = "vqa" if "vqa" in self.reader.tasks else self.reader.processor.task
         rankings = [
@@ -636,7 +636,7 @@ class Page:
         return drawings.ranking_panel(rankings)
 
     def _share(self, request: gr.Request) -> dict:
-        session = self._with_picture(request)
+        session = self._with_image(request)
         return gr.update(value="#" + links.to_link(session), visible=True)
 
 
@@ -645,7 +645,7 @@ def _choices(edited: bool) -> list[tuple[str, str]]:
 
 
 def _messages(turns: list[tuple[str, str | None, str]]) -> list[dict[str, str]]:
-    """For the chat, which shows its messages as HTML."""
+    """Messages for the chat, which shows them as HTML."""
     messages = []
     for task, text, said in turns:
         if task == "vqa":
@@ -655,7 +655,7 @@ def _messages(turns: list[tuple[str, str | None, str]]) -> list[dict[str, str]]:
 
 
 def _chips_script(data: str) -> str:
-    """Clicks on the buttons of an HTML component, as the event "click" with the button's data."""
+    """A script that turns clicks on the buttons of an HTML component into the event "click" with the button's data."""
     return (
         "element.addEventListener('click', (event) => { const button = event.target.closest('button'); "
         f"if (button) trigger('click', {{ {data}: button.dataset.{data} }}); }});"

@@ -1,4 +1,4 @@
-"""A checkpoint and its experts, as the page needs them: seen one by one, encoded once, answers with their reasons."""
+"""Runs a checkpoint for the page: its experts one by one, and answers with probabilities and attention."""
 
 import logging
 import time
@@ -22,15 +22,15 @@ from modeling_prismer.processing.experts import look_of
 
 
 logger = logging.getLogger(__name__)
-MAX_WORDS, MAX_TOKENS, MAX_LETTERS = 30, 35, 300  # of a question
-MAX_LABELS, MAX_LABEL_LETTERS = 50, 3000  # of labels, all of them together
+MAX_WORDS, MAX_TOKENS, MAX_LETTERS = 30, 35, 300  # limits of a question
+MAX_LABELS, MAX_LABEL_LETTERS = 50, 3000  # limits of all labels together
 MAX_NEW_TOKENS, NUM_BEAMS, NUM_OTHERS = 30, 5, 4
-MAX_SECONDS = 60.0  # to wait for the next word
+MAX_SECONDS = 60.0  # time to wait for the next word
 
 
 @dataclass
 class Seen:
-    """What an expert saw in a picture: `label` is `None` where it failed, and `failed` says so."""
+    """The output of an expert for an image. If it failed, `label` is `None` and `failed` is true."""
 
     name: str
     label: Any
@@ -41,8 +41,10 @@ class Seen:
 @dataclass
 class Encoding:
     """
-    A picture and its experts' labels, encoded: `states` (1, patches + latents, width); `sources`, for each expert what
-    share each latent took from where, (latents, height, width); `distance` from the pictures of the training.
+    An image and its experts' labels, encoded.
+
+    `states` is (1, patches + latents, width). `sources` has, for each expert, the share that each latent took from
+    each place of its map, (latents, height, width). `distance` is the distance from the training images.
     """
 
     states: torch.Tensor
@@ -53,9 +55,9 @@ class Encoding:
 @dataclass
 class Said:
     """
-    What the model says, with its probability and the mean of its words', other things it might have said with their
-    probabilities, and where it looked: over the picture (height, width), and over each expert's map; all of that
-    together, with what has no place, sums to 1.
+    An answer of the model: its probability, the mean probability of its words, the alternatives with their
+    probabilities, and the attention on the image (height, width) and on each expert's map. All attention sums to 1,
+    together with the part that belongs to no place.
     """
 
     text: str
@@ -78,7 +80,7 @@ class Reader:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name = Path(path).name
         self.processor = PrismerProcessor.from_pretrained(path, expert_device=self.device)
-        # eager attention says where it looks
+        # eager attention returns the attention weights
         dtype = torch.float32 if self.device == "cpu" else "auto"
         self.model = PrismerForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="eager")
         self.model.to(self.device).eval()
@@ -87,7 +89,7 @@ class Reader:
         self.familiarity = Familiarity.from_pretrained(path)
         self.specs = {spec.name: spec for spec in read_specs(self.processor.image_processor.experts)}
         self.tasks = [task for task in self.processor.tasks or [self.processor.task] if task in ("caption", "vqa")]
-        self._lock = Lock()  # hooks are the network's, not the call's
+        self._lock = Lock()  # hooks belong to the network, so calls with hooks must not overlap
         self._experts_on_gpu = on_gpu(self._run_expert)
         self._encode_on_gpu = on_gpu(self._encode)
         self._say_on_gpu = on_gpu(self._say)
@@ -104,7 +106,7 @@ class Reader:
         return look_of(name).title
 
     def class_names(self, name: str) -> list[str]:
-        """The names of an expert's classes, numbered where they have none."""
+        """Returns the names of an expert's classes. A class without a name gets a number."""
         number = self.specs[name].num_classes or 0
         names = getattr(self.live, "class_names", {}).get(name) or self.specs[name].class_names or ()
         names = [names.get(i) for i in range(number)] if isinstance(names, Mapping) else list(names)
@@ -113,45 +115,45 @@ class Reader:
     def encode_words(self, words: list[str]) -> Any:
         expert = next((self.live[name] for name in self.live if hasattr(self.live[name], "word_features")), None)
         if expert is None:
-            raise Refused("The words cannot be changed here: this checkpoint came without its expert for text.")
+            raise Refused("Words cannot be edited: this checkpoint has no live expert for text.")
         return expert.word_features(words)
 
-    def look(self, picture: Image.Image, names: Collection[str] | None = None) -> Iterator[Seen]:
-        """Runs the experts on a picture, one after the other; `names` are those wanted, by default all."""
+    def look(self, image: Image.Image, names: Collection[str] | None = None) -> Iterator[Seen]:
+        """Runs the experts on an image, one after the other. `names` selects some of them; the default is all."""
         known: dict[str, Any] = {}
         for name in self.specs:
             if names is not None and name not in names:
                 continue
             start = time.perf_counter()
             try:
-                label = self._experts_on_gpu(name, picture, known) if name in self.live else None
+                label = self._experts_on_gpu(name, image, known) if name in self.live else None
                 failed = label is None
-            except Exception:  # whatever it is: the page shows this expert as failed, and the others run
+            except Exception:  # the page shows this expert as failed, and the others run
                 logger.exception("the expert %s failed", name)
                 label, failed = None, True
             known[name] = label
             yield Seen(name, label, time.perf_counter() - start, failed)
 
-    def _run_expert(self, name: str, picture: Image.Image, known: dict[str, Any]) -> Any:
+    def _run_expert(self, name: str, image: Image.Image, known: dict[str, Any]) -> Any:
         usable = {other: label for other, label in known.items() if label is not None}
-        return self.live.only(name)([picture], [usable])[0][name]
+        return self.live.only(name)([image], [usable])[0][name]
 
     def warm_up(self) -> None:
-        """Loads every expert and runs everything once, so that the first visitor does not wait."""
-        picture = Image.new("RGB", (64, 64), "gray")
-        encoding = self.encode(picture, {seen.name: seen.label for seen in self.look(picture)})
+        """Loads all experts and runs the network once, so that the first visitor does not wait."""
+        image = Image.new("RGB", (64, 64), "gray")
+        encoding = self.encode(image, {seen.name: seen.label for seen in self.look(image)})
         for task in self.tasks:
             self.explain(encoding, task, "What is it?")
 
     # ---- the network ----
 
-    def encode(self, picture: Image.Image, labels: Mapping[str, Any]) -> Encoding:
-        """Encodes a picture with what its experts saw; an expert whose label is `None` is missing."""
-        return self._encode_on_gpu(picture, {name: labels.get(name) for name in self.specs})
+    def encode(self, image: Image.Image, labels: Mapping[str, Any]) -> Encoding:
+        """Encodes an image with its experts' labels. An expert with the label `None` is missing."""
+        return self._encode_on_gpu(image, {name: labels.get(name) for name in self.specs})
 
     @torch.inference_mode()
-    def _encode(self, picture: Image.Image, labels: dict[str, Any]) -> Encoding:
-        inputs = self.processor.image_processor(picture, expert_labels=labels).to(self.device)
+    def _encode(self, image: Image.Image, labels: dict[str, Any]) -> Encoding:
+        inputs = self.processor.image_processor(image, expert_labels=labels).to(self.device)
         vision = self.model.model.vision_model
         layers = vision.resampler.layers if vision.resampler is not None else ()
         grids: dict[str, tuple[int, int]] = {}
@@ -160,7 +162,7 @@ class Reader:
         def note_grid(name: str, tokens: torch.Tensor) -> None:
             grids[name] = tuple(tokens.shape[2:])
 
-        with self._lock:  # from the first hook to the last: another call's would hear this call's forward pass
+        with self._lock:  # the hooks of another call would record this forward pass
             hooks = [
                 stem.register_forward_hook(lambda _, __, tokens, name=name: note_grid(name, tokens))
                 for name, stem in vision.expert_stems.items()
@@ -186,7 +188,7 @@ class Reader:
     def prompt(self, task: str, text: str | None = None) -> dict[str, torch.Tensor]:
         """
         Raises:
-            Refused: if there is no question, or it is longer than the model reads.
+            Refused: if there is no question, or it is longer than the limits.
         """
         text = as_text("" if text is None else text, "question", 2 * MAX_LETTERS).strip() or None
         if task == "vqa":
@@ -195,19 +197,19 @@ class Reader:
             if len(text.split()) > MAX_WORDS or len(text) > MAX_LETTERS or self._length(task, text) > MAX_TOKENS:
                 raise Refused(
                     f"This question is too long ({len(text.split())} words). The model reads up to {MAX_WORDS} short "
-                    "words; please ask in fewer."
+                    "words. Please shorten it."
                 )
         return self._tokens(task, text)
 
     def _tokens(self, task: str, text: str | None, **settings: Any) -> dict[str, torch.Tensor]:
-        inputs = self.processor(Image.new("RGB", (8, 8)), text, experts=[], task=task, **settings)  # the text alone
+        inputs = self.processor(Image.new("RGB", (8, 8)), text, experts=[], task=task, **settings)  # only for the text
         return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
     def _length(self, task: str, text: str) -> int:
         return self._tokens(task, text, max_length=10 * MAX_TOKENS)["input_ids"].shape[1]
 
     def say(self, encoding: Encoding, task: str, text: str | None = None) -> Iterator[str]:
-        """What the model says, as it grows; it stops when the iterator is closed."""
+        """Yields the answer as it grows. Closing the iterator stops the network."""
         said = ""
         for piece in self._say_on_gpu(encoding.states, self.prompt(task, text)):
             said += piece
@@ -235,7 +237,7 @@ class Reader:
                     streamer=streamer,
                     stopping_criteria=[_Stopped(stop)],
                 )
-            except Exception as error:  # of a thread: raised below, in that of who reads
+            except Exception as error:  # raised below, in the thread of the reader
                 problems.append(error)
                 streamer.end()
 
@@ -250,7 +252,7 @@ class Reader:
             raise problems[0]
 
     def explain(self, encoding: Encoding, task: str, text: str | None = None) -> Said:
-        """What the model says, how sure it is, what else it might have said, and where it looked."""
+        """Returns the answer with its probability, alternatives and attention."""
         rows, probabilities, cross = self._explain_on_gpu(encoding.states, self.prompt(task, text))
         texts = [self._shown(self.processor.tokenizer.decode(row, skip_special_tokens=True), task) for row in rows]
         ranked: dict[str, float] = {}
@@ -268,7 +270,7 @@ class Reader:
     def _explain(
         self, states: torch.Tensor, prompt: dict[str, torch.Tensor]
     ) -> tuple[list[list[int]], list[float], torch.Tensor]:
-        """Continuations, the greedy one first, their probabilities, and the first one's attention (tokens,)."""
+        """Returns continuations, the greedy one first, with probabilities, and the first one's attention (tokens,)."""
         prompt = {name: tensor.to(self.device) for name, tensor in prompt.items()}
         encoder_outputs = (states.to(self.device),)
         length, end = prompt["input_ids"].shape[1], self.model.config.eos_token_id
@@ -293,15 +295,15 @@ class Reader:
         )
         log_probabilities = outputs.logits[:, length - 1 : -1].float().log_softmax(-1)
         of_tokens = log_probabilities.gather(2, padded[..., None])[..., 0] * mask[:, length:]
-        # where the words that say something were chosen, not the end of the text
+        # the positions at which the words were chosen, without the end of the text
         chosen = slice(length - 1, length - 1 + max(1, len(rows[0]) - (end in rows[0])))
         cross = torch.stack([layer[0, :, chosen].float().mean((0, 1)) for layer in outputs.cross_attentions]).mean(0)
         return rows, of_tokens.sum(1).exp().tolist(), cross.cpu()
 
     def rank(self, encoding: Encoding, labels: list[str], task: str, text: str | None = None) -> list[dict[str, Any]]:
         """
-        Ranks labels: `{"label", "score", "share"}`, best first; `score` is the mean log-probability of the label's
-        tokens, and the shares, a softmax of the scores, sum to 1.
+        Ranks labels and returns `{"label", "score", "share"}` of each, best first. `score` is the mean log-probability
+        of the label's tokens. The shares are a softmax of the scores and sum to 1.
         """
         candidates = dict(self.processor.prepare_candidates(labels, task=task))
         scores, indices = self._rank_on_gpu(encoding.states, self.prompt(task, text), candidates)
@@ -320,20 +322,20 @@ class Reader:
 
 def parse_labels(text: str) -> list[str]:
     """
-    Labels, divided by commas or new lines, each once.
+    Splits labels at commas and new lines, and removes duplicates.
 
     Raises:
-        Refused: if there are none, too many, or one that is too long.
+        Refused: if there are fewer than two labels, too many, or one that is too long.
     """
     text = as_text(text, "labels", MAX_LABEL_LETTERS)
     labels = list(dict.fromkeys(label.strip() for label in text.replace("\n", ",").split(",") if label.strip()))
     if len(labels) < 2:
-        raise Refused("Please type at least two labels, divided by commas.")
+        raise Refused("Please type at least two labels, separated by commas.")
     if len(labels) > MAX_LABELS:
-        raise Refused(f"These are {len(labels)} labels; up to {MAX_LABELS} are ranked.")
+        raise Refused(f"These are {len(labels)} labels; the limit is {MAX_LABELS}.")
     long = next((label for label in labels if len(label) > 60), None)
     if long is not None:
-        raise Refused(f"The label “{long[:30]}…” is too long; up to 60 letters are taken.")
+        raise Refused(f"The label “{long[:30]}…” is too long; the limit is 60 letters.")
     return labels
 
 
@@ -347,8 +349,9 @@ class _Stopped(StoppingCriteria):
 
 def _sources(attentions: list[torch.Tensor], grids: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
     """
-    From the resampler's attention, (latents, tokens + latents) in each layer, how much each latent holds of each place
-    of each expert's map: attention rollout (Abnar and Zuidema, 2020), half of a layer's output being its input.
+    Computes how much each latent holds of each place of each expert's map, from the resampler's attention
+    (latents, tokens + latents) of each layer. It uses attention rollout (Abnar and Zuidema, 2020): half of a layer's
+    output is its input.
     """
     if not attentions or not grids:
         return {}

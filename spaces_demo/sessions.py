@@ -26,7 +26,7 @@ MAX_SESSION_BYTES = 1024**3  # of all sessions together
 class Session:
     """An image, the labels of its experts, the visitor's changes to them, and the questions with their answers."""
 
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     source: str | None = None  # the name of an example
     upload: str | None = None  # the file that the page shows
     seen: dict[str, Any] = field(default_factory=dict)
@@ -40,9 +40,9 @@ class Session:
     stopped: bool = False  # the visitor pressed Stop
     forgotten: bool = False
 
-    def take(self, picture: Image.Image | None, source: str | None = None, upload: str | None = None) -> None:
+    def take(self, image: Image.Image | None, source: str | None = None, upload: str | None = None) -> None:
         """Starts again with a new image. Everything about the previous one is forgotten."""
-        self.__init__(picture=picture, source=source, upload=upload)  # type: ignore[misc]
+        self.__init__(image=image, source=source, upload=upload)  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class Session:
     def label(self, name: str, reader: Reader) -> Any:
         """Returns an expert's label with the visitor's changes, or `None` if the expert is off or failed."""
         mode, label = self.modes.get(name, "seen"), self.seen.get(name)
-        spec, size = reader.specs[name], self.picture.size
+        spec, size = reader.specs[name], self.image.size
         if mode == "noise":
             return edits.noise(spec, size, reader.encode_words)
         if mode == "edited":
@@ -86,7 +86,7 @@ class Session:
             labels = {name: None if mode == "off" else self.seen[name] for name, mode in modes.items()}
             if version == "yours":
                 labels = {name: self.label(name, reader) for name in modes}
-            self.encodings[key] = reader.encode(self.picture, labels)
+            self.encodings[key] = reader.encode(self.image, labels)
             while len(self.encodings) > 6:
                 self.encodings.popitem(last=False)
         self.encodings.move_to_end(key)

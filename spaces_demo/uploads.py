@@ -44,12 +44,12 @@ def find_upload(path: Any, name: str) -> str:
     )
 
 
-def keep(picture: Image.Image) -> str:
+def keep(image: Image.Image) -> str:
     """Writes an image to the folder, so that the page can show it, and returns the path."""
     folder = Path(UPLOADS) / uuid.uuid4().hex
     folder.mkdir()
-    picture.save(folder / "picture.png")
-    return str(folder / "picture.png")
+    image.save(folder / "image.png")
+    return str(folder / "image.png")
 
 
 def is_full() -> bool:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 QUESTION = "What color is the shape?"
 
 
-def make_picture(number: int, folder: Path) -> Path:
+def make_image(number: int, folder: Path) -> Path:
     """Draws a square or a circle whose position and color depend on `number`."""
     random = np.random.default_rng(number)
     image = Image.new("RGB", (96, 96), tuple(int(value) for value in random.integers(200, 256, 3)))
@@ -78,9 +78,9 @@ def main() -> None:
     problems, waits, memory, served = [], [], [], set()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            pictures = [make_picture(number, Path(folder)) for number in range(args.clients)]
+            images = [make_image(number, Path(folder)) for number in range(args.clients)]
             first = Client(address, verbose=False)
-            alone = [fingerprint(first.predict(handle_file(str(p)), QUESTION, api_name="/ask")) for p in pictures]
+            alone = [fingerprint(first.predict(handle_file(str(p)), QUESTION, api_name="/ask")) for p in images]
             if len(set(alone)) < len(alone):
                 print(f"note: only {len(set(alone))} of {len(alone)} fingerprints differ", file=sys.stderr)
             end = time.monotonic() + args.seconds
@@ -90,7 +90,7 @@ def main() -> None:
                     mine = Client(address, verbose=False)
                     while time.monotonic() < end:
                         start = time.monotonic()
-                        said = mine.predict(handle_file(str(pictures[number])), QUESTION, api_name="/ask")
+                        said = mine.predict(handle_file(str(images[number])), QUESTION, api_name="/ask")
                         waits.append(time.monotonic() - start)
                         served.add(number)
                         if fingerprint(said) != alone[number]:

@@ -39,7 +39,7 @@ def page(browser, server):
 
 
 def upload(page, file):
-    page.set_input_files("#picture input[type=file]", str(file))
+    page.set_input_files("#image input[type=file]", str(file))
 
 
 def test_uploaded_image_is_processed_and_answers_questions(page):
@@ -57,16 +57,16 @@ def test_uploaded_image_is_processed_and_answers_questions(page):
 
 
 PASTE = """async (data) => {
-    const picture = await (await fetch('data:image/png;base64,' + data)).blob();
-    await navigator.clipboard.write([new ClipboardItem({'image/png': picture})]);
+    const image = await (await fetch('data:image/png;base64,' + data)).blob();
+    await navigator.clipboard.write([new ClipboardItem({'image/png': image})]);
 }"""
 
 
 def test_image_can_be_pasted(page):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    picture = (ROOT / "modeling_prismer/assets/shape.png").read_bytes()
-    page.evaluate(PASTE, base64.b64encode(picture).decode())
-    page.click("#picture button[aria-label='Paste from clipboard']")
+    image = (ROOT / "modeling_prismer/assets/shape.png").read_bytes()
+    page.evaluate(PASTE, base64.b64encode(image).decode())
+    page.click("#image button[aria-label='Paste from clipboard']")
     wait_for(page, "Ready")
     ask(page, "What color is the shape?")
     assert page.locator("#chat").inner_text().strip().endswith("teal")
@@ -74,10 +74,10 @@ def test_image_can_be_pasted(page):
 
 def test_image_can_come_from_the_camera(page):
     page.context.grant_permissions(["camera"])
-    page.click("#picture button[aria-label='Capture from camera']")
+    page.click("#image button[aria-label='Capture from camera']")
     page.get_by_text("Click to Access Webcam").click()
-    page.wait_for_function("() => document.querySelector('#picture video')?.videoWidth > 0")
-    page.click("#picture button[aria-label='capture photo']")
+    page.wait_for_function("() => document.querySelector('#image video')?.videoWidth > 0")
+    page.click("#image button[aria-label='capture photo']")
     wait_for(page, "Ready")
     assert page.locator("#card-edge img").count() == 1
 
@@ -107,7 +107,7 @@ def named_file(name, content=b"no image"):
 DROP = """() => {
     const dataTransfer = new DataTransfer();
     dataTransfer.items.add(new File(["no image"], "<img src=x>.txt", {type: "text/plain"}));
-    const place = document.querySelector("#picture input[type=file]").parentElement;
+    const place = document.querySelector("#image input[type=file]").parentElement;
     place.dispatchEvent(new DragEvent("drop", {bubbles: true, cancelable: true, dataTransfer}));
 }"""
 MARKUP = "<img src=x>"
@@ -119,7 +119,7 @@ def has_markup(page):
 
 def test_page_shows_text_of_visitors_without_markup(page):
     shape = (ROOT / "modeling_prismer/assets/shape.png").read_bytes()
-    page.set_input_files("#picture input[type=file]", named_file(f"{MARKUP}.png", shape))
+    page.set_input_files("#image input[type=file]", named_file(f"{MARKUP}.png", shape))
     wait_for(page, "Ready")
     ask(page, f"{MARKUP}?")
     assert f"{MARKUP}?" in page.inner_text("#chat") and not has_markup(page)
@@ -142,7 +142,7 @@ def test_page_shows_text_of_visitors_without_markup(page):
 def test_page_shows_file_names_without_markup(page, way):
     page.wait_for_selector("html[data-file-names=checked]", state="attached")
     if way == "chosen":
-        page.set_input_files("#picture input[type=file]", named_file(f"{MARKUP}.txt"))
+        page.set_input_files("#image input[type=file]", named_file(f"{MARKUP}.txt"))
     else:
         page.evaluate(DROP)
     page.wait_for_selector(".toast-body")
@@ -153,8 +153,8 @@ def test_page_shows_file_names_without_markup(page, way):
 def slow_experts(reader, monkeypatch):
     look = type(reader).look
 
-    def slowly(self, picture):
-        for seen in look(self, picture):
+    def slowly(self, image):
+        for seen in look(self, image):
             time.sleep(1.5)
             yield seen
 
@@ -176,7 +176,7 @@ def test_stop_ends_after_the_running_expert(page, slow_experts):
 def test_removed_image_leaves_no_output(page, slow_experts):
     upload(page, ROOT / "modeling_prismer/assets/shape.png")
     wait_for(page, "expert 1 of 2")
-    page.click("#picture button[aria-label='Remove Image']")
+    page.click("#image button[aria-label='Remove Image']")
     page.wait_for_timeout(4000)
     assert page.locator("#card-edge img").count() == 0 and page.inner_text("#status").strip() == ""
     assert "Error" not in page.inner_text("body")
@@ -219,7 +219,7 @@ def test_edited_word_and_painted_map_reach_the_model(page):
     page.mouse.down()
     page.mouse.move(box["x"] + 200, box["y"] + 160, steps=6)
     page.mouse.up()
-    wait_for(page, "changed by you", "#card-edge")
+    wait_for(page, "edited by you", "#card-edge")
     wait_for(page, "edges changed", "#result")
     assert page.locator("#switch-edge input:checked").get_attribute("value") == "edited"
     page.click("#edit-ocr")
@@ -238,7 +238,7 @@ def test_editor_works_with_the_keyboard(page):
     page.wait_for_function("() => document.activeElement.tagName === 'CANVAS'")
     for key in ("ArrowRight", "ArrowDown", "Space", "Shift+ArrowRight"):
         page.keyboard.press(key)
-    wait_for(page, "changed by you", "#card-edge")
+    wait_for(page, "edited by you", "#card-edge")
 
 
 def test_example_and_answer_need_no_mouse(page):
@@ -278,12 +278,12 @@ def test_classify_tab_ranks_labels(page):
     page.get_by_role("tab", name="Classify").click()
     page.click("#rank")
     page.wait_for_selector(".toast-body")
-    assert "choose a picture first" in page.inner_text(".toast-body")
+    assert "choose an image first" in page.inner_text(".toast-body")
     page.get_by_role("tab", name="Ask").click()
     choose_example(page)
     page.get_by_role("tab", name="Classify").click()
     page.get_by_label("Your labels").fill("circle, triangle, rectangle")
-    page.get_by_label("The question they answer").fill(SHAPE)
+    page.get_by_label("The question", exact=True).fill(SHAPE)
     page.click("#rank")
     page.wait_for_selector("#ranking .ranking")
     assert page.inner_text("#ranking .ranking li >> nth=0").startswith("triangle")

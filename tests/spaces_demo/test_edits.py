@@ -127,7 +127,7 @@ def test_edited_map_is_painted_once(monkeypatch, reader, shape):
 
     painted, apply = [], edits.apply_edit
     monkeypatch.setattr(edits, "apply_edit", lambda *args: painted.append(1) or apply(*args))
-    session = Session(picture=shape, seen={"edge": np.zeros((64, 64), np.uint8)}, modes={"edge": "edited"})
+    session = Session(image=shape, seen={"edge": np.zeros((64, 64), np.uint8)}, modes={"edge": "edited"})
     for value in (200, 100):
         session.edits["edge"] = check_edit(stroke(value, (0.5, 0.5)), reader.specs["edge"])
         assert [session.label("edge", reader)[32, 32] for _ in range(3)] == [value] * 3

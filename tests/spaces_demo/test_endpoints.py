@@ -8,7 +8,7 @@ from PIL import Image
 pytest.importorskip("gradio")
 client_library = pytest.importorskip("gradio_client")
 
-PICTURE = "modeling_prismer/assets/shape.png"
+IMAGE = "modeling_prismer/assets/shape.png"
 QUESTION = "What color is the shape?"
 
 
@@ -18,38 +18,38 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     from tests.spaces_demo.conftest import ROOT
 
-    return client_library.handle_file(str(ROOT / PICTURE))
+    return client_library.handle_file(str(ROOT / IMAGE))
 
 
 def test_endpoints_are_those_of_the_guide(client):
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/experts", "/ask", "/classify"}
 
 
-def test_experts(client, picture):
-    edge, ocr = client.predict(picture, api_name="/experts")
+def test_experts(client, image):
+    edge, ocr = client.predict(image, api_name="/experts")
     assert edge["name"] == "edge" and edge["saw"] is None and not edge["failed"]
     assert ocr["name"] == "ocr" and isinstance(ocr["saw"], list)
 
 
-def test_ask_with_and_without_experts(client, picture):
-    said = client.predict(picture, QUESTION, api_name="/ask")
+def test_ask_with_and_without_experts(client, image):
+    said = client.predict(image, QUESTION, api_name="/ask")
     assert said["text"] == "teal" and said["probability"] > 0.5 and said["familiar"] is None
-    assert set(said["attention"]) == {"picture", "edge", "ocr"}
-    alone = client.predict(picture, QUESTION, [], api_name="/ask")
+    assert set(said["attention"]) == {"image", "edge", "ocr"}
+    alone = client.predict(image, QUESTION, [], api_name="/ask")
     assert alone["attention"]["edge"] == 0 and alone["probability"] != said["probability"]
 
 
-def test_classify(client, picture):
-    ranking = client.predict(picture, "circle, triangle", "What shape is in the image?", api_name="/classify")
+def test_classify(client, image):
+    ranking = client.predict(image, "circle, triangle", "What shape is in the image?", api_name="/classify")
     assert [row["label"] for row in ranking] == ["triangle", "circle"]
 
 
-def test_answers_contain_no_path(client, picture):
+def test_answers_contain_no_path(client, image):
     for name, arguments in (("/experts", ()), ("/ask", (QUESTION,))):
-        assert "/" not in json.dumps(client.predict(picture, *arguments, api_name=name))
+        assert "/" not in json.dumps(client.predict(image, *arguments, api_name=name))
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_answers_contain_no_path(client, picture):
         (None, ("",), "type a question"),
     ],
 )
-def test_unusable_input_gets_a_plain_message(client, picture, tmp_path, make, arguments, message):
+def test_unusable_input_gets_a_plain_message(client, image, tmp_path, make, arguments, message):
     if make is not None:
         file = make(tmp_path)
         file.write_bytes(b"this is not an image")
-        picture = client_library.handle_file(str(file))
+        image = client_library.handle_file(str(file))
     with pytest.raises(Exception, match=message) as caught:
-        client.predict(picture, *arguments, api_name="/ask")
+        client.predict(image, *arguments, api_name="/ask")
     assert "Traceback" not in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 

@@ -19,7 +19,7 @@ QUESTION = "What color is the shape?"
 
 @pytest.fixture(scope="module")
 def session(reader, shape):
-    session = Session(picture=shape)
+    session = Session(image=shape)
     for seen in reader.look(shape):
         session.seen[seen.name], session.modes[seen.name] = seen.label, "seen"
     return session
@@ -48,7 +48,7 @@ def test_alternatives_are_less_probable_than_the_answer(reader, session):
 def test_probability_is_that_of_the_network(reader, session):
     encoding = session.encoding("seen", reader)
     labels = {name: session.seen[name] for name in reader.specs}
-    inputs = reader.processor(session.picture, QUESTION, expert_labels=labels, suffix="teal")
+    inputs = reader.processor(session.image, QUESTION, expert_labels=labels, suffix="teal")
     with torch.no_grad():
         logits = reader.model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
     chosen = inputs["labels"][:, 1:] != -100
@@ -135,7 +135,7 @@ def test_html_in_a_question_is_escaped(reader, session):
 def test_every_image_has_an_alternative_text(reader, session):
     said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
     page = drawings.looked_panel(reader, session, session.seen, said, "")
-    page += "".join(drawings.expert_card(reader, name, session.picture, session.seen[name]) for name in session.seen)
+    page += "".join(drawings.expert_card(reader, name, session.image, session.seen[name]) for name in session.seen)
     assert page.count("<img") == page.count('alt="') == 5
     assert 'alt=""' not in page
 

@@ -107,7 +107,7 @@ def test_file_that_was_not_uploaded_is_not_read(http_client, tmp_path, number):
     for name, others in (("experts", []), ("ask", [QUESTION, []]), ("classify", ["a, b", "", []])):
         payload = foreign_payloads(str(secret))[number]
         kind, there = call(http_client, name, payload, *others)
-        assert kind == "error" and there["error"].startswith("picture: ")
+        assert kind == "error" and there["error"].startswith("image: ")
         assert str(tmp_path) not in there["error"]
     secret.unlink()  # the error does not reveal whether the file exists
     assert call(http_client, name, foreign_payloads(str(secret))[number], *others) == (kind, there)
@@ -138,15 +138,15 @@ def test_only_regular_files_in_the_upload_folder_are_opened(http_client, kind, t
         place = uploads_folder()
     for meta in ({}, {"meta": FILE}):
         ended, said = call(http_client, "experts", {"path": str(place), **meta})
-        assert ended == "error" and said["error"].startswith("picture: ")
+        assert ended == "error" and said["error"].startswith("image: ")
     assert call(http_client, "experts", {"path": upload(http_client)})[0] == "complete"  # other requests still work
 
 
 @pytest.mark.parametrize("name", ["question", "labels", "experts"])
 def test_file_in_place_of_a_text_is_refused(http_client, name, tmp_path):
-    picture = {"path": upload(http_client), "meta": FILE}
-    inputs = {"picture": picture, "labels": "a, b", "question": QUESTION, "experts": []}
-    inputs[name] = picture
+    image = {"path": upload(http_client), "meta": FILE}
+    inputs = {"image": image, "labels": "a, b", "question": QUESTION, "experts": []}
+    inputs[name] = image
     kind, said = call(http_client, "classify", *inputs.values())
     assert kind == "error" and said["error"].startswith(f"{name}: ") and "object" in said["error"]
 
@@ -155,8 +155,8 @@ def test_page_refuses_foreign_files(http_client, space, tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(SHAPE.read_bytes())
     for payload in foreign_payloads(str(secret)):
-        kind, said = page_call(http_client, space[0], "_take_picture", [payload])
-        assert kind == "error" and said.startswith("Your picture: ")
+        kind, said = page_call(http_client, space[0], "_take_image", [payload])
+        assert kind == "error" and said.startswith("Your image: ")
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def listening():
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/picture.png", asked
+    yield f"http://127.0.0.1:{server.server_port}/image.png", asked
     server.shutdown()
     server.server_close()
 
@@ -221,9 +221,9 @@ def test_unused_routes_are_closed(http_client, route):
 
 
 def test_calls_cannot_bypass_the_queue(http_client):
-    picture = {"path": upload(http_client), "meta": FILE}
+    image = {"path": upload(http_client), "meta": FILE}
     for route in ("/run/experts", "/api/experts"):
-        assert post(http_client, route, {"data": [picture]}).status_code == 404
+        assert post(http_client, route, {"data": [image]}).status_code == 404
 
 
 # ---- lifetime of uploads ----
@@ -280,7 +280,7 @@ def test_upload_stays_while_a_request_waits(http_client, space, monkeypatch):
 
 def test_upload_stays_as_long_as_its_session(http_client, space):
     file = upload(http_client, name="mine.png")
-    assert page_call(http_client, space[0], "_take_picture", [{"path": file, "meta": FILE}], "owner")[0] == "complete"
+    assert page_call(http_client, space[0], "_take_image", [{"path": file, "meta": FILE}], "owner")[0] == "complete"
     tidy_late(space)
     assert http_client.get(f"/file={file}").status_code == 200
     space[1].forget("owner")
@@ -359,7 +359,7 @@ def test_too_large_upload_leaves_no_file(http_client, space, files, with_length)
     "body, named",
     [
         (b'{"data": [null, ' + b"[" * 30 + b"]" * 30 + b", []]}", "question"),
-        (b'{"data": [{"path": ' + b'{"path": ' * 30 + b"1" + b"}" * 31 + b', "why", []]}', "picture"),
+        (b'{"data": [{"path": ' + b'{"path": ' * 30 + b"1" + b"}" * 31 + b', "why", []]}', "image"),
         (b'{"data": [], "event_data": ' + b"[" * 30 + b"]" * 30 + b"}", "event_data"),
         (b'{"data": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", "nested"),
         (b'{"data": [' + b"[]," * 50_000 + b"[]]}", "lists and objects"),
@@ -392,7 +392,7 @@ NO_TEXTS = [5, 0.5, True, {"a": 1}, ["a"], [[[["a"]]]], "\ud800", "a\udfff", "x"
 def test_input_of_a_wrong_kind_is_named(http_client, name, value):
     if name == "experts":
         value = value if not isinstance(value, str | list) else [value]
-    inputs = {"picture": {"path": upload(http_client)}, "labels": "a, b", "question": QUESTION, "experts": []}
+    inputs = {"image": {"path": upload(http_client)}, "labels": "a, b", "question": QUESTION, "experts": []}
     inputs[name] = value
     kind, said = call(http_client, "classify", *inputs.values())
     assert kind == "error" and said["error"].startswith(f"{name}: ")
@@ -412,13 +412,13 @@ def test_page_names_inputs_of_a_wrong_kind(http_client, space, value):
         ("_ask", [value], None, "Your question"),
         ("_ask_suggested", [], {"question": value}, "question"),
         ("_rank", [value, QUESTION], None, "Your labels"),
-        ("_rank", ["a, b", value], None, "The question they answer"),
+        ("_rank", ["a, b", value], None, "The question"),
         ("_take_example", [], {"name": value}, "example"),
         ("_edit", [], {"name": value, "edit": {}}, "name of the expert"),
         ("_edit", [], {"name": "ocr", "edit": value}, "edit"),
         ("_edit", [], {"name": "ocr", "edit": {"boxes": [{"box": [0, 0, 1, 1], "text": value}]}}, ("word", "edit")),
         ("_reset", [], {"name": value}, "name of the expert"),
-        ("switch", [value], None, "Edges: what the model gets"),
+        ("switch", [value], None, "Edges: input of the model"),
         ("_open_link", [value if len(str(value)) < 1000 else "x" * 300_000], None, "link"),
     ):
         kind, said = page_call(http_client, blocks, function, data, event=event)
@@ -473,7 +473,7 @@ STROKE = {"value": True, "width": 1, "points": []}
         (content_with(questions=["x" * 400]), "question in this link: this is too long"),
         (content_with(example=5), "example in this link"),
         (content_with(example="../shape.png"), "example: "),
-        (content_with(example=None, picture=5), "its image"),
+        (content_with(example=None, image=5), "its image"),
         (content_with(modes=5), "modes"),
         (content_with(edits=[]), "edits"),
         (content_with(edits={"ocr": {"boxes": [WORD | {"text": 5}]}}), "word: a text is needed, not a number"),

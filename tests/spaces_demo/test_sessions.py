@@ -41,10 +41,10 @@ def test_memory_of_sessions_is_limited():
     for key in "abc":
         sessions[key].take(Image.new("RGB", (1000, 1000)))  # 3 MB
         sessions.weigh(key)
-    assert sessions["a"].picture is not None
+    assert sessions["a"].image is not None
     sessions["c"].seen["depth"] = np.zeros((1500, 1500), np.uint8)
     sessions.weigh("c")
-    assert sessions["b"].picture is None and sessions["a"].picture is not None  # b is the least recently used
+    assert sessions["b"].image is None and sessions["a"].image is not None  # b is the least recently used
 
 
 def test_memory_of_a_session_counts_all_its_data(reader, shape):
@@ -62,7 +62,7 @@ def test_memory_of_a_session_counts_all_its_data(reader, shape):
 
 
 def make_session(shape, reader):
-    session = Session(picture=shape.resize((500, 400)), seen={"edge": None, "ocr": None})
+    session = Session(image=shape.resize((500, 400)), seen={"edge": None, "ocr": None})
     session.modes = {"edge": "off", "ocr": "edited"}
     session.edits = {"ocr": {"boxes": [{"box": [0, 0, 0.5, 0.5], "text": "stop"}]}}
     session.turns = [("vqa", "Is it red?", "no"), ("vqa", "Is it green?", "yes")]
@@ -72,7 +72,7 @@ def make_session(shape, reader):
 def test_link_restores_image_questions_switches_and_edits(reader, shape):
     session = make_session(shape, reader)
     found = from_link(to_link(session), reader)
-    assert found["picture"].size == (384, 307)
+    assert found["image"].size == (384, 307)
     assert found["questions"] == ["Is it red?", "Is it green?"]
     assert found["modes"] == {"edge": "off", "ocr": "edited"}
     assert found["edits"] == session.edits
@@ -82,7 +82,7 @@ def test_link_to_an_example_names_it(reader, shape):
     session = make_session(shape, reader)
     session.source = "shape.png"
     found = from_link(to_link(session), reader)
-    assert found["picture"] is None and found["example"] == "shape.png"
+    assert found["image"] is None and found["example"] == "shape.png"
     assert len(to_link(session)) < 400
 
 

@@ -18,7 +18,7 @@ LONG_SIDE = 1024  # pixels; no expert reads more, so more would only cost time
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the decoders of some others, such as EPS, run programs
 
 
-def open_picture(source: str | Path | bytes) -> Image.Image:
+def open_image(source: str | Path | bytes) -> Image.Image:
     """
     Opens an image: upright, RGB, and at most `LONG_SIDE` pixels on each side.
 
@@ -32,7 +32,7 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
             width, height = opened.size  # from the header: nothing is decoded yet
         if width * height <= MAX_PIXELS:
-            picture = load_image(source if isinstance(source, bytes) else str(source), max_pixels=MAX_PIXELS)
+            image = load_image(source if isinstance(source, bytes) else str(source), max_pixels=MAX_PIXELS)
     except Exception:  # every decoder fails in its own way
         raise Refused("This file is not an image, or damaged. Accepted: PNG, JPEG, WebP, GIF, BMP, TIFF.") from None
     if width * height > MAX_PIXELS:
@@ -40,14 +40,14 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
             f"This image has {width}×{height} pixels; the limit is {MAX_PIXELS // 1_000_000} million. "
             "Please make it smaller."
         )
-    picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
-    return picture
+    image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
-def data_uri(picture: Image.Image, quality: int = 88) -> str:
+def data_uri(image: Image.Image, quality: int = 88) -> str:
     """Returns the image as a `data:` URI, so that it can be shown without a file."""
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=quality, method=2)
+    image.save(file, "WEBP", quality=quality, method=2)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -56,13 +56,13 @@ def from_base64(text: Any) -> Image.Image:
     Opens an image in base64.
 
     Raises:
-        Refused: as [`open_picture`] does.
+        Refused: as [`open_image`] does.
     """
     try:
         content = base64.b64decode(text, validate=True)
     except (TypeError, ValueError):
         raise Refused("This link is damaged: its image cannot be read.") from None
-    return open_picture(content)
+    return open_image(content)
 
 
 def escape(text: str) -> str:
