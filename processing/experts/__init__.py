@@ -1,4 +1,4 @@
-"""The frozen experts that run live, one file each on a common base."""
+"""The frozen experts that run live, with a common base class."""
 
 from .base import Expert, ExpertError, expert_from_dict, look_of
 from .depth import DepthEstimator

@@ -1,4 +1,4 @@
-"""The base of all experts: made from settings, loaded on first use, frozen, run in batches, from images to maps."""
+"""The base class of all experts: frozen models with settings that turn images into maps."""
 
 import builtins
 import inspect
@@ -26,7 +26,7 @@ MAX_REGIONS = 254  # ids 0 to 253: words or instances of one image
 
 class ExpertError(RuntimeError):
     """
-    An expert failed. `expert` is its name; `image_index` the image's number in the call, `None` if not known.
+    An expert failed. `expert` is its name, and `image_index` the number of the image in the call, or `None`.
 
     Example:
 
@@ -51,9 +51,9 @@ class FrozenModel:
     """
     A frozen model with settings: the common base of [`Expert`] and [`WordFeatures`].
 
-    A subclass names itself in JSON by `type`, keeps every argument of its constructor as an attribute of the same
-    name, and says in `load_model` how its weights are loaded. Nothing is loaded before the first use; what is loaded
-    is in evaluation mode and needs no gradient. Copies and pickles carry the settings, never the loaded model.
+    A subclass has a `type`, its name in JSON, keeps every argument of its constructor as an attribute of the same
+    name, and loads its weights in `load_model`. The model is loaded on first use, in evaluation mode and without
+    gradients. Copies and pickles carry the settings, never the loaded model.
 
     Attributes:
         type (`str`): the name that restores the class from a description.
@@ -82,7 +82,7 @@ class FrozenModel:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype | None = None
 
-    # of a model that was restored from a checkpoint: its folder, and what the checkpoint says of `file_settings`
+    # of a model that was restored from a checkpoint: its folder, and its values of `file_settings`
     _checkpoint: Path | None = None
     _saved_files: Mapping[str, str] = {}
     _saved_hub_ids: Mapping[str, str] = {}
@@ -92,20 +92,20 @@ class FrozenModel:
         if "type" not in vars(cls):
             return
         known = cls.registry.get(cls.type)
-        # the same class again is a notebook's cell or a module that was run twice
+        # a notebook cell or a module may run twice and define its class again
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"the type '{cls.type}' of {cls.__qualname__} is already that of {known.__qualname__}")
         cls.registry[cls.type] = cls
 
     @property
     def running_dtype(self) -> torch.dtype | None:
-        """The precision of the model's weights: as set by `to`; `None` leaves them as they are."""
+        """The precision of the model's weights, as set by `to`. `None` leaves them unchanged."""
         if self.dtype is None and self.half_on_cuda:
             return torch.float16 if self.device.type == "cuda" else torch.float32
         return self.dtype
 
     def load_model(self) -> Any:
-        """Loads and returns the model, `None` if there is none. A `torch.nn.Module` is then frozen and moved."""
+        """Loads and returns the model, or `None` if there is none. A `torch.nn.Module` is then frozen and moved."""
         return None
 
     def place_model(self) -> None:
@@ -113,7 +113,7 @@ class FrozenModel:
         self.model.to(device=self.device, dtype=self.running_dtype)
 
     def load(self) -> None:
-        """Loads the model if it is not there yet."""
+        """Loads the model, unless it is loaded already."""
         if self.is_loaded:
             return
         self.check_hub_ids()
@@ -126,7 +126,7 @@ class FrozenModel:
         self.loading_seconds += time.perf_counter() - start
 
     def check_hub_ids(self) -> None:
-        """Raises a `ValueError` if a checkpoint named the id of a model on the Hub, which is now a path here."""
+        """Raises a `ValueError` if a Hub id from a checkpoint is also the path of a local file or folder."""
         for name, value in self._saved_hub_ids.items():
             if getattr(self, name) == value:  # unless it has been set since
                 require_hub_id(value, self._name_of(name))
@@ -171,8 +171,8 @@ class FrozenModel:
     @classmethod
     def check_saved(cls, settings: Mapping[str, Any]) -> None:
         """
-        Raises a `ValueError` for settings that only a user's own code may have, not the description in a checkpoint,
-        which may come from a stranger. Paths are checked already, if `file_settings` names them.
+        Raises a `ValueError` for settings that only a user's own code may have. A checkpoint may come from a stranger,
+        so its description may not have them. The paths in `file_settings` are checked elsewhere.
         """
 
     def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
@@ -181,14 +181,14 @@ class FrozenModel:
 
         Args:
             folder (`str` or `Path`, *optional*):
-                Copy the files that settings point to into this folder (weights as safetensors), and give their paths
-                relative to it. They are files that your own code has set, or files of the checkpoint that the model
-                was restored from.
+                Copy the files that settings point to into this folder (weights as safetensors), and write their paths
+                relative to it. Only files that your own code has set, or that belong to the checkpoint of the model,
+                are copied.
         """
         return self._describe(folder, {})
 
     def _describe(self, folder: str | Path | None, copies: dict[str, Path]) -> dict[str, Any]:
-        """`copies` are the files that are already in the folder, by the names that they have there."""
+        """`copies` maps the names of the files that are already in the folder to their sources."""
         if not hasattr(self, "type"):
             raise ValueError(f"{type(self).__name__} cannot be described: give the class a `type`, its name in JSON")
         settings = {}
@@ -215,18 +215,18 @@ class FrozenModel:
         cls, description: Mapping[str, Any], folder: str | Path | None = None, checkpoint: str | Path | None = None
     ) -> Any:
         """
-        Restores what `to_dict` describes.
+        Restores a model from the description that `to_dict` returns.
 
         Args:
             description (`dict`): `{"type": …, **settings}`.
             folder (`str` or `Path`, *optional*):
-                Where the files lie that the description names. It then counts as part of a checkpoint, which may come
-                from a stranger: it may name files inside the checkpoint and ids of models on the Hub. Without it, the
-                description is your own, and may name any path.
+                The folder of the files that the description names. The description then counts as part of a
+                checkpoint, which may come from a stranger: it may only name files inside the checkpoint and ids of
+                models on the Hub. Without a folder, the description is your own and may name any path.
             checkpoint (`str` or `Path`, *optional*, defaults to `folder`): the folder of the whole checkpoint.
 
         Raises:
-            ValueError: if the type or a setting is unknown, or if the description names another file.
+            ValueError: if the type or a setting is unknown, or if the description names a file that it may not name.
         """
         if not isinstance(description, Mapping):
             raise ValueError(f"a description is {{'type': …, …}}, not a {type(description).__name__}: {description!r}")
@@ -265,26 +265,27 @@ class FrozenModel:
 
 class Expert(FrozenModel):
     """
-    A frozen expert: from images to one label each.
+    A frozen expert. It returns one label for each image.
 
-    An expert of your own is a class with a `name`, a `kind`, the number of its `channels` and a method `run`. With a
-    `type` it is saved and restored with its suite. With a method `load_model`, which returns a model, it has weights,
-    `self.model`, frozen and on `self.device`, and states their `model_id`, `license` and `size_in_bytes`.
+    An expert of your own is a class with a `name`, a `kind`, the number of its `channels` and a method `run`. Give it
+    a `type`, so that it is saved and restored with its suite. If it has weights, its method `load_model` returns the
+    model, which is then frozen, moved to `self.device` and available as `self.model`; the class states `model_id`,
+    `license` and `size_in_bytes`.
 
     Attributes:
-        name (`str`): the entry of the config that the expert fills: `"edge"`, `"ocr"`, …
+        name (`str`): the name of the expert in the config: `"edge"`, `"ocr"`, …
         kind (`str`): `"dense"` for maps of values, `"label"` for maps of ids.
         channels (`int`): channels of a dense map, or of the features that a label map is painted with.
-        num_classes (`int`, *optional*): of a label map, if its ids are classes or have classes.
-        instances (`bool`): whether the ids of a label map are instances, which have classes.
+        num_classes (`int`, *optional*): number of classes of a label map whose ids are classes or instances.
+        instances (`bool`): whether the ids of a label map are instances, each with a class.
         look ([`ExpertLook`], *optional*): title, colours and legend of drawings; by default the title is the name.
-        batch_size (`int`): images that `run` gets at a time.
+        batch_size (`int`): the most images in one call of `run`.
         needs (`tuple[str, ...]`):
-            Names of other experts whose labels `run` gets as well, as keyword arguments: `needs = ("depth",)` makes it
-            `run(images, depth)`, `depth` a list with one label, or `None`, for each image. A suite runs those first.
-        uses (`tuple[str, ...]`): as `needs`, but without such an expert the argument is left out.
-        seconds, num_images (`float`, `int`): what the expert has run so far, without loading.
-        peak_memory (`int`, *optional*): bytes that it took at most so far; see [`ExpertSuite.report`].
+            Names of experts whose labels `run` takes as keyword arguments. With `needs = ("depth",)` it is called as
+            `run(images, depth)`, where `depth` has one label, or `None`, for each image. A suite runs those first.
+        uses (`tuple[str, ...]`): as `needs`, but the argument is left out if the suite has no such expert.
+        seconds, num_images (`float`, `int`): the running time so far, without loading, and the number of images.
+        peak_memory (`int`, *optional*): the largest memory use so far in bytes; see [`ExpertSuite.report`].
 
     Example:
 
@@ -306,11 +307,11 @@ class Expert(FrozenModel):
     """
 
     registry: ClassVar[dict[str, Any]] = {}
-    by_name: ClassVar[dict[str, builtins.type["Expert"]]] = {}  # the class whose `look` experts of that name have
+    by_name: ClassVar[dict[str, builtins.type["Expert"]]] = {}  # the class that defines the `look` of a name
 
     name: str
     kind: str
-    if TYPE_CHECKING:  # a class may name these, or work them out
+    if TYPE_CHECKING:  # a class may have these as attributes or as properties
 
         @property
         def channels(self) -> int: ...
@@ -348,16 +349,16 @@ class Expert(FrozenModel):
 
     def run(self, images: list[Image.Image], *_: Any, **others: Any) -> list[Any]:
         """
-        Runs one batch; called with the model loaded and in inference mode. An expert that needs no other takes
-        `images` alone.
+        Runs one batch. The model is loaded and inference mode is on. An expert without `needs` and `uses` takes
+        only `images`.
 
         Args:
             images (`list[PIL.Image.Image]`): RGB, of any sizes, at most `batch_size`.
-            others (`list`): for each name in `needs` and `uses` that expert's label, or `None`, for each image.
+            others (`list`): for each name in `needs` and `uses` a list with one label, or `None`, for each image.
 
         Returns:
-            A list with one label for each image, at the image's own size (width W, height H), or `None` where the
-            expert has nothing to say:
+            A list with one label for each image, at the image's own size (width W, height H), or `None` for an image
+            without a label:
 
             - dense: uint8 array (H, W) or (H, W, channels);
             - label, ids are classes: array (H, W) of integers, or `{"ids": (H, W)}`;
@@ -374,13 +375,13 @@ class Expert(FrozenModel):
 
         Args:
             images (`Sequence[PIL.Image.Image]`): any number, of any sizes and modes; they are converted to RGB.
-            others (`Sequence`): the labels of the experts that this one `needs` or `uses`, by their names.
+            others (`Sequence`): by name, the labels of the experts that this one `needs` or `uses`.
 
         Returns:
-            `list`: one label for each image, as [`Expert.run`] gives them.
+            `list`: one label for each image, as [`Expert.run`] returns them.
 
         Raises:
-            ExpertError: naming the expert and the number of the image it failed on.
+            ExpertError: naming the expert and the number of the image on which it failed.
         """
         if isinstance(images, Image.Image) or not all(isinstance(image, Image.Image) for image in images):
             raise TypeError(f"the expert '{self.name}' takes a list of PIL images")
@@ -422,7 +423,7 @@ class Expert(FrozenModel):
                 raise ExpertError(
                     f"expert '{self.name}' failed on {where}: {_brief(error)}", self.name, first
                 ) from error
-            for index, image in enumerate(images):  # raises at the image that is to blame
+            for index, image in enumerate(images):  # raises at the image that fails
                 self._run_batch([image], first + index, {name: [own[index]] for name, own in others.items()})
             where = f"images {first} to {first + len(images) - 1} together, though on none of them alone"
             raise ExpertError(f"expert '{self.name}' failed on {where}: {_brief(error)}", self.name) from error
@@ -487,9 +488,9 @@ class Expert(FrozenModel):
 
 class _MemoryMeter:
     """
-    Sets an expert's `peak_memory` to what it took at most while it was loaded and run: on CUDA the memory that torch
-    allocated, with the expert's own weights; else how much the process's peak of resident memory grew, which is 0
-    where something before had needed more.
+    Sets an expert's `peak_memory` to its largest memory use while it was loaded and run. On CUDA that is the memory
+    that torch allocated, including the expert's weights. On a CPU it is the growth of the process's peak of resident
+    memory, which is 0 if something before needed more.
     """
 
     def __init__(self, expert: Expert):
@@ -512,7 +513,7 @@ class _MemoryMeter:
 
 
 def _peak_of_process() -> int | None:
-    """Bytes that the process held at most so far; `None` where the system does not say."""
+    """The process's peak of resident memory in bytes; `None` if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -557,7 +558,7 @@ def look_of(name: str) -> ExpertLook:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a safetensors file, or of a file that torch saved (read without unpickling objects)."""
+    """Reads a safetensors file, or a file that torch saved, without unpickling objects."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
@@ -594,7 +595,7 @@ def _brief(error: BaseException) -> str:
 
 
 def size_within(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
-    """The (width, height) of the same shape with at most about `max_pixels` pixels; never enlarged."""
+    """The (width, height) of the same aspect ratio with at most about `max_pixels` pixels. It never grows."""
     width, height = size
     if max_pixels is None or width * height <= max_pixels:
         return size

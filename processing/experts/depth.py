@@ -10,7 +10,7 @@ from .look import ExpertLook
 from .pretrained import KnownModel, PretrainedExpert, resize_bilinear
 
 
-# these families give distances; the others the inverse of the distance, up to a scale and a shift
+# These families return distances. The others return inverse distances, up to a scale and a shift.
 METRIC_FAMILIES = ("glpn", "prompt_depth_anything", "tipsv2_dpt", "zoedepth")
 
 
@@ -19,9 +19,9 @@ class DepthEstimator(PretrainedExpert):
     Relative inverse depth: 255 is the nearest point of the image, 0 the farthest.
 
     The default is the expert of the published checkpoints, DPT-Hybrid trained by MiDaS, with its settings: the image
-    squashed to 480×480, normalised with mean and standard deviation 0.5. The network's map is stretched to 0..1 over
-    the image, resized bilinearly to the image's size and kept in 8 bit. A model that gives distances has its map
-    turned over, so that near is bright with every model.
+    is resized to 480×480 and normalised with mean and standard deviation 0.5. The network's map is stretched to 0..1,
+    resized bilinearly to the image's size and stored in 8 bits. The maps of models that return distances are
+    inverted, so that near is always bright.
 
     Label: uint8 (height, width). Weights of the default: 122 million parameters, 490 MB, Apache-2.0.
 
@@ -29,10 +29,10 @@ class DepthEstimator(PretrainedExpert):
         model_id (`str`, *optional*, defaults to `"Intel/dpt-hybrid-midas"`):
             Hub id or folder; `"depth-anything/Depth-Anything-V2-Small-hf"` is small and quick.
         image_processor (`dict`, *optional*):
-            Settings of the image processor that differ from the model's own; by default, for
-            `"Intel/dpt-hybrid-midas"` those above, else none.
+            Settings of the image processor that differ from the model's own. By default those above for
+            `"Intel/dpt-hybrid-midas"`, and none for other models.
         metric (`bool`, *optional*):
-            Whether the model gives distances; by default its configuration decides.
+            Whether the model returns distances. By default its configuration decides.
 
     Example:
 
@@ -82,7 +82,7 @@ class DepthEstimator(PretrainedExpert):
         size = self._image_processor.size
         embeddings: Any = getattr(getattr(model, "dpt", None), "embeddings", None)
         if getattr(model.config, "is_hybrid", False) and hasattr(embeddings, "image_size") and "height" in size:
-            # the hybrid fits its position embeddings to any input, but first checks for the size of its training
+            # the hybrid resizes its position embeddings to any input, but checks the input for its training size
             embeddings.image_size = (size["height"], size["width"])
         return model
 

@@ -1,4 +1,4 @@
-"""Expert for objects: any model of AutoModelForObjectDetection; its boxes are painted as instances."""
+"""Experts for objects: models of AutoModelForObjectDetection, whose boxes are painted as instances."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ...expert_spec import BACKGROUND
+from ..expert_labels import label_parts
 from .base import MAX_REGIONS
 from .look import ExpertLook
 from .pretrained import ClassNames, KnownModel, PretrainedExpert
@@ -14,25 +15,24 @@ from .pretrained import ClassNames, KnownModel, PretrainedExpert
 
 class ObjectDetector(ClassNames, PretrainedExpert):
     """
-    Objects by a detector: every box with a score of at least 0.5 is painted as an instance, with its class.
+    Objects found by a detector. Every box with a score of at least 0.5 is painted as an instance, with its class.
 
-    The published checkpoints were trained with UniDet, whose learned label space joins several data sets; transformers
-    has no such model. The default is the detector of transformers with the largest set of classes of everyday objects,
-    D-FINE-X trained on Objects365, with the input size it was trained for. Any other detector whose classes have names
-    will do. How boxes become a map is what the published checkpoints were trained with; see [`paint_boxes`]. Which of
-    two objects is in front is taken from the labels of `"depth"`, if the suite has a depth expert; else the smaller
-    one is.
+    The published checkpoints were trained with UniDet, whose label space joins several data sets; transformers has no
+    such model. The default is the detector of transformers with the most classes of everyday objects, D-FINE-X trained
+    on Objects365. Any other detector whose classes have names works too. Boxes are painted as for the published
+    checkpoints; see [`paint_boxes`]. If the suite has a depth expert, the labels of `"depth"` decide which of two
+    objects is in front; otherwise the smaller one is.
 
-    Label: `{"ids": uint8 (height, width), "classes": [class of instance 0, …]}`, the instances by falling score, at
-    most 254. Weights of the default: 63 million parameters, 254 MB, Apache-2.0.
+    Label: `{"ids": uint8 (height, width), "classes": [class of instance 0, …]}`, at most 254 instances, highest score
+    first. Weights of the default: 63 million parameters, 254 MB, Apache-2.0.
 
     Args:
         model_id (`str`, *optional*, defaults to `"ustc-community/dfine-xlarge-obj365"`):
             Hub id or folder; `"PekingU/rtdetr_v2_r18vd"` (80 classes of COCO) is small and quick.
         image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
-        min_score (`float`, *optional*, defaults to 0.5): boxes with a lower score are left out.
+        min_score (`float`, *optional*, defaults to 0.5): boxes with a lower score are dropped.
         max_overlap (`float`, *optional*, defaults to 0.95):
-            A box whose IoU with a box of a higher score is larger is left out.
+            A box is dropped if its IoU with a box of a higher score is larger.
 
     Example:
 
@@ -78,7 +78,7 @@ class ObjectDetector(ClassNames, PretrainedExpert):
             outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
             results = self._image_processor.post_process_object_detection(
                 outputs,
-                threshold=float(np.nextafter(np.float32(self.min_score), np.float32(-1))),  # it takes what is above
+                threshold=float(np.nextafter(np.float32(self.min_score), np.float32(-1))),  # scores must be above it
                 target_sizes=[(images[index].height, images[index].width) for index in indices],
             )
             for index, result in zip(indices, results):
@@ -102,27 +102,27 @@ def paint_boxes(
     max_instances: int = MAX_REGIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Paints boxes as instances, the ones in front over those behind them.
+    Paints boxes as instances, front boxes over those behind them.
 
-    1. By falling score, a box is dropped if its IoU with a kept one is larger than `max_overlap`; of what is left,
-       `max_instances` are kept.
-    2. A box that lies inside another is in front of it.
-    3. Else the one with the larger mean inverse depth is in front; without a depth map, the one with the smaller area.
+    1. From the highest score down, a box is dropped if its IoU with a kept box is larger than `max_overlap`. The first
+       `max_instances` boxes are kept.
+    2. A box inside another is in front of it.
+    3. Otherwise the box with the larger mean inverse depth is in front; without a depth map, the one with the smaller
+       area.
 
-    Rule 2 always holds; where rule 3 contradicts itself by way of rule 2, the box that is farther away is painted
-    first.
+    Rule 2 always holds. If rules 2 and 3 form a cycle, the box that is farther away is painted first.
 
     Args:
-        boxes (`np.ndarray` of shape `(boxes, 4)`): left, top, right, bottom in pixels; they may reach outside.
-        scores (`np.ndarray` of shape `(boxes,)`): the higher, the surer.
+        boxes (`np.ndarray` of shape `(boxes, 4)`): left, top, right, bottom in pixels; parts may be outside the map.
+        scores (`np.ndarray` of shape `(boxes,)`): higher is more certain.
         size (`tuple[int, int]`): width and height of the map.
         depth (`np.ndarray` of shape `(height, width)`, *optional*): inverse depth, larger is nearer.
         max_overlap (`float`, *optional*, defaults to 0.95): see above.
         max_instances (`int`, *optional*, defaults to 254): see above.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: the map (height, width), uint8, 255 where there is no box; and for each
-        instance the row of `boxes` that it is.
+        `tuple[np.ndarray, np.ndarray]`: the map (height, width), uint8, 255 where there is no box; and the row of
+        `boxes` for each instance.
 
     Example:
 
@@ -156,7 +156,7 @@ def paint_boxes(
     start = np.minimum(np.round(clipped[:, :2]).astype(int), np.array([width - 1, height - 1]))
     end = np.maximum(np.round(clipped[:, 2:]).astype(int), start + 1)
     if depth is not None:
-        nearness = _mean_within(depth["values"] if isinstance(depth, dict) else depth, start, end)
+        nearness = _mean_within(label_parts(depth, is_dense=True)["values"], start, end)
     else:
         nearness = -np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
     for number in _back_to_front(clipped, nearness):
@@ -165,11 +165,11 @@ def paint_boxes(
 
 
 def _back_to_front(boxes: np.ndarray, nearness: np.ndarray) -> list[int]:
-    """The order to paint in: always the farthest of the boxes that lie inside none of those still to come."""
+    """The order of painting: each time the farthest of the boxes that lie inside no unpainted box."""
     inside = np.all(boxes[:, None, :2] >= boxes[None, :, :2], axis=2)
     inside &= np.all(boxes[:, None, 2:] <= boxes[None, :, 2:], axis=2)
-    inside &= ~inside.T  # of two equal boxes neither is inside the other
-    waiting_for = inside.sum(1)  # boxes around each that are not painted yet
+    inside &= ~inside.T  # neither of two equal boxes is inside the other
+    waiting_for = inside.sum(1)  # number of unpainted boxes around each
     order: list[int] = []
     key = nearness.astype(np.float64)
     for _ in range(len(boxes)):
@@ -181,7 +181,7 @@ def _back_to_front(boxes: np.ndarray, nearness: np.ndarray) -> list[int]:
 
 
 def _mean_within(depth: Any, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """The mean of a map (height, width) within each box, by its integral image."""
+    """The mean of a map (height, width) within each box, from the integral image."""
     depth = np.asarray(depth)
     depth = depth[..., 0] if depth.ndim == 3 else depth
     sums = np.zeros((depth.shape[0] + 1, depth.shape[1] + 1), np.int64)

@@ -22,10 +22,10 @@ class CannyEdges(Expert):
     """
     Edges by Canny's detector, from kornia. It has no weights and needs no download.
 
-    The map is 255 where there is no edge and 0 on an edge: dark lines on white, like the published DexiNed maps, so
-    that one can stand in for the other. Edges are found on the image reduced to `max_pixels` and the map is enlarged
-    bilinearly to the image's size: lines of one pixel in a large image would fall apart when the map is reduced, by
-    nearest neighbour, to the 224×224 that the network reads.
+    The map is 0 on an edge and 255 elsewhere: dark lines on white, like the maps of DexiNed in the published data, so
+    that either expert can replace the other. Edges are found in the image reduced to `max_pixels`, and the map is
+    enlarged bilinearly to the image's size. Without that, the thin lines of a large image would break when the map is
+    reduced to 224×224 by nearest neighbour.
 
     Label: uint8 (height, width). Weights: none.
 
@@ -33,13 +33,13 @@ class CannyEdges(Expert):
         low_threshold (`float`, *optional*, defaults to 0.1):
             Magnitude of the Sobel gradient, of grey values in [0, 1], above which a pixel continues an edge.
         high_threshold (`float`, *optional*, defaults to 0.2):
-            Magnitude above which a pixel begins an edge.
+            Magnitude above which a pixel starts an edge.
         sigma (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the Gaussian blur beforehand, in pixels.
+            Standard deviation of the Gaussian blur before edges are found, in pixels.
         kernel_size (`int`, *optional*, defaults to 5):
             Side of the blur's kernel in pixels, odd.
         max_pixels (`int`, *optional*, defaults to 65536):
-            Number of pixels (256×256) that larger images are reduced to; `None` keeps every image's own size.
+            Number of pixels (256×256) to which larger images are reduced; `None` keeps every image's own size.
 
     Example:
 
@@ -95,8 +95,8 @@ class CannyEdges(Expert):
         for image in images:
             size = size_within(image.size, self.max_pixels)
             reduced.append(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
-        # on a CPU one by one: quicker there, and a convolution that rounds differently for a batch would turn what is
-        # just at a threshold over
+        # One by one on a CPU: it is faster there, and a batch rounds differently, which changes pixels right at a
+        # threshold.
         one_by_one = self.device.type == "cpu"
         batches: dict[tuple[int, int] | int, list[int]] = {}
         for index, image in enumerate(reduced):
@@ -113,7 +113,7 @@ class CannyEdges(Expert):
         """uint8 (batch, height, width, 3) to uint8 (batch, height, width), 0 on edges."""
         height, width = pixels.shape[1:3]
         pixels = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-        # the blur reflects half its kernel at the border: a smaller image is extended first
+        # the blur reflects half its kernel at the border, so a smaller image is extended first
         least = self.kernel_size // 2 + 1
         padding = (0, max(0, least - width), 0, max(0, least - height))
         _, edges = self.model(torch.nn.functional.pad(pixels, padding, mode="replicate"))
@@ -124,16 +124,16 @@ class DexiNedEdges(Expert):
     """
     Edges by DexiNed trained on BIPED, the edge expert of the published checkpoints, with its settings.
 
-    The image is squashed to 480×480 (bilinear), blue-green-red in [0, 255] minus the mean of the training data; the
-    fused map goes through a sigmoid, is stretched to 0..255, inverted (255 = no edge, dark lines on white) and resized
+    The image is resized to 480×480 (bilinear), in blue-green-red order from 0 to 255, minus the mean of the training
+    data. The fused map goes through a sigmoid, is stretched to 0..255, inverted (dark lines on white) and resized
     bilinearly to the image's size. On CUDA it runs in half precision unless a `dtype` is set.
 
     Label: uint8 (height, width). Weights: 35.2 million parameters, 141 MB, MIT licence.
 
     Args:
         checkpoint (`str`, *optional*):
-            A local file of weights, safetensors or as torch saves them, read without unpickling objects. By default
-            kornia's copy is downloaded from the Hub, or taken from its cache.
+            A local file of weights, from safetensors or `torch.save`, which is read without unpickling objects. By
+            default kornia's copy is taken from the Hub or its cache.
         pretrained (`bool`, *optional*, defaults to `True`):
             `False` gives random weights, for tests.
 
@@ -171,7 +171,7 @@ class DexiNedEdges(Expert):
         if self.checkpoint is None and not self.pretrained:
             return DexiNed(pretrained=False)
         weights = read_weights(self.checkpoint or self._download())
-        # kornia initialises every weight at random, which takes longer than reading them
+        # kornia initialises every weight at random, which takes longer than reading the file
         with torch.device("meta"):
             model = DexiNed(pretrained=False)
         try:
@@ -186,7 +186,7 @@ class DexiNedEdges(Expert):
         place(self.model, self.device, self.running_dtype)
 
     def _download(self) -> str:
-        # kornia's own download ignores HF_HUB_OFFLINE; the Hub's client does not, and shares its cache
+        # kornia's own download ignores HF_HUB_OFFLINE; the Hub's client does not, and it has a cache
         from huggingface_hub import hf_hub_download, is_offline_mode
         from huggingface_hub.errors import LocalEntryNotFoundError
 

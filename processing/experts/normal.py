@@ -1,4 +1,4 @@
-"""Experts for surface normals: any model of AutoModelForNormalEstimation, and normals computed from a depth map."""
+"""Experts for surface normals: models of AutoModelForNormalEstimation, and normals computed from a depth map."""
 
 import inspect
 import math
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..expert_labels import label_parts
 from .base import Expert, size_within
 from .look import ExpertLook
 from .pretrained import KnownModel, PretrainedExpert, resize_bilinear, within_aspect
@@ -30,13 +31,13 @@ NORMALS = ExpertLook(
 
 class NormalEstimator(PretrainedExpert):
     """
-    Surface normals of a network: (n + 1) / 2 in 8 bit, the three components as red, green and blue.
+    Surface normals from a network: (n + 1) / 2 in 8 bits, the three components as red, green and blue.
 
     The published checkpoints were trained with normals of NLL-AngMF (ScanNet), which transformers does not have. The
-    default is the one family of transformers for scenes, TIPSv2 with its head for normals, which was trained indoors
-    (NYU Depth V2); it squashes the image to 448×448. The other family, Sapiens2 (`"facebook/sapiens2-normal-0.4b"`),
-    knows people. Which way each axis points is the model's own affair: `signs` turns axes round where a checkpoint was
-    trained with another way.
+    default is the one family of transformers for scenes, TIPSv2 with its head for normals. It was trained indoors
+    (NYU Depth V2) and resizes the image to 448×448. The other family, Sapiens2 (`"facebook/sapiens2-normal-0.4b"`), is
+    for people. Models differ in the direction of each axis; `signs` reverses axes for a checkpoint that was trained
+    with other directions.
 
     Label: uint8 (height, width, 3). Weights of the default: 110 million parameters, 441 MB, of a file of 632 MB that
     holds two more heads; Apache-2.0.
@@ -85,7 +86,7 @@ class NormalEstimator(PretrainedExpert):
         pads = "source_sizes" in inspect.signature(post_process).parameters
         signs = torch.tensor(self.signs, device=self.device)[:, None, None]
         for indices, outputs in self.outputs(images):
-            # one at a time: at the size of a large photograph, normals take hundreds of megabytes
+            # one at a time: the normals of a large photograph take hundreds of megabytes
             for index, normals in zip(indices, outputs.normals.float()):  # (3, height, width)
                 sizes: dict[str, Any] = {"target_sizes": [(images[index].height, images[index].width)]}
                 if pads:
@@ -101,13 +102,13 @@ class NormalsFromDepth(Expert):
     """
     Surface normals computed from the depth expert's map. It has no weights and needs no download.
 
-    Every pixel of the inverse-depth map is put into space, seen by a pinhole camera, and the normal is that of the
-    surface through its neighbours: x points right, y up and z towards the camera; (n + 1) / 2 in 8 bit. The map knows
-    distances only up to a scale and a shift, so both the camera's angle of view and how much farther the farthest
-    point is than the nearest are assumed.
+    A pinhole camera places every pixel of the inverse-depth map in space, and the normal is that of the surface
+    through its neighbours. x points right, y up and z towards the camera; the map is (n + 1) / 2 in 8 bits. The depth
+    map gives distances only up to a scale and a shift, so the camera's angle of view and the ratio of the farthest to
+    the nearest distance are settings.
 
-    It needs the labels of `"depth"`: in a suite it gets them from the depth expert, which runs first. Without one it
-    raises; an image whose depth is missing has no normals.
+    The expert needs the labels of `"depth"`. In a suite it gets them from the depth expert, which runs first; without
+    one it raises an error. An image without a depth map gets no normals.
 
     Label: uint8 (height, width, 3). Weights: none.
 
@@ -115,11 +116,11 @@ class NormalsFromDepth(Expert):
         field_of_view (`float`, *optional*, defaults to 60.0):
             Angle in degrees that the long side of the image spans.
         far_to_near (`float`, *optional*, defaults to 8.0):
-            Distance of the farthest point divided by that of the nearest.
+            Distance of the farthest point divided by the distance of the nearest.
         sigma (`float`, *optional*, defaults to 2.5):
             Standard deviation in pixels of the Gaussian blur that smooths the steps of the 8-bit map.
         max_pixels (`int`, *optional*, defaults to 65536):
-            Number of pixels (256×256) that larger maps are reduced to.
+            Number of pixels (256×256) to which larger maps are reduced.
         signs (`tuple[int, int, int]`, *optional*, defaults to `(1, 1, 1)`):
             1 or -1 for x, y and z: the factor of each component.
 
@@ -167,7 +168,7 @@ class NormalsFromDepth(Expert):
         return [None if own is None else self._normals(own, image) for own, image in zip(depth, images)]
 
     def _normals(self, depth: Any, image: Image.Image) -> np.ndarray:
-        depth = depth["values"] if isinstance(depth, dict) else depth
+        depth = label_parts(depth, is_dense=True)["values"]
         depth = torch.from_numpy(np.array(depth)).to(self.device).float()  # (height, width), or (height, width, 1)
         depth = depth.reshape(1, *depth.shape[:2]) / 255
         width, height = size_within((depth.shape[2], depth.shape[1]), self.max_pixels)
@@ -176,7 +177,7 @@ class NormalsFromDepth(Expert):
         # the inverse of a distance between 1 and far_to_near; (height + 2, width + 2)
         z = 1 / (inverse * (1 - 1 / self.far_to_near) + 1 / self.far_to_near)
 
-        # pixels of a map that was squashed or reduced are as far apart as the image says
+        # the distance between pixels is that of the image, also for a map of another shape
         long_side = max(image.size)
         focal = 0.5 / math.tan(math.radians(self.field_of_view) / 2)
         columns = torch.arange(-1, width + 1, device=self.device) - (width - 1) / 2
@@ -193,7 +194,7 @@ class NormalsFromDepth(Expert):
 
 
 def _blurred(maps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """(1, height, width), blurred by a Gaussian."""
+    """Blurs (1, height, width) by a Gaussian."""
     from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 
     if sigma == 0:
@@ -204,7 +205,7 @@ def _blurred(maps: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def _continued(maps: torch.Tensor, reach: int) -> torch.Tensor:
-    """(1, height, width), continued beyond each border with the slope that it has there."""
+    """Extends (1, height, width) beyond each border with the slope at the border."""
     for axis in (1, 2):
         places = torch.arange(-reach, maps.shape[axis] + reach, device=maps.device)
         nearest = places.clamp(0, maps.shape[axis] - 1)

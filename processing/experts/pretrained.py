@@ -1,4 +1,4 @@
-"""The base of experts that are models of transformers behind its Auto classes."""
+"""The base class of experts that run a model of transformers through its Auto classes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from PIL import Image
 from .base import Expert
 
 
-MAX_ASPECT = 8  # long side to short side that a network is given; a longer image is squashed to it
+MAX_ASPECT = 8  # the largest ratio of long to short side that a network gets; longer images are compressed to it
 HALF = (torch.float16, torch.bfloat16)
 LAYERS_IN_HALF = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 
@@ -19,12 +19,12 @@ LAYERS_IN_HALF = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 @dataclass(frozen=True)
 class KnownModel:
     """
-    What is known of a model's weights, and the settings of the image processor that this package uses with it.
+    Licence and size of a model's weights, and the settings of the image processor that this package uses with it.
 
     Attributes:
         license (`str`): as the model's page on the Hub names it.
         size_in_bytes (`int`): of the weights that are loaded, in single precision.
-        image_processor (`dict`): settings that differ from those that come with the model.
+        image_processor (`dict`): settings that differ from the model's own.
     """
 
     license: str
@@ -34,18 +34,18 @@ class KnownModel:
 
 class PretrainedExpert(Expert):
     """
-    An expert that is a model of transformers with its image processor, from the Hub or a folder.
+    An expert that runs a model of transformers with its image processor, from the Hub or a folder.
 
-    Every image is prepared on its own and images whose tensors are of one shape are run together, so that an image's
-    label does not depend on what else is in its batch. On CUDA it runs in half precision unless a `dtype` is set:
-    linear and convolutional layers in that, by autocast, and the rest in single precision.
+    Every image is prepared alone, and images with tensors of the same shape run together, so that an image's label
+    does not depend on the other images of its batch. On CUDA, linear and convolutional layers run in half precision
+    by autocast, and the rest in single precision, unless a `dtype` is set.
 
     Args:
         model_id (`str`, *optional*):
             Hub id, or a folder with the model and its image processor, which is saved with the suite.
         image_processor (`dict`, *optional*):
-            Settings of the image processor that differ from the model's own. By default, for a model named in
-            `known_models` the ones given there, else none.
+            Settings of the image processor that differ from the model's own. By default those in `known_models` for
+            a model that is listed there, and none for other models.
 
     Example:
 
@@ -97,7 +97,7 @@ class PretrainedExpert(Expert):
         self._config = model.config
         image_processor = transformers.AutoImageProcessor.from_pretrained(self.model_id)
         accepted = image_processor.valid_kwargs.__annotations__
-        # as arguments of from_pretrained they could also say where to load from, and whether to run code from there
+        # as arguments of from_pretrained, they could also change the source and allow its code to run
         if unknown := sorted(set(self.image_processor) - set(accepted)):
             raise ValueError(
                 f"image_processor of the expert '{self.name}' has {', '.join(unknown)}; "
@@ -111,7 +111,7 @@ class PretrainedExpert(Expert):
 
     @property
     def model_config(self) -> Any:
-        """The model's configuration; read from the Hub or its cache if the model is not loaded."""
+        """The model's configuration. It comes from the Hub or its cache if the model is not loaded."""
         if self._config is None:
             from transformers import AutoConfig
 
@@ -127,7 +127,7 @@ class PretrainedExpert(Expert):
             images (`list[PIL.Image.Image]`): RGB, of any sizes.
 
         Yields:
-            `tuple`: numbers of the images that were run together, and the model's output for them.
+            `tuple`: the numbers of the images that ran together, and the model's output for them.
         """
         groups: dict[Any, list[tuple[int, dict[str, torch.Tensor]]]] = {}
         for index, image in enumerate(images):
@@ -143,28 +143,28 @@ class PretrainedExpert(Expert):
 
 
 def place(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Moves a model; for a half precision only the layers that hold nearly all of the weights take that dtype."""
+    """Moves a model. In half precision, only the layers with nearly all of the weights take that dtype."""
     model.to(device=device, dtype=torch.float32 if dtype in HALF else dtype)
     if dtype in HALF:
-        # what is left, norms and embeddings, some models mix with numbers that they make in float32
+        # some models combine the other layers, norms and embeddings, with values that they create in float32
         for module in model.modules():
             if isinstance(module, LAYERS_IN_HALF):
                 module.to(dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context in which a model that was placed by [`place`] runs."""
+    """The context in which a model runs that [`place`] has moved."""
     return torch.autocast(device.type, dtype=dtype if dtype in HALF else None, enabled=dtype in HALF)
 
 
 class ClassNames:
-    """For experts whose model has names of classes: `num_classes` and `class_names` from its `id2label`."""
+    """Adds `num_classes` and `class_names`, from the model's `id2label`."""
 
     model_config: Any
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the classes in their order; `"N/A"` for numbers that the model does not use."""
+        """The names of the classes in order; `"N/A"` for numbers that the model does not use."""
         names = {int(index): str(name) for index, name in self.model_config.id2label.items()}
         return [names.get(index, "N/A") for index in range(max(names) + 1)]
 
@@ -174,14 +174,14 @@ class ClassNames:
 
 
 def within_aspect(image: Image.Image, most: int = MAX_ASPECT) -> Image.Image:
-    """The image, its long side reduced to at most `most` times the short one: of a strip a network sees nothing."""
+    """The image with its long side reduced to at most `most` times the short one. Networks cannot read thin strips."""
     width, height = image.size
     size = (min(width, most * height), min(height, most * width))
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
 
 
 def resize_bilinear(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(channels, height, width) float to (channels, size[1], size[0]); antialiased where it gets smaller."""
+    """Resizes (channels, height, width) float to (channels, size[1], size[0]); antialiased if it becomes smaller."""
     if maps.shape[-2:] == (size[1], size[0]):
         return maps
     return torch.nn.functional.interpolate(
@@ -190,7 +190,7 @@ def resize_bilinear(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _size_of(model_id: str) -> int:
-    """Bytes of the weights in a folder; 0 for what is not one."""
+    """Size in bytes of the weights in a folder; 0 if it is not a folder."""
     folder = Path(model_id).expanduser()
     if not folder.is_dir():
         return 0

@@ -1,8 +1,8 @@
 """
-The description of a saved model may name files of its own checkpoint and models on the Hub, nothing else.
+The description of a saved model may only name files of its own checkpoint and models on the Hub.
 
-A checkpoint may come from a stranger. Its description must not make this machine open, and copy into the next
-checkpoint that is saved, any other file.
+A checkpoint may come from a stranger. Its description must not be able to open any other file of this machine, or to
+copy it into the next checkpoint.
 """
 
 import os
@@ -20,13 +20,13 @@ def find_saved(value: Any, folder: Path, root: Path, setting: str) -> Path | Non
     The file or folder that a saved description names.
 
     Args:
-        value: what the description has for the setting.
-        folder (`Path`): where the description says that its files lie.
-        root (`Path`): the checkpoint's folder; nothing outside it is opened.
-        setting (`str`): the setting, for error messages.
+        value: the value of the setting in the description.
+        folder (`Path`): the folder of the description's files.
+        root (`Path`): the checkpoint's folder; no file outside it is opened.
+        setting (`str`): the name of the setting, for error messages.
 
     Returns:
-        `Path`: the path inside `folder`; `None` if `value` is the id of a model on the Hub.
+        `Path`: the path inside `folder`, or `None` if `value` is the id of a model on the Hub.
 
     Raises:
         ValueError: if it is neither.
@@ -39,7 +39,7 @@ def find_saved(value: Any, folder: Path, root: Path, setting: str) -> Path | Non
 
 
 def _is_relative(value: str) -> bool:
-    """Whether a path only leads downwards, on every system."""
+    """Whether a path only leads downwards, by the rules of every system."""
     windows = PureWindowsPath(value)
     if windows.drive or windows.root or "\0" in value or PurePosixPath(value).is_absolute():
         return False
@@ -47,10 +47,10 @@ def _is_relative(value: str) -> bool:
 
 
 def require_inside(path: Path, root: Path, setting: str) -> None:
-    """Raises a `ValueError` if a file, or one in a folder, lies outside `root` once symbolic links are followed."""
+    """Raises a `ValueError` if a file, or a file in a folder, is outside `root` after links are followed."""
     roots = [root.resolve()]
     if roots[0].parent.name == "snapshots" and roots[0].parents[1].name.startswith("models--"):
-        roots.append(roots[0].parents[1] / "blobs")  # the Hub's cache: its files are links to there
+        roots.append(roots[0].parents[1] / "blobs")  # files in the Hub's cache are links to this folder
     top = path.resolve()
     files = [top]
     for parent, folders, names in os.walk(top):
@@ -69,7 +69,7 @@ def require_inside(path: Path, root: Path, setting: str) -> None:
 
 
 def require_hub_id(value: Any, setting: str) -> None:
-    """Raises a `ValueError` if a value is not the id of a model on the Hub, or if it is also a path here."""
+    """Raises a `ValueError` if a value is not the id of a model on the Hub, or if it is also a local path."""
     try:
         validate_repo_id(value)
     except HFValidationError as error:
@@ -86,13 +86,13 @@ def require_hub_id(value: Any, setting: str) -> None:
 
 def copy_into(path: Path, folder: Path, name: str, convert: Callable[[Path, Path], Any] | None = None) -> None:
     """
-    Copies a file or folder to `folder / name`. What was there is replaced once the copy is complete.
+    Copies a file or folder to `folder / name`. The complete copy replaces an older one.
 
     Args:
         path (`Path`): the file or folder.
-        folder (`Path`): made if it does not exist.
-        name (`str`): what the copy is called.
-        convert (`Callable`, *optional*): called with `path` and the new file's path, instead of copying.
+        folder (`Path`): created if it does not exist.
+        name (`str`): the name of the copy.
+        convert (`Callable`, *optional*): called with `path` and the new file's path instead of copying.
     """
     target = folder / name
     if target.exists() and target.samefile(path):

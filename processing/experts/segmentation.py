@@ -1,4 +1,4 @@
-"""Experts for segmentation: any model of AutoModelForUniversalSegmentation or AutoModelForSemanticSegmentation."""
+"""Experts for segmentation: models of AutoModelForUniversalSegmentation or AutoModelForSemanticSegmentation."""
 
 from typing import Any
 
@@ -17,15 +17,15 @@ PUBLISHED_SIZE = {"size": {"shortest_edge": 479, "longest_edge": 480}}
 
 class Segmentation(ClassNames, PretrainedExpert):
     """
-    The class of every pixel: the largest of its scores. See [`UniversalSegmentation`] and [`SemanticSegmentation`].
+    The class with the highest score at every pixel. See [`UniversalSegmentation`] and [`SemanticSegmentation`].
 
-    Scores are resized bilinearly to the image's size, of a larger image to `max_pixels`, and the map of classes is
-    then enlarged by nearest neighbour: scores of all classes at the size of a photograph would take gigabytes.
+    Scores are resized bilinearly to the image's size, but at most to `max_pixels`; the map of classes of a larger
+    image is then enlarged by nearest neighbour. The scores of all classes for a photograph would take gigabytes.
 
     Args:
         model_id (`str`, *optional*): Hub id or folder.
         image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
-        max_pixels (`int`, *optional*, defaults to 262144): number of pixels (512×512) that scores are resized to.
+        max_pixels (`int`, *optional*, defaults to 262144): the most pixels (512×512) of the scores.
     """
 
     name, kind, channels = "segmentation", "label", 64
@@ -64,7 +64,7 @@ class Segmentation(ClassNames, PretrainedExpert):
         """
         Args:
             outputs: the model's output for a batch.
-            place (`int`): which image of the batch.
+            place (`int`): the number of the image in the batch.
             size (`tuple[int, int]`): width and height of the scores.
 
         Returns:
@@ -75,22 +75,22 @@ class Segmentation(ClassNames, PretrainedExpert):
 
 class UniversalSegmentation(Segmentation):
     """
-    Segmentation by a model that gives masks with their classes: Mask2Former, MaskFormer.
+    Segmentation by a model that returns masks with their classes: Mask2Former, MaskFormer.
 
     The default is the expert of the published checkpoints, Mask2Former Swin-L trained on COCO panoptic, with its
-    settings: the short side 479 pixels, the long one at most 480. A class's score at a pixel is the sum over the masks
-    of the class's probability times the mask's there.
+    settings: a short side of 479 pixels and a long side of at most 480. The score of a class at a pixel is the sum,
+    over all masks, of the probability of the class times that of the mask.
 
     Label: uint8 (height, width), 133 classes of COCO panoptic. Weights of the default: 216 million parameters, 866 MB.
-    Their licence is "other" on the Hub; the authors' list of models says CC BY-NC 4.0, not for commercial use, though
-    their code has become MIT since. `"facebook/mask2former-swin-large-ade-panoptic"` has the 150 classes of ADE20K,
-    `"facebook/mask2former-swin-tiny-coco-panoptic"` is small; the same holds for both.
+    Their licence is "other" on the Hub. The authors' list of models says CC BY-NC 4.0, which excludes commercial use;
+    their code is MIT by now. `"facebook/mask2former-swin-large-ade-panoptic"` has the 150 classes of ADE20K, and
+    `"facebook/mask2former-swin-tiny-coco-panoptic"` is small. The licence of both is the same.
 
     Args:
         model_id (`str`, *optional*, defaults to `"facebook/mask2former-swin-large-coco-panoptic"`): Hub id or folder.
         image_processor (`dict`, *optional*):
-            Settings of the image processor that differ from the model's own; by default, for the three models above
-            the published size, else none.
+            Settings of the image processor that differ from the model's own. By default the published size for the
+            three models above, and none for other models.
         max_pixels (`int`, *optional*, defaults to 262144): see [`Segmentation`].
 
     Example:
@@ -118,7 +118,7 @@ class UniversalSegmentation(Segmentation):
 
     def load_model(self) -> torch.nn.Module:
         if self.model_config.model_type == "oneformer":
-            raise ValueError(f"{self.model_id} is a OneFormer, which needs a text beside the image: not supported")
+            raise ValueError(f"{self.model_id} is a OneFormer, which also needs a text: not supported")
         return super().load_model()
 
     def scores(self, outputs: Any, place: int, size: tuple[int, int]) -> torch.Tensor:
@@ -129,9 +129,9 @@ class UniversalSegmentation(Segmentation):
 
 class SemanticSegmentation(Segmentation):
     """
-    Segmentation by a model that gives scores of classes for every pixel: SegFormer, UperNet, DPT, …
+    Segmentation by a model that returns scores of classes for every pixel: SegFormer, UperNet, DPT, …
 
-    Label: uint8 (height, width), for the default 150 classes of ADE20K. Weights of the default: 3.8 million
+    Label: uint8 (height, width), with 150 classes of ADE20K for the default. Weights of the default: 3.8 million
     parameters, 15 MB, NVIDIA's licence for research ("other" on the Hub).
 
     Args:

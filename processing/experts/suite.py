@@ -1,4 +1,4 @@
-"""Several experts behind one call."""
+"""`ExpertSuite` runs several experts in one call."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -49,16 +49,16 @@ MEMORY = ("all", "sequential")
 
 class ExpertSuite(MutableMapping):
     """
-    Experts by name, in the order given. Calling it runs them all; an expert is loaded when it first runs.
+    A dict of experts by name, in the given order. A call runs them all. An expert is loaded when it first runs.
 
     Args:
-        experts (`Iterable[Expert]`): experts of different names.
+        experts (`Iterable[Expert]`): experts with different names.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do where an expert fails, on an image or while it is loaded: `"raise"`, or `"missing"`: the image's
-            label of that expert is `None`, and a warning says so, once for each expert.
+            The reaction to an expert that fails, on an image or while it is loaded. `"raise"` raises an error.
+            `"missing"` sets its label for the image to `None`, with one warning for each expert.
         memory (`str`, *optional*, defaults to `"all"`):
-            `"all"` keeps every expert loaded after its first run. `"sequential"` loads one, runs it over all images of
-            the call, frees it and goes on with the next: give it many images at a time.
+            `"all"` keeps every expert loaded after its first run. `"sequential"` loads one expert, runs it over all
+            images of the call and frees it before the next; call it with many images at a time.
 
     Example:
 
@@ -77,7 +77,7 @@ class ExpertSuite(MutableMapping):
 
     def __init__(self, experts: Iterable[Expert] = (), on_error: str = "raise", memory: str = "all"):
         self._experts: dict[str, Expert] = {}
-        self._left_out: dict[str, Expert] = {}  # they still run if another expert needs their labels
+        self._left_out: dict[str, Expert] = {}  # these still run if another expert needs their labels
         self._warned: set[str] = set()
         self.on_error = on_error
         self.memory = memory
@@ -136,15 +136,15 @@ class ExpertSuite(MutableMapping):
         Args:
             images (`list[PIL.Image.Image]`): any number, of any sizes.
             labels (`list[dict]`, *optional*):
-                Labels of other experts that are known already, a dict for each image: where one of these experts needs
-                them for all images, they are not computed again.
+                Known labels of other experts, one dict for each image. If an expert needs them, and they are known for
+                all images, they are not computed again.
 
         Returns:
-            `list[dict]`: for each image a dict from an expert's name to its label; see [`Expert.run`]. `None` where
-            the expert failed, if `on_error` is `"missing"`.
+            `list[dict]`: for each image a dict from an expert's name to its label; see [`Expert.run`]. With
+            `on_error="missing"`, the label is `None` if the expert failed.
 
         Raises:
-            ExpertError: naming the expert and the number of the image it failed on.
+            ExpertError: naming the expert and the number of the image on which it failed.
         """
         found: dict[str, list[Any]] = {}
         known = [own or {} for own in labels] if labels is not None else [{}] * len(images)
@@ -162,7 +162,7 @@ class ExpertSuite(MutableMapping):
         found: dict[str, list[Any]],
         waiting: tuple[str, ...],
     ) -> None:
-        """Puts the labels of an expert into `found`, after those of the experts that it needs."""
+        """Adds the labels of an expert to `found`, after those of the experts that it needs."""
         if name in found:
             return
         if name in waiting:
@@ -190,7 +190,7 @@ class ExpertSuite(MutableMapping):
         labels: list[Any] = [None] * len(images)
         try:
             expert.load()
-        except Exception as error:  # it would fail as well for every image
+        except Exception as error:  # it would fail for every image
             self._warn(expert, f"cannot be loaded: its labels are missing ({error})")
             return labels
         for index, image in enumerate(images):
@@ -213,20 +213,20 @@ class ExpertSuite(MutableMapping):
 
     @property
     def class_names(self) -> dict[str, list[str]]:
-        """The names of the classes of those experts that have some, for panels and for tables of class features."""
+        """By expert, the names of its classes, for panels and for tables of class features."""
         names = {name: getattr(expert, "class_names", None) for name, expert in self.items()}
         return {name: own for name, own in names.items() if own is not None}
 
     def without(self, *names: str) -> "ExpertSuite":
         """
-        A suite of the same experts, loaded or not, but for those named. Where another expert needs the labels of one
-        that is left out it still runs, and its label is not returned; `del suite[name]` is for good.
+        A suite of the same experts without those named. If another expert needs the labels of an expert that is left
+        out, it still runs, but its label is not returned. `del suite[name]` removes an expert completely.
         """
         self._require(names)
         return self._part([name for name in self if name not in names])
 
     def only(self, *names: str) -> "ExpertSuite":
-        """A suite of those of the same experts that are named; of the others as [`ExpertSuite.without`] says."""
+        """A suite of only the named experts. The others are left out as in [`ExpertSuite.without`]."""
         self._require(names)
         return self._part([name for name in self if name in names])
 
@@ -258,13 +258,13 @@ class ExpertSuite(MutableMapping):
 
     def report(self) -> dict[str, dict[str, float | None]]:
         """
-        What each expert has cost so far: `{name: {"images": …, "seconds": …, "seconds_per_image": …,
+        The cost of each expert so far: `{name: {"images": …, "seconds": …, "seconds_per_image": …,
         "loading_seconds": …, "peak_memory_bytes": …}}`.
 
-        The peak of memory is, on CUDA, what torch had allocated at most while the expert was loaded and ran, with its
-        own weights and without those of others. Elsewhere it is how much the process's peak of resident memory grew in
-        that time: 0 where something before had needed more, so that of several experts only those that set a new peak
-        show. `None` where the system does not say, and before the first run.
+        On CUDA, the peak of memory is the most that torch had allocated while the expert was loaded and ran, with its
+        own weights and without those of other experts. On a CPU it is the growth of the process's peak of resident
+        memory. It is 0 if something before needed more, so only experts that set a new peak have a figure. It is
+        `None` before the first run, and if the system does not report it.
         """
         return {
             name: {
@@ -289,24 +289,24 @@ class ExpertSuite(MutableMapping):
                 - `"published"`: the six experts closest to those of the published checkpoints: [`DepthEstimator`]
                   (DPT-Hybrid), [`NormalEstimator`] (TIPSv2), [`UniversalSegmentation`] (Mask2Former Swin-L, COCO
                   panoptic), [`DexiNedEdges`], [`ObjectDetector`] (D-FINE-X, Objects365) and [`RapidOcrText`]. The
-                  first, third and fourth are the same models; the others stand in for models that transformers lacks.
+                  first, third and fourth are the same models; the others replace models that transformers lacks.
                 - `"fast"`: six small ones: Depth-Anything-V2-Small, [`NormalsFromDepth`], Mask2Former Swin-T,
                   [`CannyEdges`], RT-DETRv2-R18 and [`RapidOcrText`].
                 - `"offline"`: [`CannyEdges`] and [`RapidOcrText`]; nothing is downloaded.
 
-                The words' features are [`HashedNgrams`] in each. A converted checkpoint needs [`ClipTextFeatures`]
-                with the published analysis: `suite["ocr"] = RapidOcrText(ClipTextFeatures(pca=…))`.
+                All of them use [`HashedNgrams`] for words. A converted checkpoint needs [`ClipTextFeatures`] with the
+                published analysis: `suite["ocr"] = RapidOcrText(ClipTextFeatures(pca=…))`.
         """
         if name not in SUITES:
             raise ValueError(f"there is no suite of experts '{name}'; accepted are {', '.join(map(repr, SUITES))}")
         return cls(SUITES[name]())
 
     def to_dict(self) -> dict[str, Any]:
-        """What [`ExpertSuite.from_dict`] restores: `{"experts": [expert.to_dict(), …], …}`, plain JSON."""
+        """The description for [`ExpertSuite.from_dict`], plain JSON: `{"experts": [expert.to_dict(), …], …}`."""
         return {"experts": [expert.to_dict() for expert in self.values()], **self._settings()}
 
     def _settings(self) -> dict[str, str]:
-        """Settings of the suite itself that are not the default."""
+        """The settings of the suite that differ from the defaults."""
         settings = {} if self.on_error == "raise" else {"on_error": self.on_error}
         return settings if self.memory == "all" else {**settings, "memory": self.memory}
 
@@ -316,11 +316,11 @@ class ExpertSuite(MutableMapping):
         Args:
             description (`dict`): from [`ExpertSuite.to_dict`].
             folder (`str` or `Path`, *optional*):
-                A folder that [`ExpertSuite.save_pretrained`] wrote, for own weights. It may come from a stranger: the
-                description may then name files inside it and ids of models on the Hub, and no other file.
+                A folder from [`ExpertSuite.save_pretrained`], with its weights. It may come from a stranger, so the
+                description may then only name files inside it and ids of models on the Hub.
 
         Raises:
-            ValueError: if it is no description of a suite, or if an expert names another file.
+            ValueError: if it is not the description of a suite, or if it names a file that it may not name.
         """
         entries = description.get("experts") if isinstance(description, Mapping) else None
         if not isinstance(entries, list | tuple):
@@ -336,8 +336,8 @@ class ExpertSuite(MutableMapping):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """
-        Writes the suite to `experts/suite.json` in a folder, and the files that its settings point to (own weights,
-        as safetensors) to `experts/<name>/`. Weights from the Hub or a package stay where they are.
+        Writes the suite to `experts/suite.json` in a folder, and the files that its settings point to (weights as
+        safetensors) to `experts/<name>/`. Weights from the Hub or a package are not copied.
         """
         for name, expert in self.items():
             if expert.name != name:
@@ -353,10 +353,10 @@ class ExpertSuite(MutableMapping):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExpertSuite":
         """
-        Restores a suite; weights are loaded when an expert first runs.
+        Restores a suite. Weights are loaded when an expert first runs.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): a folder that `save_pretrained` wrote, or a Hub id.
+            pretrained_model_name_or_path (`str` or `Path`): a folder from `save_pretrained`, or a Hub id.
             kwargs: for the Hub: `revision`, `token`, `cache_dir`, `local_files_only`.
         """
         folder = Path(pretrained_model_name_or_path)

@@ -1,4 +1,4 @@
-"""Experts for text: RapidOCR, whose wheel brings its weights, and the PP-OCR models of transformers."""
+"""Experts for text: RapidOCR, whose weights are in its wheel, and the PP-OCR models of transformers."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-# Of RapidOCR's settings those that name no file, folder or engine.
+# The settings of RapidOCR that cannot name a file, a folder or an engine.
 SAVED_PARAMS = (
     *(f"{part}.{setting}" for part in ("Det", "Cls", "Rec") for setting in ("lang_type", "model_type", "ocr_version")),
     *(f"Det.{setting}" for setting in ("limit_side_len", "limit_type", "mean", "std", "thresh", "box_thresh")),
@@ -33,17 +33,17 @@ SAVED_PARAMS = (
 
 @dataclass
 class Word:
-    """A word that was read: its text, the mean confidence of its letters, and its corners."""
+    """A word: its text, the mean confidence of its letters, and its corners."""
 
     text: str
     score: float
-    corners: np.ndarray  # (4, 2) float: x, y in pixels; first letter's top, last letter's top, then the bottoms
+    corners: np.ndarray  # (4, 2) float: x and y in pixels, in the order of `reading_quad`
 
 
 class TextExpert(Expert):
     """
-    What experts for text share: the words of an image, painted with their numbers and given features. A subclass
-    implements `read`.
+    The base class of experts for text. It paints the words of an image with their numbers and computes their
+    features. A subclass implements `read`.
     """
 
     name, kind = "ocr", "label"
@@ -51,7 +51,7 @@ class TextExpert(Expert):
     part_settings = {"word_features": WordFeatures}
 
     word_features: WordFeatures
-    least_side = 8  # pixels, of an image that is read
+    least_side = 8  # pixels; smaller images are not read
 
     @property
     def channels(self) -> int:
@@ -67,7 +67,7 @@ class TextExpert(Expert):
 
     def run(self, images: list[Image.Image]) -> list[dict[str, Any]]:
         found = [self.read(image) for image in images]
-        # one run of the encoder for all images
+        # the encoder runs once for all images
         features = self.word_features([word.text for words in found for word in words])
         ends = np.cumsum([len(words) for words in found])[:-1]
         return [
@@ -80,7 +80,7 @@ class TextExpert(Expert):
         ]
 
     def read(self, image: Image.Image) -> list[Word]:
-        """The words of one RGB image, line by line from the top; at most 254. The model must be loaded."""
+        """Returns the words of one RGB image, line by line from the top, at most 254. The model must be loaded."""
         raise NotImplementedError(f"{type(self).__name__} has no method `read`")
 
 
@@ -88,30 +88,30 @@ class RapidOcrText(TextExpert):
     """
     Words by RapidOCR: detection of lines, orientation and recognition (PP-OCRv6 small), run by onnxruntime.
 
-    The map counts the words, 0 for the first: each word's quadrilateral is filled with its number, earlier words over
-    later ones; 255 is background. Words come line by line from the top, in lower case, at most 254. Each has a feature
-    from a [`WordFeatures`]. Nothing found: no words, and background everywhere.
+    Each word's quadrilateral is filled with the number of the word, from 0 on, earlier words over later ones; 255 is
+    background. Words are in lower case, line by line from the top, at most 254. Each has a feature from a
+    [`WordFeatures`]. An image without words has an empty list and background everywhere.
 
-    Images are reduced to `max_pixels`, and small ones enlarged, up to threefold, towards a short side of `min_side`
-    pixels. Sides under 8 pixels hold no readable text: such an image is not run.
+    Images are reduced to `max_pixels`. Small images are enlarged towards a short side of `min_side` pixels, at most
+    threefold. An image with a side of less than 8 pixels is not read.
 
     Label: `{"ids": uint8 (height, width), "words": [str, …], "features": float32 (words, 64)}`. Weights: three ONNX
-    models, 31.7 MB, Apache-2.0, inside the wheel of rapidocr: nothing is downloaded. They run on the CPU, in float32;
-    `to` moves the word features only.
+    models, 31.7 MB, Apache-2.0, in the wheel of rapidocr; nothing is downloaded. They run on the CPU, in float32; `to`
+    moves only the word features.
 
     Args:
         word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]):
             The encoder of the words.
         min_score (`float`, *optional*, defaults to 0.5):
-            Words with a lower mean confidence of their letters are left out.
+            Words with a lower mean confidence of their letters are dropped.
         min_side (`int`, *optional*, defaults to 320):
-            Short side in pixels that smaller images are enlarged towards.
+            Short side in pixels to which smaller images are enlarged.
         max_pixels (`int`, *optional*, defaults to 921600):
-            Number of pixels (960×960) that larger images are reduced to.
+            Number of pixels (960×960) to which larger images are reduced.
         num_threads (`int`, *optional*):
-            Threads of onnxruntime for one image; by default as many as there are cores.
+            Threads of onnxruntime for one image; by default one for each core.
         params (`dict`, *optional*):
-            More settings of RapidOCR, as `{"Rec.lang_type": "cyrillic"}`. Models that are not in the wheel are
+            Further settings of RapidOCR, such as `{"Rec.lang_type": "cyrillic"}`. Models that are not in the wheel are
             downloaded.
 
     Example:
@@ -161,7 +161,7 @@ class RapidOcrText(TextExpert):
         if not isinstance(params, Mapping):
             raise ValueError(f"params of the saved '{cls.type}' is {params!r}; a dict is needed")
         for key, value in params.items():
-            # "${…}" would be replaced by what it names, such as a variable of the environment
+            # RapidOCR replaces "${…}", for example by an environment variable
             if key not in SAVED_PARAMS or "$" in json.dumps(value):
                 raise ValueError(
                     f"params of the saved '{cls.type}' has {key!r}: {value!r}; a saved description may set "
@@ -183,7 +183,7 @@ class RapidOcrText(TextExpert):
                 "Global.log_level": "error",
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 "EngineConfig.onnxruntime.inter_op_num_threads": threads,
-                # the sizes are ours: RapidOCR would enlarge a thin strip to billions of pixels
+                # we choose the sizes: RapidOCR would enlarge a thin strip to billions of pixels
                 "Global.use_preprocess_img": False,
                 "Global.use_vertical_padding": False,
                 "Det.limit_side_len": 32,
@@ -193,9 +193,6 @@ class RapidOcrText(TextExpert):
         )
 
     def read(self, image: Image.Image) -> list[Word]:
-        """
-        The words of one RGB image, line by line from the top; at most 254. The model must be loaded.
-        """
         if min(image.size) < self.least_side:
             return []
         width, height = size_within(image.size, self.max_pixels)
@@ -224,11 +221,11 @@ class RapidOcrText(TextExpert):
 class PpOcrText(TextExpert):
     """
     Words by the PP-OCR models of transformers: detection of lines, then recognition. Unlike [`RapidOcrText`] it runs
-    on the expert's device, and its weights come from the Hub; it has no model for orientation, so that text upside
-    down is not read.
+    on the expert's device, and its weights come from the Hub. It has no model for orientation, so it does not read
+    text that is upside down.
 
-    Labels are as those of [`RapidOcrText`]. Weights of the default: PP-OCRv6 small, 7.7 million parameters, 31 MB,
-    Apache-2.0. The detector's image processor needs OpenCV, which rapidocr brings.
+    Labels are the same as those of [`RapidOcrText`]. Weights of the default: PP-OCRv6 small, 7.7 million parameters,
+    31 MB, Apache-2.0. The detector's image processor needs OpenCV, which rapidocr installs.
 
     Args:
         word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]): The encoder of the words.
@@ -237,9 +234,9 @@ class PpOcrText(TextExpert):
         recognizer (`str`, *optional*, defaults to `"PaddlePaddle/PP-OCRv6_small_rec_safetensors"`):
             Hub id or folder of a model of AutoModelForTextRecognition.
         min_score (`float`, *optional*, defaults to 0.5):
-            Words with a lower mean confidence of their letters are left out.
+            Words with a lower mean confidence of their letters are dropped.
         min_line_score (`float`, *optional*, defaults to 0.6):
-            Lines that the detector is less sure of are not read.
+            Lines with a lower score of the detector are not read.
 
     Example:
 
@@ -304,7 +301,7 @@ class PpOcrText(TextExpert):
         return [word for word in words if word.score >= self.min_score][:MAX_REGIONS]
 
     def _lines(self, image: Image.Image) -> np.ndarray:
-        """Corners of the lines, from the top: (lines, 4, 2), each top left, top right, bottom right, bottom left."""
+        """Corners of the lines, from the top: (lines, 4, 2), each from top left clockwise."""
         squashed = within_aspect(image, most=64)
         inputs = self._detector_processor(images=squashed, return_tensors="pt")
         with autocast(self.device, self.running_dtype):
@@ -324,7 +321,7 @@ class PpOcrText(TextExpert):
         return boxes[np.lexsort((boxes[:, :, 0].min(1), tops // step))]
 
     def _recognize(self, lines: list[Image.Image]) -> list[tuple[str, SimpleNamespace]]:
-        """The text of each line, and where its words are as [`words_of_line`] takes it."""
+        """The text of each line, and the places of its words in the form that [`words_of_line`] takes."""
         processor = self._recognizer_processor
         by_width: dict[int, list[tuple[int, torch.Tensor]]] = {}
         for number, line in enumerate(lines):
@@ -338,7 +335,7 @@ class PpOcrText(TextExpert):
                     outputs = self.model["recognizer"](pixel_values=torch.cat(pixels).to(self.device))
                 scores, indices = outputs.last_hidden_state.float().max(-1)  # (lines, steps)
                 for number, own_scores, own_indices in zip(numbers, scores.tolist(), indices.tolist()):
-                    # the line's own part of the steps; what is right of it is padding
+                    # the steps of the line itself; the steps to the right are padding
                     width = processor.get_target_size([(lines[number].height, lines[number].width)]).width
                     steps = len(own_indices) * min(1.0, width / padded_width)
                     found[number] = _line(own_indices, own_scores, processor.character_list, steps)
@@ -349,13 +346,13 @@ def _line(
     indices: list[int], scores: list[float], character_list: list[str], steps: float
 ) -> tuple[str, SimpleNamespace]:
     """
-    A line's text, and its letters in words as RapidOCR gives them.
+    A line's text, and its letters by word in the form of RapidOCR.
 
     Args:
-        indices (`list[int]`): the letter seen at each step; 0 is none, and one that lasts several steps counts once.
-        scores (`list[float]`): how sure each is.
+        indices (`list[int]`): the letter at each step; 0 is none, and a letter over several steps counts once.
+        scores (`list[float]`): the confidence of each.
         character_list (`list[str]`): the letters.
-        steps (`float`): how many steps the line spans.
+        steps (`float`): the number of steps of the line.
     """
     columns = [
         column
@@ -382,7 +379,7 @@ def _line(
 
 
 def _cut_out(image: Image.Image, quad: np.ndarray) -> Image.Image:
-    """The quadrilateral of a line, laid flat."""
+    """The quadrilateral of a line as an upright image."""
     width = max(np.linalg.norm(quad[1] - quad[0]), np.linalg.norm(quad[2] - quad[3]))
     height = max(np.linalg.norm(quad[3] - quad[0]), np.linalg.norm(quad[2] - quad[1]))
     size = (max(1, round(width)), max(1, round(height)))
@@ -392,15 +389,16 @@ def _cut_out(image: Image.Image, quad: np.ndarray) -> Image.Image:
 
 def reading_quad(box: np.ndarray, upside_down: bool) -> np.ndarray:
     """
-    The corners of a line as it is read: top of its beginning, top of its end, bottom of its end, of its beginning.
+    The corners of a line in reading direction: top of its start, top of its end, bottom of its end, bottom of its
+    start.
 
     Args:
-        box (`np.ndarray` of shape `(4, 2)`): corners in the picture: top left, top right, bottom right, bottom left.
-        upside_down (`bool`): whether the line's crop had to be turned by 180° to be read.
+        box (`np.ndarray` of shape `(4, 2)`): corners in the image: top left, top right, bottom right, bottom left.
+        upside_down (`bool`): whether the crop of the line was turned by 180° before it was read.
     """
     width = max(np.linalg.norm(box[0] - box[1]), np.linalg.norm(box[2] - box[3]))
     height = max(np.linalg.norm(box[0] - box[3]), np.linalg.norm(box[1] - box[2]))
-    # RapidOCR turns the crop of an upright box counter-clockwise, so that its right side is up
+    # RapidOCR turns the crop of a tall box counter-clockwise, so its right side is up
     turns = 1 if int(height) >= 1.5 * int(width) else 0
     return np.roll(box, -turns - (2 if upside_down else 0), axis=0)
 
@@ -411,8 +409,8 @@ def words_of_line(text: str, line: Any, quad: np.ndarray) -> list[Word]:
 
     Args:
         text (`str`): the line's letters and spaces.
-        line: RapidOCR's `WordInfo`: `words`, letters of each word; `word_cols`, the step of the recogniser's sequence
-            at which each letter was seen, about its middle; `line_txt_len`, the steps over the line's whole width;
+        line: RapidOCR's `WordInfo`: `words`, the letters of each word; `word_cols`, the step of the recogniser's
+            sequence at about the middle of each letter; `line_txt_len`, the number of steps of the whole line;
             `confs`, the confidence of each character of `text`.
         quad (`np.ndarray` of shape `(4, 2)`): the line's corners, from [`reading_quad`].
     """
@@ -422,7 +420,7 @@ def words_of_line(text: str, line: Any, quad: np.ndarray) -> list[Word]:
     centres = [(np.asarray(columns) + 0.5) / steps for columns in line.word_cols]  # 0 to 1 along the line
     gaps = np.concatenate([np.diff(columns) for columns in centres])
     letter = gaps.mean() if len(gaps) else 1 / max(1, len(text))
-    reach = 0.7 * letter  # more than half: the first or last letter may be a wide one
+    reach = 0.7 * letter  # more than half, because the first or last letter may be wide
     starts = [max(0.0, columns[0] - reach) for columns in centres]
     ends = [min(1.0, columns[-1] + reach) for columns in centres]
     for left in range(len(starts) - 1):

@@ -1,4 +1,4 @@
-"""Features of words: what the map of an expert for text is painted with."""
+"""Features of words, with which the map of an expert for text is painted."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from .base import FrozenModel, read_weights
 
 class WordFeatures(FrozenModel):
     """
-    From words to vectors, frozen. A subclass names itself by `type` and implements `encode`.
+    A frozen encoder of words. A subclass has a `type`, its name in JSON, and implements `encode`.
 
     Attributes:
         channels (`int`): length of a word's vector.
@@ -39,7 +39,7 @@ class WordFeatures(FrozenModel):
     channels: int = 64
 
     def encode(self, words: list[str]) -> np.ndarray:
-        """At least one word to (words, channels) float; called with the model loaded and in inference mode."""
+        """Encodes at least one word to (words, channels) float. The model is loaded and inference mode is on."""
         raise NotImplementedError(f"{type(self).__name__} has no method `encode`")
 
     @torch.inference_mode()
@@ -65,11 +65,11 @@ class WordFeatures(FrozenModel):
 
 class HashedNgrams(WordFeatures):
     """
-    The letters of a word, hashed: counts of its 2- to 4-grams, word boundaries included, each added to or taken from
-    one of 64 numbers that the n-gram's hash picks, scaled to length 1. Similar spellings get similar features.
+    Hashed letters of a word. The counts of its 2- to 4-grams, with word boundaries, are added to or subtracted from 64
+    numbers, chosen by the hash of the n-gram, and scaled to length 1. Similar spellings get similar features.
 
-    It is the same on every machine, needs no download and no weights, and knows nothing of meaning: a network trained
-    with it cannot be run with [`ClipTextFeatures`], and the other way round.
+    The features are the same on every machine and need no download and no weights. They carry no meaning, so a network
+    trained with them cannot be used with [`ClipTextFeatures`], and vice versa.
 
     Features: float32 (words, 64). Weights: none.
 
@@ -113,16 +113,16 @@ class HashedNgrams(WordFeatures):
 
 class ClipTextFeatures(WordFeatures):
     """
-    CLIP's text embedding of a word, reduced to 64 numbers by a principal component analysis: the features of the
-    published checkpoints, with the published analysis.
+    CLIP's text embedding of a word, reduced to 64 numbers by a principal component analysis. With the published
+    analysis these are the features of the published checkpoints.
 
     Features: float32 (words, 64). Weights: the text part of CLIP ViT-L/14, 123.7 million parameters, 495 MB, MIT
     licence; the analysis adds 0.2 MB.
 
     Args:
         pca (`str`):
-            A safetensors file with `mean` (embedding) and `components` (64, embedding); [`ClipTextFeatures.fit_pca`]
-            makes one.
+            A safetensors file with `mean` (embedding) and `components` (64, embedding), such as
+            [`ClipTextFeatures.fit_pca`] writes.
         model_name (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             Hub id or folder of a CLIP model with its tokenizer.
 
@@ -143,7 +143,7 @@ class ClipTextFeatures(WordFeatures):
     source = "transformers.CLIPTextModelWithProjection"
     file_settings = ("pca", "model_name")
 
-    max_words = 64  # run at a time
+    max_words = 64  # in one batch
 
     def __init__(self, pca: str, model_name: str = "openai/clip-vit-large-patch14"):
         self.pca = str(pca)
@@ -167,11 +167,11 @@ class ClipTextFeatures(WordFeatures):
 
     @staticmethod
     def _load_clip(model_name: str | Path) -> tuple[Any, Any]:
-        """The text part of a CLIP model, or of a whole one, and its tokenizer."""
+        """The text model of a CLIP, or of the text part of a CLIP, and its tokenizer."""
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
 
         class TextPart(CLIPTextModelWithProjection):
-            # a whole CLIP has a vision part, too
+            # a complete CLIP has a vision model, too
             _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
 
         config = AutoConfig.from_pretrained(model_name)
@@ -205,7 +205,7 @@ class ClipTextFeatures(WordFeatures):
         Fits the principal component analysis to the CLIP embeddings of `texts` and writes it to `path`.
 
         Args:
-            texts (`Sequence[str]`): at least as many different ones as components, better many thousand.
+            texts (`Sequence[str]`): at least as many different texts as components; thousands are better.
             path (`str` or `Path`): the safetensors file to write.
             model_name (`str`, *optional*): Hub id or folder of a CLIP model with its tokenizer.
 
@@ -218,7 +218,7 @@ class ClipTextFeatures(WordFeatures):
         if len(set(texts)) < cls.channels:
             raise ValueError(
                 f"{len(set(texts))} different texts; an analysis needs at least {cls.channels}. For fewer, use one "
-                "that has been made from others (pca)"
+                "that was fitted to other texts (pca)"
             )
         model, tokenizer = cls._load_clip(model_name)
         embeddings = cls._embed(list(texts), model.eval(), tokenizer)
