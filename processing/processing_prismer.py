@@ -22,14 +22,14 @@ CONTROL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @lru_cache(maxsize=8)
 def _pattern_of(tokens: tuple[tuple[str, bool], ...]) -> re.Pattern[str] | None:
-    """What matches any of the tokens, the longest first; each with whether it only stands for a whole word."""
+    """A pattern of all tokens, the longest first. Each token comes with a flag: whether it must be a whole word."""
     ordered = sorted(tokens, key=lambda token: -len(token[0]))
     parts = [rf"(?<!\w){re.escape(text)}(?!\w)" if whole else re.escape(text) for text, whole in ordered]
     return re.compile("|".join(parts)) if parts else None
 
 
 def _split_at(every_token: re.Pattern[str] | None, apart: set[str], text: str) -> Iterator[str]:
-    """The text in pieces: the tokens in `apart`, and what is between them."""
+    """Splits the text into the tokens in `apart` and the pieces between them."""
     end = 0
     for match in every_token.finditer(text) if every_token else ():
         if match[0] in apart:
@@ -48,35 +48,36 @@ class PrismerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[cal
 
 class PrismerProcessor(ExpertsProcessor):
     r"""
-    Turns pictures and text into the inputs of Prismer: runs the frozen experts on the pictures, prepares pictures and
-    expert maps with a [`PrismerImageProcessor`], and makes the prompt of the checkpoint's task.
+    Turns images and text into the inputs of Prismer. It runs the frozen experts on the images, prepares images and
+    expert maps with a [`PrismerImageProcessor`], and writes the prompt of the checkpoint's task.
 
     Args:
         image_processor ([`PrismerImageProcessor`]):
-            Prepares pictures and maps; its `experts` say which experts the network reads.
+            Prepares images and maps. Its `experts` are the experts that the network reads.
         tokenizer ([`PreTrainedTokenizerBase`]):
-            A tokenizer of RoBERTa's kind, with `bos_token`, `eos_token` and `pad_token`.
+            A tokenizer like RoBERTa's, with `bos_token`, `eos_token` and `pad_token`.
         experts ([`ExpertSuite`], `list[Expert]`, `str` or `dict`, *optional*):
             The experts that run live: a suite, a list of experts, the name of a suite (`"offline"`), or a suite's
-            description (`suite.to_dict()`), which is loaded when it is first needed. Without them, labels come as
-            `expert_labels`. Can be replaced at any time: `processor.experts = …`.
+            description (`suite.to_dict()`), which is loaded on first use. Without them, pass labels as
+            `expert_labels`. You can replace them at any time: `processor.experts = …`.
         chat_template (`str`, *optional*):
             A chat template in Jinja.
         task (`str`, *optional*, defaults to `"caption"`):
-            What the checkpoint was trained for; it decides about prompts, suffixes and candidates:
+            The name of the [`Task`] that the checkpoint was trained for. It decides about prompts, suffixes and
+            candidates:
 
-            - `"caption"`: the prompt is `A picture of` unless given, captions and candidates are lower case;
-            - `"vqa"`: the prompt is a question, cleaned by [`clean_question`]; answers are capitalised;
-            - `"classification"`: the prompt is `A photo of a` unless given, classes are lower case.
+            - `"caption"`: the default prompt is `A picture of`; captions and candidates are lower case.
+            - `"vqa"`: the prompt is a question, cleaned by [`clean_question`]; answers are capitalised.
+            - `"classification"`: the default prompt is `A photo of a`; classes are lower case.
+            - a task of your own, which [`register_task`] has registered.
         tasks (`list[str]`, *optional*):
-            All that the checkpoint was trained for, where that is more than `task`. What a text is for is said by
-            `task=…` in the call. Without it, a text that begins with the prompt of one of these tasks and is no
-            question (`A picture of`, `a picture of a red`) is for that task, and any other text for `task`; without
-            a text, the image is captioned.
+            All tasks of a checkpoint that was trained for several. Pass `task=…` in the call to choose one. Without
+            it, a text that begins with the prompt of one of these tasks belongs to that task, unless it ends with `?`.
+            Any other text belongs to `task`. Without a text, the image is captioned.
 
-    The tokenizer may have tokens of your own (`processor.tokenizer.add_tokens(…)`). They are kept as they are written,
-    in prompts, suffixes and candidates, and each becomes its id. Only the control tokens, such as `</s>` and `<pad>`,
-    are protected: in a text they are ordinary letters.
+    You can add tokens to the tokenizer (`processor.tokenizer.add_tokens(…)`). Prompts, suffixes and candidates keep
+    them as they are written, and each becomes its id. Control tokens such as `</s>` and `<pad>` are protected: in a
+    text, they are ordinary letters.
 
     Example:
 
@@ -107,16 +108,16 @@ class PrismerProcessor(ExpertsProcessor):
         tasks: list[str] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        tokenizer.padding_side = "left"  # as `generate` needs it; a pipeline pads its batches by that
+        tokenizer.padding_side = "left"  # `generate` needs it, and a pipeline pads its batches with it
         for token in ("bos_token", "eos_token", "pad_token"):
             if getattr(tokenizer, f"{token}_id", None) is None:
                 raise ValueError(
-                    f"the tokenizer has no {token}; one of RoBERTa's kind, with <s>, </s> and <pad>, is needed"
+                    f"the tokenizer has no {token}; a tokenizer like RoBERTa's, with <s>, </s> and <pad>, is needed"
                 )
         for name in [task, *(tasks or ())]:
             find_task(name)
         if tasks and task not in tasks:
-            raise ValueError(f"task is {task!r}, which is not among the tasks {', '.join(map(repr, tasks))}")
+            raise ValueError(f"task is {task!r}; it is not among the tasks {', '.join(map(repr, tasks))}")
         self.task = task
         self.tasks = tasks
         self.experts = experts
@@ -142,29 +143,29 @@ class PrismerProcessor(ExpertsProcessor):
             images:
                 One or many images: paths, URLs, PIL images, arrays, tensors; see [`load_images`].
             text (`str`, `list[str]` or `list[list[str]]`, *optional*):
-                The prompts: questions if `task` is `"vqa"`, else the beginning of the sentence. One string is used for
-                every image. A list holds one prompt for each image, or n, those of the first image first; a list of
-                lists holds the n prompts of each image. The network encodes an image once for its n rows.
+                The prompts: questions for `"vqa"`, the beginning of the sentence for other tasks. A string is used for
+                every image. A list has one prompt for each image, or n, with those of the first image first. A list of
+                lists has the n prompts of each image. The network encodes an image once for its n rows.
             expert_labels (`dict` or `list[dict]`, *optional*):
-                For each image a dict from an expert's name to its label, as [`PrismerImageProcessor.preprocess`] takes
-                them. Live experts only run where a name is absent; a label of `None` says that the expert is missing.
+                A dict from an expert's name to its label for each image; see [`PrismerImageProcessor.preprocess`].
+                Live experts run only for the names that are absent. A label of `None` marks a missing expert.
             suffix (`str`, `list[str]` or `list[list[str]]`, *optional*):
-                For training: the caption, answer or class that follows each prompt, in the layout of `text`. It is
-                brought to the form of the task, and `labels` come with it. With one prompt for all, or none given, an
-                image can have several.
+                For training: the caption, answer or class that follows each prompt, in the layout of `text`. It gets
+                the form of the task, and the result has `labels`. If one prompt is used for all, or none is given, an
+                image can have several suffixes.
             experts (`list[str]`, *optional*):
-                Names of the experts to use in this call, live or from `expert_labels`; the others are masked out.
+                The names of the experts to use in this call, live or from `expert_labels`. The others are masked out.
                 `[]` means none.
             task (`str`, or in the layout of `text`, *optional*):
-                What the texts are for: `"caption"`, `"vqa"` or `"classification"`. Left out, it is the processor's
-                own `task`, unless a text begins with the prompt of another one of its `tasks`.
+                The task of the texts. By default the processor's `task`, except for texts that begin with the prompt
+                of another one of its `tasks`.
             kwargs:
-                `return_tensors` (defaults to `"pt"`), `padding` (`True`), `truncation` (`True`), `max_length` (tokens;
-                left out, 35 for a question without its answer and 30 for a caption with its prompt), `padding_side`
-                (`"left"`), `pad_to_multiple_of`, and what the image processor takes.
+                `return_tensors` (defaults to `"pt"`), `padding` (`True`), `truncation` (`True`), `max_length` (in
+                tokens; by default the limits of the [`Task`]), `padding_side` (`"left"`), `pad_to_multiple_of`, and
+                the arguments of the image processor.
 
         Returns:
-            [`BatchFeature`] with, for `rows` = images · prompts an image:
+            [`BatchFeature`] with rows = images × prompts per image:
 
             - `input_ids` (rows, T) int64: `<s>` + prompt, and with `suffix` the suffix + `</s>`; padded on the left;
             - `attention_mask` (rows, T) int64;
@@ -173,17 +174,17 @@ class PrismerProcessor(ExpertsProcessor):
               [`PrismerImageProcessor.preprocess`].
 
         Raises:
-            ValueError: if there is no image; if numbers of images, prompts, suffixes or labels do not fit together; if
-                an expert is not in the configuration; and as the image processor.
+            ValueError: if there is no image, if the numbers of images, prompts, suffixes or labels do not fit, if an
+                expert is not in the configuration, or if the image processor raises one.
 
         Example:
 
         ```python
         >>> questions = [["What shape is it?", "Is it red?"], ["What color is it?", "Is it a circle?"]]
-        >>> inputs = processor([image, image], questions)  # two to each image
+        >>> inputs = processor([image, image], questions)  # two for each image
         >>> inputs["pixel_values"].shape, inputs["input_ids"].shape
         (torch.Size([2, 3, 64, 64]), torch.Size([4, 7]))
-        >>> edges = processor.experts["edge"]([image])[0]  # or what you have: uint8 (H, W)
+        >>> edges = processor.experts["edge"]([image])[0]  # or your own map: uint8 (H, W)
         >>> inputs = processor(image, "Is it red?", expert_labels={"edge": edges, "ocr": None})
         >>> inputs["expert_mask"]
         tensor([[ True, False]])
@@ -191,16 +192,16 @@ class PrismerProcessor(ExpertsProcessor):
         """
         if images is None:
             raise ValueError(
-                "images is missing: Prismer speaks about a picture. Pass images=…, or call processor.tokenizer(text) "
-                "for tokens alone. A pipeline takes both: images=… and text=…"
+                "images is missing: Prismer needs an image. Pass images=…, or call processor.tokenizer(text) for "
+                "tokens alone. A pipeline takes both: images=… and text=…"
             )
         kwargs = self._merge_kwargs(**kwargs)
         images, labels = self._open(images, expert_labels, kwargs["images_kwargs"])
-        # texts first: a mistake there is found before the experts run
+        # texts first, to find mistakes before the experts run
         prompts, suffixes, tasks = self._texts(text, suffix, task, len(images))
         data = self._tokenize(prompts, suffixes, tasks, **kwargs["text_kwargs"])
         labels = self._run_experts(images, labels, experts)
-        data.update(self.image_processor._preprocess_opened(images, labels, **kwargs["images_kwargs"]))
+        data.update(self._image_inputs(images, labels, **kwargs["images_kwargs"]))
         return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
 
     # ---- text ----
@@ -220,7 +221,7 @@ class PrismerProcessor(ExpertsProcessor):
         if text is not None and not isinstance(text, str):
             text = _flatten_texts(text, num_images, "text")
             num_rows = len(text)
-        else:  # one prompt for all, or the task's own: an image has as many rows as suffixes
+        else:  # a prompt for all rows: an image has as many rows as suffixes
             num_rows = num_images if suffix is None else len(suffix)
         if not num_rows or num_rows % num_images:
             raise ValueError(
@@ -247,13 +248,13 @@ class PrismerProcessor(ExpertsProcessor):
 
     def task_for(self, text: str | list[str] | list[list[str]] | None) -> str:
         """
-        The task that texts are for where no `task` is named, as [`PrismerProcessor.__call__`] reads them.
+        Returns the name of the task that texts belong to if the call names no `task`.
 
         Args:
             text (`str`, `list[str]`, `list[list[str]]`, *optional*): as in [`PrismerProcessor.__call__`].
 
         Raises:
-            ValueError: if the texts are for several tasks.
+            ValueError: if the texts belong to several tasks.
         """
         if text is None:
             tasks = [find_task(name) for name in (self.task, *(self.tasks or ()))]
@@ -262,11 +263,11 @@ class PrismerProcessor(ExpertsProcessor):
             return self._task_of(text)[0]
         tasks = sorted({self.task_for(each) for each in text})
         if len(tasks) > 1:
-            raise ValueError(f"the texts are for several tasks, {' and '.join(tasks)}; name one: task=…")
+            raise ValueError(f"the texts belong to several tasks, {' and '.join(tasks)}; name one: task=…")
         return tasks[0] if tasks else self.task
 
     def _task_of(self, text: str) -> tuple[str, str]:
-        """The task that a text is for if nothing else says so; the text, with that task's prompt as it was learned."""
+        """The task of a text, and the text with that task's prompt as it was learned."""
         for name in self.tasks or ():
             found = find_task(name).with_own_prompt(text)
             if found is not None:
@@ -280,12 +281,12 @@ class PrismerProcessor(ExpertsProcessor):
 
     @property
     def _control_tokens(self) -> set[str]:
-        """Those by which the network knows where a text begins and ends, and the like."""
+        """The tokens with a meaning for the network, such as the beginning and the end of a text."""
         return {str(token) for name in CONTROL_TOKENS if (token := getattr(self.tokenizer, name, None)) is not None}
 
     @property
     def _added_tokens(self) -> re.Pattern[str] | None:
-        """What matches the tokens that were added to the vocabulary, control tokens aside."""
+        """A pattern of the tokens that were added to the vocabulary, without control tokens."""
         control = self._control_tokens
         return _pattern_of(tuple(token for token in self._listed_tokens() if token[0] not in control))
 
@@ -294,7 +295,7 @@ class PrismerProcessor(ExpertsProcessor):
             yield token.content, token.single_word
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Added tokens become their ids; "</s>" in somebody's question is text, not the end of it."""
+        """Added tokens become their ids. Control tokens in a text, such as "</s>" in a question, stay text."""
         control = self._control_tokens
         if not any(token in text for text in texts for token in control):
             return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=False)["input_ids"]
@@ -330,15 +331,15 @@ class PrismerProcessor(ExpertsProcessor):
             for i, (limit, total) in enumerate(zip(limits, totals)):
                 if len(rows[i]) > limit and suffixes is None:
                     logger.warning_once(
-                        f"a text of {len(rows[i])} tokens is read to its first {limit} only: {prompts[i][:60]!r}…; "
-                        "`max_length` sets how many, `truncation=False` reads all"
+                        f"a text of {len(rows[i])} tokens is cut to its first {limit}: {prompts[i][:60]!r}…; "
+                        "`max_length` changes the limit, `truncation=False` removes it"
                     )
                 if total is None:
                     rows[i] = rows[i][:limit]
                     continue
                 rows[i] = rows[i][: max(1, min(limit, total - 2))]
                 room = max(1, total - len(rows[i]))
-                if len(learned[i]) > room:  # cut before </s>, which stays
+                if len(learned[i]) > room:  # cut before </s>
                     learned[i] = learned[i][: room - 1] + learned[i][-1:]
         ends = limits if suffixes is None else totals
         length = None if None in ends else max(ends)
@@ -367,26 +368,26 @@ class PrismerProcessor(ExpertsProcessor):
         task: str | None = None,
     ) -> BatchFeature:
         """
-        Tokenises the candidates among which `model.rank_candidates` chooses, in the form of the task.
+        Tokenises the candidates for `model.rank_candidates`, in the form of the task.
 
         Args:
-            answers (`list[str]`): the candidates: captions, answers or class names.
+            answers (`list[str]`): the candidates, which are captions, answers or class names.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"`, or `None` for lists.
             padding (`bool` or `str`, *optional*, defaults to `True`): as for a tokenizer.
             task (`str`, *optional*):
-                The task whose form the candidates get, by default the processor's own; `processor.task_for(text)` is
-                the one of the text that they follow.
+                The task whose form the candidates get, by default the processor's `task`. Use
+                `processor.task_for(text)` for candidates that follow a text.
 
         Returns:
             [`BatchFeature`] with `candidate_ids` and `candidate_mask`, (number of answers, T) int64: `" "` + answer +
-            `</s>`, without `<s>`; padded on the right.
+            `</s>` without `<s>`, padded on the right.
 
         Raises:
             ValueError: if there are no answers, or an empty one.
         """
         answers = [answers] if isinstance(answers, str) else list(answers)
         if not answers or not all(answer.strip() for answer in answers):
-            raise ValueError("answers is empty or holds an empty text; at least one, and text in each, is needed")
+            raise ValueError("answers is empty or has an empty text; at least one answer with text is needed")
         answers = [self._written(answer, find_task(task or self.task)) for answer in answers]
         rows = [[*ids, self.tokenizer.eos_token_id] for ids in self._token_ids(answers)]
         padded = self.tokenizer.pad(
@@ -404,16 +405,17 @@ class PrismerProcessor(ExpertsProcessor):
         task: str | None = None,
     ) -> list[str]:
         """
-        The captions, answers or classes that `model.generate` gave.
+        Decodes the captions, answers or classes from `model.generate`.
 
         Args:
             generated_ids (`torch.Tensor` of shape `(rows, T)`): prompt and continuation, as `generate` returns them.
-            prompt_length (`int`, *optional*, defaults to 0): columns to cut off, `inputs["input_ids"].shape[1]`.
+            prompt_length (`int`, *optional*, defaults to 0): number of columns to cut off, those of the prompt:
+                `inputs["input_ids"].shape[1]`.
             task (`str`, *optional*): as in [`PrismerProcessor.__call__`].
 
         Returns:
-            `list[str]`: stripped; answers to questions in lower case. Tokens that were added to the vocabulary stay as
-            they are written; control tokens such as `</s>` are left out.
+            `list[str]`: the trimmed texts in the form of their task, such as lower case for answers. Tokens that were
+            added to the vocabulary stay as they are written. Control tokens such as `</s>` are left out.
         """
         texts = []
         for row in generated_ids:
@@ -430,7 +432,7 @@ class PrismerProcessor(ExpertsProcessor):
         **kwargs: Any,
     ) -> Any:
         """
-        The texts of a pipeline, prompt and continuation as they were generated.
+        Decodes prompt and continuation as they were generated, for a pipeline.
 
         Args:
             generated_outputs (`torch.Tensor` of shape `(rows, T)` or `(T,)`): as `generate` returns them.
@@ -447,26 +449,9 @@ class PrismerProcessor(ExpertsProcessor):
         return self._decode(ids, **kwargs) if skip_special_tokens else self.tokenizer.decode(ids, **kwargs)
 
     def _decode(self, ids: list[int], **kwargs: Any) -> str:
-        """The text of some ids without control tokens; added tokens stay, special ones as well."""
+        """Decodes ids without control tokens. Added tokens stay, even special ones."""
         control = set(self.tokenizer.convert_tokens_to_ids(sorted(self._control_tokens)))
         return self.tokenizer.decode([number for number in ids if number not in control], **kwargs)
-
-    def post_process_ranking(self, ranking: Any, answers: list[str]) -> list[list[dict[str, Any]]]:
-        """
-        What `model.rank_candidates` gave, with the candidates' names.
-
-        Args:
-            ranking: with `scores` and `indices` of shape `(rows, k)`.
-            answers (`list[str]`): what [`PrismerProcessor.prepare_candidates`] got.
-
-        Returns:
-            `list[list[dict]]`: for each row k times `{"label": …, "score": …}`, best first; the score is the mean
-            log-probability of the label's tokens.
-        """
-        return [
-            [{"label": answers[index], "score": score} for score, index in zip(*row)]
-            for row in zip(ranking.scores.tolist(), ranking.indices.tolist())
-        ]
 
 
 def _flatten_texts(texts: Iterable[Any], num_images: int, name: str) -> list[str]:
@@ -482,8 +467,8 @@ def _flatten_texts(texts: Iterable[Any], num_images: int, name: str) -> list[str
     counts = [len(group) for group in texts]
     if len(set(counts)) > 1:
         raise ValueError(
-            f"{name} has lists of {', '.join(map(str, counts))} entries; every image needs equally many, since the "
-            "rows of a batch are divided evenly among its images"
+            f"{name} has lists of {', '.join(map(str, counts))} entries; every image needs the same number, because "
+            "the rows of a batch are divided evenly among its images"
         )
     return [text for group in texts for text in group]
 

@@ -127,7 +127,7 @@ def processor():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"text": "what color?"}, "images is missing: Prismer speaks about a picture"),
+        ({"text": "what color?"}, "images is missing: Prismer needs an image"),
         ({"images": 1}, "text is missing: the task 'vqa' needs a question"),
         ({"images": 2, "text": ["a", "b", "c"]}, "3 texts for 2 images; as many texts as images, or a multiple"),
         ({"images": 1, "text": "a", "experts": ["depth"]}, "experts has 'depth'; the config's experts are: edge, ocr"),

@@ -1,4 +1,4 @@
-"""A small tokenizer of RoBERTa's kind, descriptions of experts, and experts that only pretend."""
+"""A small tokenizer like RoBERTa's, descriptions of experts, and simulated experts."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""One call turns pictures and text into what the network reads, running the experts that are missing."""
+"""One call turns images and text into the inputs of the network, and runs the experts whose labels are missing."""
 
 import copy
 import inspect
@@ -51,13 +51,13 @@ def test_questions_are_cleaned_as_recorded(raw, cleaned):
 # ---- prompts ----
 
 
-def test_a_captioner_begins_with_a_picture_of(make_processor, image, tokenizer):
+def test_caption_begins_with_a_picture_of(make_processor, image, tokenizer):
     inputs = make_processor("caption")(images=image)
     assert inputs["input_ids"].tolist() == [[0, *tokenizer("A picture of", add_special_tokens=False)["input_ids"]]]
     assert "labels" not in inputs
 
 
-def test_a_classifier_begins_with_a_photo_of_a(make_processor, image):
+def test_class_begins_with_a_photo_of_a(make_processor, image):
     processor = make_processor("classification")
     assert processor.batch_decode(processor(images=[image, image])["input_ids"]) == ["<s>A photo of a"] * 2
 
@@ -68,18 +68,18 @@ def test_white_space_after_a_prompt_does_not_change_it(make_processor, image):
     assert torch.equal(with_space, without)
 
 
-def test_a_question_is_cleaned_and_has_no_end(make_processor, image):
+def test_question_is_cleaned_and_has_no_end(make_processor, image):
     processor = make_processor("vqa")
     inputs = processor(images=image, text="what COLOR is (the) shape  ")
     assert processor.decode(inputs["input_ids"][0]) == "<s>What color is  the  shape?"
 
 
-def test_a_question_has_at_most_35_tokens(make_processor, image, tokenizer):
+def test_question_has_at_most_35_tokens(make_processor, image, tokenizer):
     question = "zzqx " * 30
     tokens = tokenizer(clean_question(question), add_special_tokens=False)["input_ids"]
     with CaptureLogger(processing_prismer.logger) as log:
         inputs = make_processor("vqa")(images=image, text=question)
-    assert f"a text of {len(tokens) + 1} tokens is read to its first 35 only: 'Zzqx zzqx" in log.out
+    assert f"a text of {len(tokens) + 1} tokens is cut to its first 35: 'Zzqx zzqx" in log.out
     assert len(tokens) > 35 and inputs["input_ids"].tolist() == [[0, *tokens][:35]]
     assert make_processor("vqa")(images=image, text=question, max_length=12)["input_ids"].shape == (1, 12)
     assert make_processor("vqa")(images=image, text=question, truncation=False)["input_ids"].shape[1] > 35
@@ -104,7 +104,7 @@ def test_padding_follows_the_arguments(make_processor, image):
     assert len(unpadded[0]) > len(unpadded[1])
 
 
-def test_the_tokenizers_own_padding_side_does_not_matter(make_processor, image, tokenizer, tmp_path):
+def test_padding_side_of_the_tokenizer_does_not_matter(make_processor, image, tokenizer, tmp_path):
     make_processor("vqa").save_pretrained(tmp_path)
     loaded = PrismerProcessor.from_pretrained(tmp_path)
     assert loaded.tokenizer.padding_side == "left"
@@ -113,7 +113,7 @@ def test_the_tokenizers_own_padding_side_does_not_matter(make_processor, image, 
     assert inputs["input_ids"][1, 0] == 1 and inputs["input_ids"][1, -1] != 1
 
 
-def test_special_tokens_in_a_text_are_only_text(make_processor, image):
+def test_special_tokens_in_a_text_stay_text(make_processor, image):
     inputs = make_processor("vqa")(images=image, text="is </s> or <pad> red", suffix="<mask>")
     assert [(inputs["input_ids"] == token).sum().item() for token in (0, 1, 2, 4)] == [1, 0, 1, 0]
 
@@ -123,7 +123,7 @@ def test_special_tokens_in_a_text_are_only_text(make_processor, image):
 
 @pytest.fixture
 def with_tokens(image_processor, tokenizer):
-    """A processor whose tokenizer got tokens of the user's own; and their ids."""
+    """A processor whose tokenizer got new tokens, and their ids."""
     tokenizer.add_tokens(["<loc_1>", "</s>2"], special_tokens=True)
     tokenizer.add_tokens(["[DEFECT]", "(#1)", AddedToken("AI", single_word=True)])
 
@@ -136,7 +136,7 @@ def with_tokens(image_processor, tokenizer):
 @pytest.mark.parametrize("task", ["caption", "vqa", "classification"])
 @pytest.mark.parametrize("token", ["<loc_1>", "</s>2", "[DEFECT]", "(#1)", "AI"])
 @pytest.mark.parametrize("text", ["{}", "{} dog", "A {} dog", "two DOGS. {}", "RED {} AND {}"])
-def test_an_added_token_becomes_its_id(with_tokens, image, task, token, text):
+def test_added_token_becomes_its_id(with_tokens, image, task, token, text):
     make, _ = with_tokens
     processor, text = make(task), text.format(token, token)
     number = processor.tokenizer.convert_tokens_to_ids(token)
@@ -159,14 +159,14 @@ def test_an_added_token_becomes_its_id(with_tokens, image, task, token, text):
         ("classification", "A [DEFECT] Near (what)", " a [DEFECT], near; the <loc_1> edge"),
     ],
 )
-def test_only_what_is_around_an_added_token_is_cleaned(with_tokens, image, task, prompt, answer):
+def test_text_around_an_added_token_is_cleaned(with_tokens, image, task, prompt, answer):
     processor = with_tokens[0](task)
     suffix = "a [DEFECT], Near; the <loc_1> EDGE"
     inputs = processor(image, text="A [DEFECT] Near (what)", suffix=suffix, truncation=False)
     assert processor.batch_decode(inputs["input_ids"]) == [f"<s>{prompt}{answer}</s>"]
 
 
-def test_control_tokens_in_a_text_stay_text_beside_added_ones(with_tokens, image):
+def test_control_tokens_stay_text_next_to_added_tokens(with_tokens, image):
     make, (place, other, *_) = with_tokens
     processor = make("vqa")
     text = "<loc_1></s> </s>2 <PAD> <mask><s></s></s>2"
@@ -176,7 +176,7 @@ def test_control_tokens_in_a_text_stay_text_beside_added_ones(with_tokens, image
     assert processor.decode(ids[0]) == f"<s>Is {text.lower()} red? {text.lower()}</s>"
 
 
-def test_an_added_token_of_a_whole_word_is_no_part_of_another(with_tokens, image):
+def test_added_whole_word_is_not_found_inside_words(with_tokens, image):
     make, (*_, word) = with_tokens
     inputs = make("caption")(image, suffix="AI FAILS in TRAINING of AI")
     assert (inputs["labels"] == word).sum() == 2
@@ -185,7 +185,7 @@ def test_an_added_token_of_a_whole_word_is_no_part_of_another(with_tokens, image
     )
 
 
-def test_answers_are_shown_with_added_tokens(with_tokens):
+def test_answers_keep_added_tokens(with_tokens):
     make, (place, _, defect, *_) = with_tokens
     processor = make("vqa")
     row = [0, *processor.tokenizer(" Red", add_special_tokens=False)["input_ids"], place, defect, 2, 1, 1]
@@ -222,9 +222,7 @@ def learned(processor, inputs, row=0):
         ("classification", None, "Golden Retriever", " golden retriever</s>"),
     ],
 )
-def test_the_suffix_has_the_form_of_the_task_and_is_all_that_is_learned(
-    make_processor, image, task, text, suffix, expected
-):
+def test_only_the_suffix_is_learned_in_the_form_of_the_task(make_processor, image, task, text, suffix, expected):
     processor = make_processor(task)
     prompt = processor(images=image, text=text)["input_ids"][0]
     inputs = processor(images=image, text=text, suffix=suffix)
@@ -240,20 +238,20 @@ def test_labels_are_masked_on_padding_and_prompt(make_processor, image):
     assert learned(processor, inputs, 1) == " Yes</s>"
 
 
-def test_a_long_caption_is_cut_to_30_tokens_and_still_ends(make_processor, image):
+def test_long_caption_is_cut_to_30_tokens_and_ends(make_processor, image):
     inputs = make_processor("caption")(images=image, suffix="zzqx " * 30)
     assert inputs["input_ids"].shape == (1, 30)
     assert inputs["input_ids"][0, -1] == inputs["labels"][0, -1] == 2
 
 
-def test_an_answer_is_never_cut(make_processor, image):
+def test_answer_is_never_cut(make_processor, image):
     processor = make_processor("vqa")
     answer = "zzqx " * 20
     inputs = processor(images=image, text="why " * 30, suffix=answer)
     assert learned(processor, inputs) == f" {answer.strip().capitalize()}</s>"
 
 
-def test_a_text_too_long_for_max_length_keeps_prompt_and_end(make_processor, image):
+def test_text_longer_than_max_length_keeps_prompt_and_end(make_processor, image):
     inputs = make_processor("vqa")(
         images=image, text=["why " * 30, "Red?"], suffix="yes no".split(), max_length=10, padding="max_length"
     )
@@ -264,7 +262,7 @@ def test_a_text_too_long_for_max_length_keeps_prompt_and_end(make_processor, ima
 # ---- rows ----
 
 
-def test_several_questions_on_an_image_stay_together(make_processor, image):
+def test_questions_of_an_image_stay_together(make_processor, image):
     processor = make_processor("vqa")
     nested = processor(images=[image, image], text=[["one", "two"], ["three", "four"]])
     assert processor.batch_decode(nested["input_ids"], skip_special_tokens=True) == ["One?", "Two?", "Three?", "Four?"]
@@ -279,12 +277,12 @@ def test_suffixes_have_the_layout_of_the_questions(make_processor, image):
     assert [learned(processor, inputs, row) for row in range(4)] == [" 1</s>", " 2</s>", " 3</s>", " 4</s>"]
 
 
-def test_one_image_may_have_a_list_of_questions(make_processor, image):
+def test_one_image_can_have_a_list_of_questions(make_processor, image):
     inputs = make_processor("vqa")(images=image, text=["one", "two", "three"])
     assert inputs["input_ids"].shape[0] == 3 and inputs["pixel_values"].shape[0] == 1
 
 
-def test_one_question_may_be_asked_about_every_image(make_processor, image):
+def test_one_question_can_be_asked_about_every_image(make_processor, image):
     inputs = make_processor("vqa")(images=[image, image], text="what is it?")
     assert torch.equal(inputs["input_ids"][0], inputs["input_ids"][1])
 
@@ -292,7 +290,7 @@ def test_one_question_may_be_asked_about_every_image(make_processor, image):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"text": "what?"}, ValueError, "images is missing: Prismer speaks about a picture. Pass images=…, or call"),
+        ({"text": "what?"}, ValueError, "images is missing: Prismer needs an image. Pass images=…, or call"),
         ({"images": 2}, ValueError, r"text is missing: the task 'vqa' needs .* processor.process_images\(images\)"),
         (
             {"images": 2, "text": ["a", "b", "c"]},
@@ -320,14 +318,14 @@ def test_one_question_may_be_asked_about_every_image(make_processor, image):
         ),
     ],
 )
-def test_what_does_not_fit_together_is_refused(make_processor, image, arguments, error, message):
+def test_arguments_that_do_not_fit_are_refused(make_processor, image, arguments, error, message):
     if "images" in arguments:
         arguments = {**arguments, "images": [image] * arguments["images"]}
     with pytest.raises(error, match=message):
         make_processor("vqa")(**arguments)
 
 
-def test_a_wrong_text_is_found_before_the_experts_run(make_processor, pretend_suite, image):
+def test_wrong_text_is_found_before_the_experts_run(make_processor, pretend_suite, image):
     suite = pretend_suite("depth")
     with pytest.raises(ValueError):
         make_processor("vqa", suite)(images=image, text=[])
@@ -345,7 +343,7 @@ def test_live_experts_run_on_the_whole_batch_at_once(make_processor, pretend_sui
     assert inputs["depth_values"].max() > 0.99 and (inputs["ocr_features"][:, 0] == 1).all()
 
 
-def test_given_labels_are_used_and_experts_run_for_the_others(make_processor, pretend_suite, image):
+def test_experts_run_for_labels_that_are_not_given(make_processor, pretend_suite, image):
     suite = pretend_suite("depth", "edge")
     white = np.full((24, 40), 255, np.uint8)
     processor = make_processor(experts=suite)
@@ -356,7 +354,7 @@ def test_given_labels_are_used_and_experts_run_for_the_others(make_processor, pr
     assert inputs["expert_mask"][:, [0, 3]].all()
 
 
-def test_a_label_of_none_says_that_the_expert_is_missing(make_processor, pretend_suite, image):
+def test_label_of_none_marks_a_missing_expert(make_processor, pretend_suite, image):
     suite = pretend_suite("depth")
     inputs = make_processor(experts=suite)(images=image, expert_labels={"depth": None})
     assert suite["depth"].seen == [] and not inputs["expert_mask"][0, 0]
@@ -374,13 +372,13 @@ def test_experts_can_be_chosen_for_a_call(make_processor, pretend_suite, image):
     assert suite["depth"].seen == [] and len(suite["edge"].seen) == 1
 
 
-def test_live_experts_that_the_network_does_not_read_do_not_run(make_processor, pretend_suite, image):
+def test_live_experts_that_are_not_configured_do_not_run(make_processor, pretend_suite, image):
     suite = pretend_suite("depth", "motion")
     make_processor(experts=suite)(images=image)
     assert len(suite["depth"].seen) == 1 and suite["motion"].seen == []
 
 
-def test_a_live_expert_of_another_kind_than_the_networks_is_refused(make_processor, pretend_suite, image):
+def test_live_expert_with_another_description_is_refused(make_processor, pretend_suite, image):
     suite = pretend_suite("ocr")
     suite["ocr"].description["channels"] = 64
     with pytest.raises(
@@ -389,7 +387,7 @@ def test_a_live_expert_of_another_kind_than_the_networks_is_refused(make_process
         make_processor(experts=suite)(images=image)
 
 
-def test_an_expert_that_nobody_provides_is_warned_about_once(make_processor, pretend_suite, image, warnings_once):
+def test_expert_without_labels_is_warned_about_once(make_processor, pretend_suite, image, warnings_once):
     processor = make_processor(experts=pretend_suite("depth", "edge", "ocr"))
     processor(images=image, experts=["depth"])
     processor(images=image, expert_labels={"normal": None, "segmentation": None, "detection": None})
@@ -402,7 +400,7 @@ def test_an_expert_that_nobody_provides_is_warned_about_once(make_processor, pre
     ]
 
 
-def test_the_experts_can_be_replaced(make_processor, pretend_suite, image):
+def test_experts_can_be_replaced(make_processor, pretend_suite, image):
     processor = make_processor(experts=pretend_suite("depth"))
     processor.experts = None
     assert processor.experts is None and not processor(images=image)["expert_mask"].any()
@@ -412,7 +410,7 @@ def test_the_experts_can_be_replaced(make_processor, pretend_suite, image):
         processor.experts = suite["edge"]
 
 
-def test_labels_and_image_inputs_can_be_had_alone(make_processor, pretend_suite, image):
+def test_labels_and_image_inputs_are_available_alone(make_processor, pretend_suite, image):
     processor = make_processor("vqa", pretend_suite("depth"))
     labels = processor.run_experts([image, image])
     assert [list(given) for given in labels] == [["depth"], ["depth"]] and labels[0]["depth"].shape == (24, 40)
@@ -421,7 +419,7 @@ def test_labels_and_image_inputs_can_be_had_alone(make_processor, pretend_suite,
     assert all(torch.equal(inputs[name], whole[name]) for name in inputs)
 
 
-def test_images_are_opened_once_for_experts_and_network(make_processor, pretend_suite, image, tmp_path):
+def test_experts_and_network_get_upright_images(make_processor, pretend_suite, image, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
@@ -433,7 +431,7 @@ def test_images_are_opened_once_for_experts_and_network(make_processor, pretend_
     assert torch.equal(inputs["pixel_values"], upright["pixel_values"])
 
 
-def test_settings_of_the_image_processor_can_be_given_in_the_call(make_processor, image, tmp_path):
+def test_call_takes_settings_of_the_image_processor(make_processor, image, tmp_path):
     Image.fromarray(image).save(tmp_path / "a.png")
     processor = make_processor()
     assert processor(images=image, size={"height": 8, "width": 8})["pixel_values"].shape == (1, 3, 8, 8)
@@ -447,7 +445,7 @@ def test_settings_of_the_image_processor_can_be_given_in_the_call(make_processor
 # ---- outputs ----
 
 
-def test_the_network_knows_every_input_by_name(make_processor, image):
+def test_network_knows_every_input_by_name(make_processor, image):
     processor = make_processor()
     inputs = processor(images=image, suffix="a dog")
     assert set(inputs) == {*processor.model_input_names, "labels"}
@@ -455,7 +453,7 @@ def test_the_network_knows_every_input_by_name(make_processor, image):
 
 
 @pytest.mark.parametrize("return_tensors, type_of", [("pt", torch.Tensor), ("np", np.ndarray)])
-def test_tensors_are_those_asked_for(make_processor, image, return_tensors, type_of):
+def test_tensors_have_the_requested_type(make_processor, image, return_tensors, type_of):
     inputs = make_processor()(images=image, suffix="a dog", return_tensors=return_tensors)
     assert all(isinstance(value, type_of) for value in inputs.values())
     assert str(inputs["labels"].dtype).endswith("int64") and str(inputs["segmentation_ids"].dtype).endswith("uint8")
@@ -474,7 +472,7 @@ def test_candidates_have_the_form_of_the_task(make_processor, task, expected):
 
 
 @pytest.mark.parametrize("task", ["caption", "vqa", "classification"])
-def test_a_candidate_has_the_tokens_of_the_suffix(make_processor, image, task):
+def test_candidate_has_the_tokens_of_the_suffix(make_processor, image, task):
     processor = make_processor(task)
     inputs = processor(images=image, text="what?", suffix="Golden retriever")
     candidates = processor.prepare_candidates("Golden retriever", return_tensors="np")
@@ -483,12 +481,12 @@ def test_a_candidate_has_the_tokens_of_the_suffix(make_processor, image, task):
 
 @pytest.mark.parametrize("answers", [[], ["a", " "]])
 def test_candidates_without_text_are_refused(make_processor, answers):
-    with pytest.raises(ValueError, match="answers is empty or holds an empty text"):
+    with pytest.raises(ValueError, match="answers is empty or has an empty text"):
         make_processor().prepare_candidates(answers)
 
 
 @pytest.mark.parametrize("task, expected", [("vqa", "blue circle"), ("caption", "Blue circle")])
-def test_generations_lose_prompt_and_padding(make_processor, image, task, expected):
+def test_generated_texts_lose_prompt_and_padding(make_processor, image, task, expected):
     processor = make_processor(task)
     inputs = processor(images=image, text=["What color is the shape?", "Red?"], suffix=["Blue circle"] * 2)
     prompt_length = int((inputs["labels"][0] == -100).sum())
@@ -502,7 +500,7 @@ def test_generations_lose_prompt_and_padding(make_processor, image, task, expect
 # ---- construction, saving and loading ----
 
 
-def test_an_unknown_task_and_a_tokenizer_without_padding_are_refused(image_processor, tokenizer):
+def test_unknown_task_and_tokenizer_without_padding_are_refused(image_processor, tokenizer):
     with pytest.raises(ValueError, match="task is 'ocr'; accepted are 'caption', 'vqa', 'classification'"):
         PrismerProcessor(image_processor, tokenizer, task="ocr")
     tokenizer.pad_token = None
@@ -516,7 +514,7 @@ def pretend_package(monkeypatch, pretend_suite):
 
 
 @pytest.mark.parametrize("load", [PrismerProcessor.from_pretrained, AutoProcessor.from_pretrained])
-def test_what_was_saved_is_loaded(make_processor, pretend_suite, pretend_package, image, tmp_path, load):
+def test_saved_processor_is_loaded(make_processor, pretend_suite, pretend_package, image, tmp_path, load):
     saved = make_processor("vqa", pretend_suite("depth", "ocr"))
     saved.save_pretrained(tmp_path)
     loaded = load(tmp_path)
@@ -529,7 +527,7 @@ def test_what_was_saved_is_loaded(make_processor, pretend_suite, pretend_package
     assert (tmp_path / "again" / config).read_text() == (tmp_path / config).read_text()
 
 
-def test_the_experts_of_this_package_are_restored(make_processor, image, tmp_path):
+def test_saved_experts_are_restored(make_processor, image, tmp_path):
     saved = make_processor(experts=[CannyEdges(low_threshold=0.02, high_threshold=0.05)])
     saved.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
@@ -540,14 +538,14 @@ def test_the_experts_of_this_package_are_restored(make_processor, image, tmp_pat
     assert list(loaded.experts) == ["edge", "ocr"]
 
 
-def test_the_saved_paths_of_own_weights_are_relative(make_processor, pretend_suite, tmp_path):
+def test_saved_paths_of_own_weights_are_relative(make_processor, pretend_suite, tmp_path):
     processor = make_processor(experts=pretend_suite("depth"))
     processor.save_pretrained(tmp_path)
     assert "/home/me" not in (tmp_path / "processor_config.json").read_text()
     assert processor.to_dict()["experts"]["experts"][0]["weights"] == "/home/me/depth", "and the live ones are kept"
 
 
-def test_a_processor_without_experts_is_restored_without(make_processor, tmp_path):
+def test_processor_without_experts_is_restored_without(make_processor, tmp_path):
     make_processor().save_pretrained(tmp_path)
     assert PrismerProcessor.from_pretrained(tmp_path).experts is None
     assert not (tmp_path / "experts").exists()
@@ -566,7 +564,7 @@ def test_experts_can_be_replaced_and_moved_on_loading(make_processor, pretend_su
         load(tmp_path, experts_memory="little")
 
 
-def test_a_folder_keeps_its_experts_where_they_cannot_run(
+def test_folder_keeps_experts_that_cannot_run(
     make_processor, pretend_suite, image, tmp_path, monkeypatch, warnings_once
 ):
     make_processor(experts=pretend_suite("depth")).save_pretrained(tmp_path)
@@ -580,7 +578,7 @@ def test_a_folder_keeps_its_experts_where_they_cannot_run(
         loaded.experts = "offline"
 
 
-def test_showing_copying_and_pickling_never_copies_live_experts(make_processor, pretend_suite):
+def test_live_experts_are_never_copied(make_processor, pretend_suite):
     suite = pretend_suite("depth")
     processor = make_processor(experts=suite)
     assert '"pretend"' in repr(processor)
@@ -589,7 +587,7 @@ def test_showing_copying_and_pickling_never_copies_live_experts(make_processor, 
     assert pickle.loads(pickle.dumps(processor)).task == "caption"
 
 
-def test_a_saved_folder_works_where_the_package_is_not_installed(
+def test_saved_folder_works_without_the_package(
     image_processor, tokenizer, pretend_suite, image, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(PrismerProcessor, "_auto_class", None)
@@ -631,7 +629,7 @@ print("same", len(inputs))
     assert result.stdout.startswith("same"), result.stdout
 
 
-def test_the_auto_class_knows_the_processor():
+def test_auto_class_knows_the_processor():
     assert processing_auto.processor_class_from_name("PrismerProcessor") is PrismerProcessor
 
 
@@ -644,7 +642,7 @@ def test_each_text_of_a_batch_can_have_its_own_task(make_processor, image):
     assert rows == ["A picture of a dog", "Is it a dog? Yes", "A picture of two dogs", "What color? Red"]
 
 
-def test_checkpoint_for_several_tasks_captions_where_no_text_is_given(image_processor, tokenizer, image, tmp_path):
+def test_image_without_text_is_captioned(image_processor, tokenizer, image, tmp_path):
     processor = PrismerProcessor(image_processor, tokenizer, task="vqa", tasks=["caption", "vqa"])
     processor.save_pretrained(tmp_path)
     for each in (processor, PrismerProcessor.from_pretrained(tmp_path)):
@@ -673,7 +671,7 @@ def for_both(image_processor, tokenizer):
         ("A photo of a", "A photo of a?"),  # the prompt of a task that the checkpoint was not made for
     ],
 )
-def test_text_that_begins_with_the_prompt_of_a_task_is_for_it(for_both, image, text, read):
+def test_prompt_of_a_task_selects_the_task(for_both, image, text, read):
     assert for_both.batch_decode(for_both(image, text)["input_ids"]) == [f"<s>{read}"]
     several = for_both([image] * 2, text=[["is it red", text], [text, "what is it"]])
     rows = for_both.batch_decode(several["input_ids"], skip_special_tokens=True)
@@ -685,7 +683,7 @@ def test_task_in_the_call_decides(for_both, image):
         assert for_both.batch_decode(for_both(image, "A picture of", task=task)["input_ids"]) == [f"<s>{read}"]
 
 
-def test_prompt_of_a_task_says_what_its_suffix_is(for_both, image):
+def test_suffix_has_the_form_of_the_selected_task(for_both, image):
     inputs = for_both(image, ["A picture of", "what color"], suffix=["Two DOGS.", "RED"])
     rows = for_both.batch_decode(inputs["input_ids"], skip_special_tokens=True)
     assert rows == ["A picture of two dogs", "What color? Red"]
@@ -697,16 +695,16 @@ def test_task_for_tells_how_texts_are_read(for_both, make_processor):
         ["caption", "caption", "vqa", "vqa"]
     )
     assert make_processor("vqa").task_for(None) == make_processor("vqa").task_for("A picture of") == "vqa"
-    with pytest.raises(ValueError, match="the texts are for several tasks, caption and vqa; name one: task=…"):
+    with pytest.raises(ValueError, match="the texts belong to several tasks, caption and vqa; name one: task=…"):
         for_both.task_for(["A picture of", "is it"])
 
 
-def test_checkpoint_for_one_task_reads_every_text_as_it(make_processor, image):
+def test_single_task_reads_every_text(make_processor, image):
     processor = make_processor("vqa")
     assert processor.batch_decode(processor(image, "A picture of")["input_ids"]) == ["<s>A picture of?"]
 
 
-def test_task_that_is_none_is_refused(make_processor, image_processor, tokenizer, image):
+def test_unknown_task_in_the_call_is_refused(make_processor, image_processor, tokenizer, image):
     with pytest.raises(ValueError, match="task is 'poem'; accepted are 'caption', 'vqa', 'classification'"):
         make_processor()(image, task="poem")
     with pytest.raises(ValueError, match="3 tasks for 1 prompts"):
