@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache
 
-from modeling_prismer.cache import CACHE_NAME
+from modeling_prismer.cache import CACHE_NAME, PrismerDynamicCache
 from modeling_prismer.configuration_prismer import PrismerConfig
 from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
@@ -52,7 +51,7 @@ class DecoderGraph(nn.Module):
         past: list[tuple[torch.Tensor, torch.Tensor]],
         cross: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, ...]:
-        cache = DynamicCache(config=self.model.config.text_config)
+        cache = PrismerDynamicCache(config=self.model.config.text_config)
         for index, (keys, values) in enumerate(past):
             cache.update(keys, values, index)
         cache.cross_keys_values = dict(enumerate(cross))

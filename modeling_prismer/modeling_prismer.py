@@ -1,27 +1,23 @@
 """
-The Prismer network (arXiv 2303.02506): an image, and the maps that frozen experts made of it, to text.
+The Prismer network (arXiv 2303.02506): from an image and the maps of frozen experts to text.
 
-The file reads from the smallest module to the model: adaptor, vision encoder, text decoder, and the two put together
-with loss and generation. Attention and MLP are in layers.py, the experts' stems and the resampler in expert_stems.py,
-ranking in ranking.py, and building from CLIP and RoBERTa in backbones.py.
+The file reads from the smallest module to the model: adaptor, vision encoder, text decoder, and both together with
+the loss. Attention and MLP are in layers.py, the experts' stems and the resampler in expert_stems.py, generation in
+generation.py, ranking in ranking.py, and building from CLIP and RoBERTa in backbones.py.
 """
 
 import copy
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from packaging.version import Version
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -31,29 +27,23 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import torch_compilable_check
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapter_targets import register_adapter_targets
 from .backbones import build_from_backbones
-from .cache import CACHE_NAME, accept_past_key_values
+from .cache import CACHE_NAME, ImageCacheMixin, PrismerDynamicCache, accept_past_key_values, as_image_cache
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .expert_editing import ExpertEditingMixin
-from .expert_stems import (
-    ExpertsMixin,
-    gather_expert_inputs,
-    init_expert_weights,
-    look_up,
-    pop_expert_inputs,
-)
+from .expert_stems import ExpertsMixin, gather_expert_inputs, init_expert_weights, look_up, pop_expert_inputs
+from .generation import PrismerGenerationMixin
+from .half_precision import HalfPrecisionMixin
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
 from .loss import sample_losses
 from .ranking import RankingMixin
 
-
-logger = logging.get_logger(__name__)
 
 ModelType = TypeVar("ModelType", bound="PrismerPreTrainedModel")
 
@@ -80,13 +70,13 @@ class ImageOutputs:
 @dataclass
 class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions, ImageOutputs):
     """
-    What [`PrismerModel`] returns.
+    Output of [`PrismerModel`].
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Output of the text decoder.
         cache (`Cache`, *optional*):
-            The decoder's self-attention keys and values; the image's cross-attention keys and values hang on it.
+            The keys and values of the text, and of the image that it attends to.
         hidden_states, attentions, cross_attentions (`tuple[torch.FloatTensor]`, *optional*):
             Of the text decoder.
         encoder_last_hidden_state (`torch.FloatTensor` of shape `(num_images, num_patches + num_latents, width)`):
@@ -111,7 +101,7 @@ class PrismerModelOutput(BaseModelOutputWithPastAndCrossAttentions, ImageOutputs
 @dataclass
 class PrismerCausalLMOutput(CausalLMOutputWithCrossAttentions, ImageOutputs):
     """
-    What [`PrismerForConditionalGeneration`] returns.
+    Output of [`PrismerForConditionalGeneration`].
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `labels`):
@@ -182,8 +172,6 @@ class PrismerVisionEmbeddings(nn.Module):
 
     def __init__(self, config: PrismerVisionConfig):
         super().__init__()
-        self.image_size = config.image_size
-        self.num_channels = config.num_channels
         self.grid_size = config.image_size // config.patch_size
         self.patch_embedding = nn.Conv2d(
             config.num_channels,
@@ -204,22 +192,15 @@ class PrismerVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """The tokens of an image, or the positions on a grid: `(batch, patches, width)` or `(positions, width)`."""
-        if pixel_values is None:  # not by `positions`, whose weights may be elsewhere until `forward` is called
+        if pixel_values is None:  # weights that are offloaded come back for a call of `forward`, not of `positions`
             return self.positions(grid or (self.grid_size, self.grid_size))
-        expected = (self.num_channels, self.image_size, self.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values has the shape {tuple(pixel_values.shape)}; this model needs (batch, "
-                f"{', '.join(map(str, expected))}): prepare the image at {self.image_size} pixels, or change the "
-                "model with `resize_position_embeddings(image_size)`"
-            )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         return patches.flatten(2).transpose(1, 2) + self.position_embedding  # (batch, patches, width)
 
 
 class PrismerPreTrainedModel(PreTrainedModel):
     """
-    What all models of Prismer have in common: how weights start and load, and the resolution.
+    Base class of all Prismer models: initial weights, loading, and the resolution of images.
 
     Example:
 
@@ -257,8 +238,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
         register_adapter_targets()
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        # Without the flag for code from outside transformers, which skips every module that has no weight of its own,
-        # such as an adaptor. It protects from code that overwrites loaded weights; what is used here never does.
+        # Drops the flag for code saved with a model: it skips modules without weights of their own, such as adaptors.
         super()._initialize_weights(module)
 
     @torch.no_grad()
@@ -276,10 +256,13 @@ class PrismerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def resize_position_embeddings(self, image_size: int) -> "PrismerPreTrainedModel":
         """
-        Changes the resolution that the model takes, resizing the position embeddings by bicubic interpolation.
+        Changes the resolution of the images. The position embeddings are resized by bicubic interpolation.
 
         Args:
             image_size (`int`): side of the image in pixels.
+
+        Raises:
+            ValueError: if the size is not a whole number of at least one patch, or if the embeddings are offloaded.
         """
         vision_model = next((module for module in self.modules() if isinstance(module, PrismerVisionModel)), None)
         if vision_model is None:
@@ -296,7 +279,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
         embeddings.position_embedding = nn.Parameter(
             resized, requires_grad=embeddings.position_embedding.requires_grad
         )
-        embeddings.grid_size, embeddings.image_size = grid_size, image_size
+        embeddings.grid_size = grid_size
         config.image_size = image_size
         return self
 
@@ -313,8 +296,8 @@ class PrismerPreTrainedModel(PreTrainedModel):
 
         Args:
             image_size (`int`, *optional*):
-                Side of the image in pixels: where the checkpoint has another one (or the `config` that is passed asks
-                for another one), its position embeddings are resized.
+                Side of the image in pixels. If the checkpoint has another one, its position embeddings are resized;
+                so they are if a `config` with another one is passed.
         """
         config = kwargs.get("config")
         if config is not None and pretrained_model_name_or_path is not None:
@@ -338,8 +321,8 @@ class PrismerPreTrainedModel(PreTrainedModel):
 
 class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
     """
-    The vision encoder: a CLIP vision transformer with adaptors over the image's patches and the latents to which the
-    resampler condenses what the experts saw.
+    The vision encoder: a CLIP vision transformer with adaptors. It reads the patches of the image, and the latents to
+    which the resampler condenses the experts' maps.
 
     Example:
 
@@ -355,9 +338,10 @@ class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
     """
 
     config: PrismerVisionConfig
-    base_model_prefix = "model.vision_model"  # where a whole Prismer has it, of whose folder it can be loaded
+    base_model_prefix = "model.vision_model"  # so that it loads from the folder of a whole Prismer
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
     _can_record_outputs = {
         "hidden_states": PrismerVisionLayer,
         "attentions": OutputRecorder(PrismerAttention, index=1, layer_name="self_attn"),
@@ -372,11 +356,30 @@ class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
         self.post_layernorm = PrismerLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embedding
-
     def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         return self.embeddings(grid=grid)  # experts share the positions of the image
+
+    def check_inputs(
+        self,
+        pixel_values: torch.Tensor,
+        expert_inputs: dict[str, dict[str, torch.Tensor]],
+        expert_mask: torch.Tensor | None,
+    ) -> None:
+        """
+        Arguments as in `forward`.
+
+        Raises:
+            ValueError: naming the tensor, what is wrong with it and what is accepted.
+        """
+        size = self.config.image_size
+        needed = (self.config.num_channels, size, size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != needed:
+            raise ValueError(
+                f"pixel_values has the shape {tuple(pixel_values.shape)}; this model needs (batch, "
+                f"{', '.join(map(str, needed))}): prepare the image at {size} pixels, or change the model with "
+                "`resize_position_embeddings(image_size)`"
+            )
+        self.check_expert_inputs(expert_inputs, expert_mask, {"pixel_values": pixel_values})
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -400,7 +403,7 @@ class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
             `last_hidden_state` of shape `(batch_size, num_patches + num_latents, hidden_size)`.
         """
         expert_inputs = expert_inputs or {}
-        self.check_expert_inputs(expert_inputs, expert_mask, {"pixel_values": pixel_values})
+        self.check_inputs(pixel_values, expert_inputs, expert_mask)
         hidden_states = self.embeddings(pixel_values)
         if self.resampler is not None:
             batch_size, device = hidden_states.shape[0], hidden_states.device
@@ -460,6 +463,18 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         self.mlp_layer_norm = PrismerLayerNorm(size, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def image_keys_values(
+        self, encoder_hidden_states: torch.Tensor | None, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The cross-attention's keys and values from the cache, which projects each image once."""
+        if not isinstance(cache, ImageCacheMixin):
+            return None
+        index = self.cross_attn.layer_idx
+        if index not in cache.cross_keys_values and encoder_hidden_states is not None:
+            key, value = self.cross_attn.project_keys_values(encoder_hidden_states)
+            cache.cross_keys_values[index] = key.contiguous(), value.contiguous()  # every step reads them
+        return cache.cross_keys_values.get(index)
+
     @accept_past_key_values
     def forward(
         self,
@@ -467,21 +482,16 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        cross_keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attn_output, _ = self.self_attn(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
         hidden_states = self.self_attn_layer_norm(self.dropout(attn_output) + hidden_states)
 
-        if self.cross_attn is not None and self.adaptor is not None:
-            if cross_keys_values is None and encoder_hidden_states is not None and cache is not None:
-                # Every step reads them: each head's side by side in memory.
-                key, value = self.cross_attn.project_keys_values(encoder_hidden_states)
-                cross_keys_values = key.contiguous(), value.contiguous()
-                cache.cross_keys_values[self.cross_attn.layer_idx] = cross_keys_values
-            if cross_keys_values is not None or encoder_hidden_states is not None:
+        if self.cross_attn is not None:
+            keys_values = self.image_keys_values(encoder_hidden_states, cache)
+            if keys_values is not None or encoder_hidden_states is not None:
                 attn_output, _ = self.cross_attn(
-                    hidden_states, keys_values=cross_keys_values, states=encoder_hidden_states, **kwargs
+                    hidden_states, keys_values=keys_values, states=encoder_hidden_states, **kwargs
                 )
                 hidden_states = self.cross_attn_layer_norm(self.dropout(attn_output) + hidden_states)
             hidden_states = self.adaptor(hidden_states)
@@ -508,6 +518,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
     config: PrismerTextConfig
     base_model_prefix = "model.text_model"
     input_modalities = ("text",)
+    _input_embed_layer = "word_embeddings"
     _can_record_outputs = {
         "hidden_states": PrismerTextLayer,
         "attentions": OutputRecorder(PrismerAttention, index=1, layer_name="self_attn"),
@@ -523,12 +534,6 @@ class PrismerTextModel(PrismerPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value
-
     def make_position_ids(
         self,
         input_ids: torch.Tensor | None,
@@ -536,7 +541,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
         attention_mask: torch.Tensor | None,
         past_length: int,
     ) -> torch.Tensor:
-        """Positions from 0, padding left out of the count (and itself at -1): `(batch_size, sequence_length)`."""
+        """Positions from 0 that do not count padding, which is at -1: `(batch_size, sequence_length)`."""
         length = inputs_embeds.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= length + past_length:
             mask = attention_mask.long()
@@ -547,25 +552,34 @@ class PrismerTextModel(PrismerPreTrainedModel):
             return mask.cumsum(-1) * mask - 1
         return torch.arange(past_length, past_length + length, device=inputs_embeds.device)[None]
 
-    def cross_keys_values(
-        self, encoder_hidden_states: torch.Tensor | None, cache: Cache | None, past_length: int
-    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
+        past_length: int | torch.Tensor,
+    ) -> None:
         """
-        The cross-attention's keys and values of each layer, projected once for each image: they hang on the cache, one
-        row an image, and are replaced when other encoder states come.
+        Arguments as in `forward`; `past_length` is the cache's, a tensor for a static cache.
+
+        Raises:
+            ValueError: if the text is missing, too long, or does not fit the images.
         """
-        if cache is None:
-            return {}
-        known = getattr(cache, "cross_keys_values", {})
-        if encoder_hidden_states is None:
-            if torch.compiler.is_compiling():  # a static cache's length is a tensor, which must not be looked at here
-                return known
-            return {} if past_length == 0 else known  # a cache that was cleared keeps no image
-        if getattr(cache, "encoded", None) is encoder_hidden_states:
-            return known
-        cache.encoded = encoder_hidden_states
-        cache.cross_keys_values = {}  # each layer adds its own: its weights may be elsewhere until it runs
-        return cache.cross_keys_values
+        text = inputs_embeds if input_ids is None else input_ids
+        if text is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        rows, length = text.shape[:2]
+        if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
+            raise ValueError(
+                f"{rows} rows of text for {encoder_hidden_states.shape[0]} images: the rows must be a multiple of the "
+                "images, those of one image following each other"
+            )
+        longest = self.embeddings.max_length
+        if isinstance(past_length, int) and past_length + length > longest:
+            raise ValueError(
+                f"{past_length + length} tokens; this model takes at most {longest} "
+                f"(max_position_embeddings={self.config.max_position_embeddings})"
+            )
 
     @accept_past_key_values
     @merge_with_config_defaults
@@ -584,47 +598,36 @@ class PrismerTextModel(PrismerPreTrainedModel):
         r"""
         Args:
             encoder_hidden_states (`torch.FloatTensor` of shape `(num_images, num_tokens, encoder_hidden_size)`):
-                Left out, cross-attention takes what hangs on `cache`, or is skipped.
+                Output of the vision encoder, by default the image that `cache` holds. Without either, cross-attention
+                is skipped.
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache:
                 See [`PrismerModel.forward`].
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        past_length = cache.get_seq_length() if cache is not None else 0
+        self.check_inputs(input_ids, inputs_embeds, encoder_hidden_states, past_length)
         if inputs_embeds is None:
             inputs_embeds = look_up(self.embeddings.word_embeddings, input_ids, "input_ids", self.config.vocab_size)
-        rows, length = inputs_embeds.shape[:2]
-        if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
-            raise ValueError(
-                f"{rows} rows of text for {encoder_hidden_states.shape[0]} images: the rows must be a multiple of the "
-                "images, those of one image following each other"
-            )
         if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        past_length = cache.get_seq_length() if cache is not None else 0
-        if isinstance(past_length, int) and past_length + length > self.embeddings.max_length:
-            raise ValueError(
-                f"{past_length + length} tokens; this model takes at most {self.embeddings.max_length} "
-                f"(max_position_embeddings={self.config.max_position_embeddings})"
-            )
+            cache = PrismerDynamicCache(config=self.config)
+        if cache is not None:
+            cache = as_image_cache(cache, encoder_hidden_states)
         if position_ids is None:
             position_ids = self.make_position_ids(input_ids, inputs_embeds, attention_mask, past_length)
 
         hidden_states = self.embeddings(inputs_embeds, position_ids)
         attention_mask = create_causal_mask(self.config, hidden_states, attention_mask, cache)
-        cross_keys_values = self.cross_keys_values(encoder_hidden_states, cache, past_length)
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 encoder_hidden_states,
                 attention_mask=attention_mask,
                 **{CACHE_NAME: cache},
-                cross_keys_values=cross_keys_values.get(index),
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(hidden_states, cache if use_cache else None)
 
 
-class PrismerModel(PrismerPreTrainedModel):
+class PrismerModel(HalfPrecisionMixin, PrismerPreTrainedModel):
     """
     The vision encoder and the text decoder, without a head.
 
@@ -640,8 +643,6 @@ class PrismerModel(PrismerPreTrainedModel):
     ```
     """
 
-    _has_warned_of_half_precision = False
-
     def __init__(self, config: PrismerConfig):
         super().__init__(config)
         self.vision_model = PrismerVisionModel._from_config(config.vision_config)
@@ -654,26 +655,27 @@ class PrismerModel(PrismerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return super().get_encoder(modality=modality or "image")
+    def check_inputs(
+        self, pixel_values: torch.Tensor | None, expert_inputs: dict[str, Any], encoder_outputs: Any
+    ) -> None:
+        """
+        Arguments as in `forward`. `get_image_features` checks the images themselves.
 
-    def _warn_of_half_precision(self) -> None:
-        """Warns once if weights are trained in half precision, as they are when a float16 checkpoint is loaded."""
-        if self._has_warned_of_half_precision:
-            return
-        trained = {parameter.dtype for parameter in self.parameters() if parameter.requires_grad}
-        if trained.isdisjoint((torch.float16, torch.bfloat16)):
-            return
-        self._has_warned_of_half_precision = True
-        if torch.float16 in trained:
-            problem = "float16 weights are trained: AdamW divides by values that are 0 in float16, which gives NaN"
-        else:
-            problem = "bfloat16 weights are trained: they have 3 significant digits and lose small updates"
-        logger.warning(
-            f"{problem}. Load the model with from_pretrained(…, dtype=torch.float32). To save time and memory, train "
-            "it under autocast, TrainingArguments(bf16=True). (Not meant for FSDP and DeepSpeed, if they keep a "
-            "float32 copy of the weights.)"
-        )
+        Raises:
+            ValueError: if images are given twice or without pixels, or if they were encoded by another model.
+        """
+        if pixel_values is None:
+            if given := [name for name, tensor in expert_inputs.items() if tensor is not None]:
+                raise ValueError(f"{', '.join(given)} given without pixel_values")
+        elif encoder_outputs is not None:
+            raise ValueError("give pixel_values or encoder_outputs, not both")
+        if encoder_outputs is not None:
+            states = encoder_outputs if isinstance(encoder_outputs, torch.Tensor) else encoder_outputs[0]
+            width = self.config.vision_config.hidden_size
+            if states.shape[-1] != width:
+                raise ValueError(
+                    f"encoder_outputs has the shape {tuple(states.shape)}; (images, tokens, {width}) is needed"
+                )
 
     @can_return_tuple
     def get_image_features(
@@ -683,15 +685,15 @@ class PrismerModel(PrismerPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
-        Encodes images and what the experts saw.
+        Encodes images and the experts' maps.
 
         Args:
             pixel_values, expert_mask and the experts' tensors (in `kwargs`):
                 See [`PrismerModel.forward`].
 
         Returns:
-            `last_hidden_state`, and the same as `pooler_output`: what the text decoder cross-attends to, of shape
-            `(batch_size, num_patches + num_latents, width)`. Give it to `forward` or `generate` as `encoder_outputs`.
+            `last_hidden_state`, and the same tensor as `pooler_output`, of shape `(batch_size, num_patches +
+            num_latents, width)`. Give the output to `forward` or `generate` as `encoder_outputs`.
 
         Example:
 
@@ -735,47 +737,40 @@ class PrismerModel(PrismerPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 0 for padding, on either side.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Positions from 0; left out, they count what is not padding.
+                Positions from 0, by default without counting padding.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Word embeddings in place of `input_ids`.
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`, *optional*):
                 The normalised images. Without them, and without `encoder_outputs`, the text runs alone.
             depth_values, normal_values, edge_values (`torch.FloatTensor` of shape `(num_images, channels, h, w)`):
-                Maps in [-1, 1] of the dense experts. Any other dense expert of the config comes the same way, as
-                `<name>_values`; so does the painted map of a label expert.
+                Maps in [-1, 1] of the dense experts. Give any other dense expert of the config as `<name>_values`, and
+                so a painted map of a label expert.
             segmentation_ids (`torch.Tensor` of shape `(num_images, h, w)`, `uint8` or `int16`):
-                Class of each pixel, 255 for background. Another expert of that kind comes as `<name>_ids`.
+                Class of each pixel, 255 for background. Give any other label expert as `<name>_ids`.
             detection_ids, detection_classes (shapes `(num_images, h, w)` and `(num_images, max_instances)`):
                 Instance of each pixel, 255 for background, and the class of each instance.
             detection_rows (`torch.LongTensor` of shape `(num_images, h, w)`, *optional*):
-                Row of the instance embedding for each pixel. Left out: in evaluation instance `i` takes row `i mod
-                127` and the background row 127; in training each value of the map draws a row at random.
+                Row of the instance embedding for each pixel. By default, instance `i` has row `i mod 127` and the
+                background row 127 in evaluation; in training each value of the map draws a row at random.
             ocr_ids, ocr_features (shapes `(num_images, h, w)` and `(num_images, max_words, 64)`):
                 Word of each pixel, 255 for background, and the feature of each word.
             expert_mask (`torch.BoolTensor` of shape `(num_images, number of experts)`, *optional*):
-                Which experts each sample has, in the order of the config; left out, those whose tensors are given. An
-                expert that is masked out leaves no trace.
+                Which experts each sample has, in the order of the config, by default the given ones. An expert that is
+                masked out leaves no trace.
+            cache (`Cache`, *optional*):
+                The text so far. To continue, give the `cache` of the last output: it also holds the image.
             encoder_outputs (`ModelOutput`, *optional*):
-                Images that have been encoded before (`get_image_features`), in place of the image inputs.
+                Encoded images from `get_image_features`, in place of the image inputs.
         """
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._warn_of_half_precision()
+        if self.training and torch.is_grad_enabled():
+            self.warn_of_half_precision()
         expert_inputs = pop_expert_inputs(kwargs, self.config.expert_names)
-        if encoder_outputs is None and pixel_values is not None:
+        self.check_inputs(pixel_values, expert_inputs, encoder_outputs)
+        if pixel_values is not None:
             encoder_outputs = self.get_image_features(pixel_values, expert_mask, **expert_inputs, **kwargs)
-        elif encoder_outputs is not None and pixel_values is not None:
-            raise ValueError("give pixel_values or encoder_outputs, not both")
-        elif given := [name for name, tensor in expert_inputs.items() if tensor is not None]:
-            raise ValueError(f"{', '.join(given)} given without pixel_values")
-        if isinstance(encoder_outputs, torch.Tensor):
-            encoder_outputs = (encoder_outputs,)
-        encoder_hidden_states = encoder_outputs[0] if encoder_outputs is not None else None
-        width = self.config.vision_config.hidden_size
-        if encoder_hidden_states is not None and encoder_hidden_states.shape[-1] != width:
-            raise ValueError(
-                f"encoder_outputs has the shape {tuple(encoder_hidden_states.shape)}; (images, tokens, {width}) is "
-                "needed"
-            )
+        encoder_hidden_states = encoder_outputs
+        if encoder_outputs is not None and not isinstance(encoder_outputs, torch.Tensor):
+            encoder_hidden_states = encoder_outputs[0]
 
         outputs = self.text_model(
             input_ids=input_ids,
@@ -788,11 +783,7 @@ class PrismerModel(PrismerPreTrainedModel):
             **kwargs,
         )
         return PrismerModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            **outputs,
             encoder_last_hidden_state=encoder_hidden_states,
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
@@ -814,7 +805,9 @@ class PrismerLMHead(nn.Module):
         return self.decoder(hidden_states)
 
 
-class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerPreTrainedModel, GenerationMixin):
+class PrismerForConditionalGeneration(
+    RankingMixin, ExpertEditingMixin, PrismerGenerationMixin, PrismerPreTrainedModel
+):
     """
     Prismer with its language modelling head: captions, answers, and ranking of given answers.
 
@@ -834,10 +827,6 @@ class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerP
     """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "model.text_model.embeddings.word_embeddings.weight"}
-    if TYPE_CHECKING:  # transformers types it for a class of its own alone
-
-        def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any: ...
-
     accepts_loss_kwargs = False  # the loss is a mean over samples: Trainer scales it under gradient accumulation
 
     def __init__(self, config: PrismerConfig):
@@ -851,7 +840,7 @@ class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerP
         return self.model.vision_model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if self._auto_class is not None:  # the code is saved too: `AutoModel` is to find the model without its head
+        if self._auto_class is not None:  # the code is saved too, so that `AutoModel` finds the model without its head
             auto_map = {"AutoModel": f"{__name__.rpartition('.')[2]}.{PrismerModel.__name__}"}
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -863,9 +852,6 @@ class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerP
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head.decoder = new_embeddings
-
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        return super().get_encoder(modality=modality or "image")
 
     def get_image_features(
         self, pixel_values: torch.Tensor, expert_mask: torch.Tensor | None = None, **kwargs: Any
@@ -926,146 +912,73 @@ class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerP
         shift_labels = kwargs.pop("shift_labels", None)
         kwargs.pop("num_items_in_batch", None)
         if labels is not None or shift_labels is not None:
+            text = input_ids if inputs_embeds is None else inputs_embeds
+            self.check_labels(text, labels, shift_labels, sample_weight, logits_to_keep)
             use_cache = False
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            depth_values=depth_values,
-            normal_values=normal_values,
-            segmentation_ids=segmentation_ids,
-            edge_values=edge_values,
-            detection_ids=detection_ids,
-            detection_classes=detection_classes,
-            detection_rows=detection_rows,
-            ocr_ids=ocr_ids,
-            ocr_features=ocr_features,
-            expert_mask=expert_mask,
-            encoder_outputs=encoder_outputs,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
+        experts = {
+            "depth_values": depth_values,
+            "normal_values": normal_values,
+            "segmentation_ids": segmentation_ids,
+            "edge_values": edge_values,
+            "detection_ids": detection_ids,
+            "detection_classes": detection_classes,
+            "detection_rows": detection_rows,
+            "ocr_ids": ocr_ids,
+            "ocr_features": ocr_features,
+        }
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        text |= {"inputs_embeds": inputs_embeds, "cache": cache, "use_cache": use_cache}
+        images = {"pixel_values": pixel_values, "expert_mask": expert_mask, "encoder_outputs": encoder_outputs}
+        outputs = dict(self.model(**text, **images, **experts, **kwargs, return_dict=True))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-
+        logits = self.lm_head(outputs.pop("last_hidden_state")[:, kept])
         loss = loss_per_sample = None
-        given = labels if shift_labels is None else shift_labels
-        if given is not None:
-            if given.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"labels of the shape {tuple(given.shape)} for logits of {tuple(logits.shape[:2])}; they must be "
-                    'aligned with input_ids (with peft\'s prompt learning: it needs `task_type="CAUSAL_LM"`)'
-                )
+        if labels is not None or shift_labels is not None:
             if shift_labels is None:
-                torch_compilable_check(
-                    (given[:, 1:] != -100).any(),
-                    "labels are -100 everywhere: there is nothing to learn. They are aligned with input_ids, -100 on "
-                    "prompt and padding alone",
-                )
-                loss_per_sample = sample_losses(logits[:, :-1], given[:, 1:], self.config.label_smoothing)
+                loss_per_sample = sample_losses(logits[:, :-1], labels[:, 1:], self.config.label_smoothing)
             else:
-                loss_per_sample = sample_losses(logits, given, self.config.label_smoothing)
-            if sample_weight is not None and sample_weight.shape != loss_per_sample.shape:
-                raise ValueError(
-                    f"sample_weight has the shape {tuple(sample_weight.shape)}; ({len(loss_per_sample)},) is needed, "
-                    "one weight for each row of input_ids"
-                )
-            weighted = loss_per_sample if sample_weight is None else loss_per_sample * sample_weight.to(logits.device)
-            loss = weighted.mean()
-        return PrismerCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            loss_per_sample=loss_per_sample,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
+                loss_per_sample = sample_losses(logits, shift_labels, self.config.label_smoothing)
+            weights = 1.0 if sample_weight is None else sample_weight.to(logits.device)
+            loss = (loss_per_sample * weights).mean()
+        return PrismerCausalLMOutput(loss=loss, logits=logits, loss_per_sample=loss_per_sample, **outputs)
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks for its arguments
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        # peft's prompt learning puts a method of its own before this one while it generates. Before 0.22 it looks for
-        # the cache by the name of transformers before 5.24; not finding it, it would prepend its tokens at every step.
-        called_by_peft = getattr(self.prepare_inputs_for_generation, "__self__", self) is not self
-        if called_by_peft and "cache" in inputs and Version(version("peft")) < Version("0.22"):
-            inputs["past_key_values"] = inputs.pop("cache")
-        return inputs
+    def check_labels(
+        self,
+        text: torch.Tensor,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        sample_weight: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+    ) -> None:
+        """
+        Arguments as in `forward`; `text` is `input_ids` or `inputs_embeds`.
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        others = dict(model_kwargs)
-        pop_expert_inputs(others, self.config.expert_names)
-        super()._validate_model_kwargs(others)
-
-    def _prepare_model_inputs(self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]) -> tuple:
-        """Takes what is to be learned out of the prompt where `labels` say it, as Seq2SeqTrainer hands them over."""
-        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        labels = model_kwargs.pop("labels", None)
-        if labels is not None and name == "input_ids":
-            attention_mask = model_kwargs.get("attention_mask")
-            given = inputs.ne(self.config.pad_token_id) if attention_mask is None else attention_mask.bool()
-            given = given & (labels == -100)
-            order = given.long().argsort(dim=-1, stable=True)  # the prompts move to the right
-            inputs = inputs.masked_fill(~given, self.config.pad_token_id).gather(1, order)
-            model_kwargs["attention_mask"] = given.gather(1, order).long()
-        return inputs, name, model_kwargs
-
-    def _maybe_prepare_encoder_kwargs_for_generation(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], model_input_name: Any, generation_config: Any
-    ) -> dict[str, Any]:
-        """Encodes the images once for the whole generation; the output, not being a tensor, is shared by all beams."""
-        attention_mask = model_kwargs.get("attention_mask")
-        if attention_mask is not None and attention_mask.ndim == 2 and bool((attention_mask[:, -1] == 0).any()):
+        Raises:
+            ValueError: if labels or weights do not fit the text, or if there is nothing to learn.
+        """
+        rows, length = text.shape[:2]
+        given = labels if shift_labels is None else shift_labels
+        kept = len(range(length)[-logits_to_keep:]) if isinstance(logits_to_keep, int) else len(logits_to_keep)
+        if given.shape != (rows, kept):
             raise ValueError(
-                "generate needs prompts padded on the left (padding_side='left'): this attention_mask ends in padding"
+                f"labels of the shape {tuple(given.shape)} for logits of {(rows, kept)}; they must be aligned with "
+                'input_ids (with peft\'s prompt learning: it needs `task_type="CAUSAL_LM"`)'
             )
-        expert_inputs = pop_expert_inputs(model_kwargs, self.config.expert_names)
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        expert_mask = model_kwargs.pop("expert_mask", None)
-        if pixel_values is None:
-            if given := [key for key, tensor in expert_inputs.items() if tensor is not None]:
-                raise ValueError(f"{', '.join(given)} given without pixel_values")
-        elif model_kwargs.get("encoder_outputs") is not None:
-            raise ValueError("give pixel_values or encoder_outputs, not both")
-        else:
-            images = {"pixel_values": pixel_values, "expert_mask": expert_mask, **expert_inputs}
-            model_kwargs["encoder_outputs"] = self.get_image_features(return_dict=True, **images)
-            model_kwargs["encoder_outputs"].images = images  # an assistant will look at them too
-        encoder_outputs = model_kwargs.get("encoder_outputs")
-        if isinstance(encoder_outputs, torch.Tensor):  # a tensor would be repeated for every beam
-            model_kwargs["encoder_outputs"] = (encoder_outputs,)
-        return model_kwargs
-
-    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """In assisted decoding the assistant encodes the images by itself, once; one for text alone sees none."""
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError("assistant_early_exit needs a model that was trained for it, which Prismer is not")
-        text_kwargs = {key: value for key, value in model_kwargs.items() if key != "encoder_outputs"}
-        generator = super()._get_candidate_generator(generation_config, model_kwargs=text_kwargs, **kwargs)
-        assistant_model: Any = kwargs.get("assistant_model")
-        encoder_outputs = model_kwargs.get("encoder_outputs")
-        if encoder_outputs is not None and hasattr(assistant_model, "get_image_features"):
-            images = getattr(encoder_outputs, "images", None)
-            if images is None:
-                raise ValueError(
-                    "assisted decoding needs pixel_values and the experts' tensors, not encoder_outputs: the "
-                    "assistant encodes the images by itself"
-                )
-            images = {key: tensor.to(assistant_model.device) for key, tensor in images.items() if tensor is not None}
-            generator.assistant_kwargs["encoder_outputs"] = assistant_model.get_image_features(**images)
-        return generator
+        if sample_weight is not None and sample_weight.shape != (rows,):
+            raise ValueError(
+                f"sample_weight has the shape {tuple(sample_weight.shape)}; ({rows},) is needed, one weight for each "
+                "row of input_ids"
+            )
+        if shift_labels is None:
+            torch_compilable_check(
+                (given[:, 1:] != -100).any(),
+                "labels are -100 everywhere: there is nothing to learn. They are aligned with input_ids, -100 on "
+                "prompt and padding alone",
+            )
 
     @staticmethod
     def _backbone_parameters(model: PrismerModel, vision: bool) -> Iterator[nn.Parameter]:
-        """The parameters that come from CLIP's or RoBERTa's layers: all of a layer but what Prismer put into it."""
+        """The parameters of CLIP's or RoBERTa's layers, without the modules that Prismer adds to a layer."""
         layers = model.vision_model.layers if vision else model.text_model.layers[:-1]
         for name, parameter in layers.named_parameters():
             if not any(part in name for part in (".adaptor.", ".cross_attn.", ".cross_attn_layer_norm.")):
@@ -1073,9 +986,9 @@ class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerP
 
     def freeze_backbones(self, vision: bool = True, language: bool = True) -> "PrismerForConditionalGeneration":
         """
-        Freezes the layers that come from CLIP (`vision`) and from RoBERTa (`language`), or unfreezes them (`False`).
-        Everything else always trains: the experts' stems, resampler, positions, adaptors, cross-attention, embeddings,
-        output layer and head. The paper freezes both in pre-training and the vision backbone in fine-tuning.
+        Freezes the layers of CLIP (`vision`) and of RoBERTa (`language`), or unfreezes them (`False`). Everything else
+        always trains: the experts' stems, resampler, positions, adaptors, cross-attention, embeddings, output layer
+        and head. The paper freezes both in pre-training, and the vision backbone in fine-tuning.
 
         Example:
 
@@ -1101,25 +1014,25 @@ class PrismerForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerP
         **kwargs: Any,
     ) -> "PrismerForConditionalGeneration":
         """
-        A new model on a CLIP vision tower and a RoBERTa. The backbones' weights are taken over exactly (CLIP's class
-        token and the poolers are dropped); stems, resampler, adaptors, cross-attention and output layer start fresh.
-        The LayerNorms that Prismer puts into a RoBERTa layer start as copies of the one before, so that the frozen
-        weights after them meet what they are used to.
+        Builds a new model on a CLIP vision tower and a RoBERTa. It has the backbones' weights, without CLIP's class
+        token and the poolers. Stems, resampler, adaptors, cross-attention and output layer are new. The new LayerNorms
+        in a RoBERTa layer are copies of the LayerNorm before them, so that the frozen weights after them get inputs of
+        the scale that they were trained on.
 
         Args:
             vision (`str`, `CLIPVisionModel` or `CLIPModel`):
                 A Hub id, a folder, or a loaded model.
             text (`str`, `RobertaModel`, `RobertaForMaskedLM` or `RobertaForCausalLM`):
-                A Hub id, a folder, or a loaded model. The language modelling head is taken over where there is one.
+                A Hub id, a folder, or a loaded model. Its language modelling head is used, if it has one.
             experts (`list[dict]`, *optional*):
                 The experts' descriptions; see [`PrismerConfig`].
             image_size (`int`, *optional*):
-                Side of the image in pixels, by default the vision tower's; the positions are resized to it.
+                Side of the image in pixels, by default the vision tower's. The positions are resized to it.
             kwargs:
                 Further fields of [`PrismerConfig`].
 
         Raises:
-            ValueError: if `vision` is no CLIP vision tower, or `text` no RoBERTa.
+            ValueError: if `vision` is not a CLIP vision tower, or `text` not a RoBERTa.
 
         Example:
 

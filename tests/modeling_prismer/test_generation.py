@@ -311,6 +311,16 @@ def test_text_alone_does_not_see_the_images_of_a_cleared_cache(model, kind):
     torch.testing.assert_close(again, expected, **TOLERANCE)
 
 
+def test_a_cache_that_lost_its_image_is_warned_of(model, caplog):
+    prompt, cache = prompts(length=6), DynamicCache(config=model.config.text_config)
+    with torch.no_grad():
+        kept = model(input_ids=prompt[:, :4], **image_inputs(), cache=cache)[CACHE_NAME]
+        model(input_ids=prompt[:, 4:5], cache=kept)
+        assert "holds no image" not in caplog.text
+        model(input_ids=prompt[:, 5:], cache=cache)
+    assert "holds no image" in caplog.text
+
+
 def test_text_runs_without_images(model):
     text = model.generate(input_ids=prompts(), **GREEDY)
     assert torch.equal(text, model.generate(input_ids=prompts(), use_cache=False, **GREEDY))

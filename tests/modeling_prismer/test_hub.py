@@ -31,7 +31,10 @@ from modeling_prismer.processing.image_processing_prismer import PrismerImagePro
 from .tiny import image_inputs, prompts, tiny_model
 
 
-NETWORK = ("modeling_prismer", "adapter_targets", "backbones", "cache", "expert_stems", "layers", "loss", "ranking")
+NETWORK = (
+    *("modeling_prismer", "adapter_targets", "backbones", "cache", "expert_editing", "expert_stems", "generation"),
+    *("half_precision", "layers", "loss", "ranking"),
+)
 CODE = {f"{name}.py" for name in ("configuration_prismer", "expert_spec", *NETWORK)}
 PROCESSOR_CODE = {
     *("processing_prismer.py", "image_processing_prismer.py", "expert_labels.py"),

@@ -187,8 +187,8 @@ def test_what_does_not_fit_is_refused(model, changes, message):
 def test_the_parts_run_by_themselves(model):
     images = image_inputs()
     expected = model(input_ids=prompts(), **images)
-    vision, text = model.get_encoder(), model.model.text_model
-    assert vision is model.model.vision_model is model.get_encoder("image")
+    vision, text = model.get_encoder("image"), model.model.text_model
+    assert vision is model.model.vision_model
     assert model.get_encoder("audio") is model  # as the library says that there is none
     by_expert = {}
     for key, tensor in images.items():

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from modeling_prismer import modeling_prismer, self_check
 from modeling_prismer.cli import app
+from modeling_prismer.expert_stems import PrismerExpertStem
 from modeling_prismer.self_check import RECORDING, SelfCheck
 
 from .record_self_check import recording
@@ -56,8 +57,8 @@ def test_every_check_holds_on_a_cpu(without_compile, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wrong_painting_is_found(without_compile, monkeypatch, dtype):
-    paint = modeling_prismer.PrismerExpertStem.paint
-    monkeypatch.setattr(modeling_prismer.PrismerExpertStem, "paint", lambda *args: paint(*args).flip(-1))
+    paint = PrismerExpertStem.paint
+    monkeypatch.setattr(PrismerExpertStem, "paint", lambda *args: paint(*args).flip(-1))
     failed = failures(dtype)
     assert {"stems and painting", "encoder"} <= failed
     assert "generation" in failed or dtype != torch.float32  # in half precision it is compared with itself
