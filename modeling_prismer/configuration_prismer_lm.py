@@ -161,11 +161,13 @@ class PrismerLMConfig(PreTrainedConfig):
         text_config: PreTrainedConfig
         experts_config: PrismerExpertsConfig | None
         image_token_id: int
+        grid_size: int
     else:
         vision_config: list | dict | PreTrainedConfig | None = None
         text_config: dict | PreTrainedConfig | None = None
         experts_config: dict | PrismerExpertsConfig | None = None
         image_token_id: int | None = None
+        grid_size: int | None = None
 
     fusion: str = "prefix"
     cross_attention_every: int = 4
@@ -173,7 +175,6 @@ class PrismerLMConfig(PreTrainedConfig):
     projector_hidden_size: int | None = None
     question_queries: bool = False
     experts_as: str = "tokens"
-    grid_size: int | None = None
     feature_scale: float | int = 1.0
     label_smoothing: float | int = 0.0
     strict_experts: bool = True
@@ -234,7 +235,7 @@ class PrismerLMConfig(PreTrainedConfig):
     def _attn_implementation(self, value: Any) -> None:
         PreTrainedConfig._attn_implementation.fset(self, value)
         if isinstance(value, dict):
-            value = value.get("vision_config")
+            value = value.get("vision_config", value.get(""))
         for encoder in self.__dict__.get("vision_config") or []:
             if value is not None and isinstance(encoder, PreTrainedConfig):
                 encoder._attn_implementation = value
@@ -253,6 +254,10 @@ class PrismerLMConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         """That of the language model."""
         return self.get_text_config(decoder=True).vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.get_text_config(decoder=True).vocab_size = value
 
     @property
     def hidden_size(self) -> int:
@@ -278,6 +283,8 @@ class PrismerLMConfig(PreTrainedConfig):
     @experts.setter
     def experts(self, experts: list[dict[str, Any]]) -> None:
         read_specs(experts)
+        if self.experts_config is None:
+            raise ValueError("there is no experts_config: this model has no stems for experts")
         self.experts_config.experts = experts
 
     @property

@@ -5,6 +5,7 @@ that see each image.
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -33,13 +34,20 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
         num_prompts (`int`, *optional*):
             Prompts that the images belong to. Rows of text that follow each other share a prompt's images.
 
-    The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next.
+    The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next, and `inputs`
+    the encoded tensors for an assistant of `generate`.
     """
 
-    expert_tokens: torch.FloatTensor | None = None
+    if TYPE_CHECKING:  # most are there wherever they are read
+        pooler_output: torch.Tensor
+        expert_tokens: torch.Tensor
+        visible: "VisibleImages | None"
+    else:
+        expert_tokens: torch.FloatTensor | None = None
     expert_token_mask: torch.BoolTensor | None = None
     num_prompts: int | None = None
     visible = None  # not a field: a new forward pass over a prompt replaces it
+    inputs = None
 
     @property
     def num_images(self) -> int:
@@ -68,16 +76,16 @@ class VisibleImages:
     projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def keys_values(self, attention: PrismerAttention) -> tuple[torch.Tensor, torch.Tensor]:
-        if attention.layer_idx in self.projected:
-            key, value = self.projected[attention.layer_idx]
+        layer = attention.layer_idx or 0
+        if layer in self.projected:
+            key, value = self.projected[layer]
         else:
             key, value = attention.project_keys_values(self.features.to(attention.k_proj.weight))
             if not torch.is_grad_enabled():
-                self.projected[attention.layer_idx] = key.contiguous(), value.contiguous()
-        if self.rows is None:
-            return key, value
-        gathered = (states[self.rows].transpose(1, 2).flatten(2, 3) for states in (key, value))
-        return tuple(gathered)  # (rows, heads, images per row * num_features, head_dim)
+                self.projected[layer] = key.contiguous(), value.contiguous()
+        if self.rows is not None:  # (rows, heads, images per row * num_features, head_dim)
+            key, value = (states[self.rows].transpose(1, 2).flatten(2, 3) for states in (key, value))
+        return key, value
 
     def after_prompt(self) -> "VisibleImages":
         """What the tokens after the prompt see: each row's last image."""
@@ -91,8 +99,8 @@ class VisibleImages:
         def repeated(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
 
-        tensors = map(repeated, (self.rows, self.mask, self.sees_image))
-        return VisibleImages(self.features, *tensors, projected=self.projected)
+        rows, mask, sees_image = map(repeated, (self.rows, self.mask, self.sees_image))
+        return VisibleImages(self.features, rows, mask, sees_image, self.projected)
 
 
 def see_images(features: torch.Tensor, rows: list[list[int]], mask: torch.Tensor | None) -> VisibleImages:

@@ -3,7 +3,7 @@
 import copy
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ from .image_features import patch_features
 
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
-Backbone = str | PreTrainedModel
+Backbone: TypeAlias = "str | PreTrainedModel"
 
 IMAGE_TOKEN = "<image>"
 EXPERTS_TOKEN = "<experts>"  # in front of a vision-language model, whose image tokens are its own
@@ -100,7 +100,7 @@ def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedMo
     sources = [] if vision is None else vision if isinstance(vision, list | tuple) else [vision]
     encoders = []
     for source in sources:
-        encoder = source
+        encoder: Any = source
         if not isinstance(source, PreTrainedModel):
             encoder = AutoModel.from_pretrained(source, trust_remote_code=False)
         encoder = getattr(
@@ -213,7 +213,7 @@ def load_trained(
     Raises:
         ValueError: if a backbone is not the one of the checkpoint, or if weights are missing or unknown.
     """
-    backbones = config.backbones
+    backbones: dict[str, Any] = config.backbones or {}
     language_model = load_language_model(language or backbones["language"]["id"], **language_kwargs)
     check_fingerprint(language_model, backbones["language"], "language model")
     encoders = load_encoders(vision if vision is not None else [entry["id"] for entry in backbones["vision"]])
