@@ -24,7 +24,7 @@ from .image_features import patch_features
 
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
-Backbone: TypeAlias = "str | PreTrainedModel"
+Backbone: TypeAlias = str | PreTrainedModel
 
 IMAGE_TOKEN = "<image>"
 EXPERTS_TOKEN = "<experts>"  # in front of a vision-language model, whose image tokens are its own
