@@ -102,26 +102,30 @@ def status(done: int, total: int, text: str) -> str:
 # ---- answers ----
 
 
-def turn_panel(turn: tuple[str, str | None], versions: Sequence[tuple[str, str, Said | None]]) -> str:
-    """Shows the answers to one question side by side: (title, note, answer) of each version of the inputs."""
-    task, text = turn
-    heading = escape(text) if task == "vqa" else "The caption"
-    columns = "".join(_version(task, *version) for version in versions)
+def turn_panel(question: str | None, versions: Sequence[tuple[str, str, Said | None]]) -> str:
+    """
+    Shows the answers to one question, or the captions, side by side: (title, note, answer) of each version of the
+    inputs.
+    """
+    heading = "The caption" if question is None else escape(question)
+    columns = "".join(_version(question is None, *version) for version in versions)
     return f'<section class="turn"><h2>{heading}</h2><div class="versions">{columns}</div></section>'
 
 
-def _version(task: str, title: str, note: str, said: Said | None) -> str:
+def _version(is_caption: bool, title: str, note: str, said: Said | None) -> str:
     head = f'<h3>{escape(title)}</h3><p class="quiet note">{escape(note)}</p>'
     if said is None:
         return f'<article class="version">{head}<p class="answer quiet">…</p></article>'
-    sure = said.per_word if task == "caption" else said.probability
-    meaning = "mean probability of a word" if task == "caption" else "probability"
+    sure = said.per_word if is_caption else said.probability
+    meaning = "mean probability of a word" if is_caption else "probability"
     bar = f'<span class="bar" aria-hidden="true"><i style="width: {100 * sure:.1f}%"></i></span>'
-    others = "".join(
-        f"<li><span>{escape(other) or '(nothing)'}</span><span>{percent(probability)}</span></li>"
-        for other, probability in said.others
-        if task == "vqa"
-    ) or "".join(f"<li><span>{escape(other)}</span></li>" for other, _ in said.others[:2] if task == "caption")
+    if is_caption:
+        others = "".join(f"<li><span>{escape(other)}</span></li>" for other, _ in said.others[:2])
+    else:
+        others = "".join(
+            f"<li><span>{escape(other) or '(nothing)'}</span><span>{percent(probability)}</span></li>"
+            for other, probability in said.others
+        )
     return (
         f'<article class="version">{head}<p class="answer">{escape(said.text) or "(nothing)"}</p>'
         f'<p class="chance">{bar}<span><b>{percent(sure)}</b> {meaning}</span></p>'
@@ -130,16 +134,16 @@ def _version(task: str, title: str, note: str, said: Said | None) -> str:
     )
 
 
-def answer_bar(turn: tuple[str, str | None], versions: Sequence[tuple[str, str, Said | None]]) -> str:
+def answer_bar(question: str | None, versions: Sequence[tuple[str, str, Said | None]]) -> str:
     """The answers in one line, which stays visible next to the experts."""
-    task, text = turn
     parts = "".join(
         f"<li><span>{escape(title)}</span> <b>{escape(said.text) if said else '…'}</b>"
-        + (f" {percent(said.per_word if task == 'caption' else said.probability)}" if said else "")
+        + (f" {percent(said.per_word if question is None else said.probability)}" if said else "")
         + "</li>"
         for title, _, said in versions
     )
-    return f'<div class="answer-bar"><p>{escape(text) if task == "vqa" else "The caption"}</p><ul>{parts}</ul></div>'
+    heading = "The caption" if question is None else escape(question)
+    return f'<div class="answer-bar"><p>{heading}</p><ul>{parts}</ul></div>'
 
 
 def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], said: Said, which: str) -> str:

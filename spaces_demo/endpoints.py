@@ -45,9 +45,9 @@ class Endpoints:
             )
 
         add(self.experts, [image], "The output of each expert for an image.")
-        if "caption" in self.reader.tasks:
+        if self.reader.caption_task:
             add(self.caption, [image, experts], "A caption, its probability, and the attention of the model.")
-        if "vqa" in self.reader.tasks:
+        if self.reader.question_task:
             add(self.ask, [image, question, experts], "The answer to a question about an image.")
         add(self.classify, [image, labels, question, experts], "Ranks your own labels, separated by commas.")
 
@@ -62,19 +62,19 @@ class Endpoints:
         return found
 
     def caption(self, image: Any, experts: list[str] | None = None) -> dict[str, Any]:
-        return self._said(image, "caption", None, experts)
+        return self._said(image, None, experts)
 
     def ask(self, image: Any, question: str, experts: list[str] | None = None) -> dict[str, Any]:
-        self.reader.prompt("vqa", question)
-        return self._said(image, "vqa", question, experts)
+        question = "" if question is None else question
+        self.reader.prompt(self.reader.task_of(question), question)
+        return self._said(image, question, experts)
 
     def classify(
         self, image: Any, labels: str, question: str = "", experts: list[str] | None = None
     ) -> list[dict[str, Any]]:
         names = parse_labels(labels or "")
-        task = "vqa" if "vqa" in self.reader.tasks else self.reader.processor.task
-        self.reader.prompt(task, question)
-        return self.reader.rank(self._encode(_required(image), experts), names, task, question)
+        self.reader.prompt(self.reader.ranking_task, question)
+        return self.reader.rank(self._encode(_required(image), experts), names, question)
 
     def _encode(self, image: Image.Image, experts: list[str] | None) -> Any:
         names = list(self.reader.specs)
@@ -85,9 +85,9 @@ class Endpoints:
         seen = {each.name: each.label for each in self.reader.look(image, wanted)}
         return self.reader.encode(image, seen)
 
-    def _said(self, image: Any, task: str, text: str | None, experts: list[str] | None) -> dict[str, Any]:
+    def _said(self, image: Any, text: str | None, experts: list[str] | None) -> dict[str, Any]:
         encoding = self._encode(_required(image), experts)
-        said = self.reader.explain(encoding, task, text)
+        said = self.reader.explain(encoding, text)
         looked = {"image": said.looked} | said.looked_at_experts
         limit = self.reader.usual_distance
         return {

@@ -33,7 +33,7 @@ def to_link(session: Session) -> str:
         file = io.BytesIO()
         image.save(file, "WEBP", quality=85, method=6)
         content["image"] = base64.b64encode(file.getvalue()).decode()
-    content["questions"] = [text for task, text, _ in session.turns if task == "vqa"][-MAX_QUESTIONS:]
+    content["questions"] = [text for text, _ in session.turns if text is not None][-MAX_QUESTIONS:]
     content["modes"] = {name: mode for name, mode in session.modes.items() if mode != "seen"}
     content["edits"] = {name: session.edits[name] for name, mode in session.modes.items() if mode == "edited"}
     packed = zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 9)

@@ -151,7 +151,7 @@ class Page:
                     allow_file_downloads=False,
                 )
                 self.suggestions = gr.HTML("", js_on_load=_chips_script("question"), elem_id="suggestions")
-                with gr.Row(visible="vqa" in self.reader.tasks):
+                with gr.Row(visible=self.reader.question_task is not None):
                     self.question = gr.Textbox(
                         label="Your question",
                         placeholder="What color is …?",
@@ -209,8 +209,8 @@ class Page:
                     max_length=MAX_LABEL_LETTERS,
                 )
                 self.class_prompt = gr.Textbox(
-                    label="The question" if "vqa" in self.reader.tasks else "The text before the label",
-                    value="What color is it?" if "vqa" in self.reader.tasks else "A picture of",
+                    label="The question" if self.reader.question_task else "The text before the label",
+                    value=self.reader.ranking_task.prompt or "What color is it?",
                     max_length=2 * MAX_LETTERS,
                 )
                 self.rank = gr.Button("Rank the labels", variant="primary", elem_id="rank")
@@ -437,7 +437,7 @@ class Page:
         modes, session.edits = found["modes"], found["edits"]
         yield from self._look(session, modes)
         for question in found["questions"]:
-            yield from self._answer(session, "vqa", question)
+            yield from self._answer(session, question)
 
     def _look(self, session: Session, modes: dict[str, str] | None = None) -> Iterator[dict]:
         """Runs the experts and shows each output as it comes. Then writes the caption."""
@@ -472,24 +472,24 @@ class Page:
                 f"up to {limit:.0f} is usual), so its answers may make no sense."
             )
             yield {self.warning: gr.update(value=drawings.warning(text), visible=True)}
-        questions = source.questions if source and "vqa" in self.reader.tasks else []
+        questions = source.questions if source and self.reader.question_task else []
         chips = "".join(f'<button type="button" data-question="{escape(q)}">{escape(q)}</button>' for q in questions)
         yield {self.suggestions: f'<div class="chips">{chips}</div>' if chips else ""}
-        if "caption" in self.reader.tasks:
-            yield from self._answer(session, "caption", None)
+        if self.reader.caption_task:
+            yield from self._answer(session, None)
         else:
             yield {self.status: drawings.status(1, 1, "Ready. Ask a question.")}
 
-    def _answer(self, session: Session, task: str, text: str | None, is_new: bool = True) -> Iterator[dict]:
+    def _answer(self, session: Session, text: str | None, is_new: bool = True) -> Iterator[dict]:
         """Streams the answer, then shows the versions side by side and the attention of the model."""
-        self.reader.prompt(task, text)  # raises an error for a question that cannot be read
+        self.reader.prompt(self.reader.task_of(text), text)  # raises an error for a question that cannot be read
         before = [turn for turn in session.turns] if is_new else session.turns[:-1]
         encoding = session.encoding("yours", self.reader)
         said = ""
-        yield {self.chat: _messages([*before, (task, text, "…")]), self.status: drawings.status(0, 2, "Answering …")}
-        for said in self.reader.say(encoding, task, text):
-            yield {self.chat: _messages([*before, (task, text, said or "…")])}
-        session.turns = [*before, (task, text, said or "(nothing)")][-MAX_TURNS:]
+        yield {self.chat: _messages([*before, (text, "…")]), self.status: drawings.status(0, 2, "Answering …")}
+        for said in self.reader.say(encoding, text):
+            yield {self.chat: _messages([*before, (text, said or "…")])}
+        session.turns = [*before, (text, said or "(nothing)")][-MAX_TURNS:]
         yield {self.chat: _messages(session.turns), self.status: drawings.status(1, 2, "Comparing …")}
 
         notes = {"seen": "their unchanged output", "yours": self._changes(session), "none": "the image alone"}
@@ -499,11 +499,11 @@ class Page:
         which = self._versions(session)
         found: dict[str, Any] = {}
         for version in sorted(which, key=["yours", "seen", "none"].index):
-            found[version] = self.reader.explain(session.encoding(version, self.reader), task, text)
+            found[version] = self.reader.explain(session.encoding(version, self.reader), text)
             versions = [(*titles[each], found.get(each)) for each in which]
             yield {
-                self.result: drawings.turn_panel((task, text), versions),
-                self.bar: drawings.answer_bar((task, text), versions),
+                self.result: drawings.turn_panel(text, versions),
+                self.bar: drawings.answer_bar(text, versions),
             }
         shown = "yours" if session.changed else "seen"
         labels = {name: session.label(name, self.reader) for name in self.names}
@@ -528,9 +528,10 @@ class Page:
 
     def _ask(self, question: str | None, request: gr.Request) -> Iterator[dict]:
         session = self._with_image(request)
-        self.reader.prompt("vqa", question)
+        question = as_text("" if question is None else question, "question", 2 * MAX_LETTERS).strip()
+        self.reader.prompt(self.reader.task_of(question), question)
         yield {self.question: ""}
-        yield from self._answer(session, "vqa", question.strip())  # type: ignore[union-attr]
+        yield from self._answer(session, question)
 
     def _ask_suggested(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
         yield from self._ask(event_value(event, "question"), request)
@@ -538,8 +539,8 @@ class Page:
     def _again(self, session: Session) -> Iterator[dict]:
         """Computes the last answer again."""
         if session.turns:
-            task, text, _ = session.turns[-1]
-            yield from self._answer(session, task, text, is_new=False)
+            text, _ = session.turns[-1]
+            yield from self._answer(session, text, is_new=False)
 
     # ---- experts ----
 
@@ -625,11 +626,10 @@ class Page:
         if session.image is None:
             raise Refused(NO_IMAGE)
         labels = parse_labels(text)
-        task = "vqa" if "vqa" in self.reader.tasks else self.reader.processor.task
         rankings = [
             (
                 VERSIONS[version] if self.names else "Your labels",
-                self.reader.rank(session.encoding(version, self.reader), labels, task, prompt),
+                self.reader.rank(session.encoding(version, self.reader), labels, prompt),
             )
             for version in self._versions(session)
         ]
@@ -644,12 +644,12 @@ def _choices(edited: bool) -> list[tuple[str, str]]:
     return [(title, mode) for mode, title in CHOICES.items() if edited or mode != "edited"]
 
 
-def _messages(turns: list[tuple[str, str | None, str]]) -> list[dict[str, str]]:
+def _messages(turns: list[tuple[str | None, str]]) -> list[dict[str, str]]:
     """Messages for the chat, which shows them as HTML."""
     messages = []
-    for task, text, said in turns:
-        if task == "vqa":
-            messages.append({"role": "user", "content": escape(text or "")})
+    for text, said in turns:
+        if text is not None:
+            messages.append({"role": "user", "content": escape(text)})
         messages.append({"role": "assistant", "content": escape(said)})
     return messages
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -12,19 +13,20 @@ import torch
 from checks import Refused, as_text
 from hardware import on_gpu
 from PIL import Image
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, optimize_for_cpu
 from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.familiarity import Familiarity, image_features
 from modeling_prismer.processing.experts import look_of
+from modeling_prismer.processing.tasks import Task, find_task
 
 
 logger = logging.getLogger(__name__)
-MAX_WORDS, MAX_TOKENS, MAX_LETTERS = 30, 35, 300  # limits of a question
+MAX_WORDS, MAX_LETTERS = 30, 300  # limits of a question
 MAX_LABELS, MAX_LABEL_LETTERS = 50, 3000  # limits of all labels together
-MAX_NEW_TOKENS, NUM_BEAMS, NUM_OTHERS = 30, 5, 4
+NUM_BEAMS, NUM_OTHERS = 5, 4  # alternatives to an answer: searched and shown
 MAX_SECONDS = 60.0  # time to wait for the next word
 
 
@@ -88,7 +90,11 @@ class Reader:
             optimize_for_cpu(self.model)
         self.familiarity = Familiarity.from_pretrained(path)
         self.specs = {spec.name: spec for spec in read_specs(self.processor.image_processor.experts)}
-        self.tasks = [task for task in self.processor.tasks or [self.processor.task] if task in ("caption", "vqa")]
+        tasks = [find_task(name) for name in self.processor.tasks or [self.processor.task]]
+        generated = [task for task in tasks if not task.is_ranked]
+        self.question_task = next((task for task in generated if task.prompt is None), None)
+        self.caption_task = next((task for task in generated if task.prompt is not None), None)
+        self.ranking_task = self.question_task or find_task(self.processor.task)
         self._lock = Lock()  # hooks belong to the network, so calls with hooks must not overlap
         self._experts_on_gpu = on_gpu(self._run_expert)
         self._encode_on_gpu = on_gpu(self._encode)
@@ -142,8 +148,9 @@ class Reader:
         """Loads all experts and runs the network once, so that the first visitor does not wait."""
         image = Image.new("RGB", (64, 64), "gray")
         encoding = self.encode(image, {seen.name: seen.label for seen in self.look(image)})
-        for task in self.tasks:
-            self.explain(encoding, task, "What is it?")
+        for task, text in ((self.caption_task, None), (self.question_task, "What is it?")):
+            if task is not None:
+                self.explain(encoding, text)
 
     # ---- the network ----
 
@@ -185,76 +192,84 @@ class Reader:
     def usual_distance(self) -> float | None:
         return None if self.familiarity is None else self.familiarity.limit
 
-    def prompt(self, task: str, text: str | None = None) -> dict[str, torch.Tensor]:
+    def task_of(self, text: str | None) -> Task:
+        """Returns the task of a question, or that of captions if there is no text."""
+        task = self.caption_task if text is None else self.question_task
+        if task is None:
+            raise Refused(f"This checkpoint cannot {'write captions' if text is None else 'answer questions'}.")
+        return task
+
+    def prompt(self, task: Task, text: str | None = None) -> dict[str, torch.Tensor]:
         """
+        Returns the tokens of a question, or of the beginning of a caption.
+
         Raises:
             Refused: if there is no question, or it is longer than the limits.
         """
         text = as_text("" if text is None else text, "question", 2 * MAX_LETTERS).strip() or None
-        if task == "vqa":
+        if task.prompt is None:
             if text is None or not any(letter.isalnum() for letter in text):
                 raise Refused("Please type a question first.")
-            if len(text.split()) > MAX_WORDS or len(text) > MAX_LETTERS or self._length(task, text) > MAX_TOKENS:
+            length = self._tokens(task, text, truncation=False)["input_ids"].shape[1]
+            if len(text.split()) > MAX_WORDS or len(text) > MAX_LETTERS or length > task.max_prompt_tokens:
                 raise Refused(
                     f"This question is too long ({len(text.split())} words). The model reads up to {MAX_WORDS} short "
                     "words. Please shorten it."
                 )
         return self._tokens(task, text)
 
-    def _tokens(self, task: str, text: str | None, **settings: Any) -> dict[str, torch.Tensor]:
-        inputs = self.processor(Image.new("RGB", (8, 8)), text, experts=[], task=task, **settings)  # only for the text
+    def _tokens(self, task: Task, text: str | None, **settings: Any) -> dict[str, torch.Tensor]:
+        blank = Image.new("RGB", (8, 8))  # only the text is needed
+        inputs = self.processor(blank, text, experts=[], task=task.name, **settings)
         return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
-    def _length(self, task: str, text: str) -> int:
-        return self._tokens(task, text, max_length=10 * MAX_TOKENS)["input_ids"].shape[1]
+    def _text(self, row: list[int], task: Task) -> str:
+        return self.processor.post_process_generation([row], task=task.name)[0]
 
-    def say(self, encoding: Encoding, task: str, text: str | None = None) -> Iterator[str]:
-        """Yields the answer as it grows. Closing the iterator stops the network."""
-        said = ""
-        for piece in self._say_on_gpu(encoding.states, self.prompt(task, text)):
-            said += piece
-            yield self._shown(said, task)
+    def say(self, encoding: Encoding, text: str | None = None) -> Iterator[str]:
+        """
+        Yields the answer to a question, or a caption, as it grows. With several beams, it yields the best text so far.
+        Closing the iterator stops the network.
+        """
+        task = self.task_of(text)
+        for row in self._say_on_gpu(encoding.states, self.prompt(task, text)):
+            yield self._text(row, task)
 
-    @staticmethod
-    def _shown(said: str, task: str) -> str:
-        return said.strip().lower() if task == "vqa" else said.strip()
-
-    def _say(self, states: torch.Tensor, prompt: dict[str, torch.Tensor]) -> Iterator[str]:
-        stop = Event()
-        streamer = TextIteratorStreamer(
-            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=MAX_SECONDS
-        )
+    def _say(self, states: torch.Tensor, prompt: dict[str, torch.Tensor]) -> Iterator[list[int]]:
+        """Yields the tokens so far after each step, and at last those of the result."""
+        length = prompt["input_ids"].shape[1]
+        watch = _Watch()
         problems: list[Exception] = []
 
         def generate() -> None:
             try:
-                self.model.generate(
+                generated = self.model.generate(
                     **{name: tensor.to(self.device) for name, tensor in prompt.items()},
                     encoder_outputs=(states.to(self.device),),
                     do_sample=False,
-                    num_beams=1,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    streamer=streamer,
-                    stopping_criteria=[_Stopped(stop)],
+                    stopping_criteria=[watch],
                 )
+                watch.rows.put(generated[0])
             except Exception as error:  # raised below, in the thread of the reader
                 problems.append(error)
-                streamer.end()
+            watch.rows.put(None)
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
         try:
-            yield from streamer
+            while (row := watch.rows.get(timeout=MAX_SECONDS)) is not None:
+                yield row[length:].tolist()
         finally:
-            stop.set()
+            watch.stopped.set()
             thread.join()
         if problems:
             raise problems[0]
 
-    def explain(self, encoding: Encoding, task: str, text: str | None = None) -> Said:
-        """Returns the answer with its probability, alternatives and attention."""
+    def explain(self, encoding: Encoding, text: str | None = None) -> Said:
+        """Returns the answer to a question, or a caption, with its probability, alternatives and attention."""
+        task = self.task_of(text)
         rows, probabilities, cross = self._explain_on_gpu(encoding.states, self.prompt(task, text))
-        texts = [self._shown(self.processor.tokenizer.decode(row, skip_special_tokens=True), task) for row in rows]
+        texts = [self._text(row, task) for row in rows]
         ranked: dict[str, float] = {}
         for each, probability in zip(texts, probabilities):
             ranked[each] = ranked.get(each, 0.0) + probability
@@ -270,15 +285,15 @@ class Reader:
     def _explain(
         self, states: torch.Tensor, prompt: dict[str, torch.Tensor]
     ) -> tuple[list[list[int]], list[float], torch.Tensor]:
-        """Returns continuations, the greedy one first, with probabilities, and the first one's attention (tokens,)."""
+        """Returns continuations, the answer first, with probabilities, and the answer's attention (tokens,)."""
         prompt = {name: tensor.to(self.device) for name, tensor in prompt.items()}
         encoder_outputs = (states.to(self.device),)
         length, end = prompt["input_ids"].shape[1], self.model.config.eos_token_id
-        settings = {"encoder_outputs": encoder_outputs, "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
-        greedy = self.model.generate(**prompt, **settings, num_beams=1)
-        beams = self.model.generate(**prompt, **settings, num_beams=NUM_BEAMS, num_return_sequences=NUM_BEAMS)
+        settings = {"encoder_outputs": encoder_outputs, "do_sample": False}
+        answer = self.model.generate(**prompt, **settings)
+        others = self.model.generate(**prompt, **settings, num_beams=NUM_BEAMS, num_return_sequences=NUM_BEAMS)
         rows: list[list[int]] = []
-        for row in [*greedy[:, length:].tolist(), *beams[:, length:].tolist()]:
+        for row in [*answer[:, length:].tolist(), *others[:, length:].tolist()]:
             row = row[: row.index(end) + 1] if end in row else row
             if row not in rows:
                 rows.append(row)
@@ -300,12 +315,13 @@ class Reader:
         cross = torch.stack([layer[0, :, chosen].float().mean((0, 1)) for layer in outputs.cross_attentions]).mean(0)
         return rows, of_tokens.sum(1).exp().tolist(), cross.cpu()
 
-    def rank(self, encoding: Encoding, labels: list[str], task: str, text: str | None = None) -> list[dict[str, Any]]:
+    def rank(self, encoding: Encoding, labels: list[str], text: str | None = None) -> list[dict[str, Any]]:
         """
         Ranks labels and returns `{"label", "score", "share"}` of each, best first. `score` is the mean log-probability
         of the label's tokens. The shares are a softmax of the scores and sum to 1.
         """
-        candidates = dict(self.processor.prepare_candidates(labels, task=task))
+        task = self.ranking_task
+        candidates = dict(self.processor.prepare_candidates(labels, task=task.name))
         scores, indices = self._rank_on_gpu(encoding.states, self.prompt(task, text), candidates)
         shares = torch.tensor(scores).softmax(0).tolist()
         return [
@@ -339,12 +355,16 @@ def parse_labels(text: str) -> list[str]:
     return labels
 
 
-class _Stopped(StoppingCriteria):
-    def __init__(self, stop: Event):
-        self.stop = stop
+class _Watch(StoppingCriteria):
+    """Hands over the best row of each step, and ends the generation when `stopped` is set."""
+
+    def __init__(self) -> None:
+        self.rows: Queue[torch.Tensor | None] = Queue()
+        self.stopped = Event()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
+        self.rows.put(input_ids[0])
+        return torch.full((len(input_ids),), self.stopped.is_set(), device=input_ids.device)
 
 
 def _sources(attentions: list[torch.Tensor], grids: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:

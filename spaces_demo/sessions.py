@@ -33,7 +33,7 @@ class Session:
     modes: dict[str, str] = field(default_factory=dict)
     edits: dict[str, dict] = field(default_factory=dict)
     made: dict[str, tuple[dict, Any]] = field(default_factory=dict)  # each edit with the label that it made
-    turns: list[tuple[str, str | None, str]] = field(default_factory=list)  # task, question, answer
+    turns: list[tuple[str | None, str]] = field(default_factory=list)  # question, or None for a caption; answer
     notes: dict[str, tuple[str, bool]] = field(default_factory=dict)  # time of each expert, and whether it failed
     encodings: OrderedDict = field(default_factory=OrderedDict)
     used: float = field(default_factory=time.monotonic)

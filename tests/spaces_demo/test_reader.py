@@ -10,8 +10,10 @@ pytest.importorskip("gradio")
 
 import drawings
 from checks import Refused
-from reader import parse_labels
+from reader import Reader, parse_labels
 from sessions import Session
+
+from modeling_prismer import pretrained_path, sample_image
 
 
 QUESTION = "What color is the shape?"
@@ -26,19 +28,33 @@ def session(reader, shape):
 
 
 def test_streamed_text_ends_with_the_answer(reader, session):
-    assert list(reader.say(session.encoding("seen", reader), "vqa", QUESTION))[-1] == "teal"
+    assert list(reader.say(session.encoding("seen", reader), QUESTION))[-1] == "teal"
+
+
+def test_caption_is_the_one_that_the_command_line_gives():
+    path = pretrained_path()
+    reader, image = Reader(path, "cpu"), sample_image("scene")
+    encoding = reader.encode(image, {seen.name: seen.label for seen in reader.look(image)})
+    steps = list(reader.say(encoding))
+    inputs = reader.processor(image, task="caption")
+    generated = reader.model.generate(**inputs)
+    expected = reader.processor.post_process_generation(generated, inputs["input_ids"].shape[1], task="caption")
+    assert steps[-1] == reader.explain(encoding).text == expected[0]
+    assert len(steps) > 5 and steps[0] == "a"
+    with pytest.raises(Refused, match="cannot write captions"):
+        Reader(pretrained_path("prismer-easy-vqa"), "cpu").task_of(None)
 
 
 def test_closing_the_stream_stops_the_network(reader, session):
     threads = threading.active_count()
-    saying = reader.say(session.encoding("seen", reader), "vqa", QUESTION)
+    saying = reader.say(session.encoding("seen", reader), QUESTION)
     next(saying)
     saying.close()
     assert threading.active_count() == threads
 
 
 def test_alternatives_are_less_probable_than_the_answer(reader, session):
-    said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
+    said = reader.explain(session.encoding("seen", reader), QUESTION)
     assert said.text == "teal" and 0.5 < said.probability <= 1
     probabilities = [probability for _, probability in said.others]
     assert probabilities == sorted(probabilities, reverse=True) and max(probabilities) < said.probability
@@ -53,15 +69,15 @@ def test_probability_is_that_of_the_network(reader, session):
         logits = reader.model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits
     chosen = inputs["labels"][:, 1:] != -100
     log = logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0][chosen].sum()
-    assert reader.explain(encoding, "vqa", QUESTION).probability == pytest.approx(log.exp().item(), rel=1e-3)
+    assert reader.explain(encoding, QUESTION).probability == pytest.approx(log.exp().item(), rel=1e-3)
 
 
 def test_attention_covers_the_image_and_present_experts(reader, session):
-    said = reader.explain(session.encoding("seen", reader), "vqa", "What shape is in the image?")
+    said = reader.explain(session.encoding("seen", reader), "What shape is in the image?")
     total = said.looked.sum() + sum(each.sum() for each in said.looked_at_experts.values())
     assert said.looked.shape == (8, 8) and set(said.looked_at_experts) == {"edge", "ocr"}
     assert 0 < total <= 1 + 1e-5
-    none = reader.explain(session.encoding("none", reader), "vqa", "What shape is in the image?")
+    none = reader.explain(session.encoding("none", reader), "What shape is in the image?")
     assert sum(each.sum() for each in none.looked_at_experts.values()) == 0
 
 
@@ -70,11 +86,11 @@ def test_switched_experts_change_the_answer_and_restore_it(reader, session):
     sure = {}
     for modes in ({"edge": "seen", "ocr": "seen"}, {"edge": "off", "ocr": "off"}, {"edge": "noise", "ocr": "noise"}):
         session.modes.update(modes)
-        sure[modes["edge"]] = reader.explain(session.encoding("yours", reader), "vqa", question)
+        sure[modes["edge"]] = reader.explain(session.encoding("yours", reader), question)
     session.modes.update({"edge": "seen", "ocr": "seen"})
     assert sure["seen"].text == "triangle"
     assert sure["off"].probability != sure["seen"].probability != sure["noise"].probability
-    assert reader.explain(session.encoding("yours", reader), "vqa", question).text == "triangle"
+    assert reader.explain(session.encoding("yours", reader), question).text == "triangle"
 
 
 def test_image_is_encoded_once_for_all_questions(reader, session, monkeypatch):
@@ -91,7 +107,7 @@ def test_failing_expert_is_missing_and_the_others_run(reader, shape, monkeypatch
     seen = {each.name: each for each in reader.look(shape)}
     assert seen["edge"].failed and not seen["ocr"].failed
     labels = {name: each.label for name, each in seen.items()}
-    assert reader.explain(reader.encode(shape, labels), "vqa", QUESTION).text == "teal"
+    assert reader.explain(reader.encode(shape, labels), QUESTION).text == "teal"
     card = drawings.expert_card(reader, "edge", shape, None, "failed", failed=True)
     assert "failed on the image" in card and "secret" not in card
 
@@ -102,13 +118,13 @@ def test_failing_expert_is_missing_and_the_others_run(reader, shape, monkeypatch
 )
 def test_too_long_or_empty_question_is_refused(reader, question, reason):
     with pytest.raises(Refused, match=reason):
-        reader.prompt("vqa", question)
+        reader.prompt(reader.question_task, question)
 
 
 @pytest.mark.parametrize("value", [5, {"a": 1}, ["a"], True, "\ud800"])
 def test_input_that_is_not_a_text_is_named(reader, value):
     with pytest.raises(Refused, match="^question: "):
-        reader.prompt("vqa", value)
+        reader.prompt(reader.question_task, value)
     with pytest.raises(Refused, match="^labels: "):
         parse_labels(value)
 
@@ -121,19 +137,19 @@ def test_labels_are_separated_by_commas_and_limited():
 
 
 def test_labels_are_ranked(reader, session):
-    ranking = reader.rank(session.encoding("seen", reader), ["red", "teal", "blue"], "vqa", QUESTION)
+    ranking = reader.rank(session.encoding("seen", reader), ["red", "teal", "blue"], QUESTION)
     assert ranking[0]["label"] == "teal"
     assert sum(row["share"] for row in ranking) == pytest.approx(1)
 
 
 def test_html_in_a_question_is_escaped(reader, session):
-    said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
-    panel = drawings.turn_panel(("vqa", "<script>alert(1)</script>"), [("With", "", said)])
+    said = reader.explain(session.encoding("seen", reader), QUESTION)
+    panel = drawings.turn_panel("<script>alert(1)</script>", [("With", "", said)])
     assert "<script" not in panel and "&lt;script&gt;" in panel
 
 
 def test_every_image_has_an_alternative_text(reader, session):
-    said = reader.explain(session.encoding("seen", reader), "vqa", QUESTION)
+    said = reader.explain(session.encoding("seen", reader), QUESTION)
     page = drawings.looked_panel(reader, session, session.seen, said, "")
     page += "".join(drawings.expert_card(reader, name, session.image, session.seen[name]) for name in session.seen)
     assert page.count("<img") == page.count('alt="') == 5

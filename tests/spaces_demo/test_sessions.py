@@ -65,7 +65,7 @@ def make_session(shape, reader):
     session = Session(image=shape.resize((500, 400)), seen={"edge": None, "ocr": None})
     session.modes = {"edge": "off", "ocr": "edited"}
     session.edits = {"ocr": {"boxes": [{"box": [0, 0, 0.5, 0.5], "text": "stop"}]}}
-    session.turns = [("vqa", "Is it red?", "no"), ("vqa", "Is it green?", "yes")]
+    session.turns = [(None, "a square"), ("Is it red?", "no"), ("Is it green?", "yes")]
     return session
 
 
