@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from transformers import DynamicCache
 
-from modeling_prismer.cache import CACHE_NAME, PrismerDynamicCache
+from modeling_prismer.cache import CACHE_NAME, image_layer
 from modeling_prismer.configuration_prismer import PrismerConfig
 from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
@@ -51,10 +52,11 @@ class DecoderGraph(nn.Module):
         past: list[tuple[torch.Tensor, torch.Tensor]],
         cross: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, ...]:
-        cache = PrismerDynamicCache(config=self.model.config.text_config)
+        cache = DynamicCache(config=self.model.config.text_config)
         for index, (keys, values) in enumerate(past):
             cache.update(keys, values, index)
-        cache.cross_keys_values = dict(enumerate(cross))
+        for index, keys_values in enumerate(cross):
+            image_layer(cache, index).cross_keys_values = keys_values
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=True)
         present = outputs[CACHE_NAME].layers
         return outputs.logits, *(tensor for layer in present for tensor in (layer.keys, layer.values))

@@ -6,13 +6,10 @@ from typing import Any
 import torch
 from packaging.version import Version
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-from transformers.utils import logging
 from transformers.utils.deprecation import deprecate_kwarg
 
-
-logger = logging.get_logger(__name__)
 
 # transformers 5.24 renamed `past_key_values` to `cache`. This keeps 5.23 working, whose `generate` and peft pass and
 # expect the old name; without a warning there, as it is the right one.
@@ -24,88 +21,56 @@ accept_past_key_values = deprecate_kwarg(
 )
 
 
-class ImageCacheMixin:
+class ImageLayerMixin:
     """
-    Gives a cache the image: the cross-attention's keys and values of each layer, one row for each image.
+    Gives a layer of a cache the image: the cross-attention's keys and values, one row for each image.
 
     The rows of text that see one image (beams, candidates, questions) share its row. Methods that reorder, repeat or
     crop the text therefore leave the image as it is; `reset` removes it.
     """
 
     encoder_hidden_states: torch.Tensor | None = None  # the states that the keys and values were projected from
-    cross_keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]]
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.cross_keys_values = {}
-
-    def set_image(self, encoder_hidden_states: torch.Tensor) -> None:
-        """The next forward pass projects these states, unless the cache holds them already."""
-        if self.encoder_hidden_states is not encoder_hidden_states:
-            self.encoder_hidden_states = encoder_hidden_states
-            self.cross_keys_values = {}  # each layer adds its own, because its weights may be elsewhere until it runs
+    cross_keys_values: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.encoder_hidden_states = None
-        self.cross_keys_values = {}
+        self.encoder_hidden_states = self.cross_keys_values = None
 
 
-class PrismerDynamicCache(ImageCacheMixin, DynamicCache):
-    """A [`~transformers.DynamicCache`] that also holds the image."""
+class ImageDynamicLayer(ImageLayerMixin, DynamicLayer):
+    """A layer of a [`~transformers.DynamicCache`] that also holds the image."""
 
 
-class PrismerStaticCache(ImageCacheMixin, StaticCache):
-    """A [`~transformers.StaticCache`] that also holds the image."""
+class ImageStaticLayer(ImageLayerMixin, StaticLayer):
+    """A layer of a [`~transformers.StaticCache`] that also holds the image."""
 
 
-class PrismerQuantizedCache(ImageCacheMixin, QuantizedCache):
-    """A [`~transformers.QuantizedCache`] that also holds the image."""
+_IMAGE_LAYERS: dict[type, type] = {DynamicLayer: ImageDynamicLayer, StaticLayer: ImageStaticLayer}
 
 
-_IMAGE_CACHES: dict[type[Cache], type[ImageCacheMixin]] = {
-    DynamicCache: PrismerDynamicCache,
-    StaticCache: PrismerStaticCache,
-    QuantizedCache: PrismerQuantizedCache,
-}
+def image_layer(cache: Cache, index: int) -> Any:
+    """The layer `index` of a cache, as one that also holds the image. It takes the place of the layer before."""
+    layer = cache.layers[index]
+    if isinstance(layer, ImageLayerMixin):
+        return layer
+    layer_class = type(layer)
+    if layer_class not in _IMAGE_LAYERS:  # such as that of a quantised cache
+        _IMAGE_LAYERS[layer_class] = type(f"Image{layer_class.__name__}", (ImageLayerMixin, layer_class), {})
+    new_layer = _IMAGE_LAYERS[layer_class].__new__(_IMAGE_LAYERS[layer_class])
+    new_layer.__dict__.update(layer.__dict__)
+    cache.layers[index] = new_layer
+    return new_layer
 
 
-def as_image_cache(cache: Cache, encoder_hidden_states: torch.Tensor | None) -> Cache:
-    """
-    `cache`, or a view of it that also holds an image: `encoder_hidden_states`, else the image that it holds already.
-    Both share the keys and values of the text. A class from elsewhere is returned as it is; it holds no image.
-    """
-    if not isinstance(cache, ImageCacheMixin):
-        if encoder_hidden_states is None and not torch.compiler.is_compiling():
-            length = cache.get_seq_length()
-            if isinstance(length, int) and length > 0:  # that of a static cache is a tensor
-                logger.warning_once(
-                    "The given cache holds no image, so the text goes on without one. Continue with the `cache` of "
-                    "the last output, or give `encoder_outputs` again."
-                )
-        if type(cache) not in _IMAGE_CACHES:
-            return cache
-        view_class = _IMAGE_CACHES[type(cache)]
-        view = view_class.__new__(view_class)
-        view.__dict__.update(cache.__dict__, cross_keys_values={})
-        cache = view
-    if encoder_hidden_states is not None:
-        cache.set_image(encoder_hidden_states)
-    return cache
-
-
-def repeat_cache(cache: Cache, repeats: int, config: PreTrainedConfig) -> PrismerDynamicCache:
+def repeat_cache(cache: Cache, repeats: int, config: PreTrainedConfig) -> DynamicCache:
     """A copy of a prompt's cache with every row repeated; the image is shared."""
-    repeated = PrismerDynamicCache(config=config)
+    repeated = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
         repeated.update(
             layer.keys.repeat_interleave(repeats, dim=0), layer.values.repeat_interleave(repeats, dim=0), index
         )
-    if isinstance(cache, ImageCacheMixin):
-        repeated.encoder_hidden_states, repeated.cross_keys_values = (
-            cache.encoder_hidden_states,
-            cache.cross_keys_values,
-        )
+        if isinstance(layer, ImageLayerMixin):
+            image_layer(repeated, index).cross_keys_values = layer.cross_keys_values
     return repeated
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapter_targets import register_adapter_targets
 from .backbones import build_from_backbones
-from .cache import CACHE_NAME, ImageCacheMixin, PrismerDynamicCache, accept_past_key_values, as_image_cache
+from .cache import CACHE_NAME, accept_past_key_values, image_layer
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .expert_editing import ExpertEditingMixin
 from .expert_stems import ExpertsMixin, gather_expert_inputs, init_expert_weights, look_up, pop_expert_inputs
@@ -466,14 +466,15 @@ class PrismerTextLayer(GradientCheckpointingLayer):
     def image_keys_values(
         self, encoder_hidden_states: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The cross-attention's keys and values from the cache, which projects each image once."""
-        if not isinstance(cache, ImageCacheMixin):
+        """The cross-attention's keys and values, which the cache holds so that each image is projected once."""
+        if cache is None:
             return None
-        index = self.cross_attn.layer_idx
-        if index not in cache.cross_keys_values and encoder_hidden_states is not None:
+        layer = image_layer(cache, self.cross_attn.layer_idx)
+        if encoder_hidden_states is not None and layer.encoder_hidden_states is not encoder_hidden_states:
             key, value = self.cross_attn.project_keys_values(encoder_hidden_states)
-            cache.cross_keys_values[index] = key.contiguous(), value.contiguous()  # every step reads them
-        return cache.cross_keys_values.get(index)
+            layer.cross_keys_values = key.contiguous(), value.contiguous()  # every step reads them
+            layer.encoder_hidden_states = encoder_hidden_states
+        return layer.cross_keys_values
 
     @accept_past_key_values
     def forward(
@@ -608,9 +609,7 @@ class PrismerTextModel(PrismerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = look_up(self.embeddings.word_embeddings, input_ids, "input_ids", self.config.vocab_size)
         if use_cache and cache is None:
-            cache = PrismerDynamicCache(config=self.config)
-        if cache is not None:
-            cache = as_image_cache(cache, encoder_hidden_states)
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = self.make_position_ids(input_ids, inputs_embeds, attention_mask, past_length)
 
@@ -758,7 +757,7 @@ class PrismerModel(HalfPrecisionMixin, PrismerPreTrainedModel):
                 Which experts each sample has, in the order of the config, by default the given ones. An expert that is
                 masked out leaves no trace.
             cache (`Cache`, *optional*):
-                The text so far. To continue, give the `cache` of the last output: it also holds the image.
+                The text so far, with the image that it attends to.
             encoder_outputs (`ModelOutput`, *optional*):
                 Encoded images from `get_image_features`, in place of the image inputs.
         """

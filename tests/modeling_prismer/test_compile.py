@@ -5,8 +5,6 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from transformers import StaticCache
 
-from modeling_prismer.cache import CACHE_NAME
-
 from .tiny import EXPERTS, image_inputs, needs_traced_checks, prompts, tiny_config, tiny_model
 
 
@@ -102,7 +100,7 @@ def test_a_step_over_a_static_cache_is_one_graph_for_all_places_and_images(full_
         images = image_inputs(experts=[DENSE], seed=seed)
         expected = model(input_ids=text, **images).logits
         cache.reset()
-        cache = model(input_ids=text[:, :LENGTH], **{CACHE_NAME: cache}, **images)[CACHE_NAME]
+        model(input_ids=text[:, :LENGTH], cache=cache, **images)
         for place in range(LENGTH, text.shape[1]):
             first = (seed, place) == (0, LENGTH)
             with torch.compiler.set_stance("default" if first else "fail_on_recompile"):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from modeling_prismer.cache import CACHE_NAME
 
@@ -311,14 +312,18 @@ def test_text_alone_does_not_see_the_images_of_a_cleared_cache(model, kind):
     torch.testing.assert_close(again, expected, **TOLERANCE)
 
 
-def test_a_cache_that_lost_its_image_is_warned_of(model, caplog):
-    prompt, cache = prompts(length=6), DynamicCache(config=model.config.text_config)
+def test_layers_of_any_class_keep_the_image(model):
+    class OwnLayer(DynamicLayer):
+        pass
+
+    images, prompt = image_inputs(), prompts(length=6)
+    cache = Cache(layer_class_to_replicate=OwnLayer)
     with torch.no_grad():
-        kept = model(input_ids=prompt[:, :4], **image_inputs(), cache=cache)[CACHE_NAME]
-        model(input_ids=prompt[:, 4:5], cache=kept)
-        assert "holds no image" not in caplog.text
-        model(input_ids=prompt[:, 5:], cache=cache)
-    assert "holds no image" in caplog.text
+        expected = model(input_ids=prompt, **images).logits[:, 4:]
+        model(input_ids=prompt[:, :4], **images, cache=cache)
+        outputs = model(input_ids=prompt[:, 4:], cache=cache)
+    assert all(isinstance(layer, OwnLayer) for layer in cache.layers)
+    torch.testing.assert_close(outputs.logits, expected, **TOLERANCE)
 
 
 def test_text_runs_without_images(model):
