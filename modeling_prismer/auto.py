@@ -24,6 +24,7 @@ from .modeling_prismer import (
 from .modeling_prismer_lm import PrismerLMForConditionalGeneration, PrismerLMModel
 from .processing.image_processing_prismer import PrismerImageProcessor, PrismerImageProcessorTorchvision
 from .processing.processing_prismer import PrismerProcessor
+from .processing.processing_prismer_lm import PrismerLMProcessor
 
 
 for config_class in (PrismerConfig, PrismerVisionConfig, PrismerTextConfig, PrismerExpertsConfig, PrismerLMConfig):
@@ -36,6 +37,7 @@ AutoModel.register(PrismerLMConfig, PrismerLMModel)
 AutoModelForImageTextToText.register(PrismerLMConfig, PrismerLMForConditionalGeneration)
 # where peft looks for the model of an adapter with task_type="CAUSAL_LM"
 AutoModelForCausalLM.register(PrismerConfig, PrismerForConditionalGeneration)
+AutoModelForCausalLM.register(PrismerLMConfig, PrismerLMForConditionalGeneration)
 # Ours prepares pictures with PIL unless told otherwise: that is what the published checkpoints were trained on.
 DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS.append(PrismerImageProcessor.__name__)
 AutoImageProcessor.register(
@@ -43,6 +45,7 @@ AutoImageProcessor.register(
     image_processor_classes={"pil": PrismerImageProcessor, "torchvision": PrismerImageProcessorTorchvision},
 )
 AutoProcessor.register(PrismerConfig, PrismerProcessor)
+AutoProcessor.register(PrismerLMConfig, PrismerLMProcessor)
 
 
 def register_for_auto_class() -> None:
@@ -64,7 +67,7 @@ def register_for_auto_class() -> None:
     """
     for config_or_processor in (
         *(PrismerConfig, PrismerVisionConfig, PrismerTextConfig, PrismerExpertsConfig, PrismerLMConfig),
-        *(PrismerImageProcessor, PrismerImageProcessorTorchvision, PrismerProcessor),
+        *(PrismerImageProcessor, PrismerImageProcessorTorchvision, PrismerProcessor, PrismerLMProcessor),
     ):
         config_or_processor.register_for_auto_class()
     for model_class in (PrismerForConditionalGeneration, PrismerLMForConditionalGeneration):

@@ -108,7 +108,7 @@ class PrismerLMProjection(nn.Module):
         return self.norm(self.fc2(self.activation(self.fc1(features.to(self.fc1.weight.dtype)))))
 
 
-class PrismerLMCrossAttentionBlock(nn.Module):
+class PrismerLMGatedBlock(nn.Module):
     """
     Flamingo's block before a decoder layer: cross-attention to the images' features and an MLP, each behind a tanh
     gate that starts at zero.
@@ -144,7 +144,7 @@ class PrismerLMCrossAttentionBlock(nn.Module):
 class CrossAttend:
     """Forward pre-hook of a decoder layer: takes `visible_images` out of its arguments and runs the block."""
 
-    def __init__(self, block: PrismerLMCrossAttentionBlock | None):
+    def __init__(self, block: PrismerLMGatedBlock | None):
         self.block = block
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -187,6 +187,7 @@ def shared_fields(output_class: type, outputs: Any) -> dict[str, Any]:
 
 # ---- the model ----
 
+_IMAGE_KWARGS = ("encoder_outputs", "mm_token_type_ids")
 _RUNNING: ContextVar[Any] = ContextVar("running", default=None)  # images and placeholders of a running VLM
 
 
@@ -219,7 +220,7 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PrismerExpertStem", "PrismerResamplerLayer", "PrismerLMCrossAttentionBlock"]
+    _no_split_modules = ["PrismerExpertStem", "PrismerResamplerLayer", "PrismerLMGatedBlock"]
     _skip_keys_device_placement = [CACHE_NAME, "encoder_outputs", "visible_images"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -227,9 +228,11 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        # Without the flag for code from outside transformers, which skips every module that has no weight of its own.
-        super()._initialize_weights(module)
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Weights of code from outside transformers start in another way, those of its backbones too: modules without
+        # weights of their own are skipped.
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -241,7 +244,7 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.question_gate)
         elif isinstance(module, PrismerLMProjection):
             init.constant_(module.norm.weight, module.feature_scale)
-        elif isinstance(module, PrismerLMCrossAttentionBlock):
+        elif isinstance(module, PrismerLMGatedBlock):
             init.zeros_(module.attn_gate)
             init.zeros_(module.mlp_gate)
         elif isinstance(module, PrismerLMModel) and module.image_embedding is not None:
@@ -275,7 +278,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         self.vision_encoders = nn.ModuleList(vision_encoders)
         if vision_encoders:
             self.vision_projection = PrismerLMProjection(config, sum(map(num_channels, vision_encoders)))
-        self.experts = None
+        self.experts: Any = None
         if config.experts_config is not None:
             if config.experts_config._attn_implementation is None:
                 config.experts_config._attn_implementation = config._attn_implementation
@@ -283,12 +286,12 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             self.experts = PrismerLMExperts(config.experts_config, question_size)
             self.experts_projection = PrismerLMProjection(config, config.experts_config.hidden_size)
         self.cross_blocks = nn.ModuleDict()
-        self.image_embedding = None
+        self.image_embedding: Any = None
         if config.fusion == "cross_attention" and config.num_features:
             self.image_embedding = nn.Parameter(torch.empty(config.hidden_size))  # of a placeholder
             every = config.cross_attention_every
             for index in range(every - 1, len(self.decoder_layers), every):
-                self.cross_blocks[str(index)] = PrismerLMCrossAttentionBlock(config, index)
+                self.cross_blocks[str(index)] = PrismerLMGatedBlock(config, index)
             for index, layer in enumerate(self.decoder_layers):
                 block = self.cross_blocks[str(index)] if str(index) in self.cross_blocks else None
                 layer.register_forward_pre_hook(CrossAttend(block), with_kwargs=True)
@@ -384,7 +387,9 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         pixels = {name: pixel_values if name == "pixel_values" else kwargs.pop(name, None) for name in names}
         if missing := [name for name, tensor in pixels.items() if tensor is None]:
             raise ValueError(f"{', '.join(missing)} missing; the model has {len(names)} vision encoders")
-        images = pixels or {f"{name}_{key}": t for name, own in expert_inputs.items() for key, t in own.items()}
+        images: dict[str, Any] = pixels or {
+            f"{name}_{key}": tensor for name, own in expert_inputs.items() for key, tensor in own.items()
+        }
         if not images:
             raise ValueError("no image given: neither pixel_values nor an expert's tensors")
         first = next(iter(images.values()))
@@ -439,13 +444,25 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
 
     # ---- features into the language model ----
 
-    def placeholders(self, input_ids: torch.Tensor | None, mm_token_type_ids: torch.Tensor | None) -> torch.Tensor:
+    def placeholders(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Which tokens stand for images: `(rows, length)`, bool."""
         if mm_token_type_ids is not None and not self.config.has_vision_language_model:
             return mm_token_type_ids == 1
-        if input_ids is None:
-            raise ValueError("input_ids is missing: without it, mm_token_type_ids must mark the images' placeholders")
-        return input_ids == self.config.image_token_id
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        if inputs_embeds is None or self.config.has_vision_language_model:
+            raise ValueError("input_ids is missing: a prompt is needed, in which images have their place")
+        if self.config.image_token_id < self.config.vocab_size:
+            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            return (inputs_embeds == self.embed(placeholder)).all(dim=-1)
+        if self.config.fusion == "prefix":
+            raise ValueError("inputs_embeds needs mm_token_type_ids with 1 at the placeholders of images")
+        return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
     def without_placeholders(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Ids that the language model can embed: a placeholder may lie beyond its vocabulary."""
@@ -491,7 +508,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
     def ask(
         self,
         images: PrismerLMImageFeatures,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         mask: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -506,14 +524,25 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             question_mask = question_mask & attention_mask[:, -mask.shape[1] :].bool()
         if labels is not None:
             question_mask = question_mask & (labels == -100)
-        questions = self.embed(self.without_placeholders(input_ids, mask))
-        return self.condition(images, self.assign(images, mask), questions, question_mask)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(self.without_placeholders(input_ids, mask))
+        return self.condition(images, self.assign(images, mask), inputs_embeds, question_mask)
 
     def follows_prompt(self, images: PrismerLMImageFeatures, mask: torch.Tensor, cache: Cache | None) -> bool:
         """Whether the text has no placeholders and continues a prompt that is in the cache."""
         if cache is None or (self.config.fusion == "cross_attention" and images.visible is None):
             return False
         return mask.shape[1] == 1 or (bool(cache.get_seq_length() > 0) and not bool(mask.any()))
+
+    def packed_mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Which token attends to which, `(rows, 1, length, length)` bool, as the language model's attention takes it.
+        """
+        if self.config.get_text_config(decoder=True)._attn_implementation != "eager":
+            return attention_mask
+        dtype = self.get_input_embeddings().weight.dtype
+        dtype = dtype if dtype.is_floating_point else torch.float32
+        return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
 
     @contextmanager
     def running(self, images: PrismerLMImageFeatures, mask: torch.Tensor) -> Iterator[None]:
@@ -544,14 +573,18 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         if images is None:
             return language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs), None
 
-        mask = self.placeholders(input_ids, mm_token_type_ids)
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool:
+            kwargs["attention_mask"] = self.packed_mask(attention_mask)
+        mask = self.placeholders(input_ids, inputs_embeds, mm_token_type_ids)
         if inputs_embeds is None and not is_vlm:
             inputs_embeds = self.embed(self.without_placeholders(input_ids, mask))
         follows = self.follows_prompt(images, mask, kwargs.get(CACHE_NAME))
         if follows and images.visible is not None:
             images.visible = images.visible.after_prompt()
         elif not follows:
-            images = self.ask(images, input_ids, mask, kwargs.get("attention_mask"), kwargs.get("labels"))
+            asked = (kwargs.get("attention_mask"), kwargs.get("labels"))
+            images = self.ask(images, input_ids, inputs_embeds, mask, *asked)
         if is_vlm:
             with self.running(images, mask):
                 return language_model(input_ids=self.without_placeholders(input_ids, mask), **kwargs), images
@@ -673,11 +706,11 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
     def after_prompt(self, outputs: PrismerLMCausalLMOutput, repeats: int) -> dict[str, Any]:
         cache = copy.deepcopy(getattr(outputs, CACHE_NAME))
         cache.batch_repeat_interleave(repeats)
-        images = outputs.image_outputs
-        if images is None or images.visible is None:
+        images, visible = outputs.image_outputs, getattr(outputs.image_outputs, "visible", None)
+        if images is None or visible is None:
             return {CACHE_NAME: cache}
         images = replace(images)
-        images.visible = outputs.image_outputs.visible.repeat(repeats)
+        images.visible = visible.repeat(repeats)
         return {CACHE_NAME: cache, "encoder_outputs": images}
 
     # ---- from backbones, and files ----
@@ -874,14 +907,14 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
         return PrismerLMCausalLMOutput(**shared_fields(PrismerLMCausalLMOutput, outputs), image_outputs=images)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As in every model of transformers. Images are encoded once for the whole generation, and shared by all beams
         and by all rows of text about them.
 
         Args:
             inputs (`torch.LongTensor` of shape `(rows, length)`, *optional*): the prompts, also as `input_ids`.
-            kwargs:
+            args, kwargs:
                 The inputs of `forward`, and those of `generate`.
         """
         input_ids = kwargs.pop("input_ids", inputs)
@@ -892,19 +925,45 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
                 raise ValueError(f"give {', '.join(image_inputs)} or encoder_outputs, not both")
             images = self.get_image_features(**image_inputs)
         is_vlm = self.config.has_vision_language_model  # its own `generate` prepares its own inputs
-        if images is None or input_ids is None:
-            return (self.language_model if is_vlm else super()).generate(input_ids, **kwargs)
+        if images is None:
+            generate = self.language_model.generate if is_vlm else super().generate
+            return generate(input_ids, *args, **kwargs)
 
-        mask = self.model.placeholders(input_ids, kwargs.get("mm_token_type_ids"))
-        images = self.model.ask(replace(images), input_ids, mask, kwargs.get("attention_mask"))
+        inputs_embeds = kwargs.get("inputs_embeds")
+        mask = self.model.placeholders(input_ids, inputs_embeds, kwargs.get("mm_token_type_ids"))
+        images = self.model.ask(replace(images), input_ids, inputs_embeds, mask, kwargs.get("attention_mask"))
         if images.num_prompts is None:  # before beams multiply the rows
             images.num_prompts = count_prompts(self.model.assign(images, mask))
-        input_ids = self.model.without_placeholders(input_ids, mask)
+        prompts = input_ids
+        if input_ids is not None:
+            input_ids = self.model.without_placeholders(input_ids, mask)
         if is_vlm:
             with self.model.running(images, mask):
-                return self.language_model.generate(input_ids, **kwargs)
-        kwargs["mm_token_type_ids"] = mask.long()
-        return super().generate(input_ids, encoder_outputs=images, **kwargs)
+                generated = self.language_model.generate(input_ids, *args, **kwargs)
+        else:
+            images.inputs = image_inputs
+            kwargs |= {"encoder_outputs": images, "mm_token_type_ids": mask.long()}
+            generated = super().generate(input_ids, *args, **kwargs)
+        if prompts is not None:  # as they were given, with placeholders
+            sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
+            repeats = sequences.shape[0] // prompts.shape[0]
+            sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(repeats, dim=0).to(sequences)
+        return generated
+
+    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # An assistant has other encoders, so it encodes the images itself, once. An assistant for text gets none.
+        text_kwargs = {key: value for key, value in model_kwargs.items() if key not in _IMAGE_KWARGS}
+        generator = super()._get_candidate_generator(generation_config, model_kwargs=text_kwargs, **kwargs)
+        images, assistant = model_kwargs.get("encoder_outputs"), kwargs.get("assistant_model")
+        if images is not None and assistant is not None and assistant.config.model_type == self.config.model_type:
+            if not images.inputs:
+                raise ValueError("assisted decoding needs the image inputs, not encoder_outputs")
+            inputs = {name: tensor.to(assistant.device) for name, tensor in images.inputs.items()}
+            generator.assistant_kwargs |= {
+                "encoder_outputs": assistant.get_image_features(**inputs),
+                "mm_token_type_ids": model_kwargs["mm_token_type_ids"].to(assistant.device),
+            }
+        return generator
 
 
 __all__ = ["PrismerLMForConditionalGeneration", "PrismerLMModel", "PrismerLMPreTrainedModel"]

@@ -59,6 +59,9 @@ COLUMNS = {
     "PrismerProcessorTest": "Prismer",
     "PrismerImageProcessingTest": "Prismer",
     "PrismerZModelTest": "Prismer without experts",
+    "PrismerLMModelTest": "PrismerLM",
+    "PrismerLMWithoutVisionModelTest": "PrismerLM without vision encoder",
+    "PrismerLMCrossAttentionModelTest": "PrismerLM with cross-attention",
     "GitModelTest": "git",
     "GitProcessorTest": "git",
     "GitImageProcessingTest": "git",
@@ -66,7 +69,8 @@ COLUMNS = {
     "Blip2ProcessorTest": "blip_2",
     "Blip2ImageProcessingTest": "blip_2",
 }
-OUR_COLUMNS = ("Prismer", "Prismer without experts")
+OUR_MODELS = ("prismer", "prismer_lm")
+OUR_COLUMNS = tuple(column for column in dict.fromkeys(COLUMNS.values()) if column.startswith("Prismer"))
 
 
 def fetch_sdist(version: str) -> Path:
@@ -198,7 +202,7 @@ def explain_skips(results: list[dict]) -> tuple[str, list[str]]:
             if reason is None:
                 unexplained.append(f"{result['class']}::{line}")
             groups[reason, column] += skipped
-    lines = [["skipped because", *OUR_COLUMNS], ["---"] * 3]
+    lines = [["skipped because", *OUR_COLUMNS], ["---"] * (1 + len(OUR_COLUMNS))]
     for reason in REASONS:
         numbers = [groups[reason, column] for column in OUR_COLUMNS]
         if any(numbers):
@@ -215,7 +219,7 @@ def main() -> int:
     version = importlib.metadata.version("transformers")
     BUILD.mkdir(parents=True, exist_ok=True)
     tree = unpack(version)
-    models = ["prismer", "git", "blip_2"] if arguments.compare else ["prismer"]
+    models = [*OUR_MODELS, "git", "blip_2"] if arguments.compare else OUR_MODELS
     results = [result for model in models for result in run(tree, model, arguments.pytest_arguments)]
 
     table = make_table(results)

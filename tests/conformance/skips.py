@@ -4,6 +4,11 @@ Why tests of Prismer are skipped: a written reason -> a regular expression that 
 """
 
 REASONS = {
+    # ---- sharding ----
+    "the library's tests of FSDP and tensor parallelism run for some language models only": (
+        r"distributed tests are not enabled|FSDP workers"
+    ),
+    "for models with a plan for tensor parallelism, of which Prismer has none": r"TP plan|tensor parallel plan",
     # ---- what Prismer is not ----
     "for another pipeline than image-text-to-text": r"test_pipeline_(?!image_text_to_text)",
     "for another modality (sound, video)": r"video|audio",
@@ -15,15 +20,11 @@ REASONS = {
         r"test_resize_position_vector_embeddings"
     ),
     "part of a test, for image processors with their mean as a list": r"does not have dict size or list image_mean",
-    "part of a test, for models whose checkpoints had other names": r"No conversion found",
+    "part of a test, for models whose checkpoints had other names": r"No conversion found|Only PrefixChange",
     "part of a test, for models that keep modules in float32": r"_keep_in_fp32_modules",
-    # ---- sharding ----
-    "the library's FSDP tests run for seven chosen language models only": (
-        r"FSDP distributed tests are not enabled|FSDP workers|test_fsdp_plan_declared: Cannot instantiate"
-    ),
-    "for models with a plan for tensor parallelism, of which Prismer has none": r"TP plan|tensor parallel plan",
     "for another architecture (mixture of experts, rotary positions, sliding windows, encoder-decoder)": (
-        r"MoE|sparse experts|router_logits|grouped_mm|expert parallel plan|RoPE|sliding window|not an encoder-decoder"
+        r"MoE|sparse experts|router_logits|grouped_mm|expert parallel plan|RoPE|partial rope|sliding window"
+        r"|not an encoder-decoder"
     ),
     # ---- this environment ----
     "needs Flash Attention or a downloaded kernel, which need a GPU": (
@@ -36,4 +37,5 @@ REASONS = {
     "a text without an image is refused": r"test_processor_text_has_no_visual",
     "a prompt's length and padding are the task's, not those saved with the tokenizer": r"saved with the tokenizer",
     "every image becomes RGB": r"test_call_numpy_4_channels",
+    "several encoders are joined: their hidden states and attention are not returned": r"several encoders are joined",
 }
