@@ -1,4 +1,4 @@
-"""Augmentation for training: a picture and its expert maps are moved together."""
+"""Augmentation for training, which moves an image and its expert maps together."""
 
 import math
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ from .expert_labels import (
 
 class JointAugmentation:
     """
-    Random resized crop, horizontal flip and RandAugment, for a picture and all its expert maps alike.
+    Random resized crop, horizontal flip and RandAugment, applied to an image and all its expert maps.
 
-    1. Crop: a share of the picture's area in `scale` with an aspect ratio in `ratio`. The picture is resized to `size`
-       with Pillow's antialiased bicubic filter, maps to `expert_size` by nearest neighbour. A rectangle that does not
-       fit, such as every one of more than the whole area, is drawn again, after ten times the largest centred one of
-       an accepted ratio is taken, as by [`torchvision.transforms.v2.RandomResizedCrop`].
+    1. Crop: a rectangle with a share of the image's area in `scale` and an aspect ratio in `ratio`. The image is
+       resized to `size` with Pillow's antialiased bicubic filter, the maps to `expert_size` by nearest neighbour. A
+       rectangle that does not fit is drawn again. After ten draws, the crop is the largest centred rectangle with an
+       accepted ratio, as in [`torchvision.transforms.v2.RandomResizedCrop`].
     2. Flip, with `flip_probability`.
-    3. RandAugment (https://arxiv.org/abs/1909.13719): `num_ops` operations, one after the other, each drawn from ten.
-       Its strength lies `magnitude / num_magnitude_bins` of the way through its range:
+    3. RandAugment (https://arxiv.org/abs/1909.13719): `num_ops` operations in a row, each drawn from these ten. The
+       strength is `magnitude / num_magnitude_bins` of the range:
 
        | operation | range | |
        | --- | --- | --- |
@@ -40,32 +40,32 @@ class JointAugmentation:
        | brightness, sharpness | factors 0.1 to 1.9: 1, which changes nothing, at 5 of 10 | photometric |
        | identity, autocontrast, equalize | | photometric |
 
-       Geometric ones move picture and maps, by nearest neighbour; where nothing is known the picture and dense maps
-       become 0 and ids 255, background. Photometric ones touch the picture alone.
+       Geometric operations move image and maps by nearest neighbour. Pixels from outside become 0 in the image and in
+       dense maps, and 255 (background) in id maps. Photometric operations change only the image.
 
-    Everything is drawn from torch's global random numbers: `torch.manual_seed` repeats a sample. Values in maps are
-    never changed: ids keep their meaning, and surface normals their direction in the original picture, also where it
-    is flipped or rotated.
+    All random numbers come from torch's global generator, so `torch.manual_seed` repeats a sample. Values in maps
+    never change: ids keep their meaning, and surface normals keep their direction in the original image, even after a
+    flip or a rotation.
 
     Args:
         experts (`list[dict]`):
-            Descriptions of the experts, the same list as in [`PrismerConfig`]. Empty: the picture alone.
+            The descriptions of the experts, the same list as in [`PrismerConfig`]; an empty list for the image alone.
         size (`tuple[int, int]` or `int`):
-            Height and width of the picture that the network sees, in pixels.
+            Height and width of the image that the network sees, in pixels.
         expert_size (`int`, *optional*, defaults to 224):
             Side of the expert maps in pixels.
         scale (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.0)`):
-            Bounds of the crop's share of the picture's area. `(0.5, 1.5)` in the published pre-training.
+            Bounds of the crop's share of the image's area. The published pre-training used `(0.5, 1.5)`.
         ratio (`tuple[float, float]`, *optional*, defaults to `(3/4, 4/3)`):
             Bounds of the crop's width divided by its height.
         flip_probability (`float`, *optional*, defaults to 0.5):
-            How often the left becomes the right.
+            Probability of a flip.
         num_ops (`int`, *optional*, defaults to 2):
-            Number of RandAugment's operations for a sample; 0 switches it off.
+            Number of RandAugment's operations per sample; 0 switches it off.
         magnitude (`float`, *optional*, defaults to 5):
             Strength of RandAugment's operations, from 0 to `num_magnitude_bins`.
         num_magnitude_bins (`int`, *optional*, defaults to 10):
-            The magnitude at which an operation has reached the end of its range.
+            The magnitude of the end of an operation's range.
 
     Raises:
         ValueError: if an argument is outside its bounds.
@@ -116,22 +116,22 @@ class JointAugmentation:
         Augments one sample.
 
         Args:
-            image (`PIL.Image.Image`): the picture, in mode RGB; see [`load_image`].
+            image (`PIL.Image.Image`): The image, in mode RGB; see [`load_image`].
             labels (`dict`, *optional*):
-                From an expert's name to its label, as [`PrismerImageProcessor`] takes them. Maps need not have the
-                picture's size: they are taken to cover the same scene.
+                From an expert's name to its label, as [`PrismerImageProcessor`] takes them. Maps of another size are
+                stretched over the image.
 
         Returns:
-            The picture, RGB of `size`, and labels of the same kinds (`None` if none were given). Their maps are uint8
-            arrays, (expert_size, expert_size), or (expert_size, expert_size, channels) for dense experts of several
-            channels. Classes, words and features are handed on, and so is `None` for a missing expert.
+            The image, RGB of `size`, and labels of the same kinds (`None` if none were given). Their maps are uint8
+            arrays, (expert_size, expert_size), or (expert_size, expert_size, channels) for dense experts with several
+            channels. Classes, words and features stay the same, and so does `None` for a missing expert.
 
         Raises:
-            TypeError, ValueError: naming the picture or the label, what is wrong with it and what is accepted.
+            TypeError, ValueError: if the image or a label is wrong. The message names it and what is accepted.
         """
         if not isinstance(image, Image.Image) or image.mode != "RGB":
             found = f"a PIL image in mode {image.mode}" if isinstance(image, Image.Image) else type(image).__name__
-            raise TypeError(f"image is {found}; a PIL image in mode RGB is accepted, such as load_image gives")
+            raise TypeError(f"image is {found}; a PIL image in mode RGB is accepted, as load_image returns it")
         experts = {expert.name: expert for expert in read_experts(self.experts)}
         maps = {}
         for name, label in (labels or {}).items():
@@ -167,8 +167,8 @@ def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
     return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
 
 
-# Each operation's strongest value, and where in the picture, in pixels from its top left corner, the value at (x, y)
-# comes from: (a, b, c, d, e, f) for (a x + b y + c, d x + e y + f).
+# Each operation's strongest value and its coefficients (a, b, c, d, e, f): the new pixel (x, y) comes from the pixel
+# (a x + b y + c, d x + e y + f) of the image.
 _GEOMETRIC = {
     "shear_x": (0.3, lambda value, height, width: (1, value, 0, 0, 1, 0)),
     "shear_y": (0.3, lambda value, height, width: (1, 0, 0, value, 1, 0)),
@@ -177,7 +177,7 @@ _GEOMETRIC = {
     "rotate": (30.0, _rotation),
 }
 
-# Each operation's weakest and strongest value, and what it does to the picture.
+# Each operation's weakest and strongest value, and its function.
 _PHOTOMETRIC = {
     "identity": (0.0, 0.0, lambda image, value: image),
     "autocontrast": (0.0, 0.0, lambda image, value: F.autocontrast(image)),
@@ -191,7 +191,7 @@ _OPERATIONS = (*_GEOMETRIC, *_PHOTOMETRIC)
 
 class JointRandAugment(v2.Transform):
     """
-    RandAugment for a picture and the [`ExpertMap`]s over it; torchvision's refuses all but pictures. See
+    RandAugment for an image and the [`ExpertMap`]s over it. torchvision's own takes images only. See
     [`JointAugmentation`] for the arguments and the operations.
     """
 
@@ -236,18 +236,18 @@ class JointRandAugment(v2.Transform):
         return inpt
 
 
-# ---- maps as tensors that torchvision's transforms know ----
+# ---- maps as tensors for torchvision's transforms ----
 
 
 class ExpertMap(tv_tensors.TVTensor):
     """
-    A map that lies over a picture of another size: torchvision's geometric operations take their parameters in the
-    picture's pixels, as for its bounding boxes, and the map follows at its own resolution.
+    A map over an image of another size. torchvision's geometric operations take their parameters in pixels of the
+    image, as for bounding boxes, and the map follows at its own resolution.
 
     Args:
         values (`torch.Tensor`): (channels, height, width) uint8.
-        canvas_size (`tuple[int, int]`): height and width of the picture.
-        expert_size (`int`): side that the map gets when the picture is resized, whatever the picture's.
+        canvas_size (`tuple[int, int]`): height and width of the image.
+        expert_size (`int`): side of the map after a resize, whatever the size of the image.
     """
 
     fill: int
@@ -261,7 +261,7 @@ class ExpertMap(tv_tensors.TVTensor):
         return expert_map
 
     @property
-    def pixels_per_picture_pixel(self) -> tuple[float, float]:
+    def pixels_per_image_pixel(self) -> tuple[float, float]:
         """Vertically and horizontally."""
         return self.shape[-2] / self.canvas_size[0], self.shape[-1] / self.canvas_size[1]
 
@@ -274,13 +274,13 @@ class ExpertMap(tv_tensors.TVTensor):
 
 
 class DenseMap(ExpertMap):
-    """Values of a dense expert; 0 where nothing is known."""
+    """Values of a dense expert, 0 outside."""
 
     fill = 0
 
 
 class IdMap(ExpertMap):
-    """Ids of a label expert; 255, background, where nothing is known."""
+    """Ids of a label expert, 255 (background) outside."""
 
     fill = BACKGROUND
 
@@ -289,11 +289,11 @@ class IdMap(ExpertMap):
 def _resized_crop(
     expert_map: ExpertMap, top: int, left: int, height: int, width: int, size: list[int], **kwargs: Any
 ) -> ExpertMap:
-    y, x = expert_map.pixels_per_picture_pixel
+    y, x = expert_map.pixels_per_image_pixel
     bounds = expert_map.shape[-1], expert_map.shape[-2]
     box = left * x, top * y, min((left + width) * x, bounds[0]), min((top + height) * y, bounds[1])
-    # All whole pixels that the crop touches, then of these the exact rectangle: for a map of the picture's size that
-    # is a crop and Pillow's plain nearest neighbour.
+    # First all whole pixels that the crop touches, then the exact rectangle in them. For a map of the image's size,
+    # this is a crop with Pillow's plain nearest neighbour.
     first_x, first_y = math.floor(box[0]), math.floor(box[1])
     whole = first_x, first_y, math.ceil(box[2]), math.ceil(box[3])
     box = box[0] - first_x, box[1] - first_y, box[2] - first_x, box[3] - first_y
@@ -314,10 +314,10 @@ def _horizontal_flip(expert_map: ExpertMap) -> ExpertMap:
 def _perspective(
     expert_map: ExpertMap, startpoints: None, endpoints: None, coefficients: list[float], **kwargs: Any
 ) -> ExpertMap:
-    y, x = expert_map.pixels_per_picture_pixel
+    y, x = expert_map.pixels_per_image_pixel
     a, b, c, d, e, f, g, h = coefficients
     coefficients = [a, b * x / y, c * x, d * y / x, e, f * y, g / x, h / y]
-    # by Pillow, as the picture: pixels are rounded alike, and it takes a quarter of the time that tensors take
+    # by Pillow, as for the image: it rounds pixels in the same way, and takes a quarter of the time of tensors
     channels = [
         F.perspective(channel, startpoints, endpoints, coefficients=coefficients, **kwargs)
         for channel in expert_map.channels()

@@ -1,4 +1,4 @@
-"""From rows of a data set to a batch of what Prismer reads."""
+"""Makes batches for Prismer from the rows of a data set."""
 
 import hashlib
 import math
@@ -19,47 +19,50 @@ TEXT_COLUMNS = ("text", "suffix", "weight", "task")
 
 class DataCollatorForPrismer:
     """
-    Makes a batch of rows: opens the pictures, takes what the experts saw in them from a label store or runs the
-    experts, augments picture and maps together, and calls the processor.
+    Makes a batch from rows. It opens the images, reads their labels from a label store or runs the experts, augments
+    each image with its maps, and calls the processor.
 
-    What is random here (augmentation, expert dropout, which texts of a picture are drawn) depends on `seed`, `epoch`
-    and the row alone: it is the same with any number of data loader workers and processes, and after a resume.
+    Augmentation, expert dropout and the choice of texts are random. They depend on `seed`, `epoch` and the row only,
+    so the number of data loader workers and processes does not change them, nor does a resumed training.
 
-    A row has
+    A row has these columns:
 
-    - `image`: whatever [`load_image`] opens, such as a path, a PIL image, or `{"bytes": …, "path": …}`;
-    - `image_id` (`str`): its key in the label store; not needed where the experts run live;
-    - `text` (`str`, *optional*): question or prompt; without it, the prompt of the processor's task;
-    - `suffix` (`str`): the caption, answer or class to learn; absent where the model is to find it;
-    - `weight` (`float`, *optional*): weight of the loss, handed on as `sample_weight`;
-    - `task` (`str`, *optional*): what the text is for, if not for the processor's own task.
+    | column | type | meaning |
+    | --- | --- | --- |
+    | `image` | any input of [`load_image`] | the image, such as a path, a PIL image, or `{"bytes": …, "path": …}` |
+    | `image_id` | `str` | the key in the label store; not needed for live experts |
+    | `text` | `str`, *optional* | the question or prompt, by default the prompt of the processor's task |
+    | `suffix` | `str`, *optional* | the caption, answer or class to learn |
+    | `weight` | `float`, *optional* | the weight of the loss, returned as `sample_weight` |
+    | `task` | `str`, *optional* | the task of the text, by default the processor's task |
 
-    `text`, `suffix`, `weight` and `task` may be lists, several texts about one picture, which is then encoded once for
-    all; with `texts_per_image` that many of them are drawn.
+    `text`, `suffix`, `weight` and `task` can be lists of several texts about one image. The network then encodes the
+    image once for all of them. `texts_per_image` draws some of them.
 
-    With [`Trainer`](https://huggingface.co/docs/transformers/main_classes/trainer) set `remove_unused_columns=False`:
-    the columns are the collator's, not the model's. Live experts on a GPU need `dataloader_num_workers=0`.
+    With [`Trainer`](https://huggingface.co/docs/transformers/main_classes/trainer), set `remove_unused_columns=False`,
+    because the columns belong to the collator, not to the model. Live experts on a GPU need
+    `dataloader_num_workers=0`.
 
     Args:
-        processor ([`PrismerProcessor`]): its task decides about the form of the texts.
+        processor ([`PrismerProcessor`]): The processor. Its [`Task`] decides about the form of the texts.
         labels_for (`Callable`, *optional*):
-            From a list of image ids to `expert_labels` of the processor; [`label_source`] makes it. Without it, or
-            where it gives `None`, the processor's experts run, on the picture before its augmentation.
+            A function from a list of image ids to `expert_labels`, such as one from [`label_source`]. Without it, or
+            if it returns `None`, the processor's experts run on the images before their augmentation.
         augmentation (`Callable`, *optional*):
-            From a picture and its labels to the same, changed, such as [`JointAugmentation`].
+            A function that changes an image and its labels, such as [`JointAugmentation`].
         expert_dropout (`float`, *optional*, defaults to 0.0):
-            Probability with which each expert is masked out of each sample: a model trained so gets along without any
-            of them.
+            The probability with which each expert is masked out of each sample. It teaches the model to work without
+            some of the experts.
         texts_per_image (`int`, *optional*):
-            How many texts to draw of a row whose `text` or `suffix` is a list: all different ones while there are
-            enough, then some again.
+            The number of texts to draw from rows whose `text` or `suffix` is a list. Texts are repeated only if there
+            are too few.
         with_suffix (`bool`, *optional*, defaults to `True`):
-            Whether to hand on `suffix`, and so `labels`. `False` is for generation.
-        experts (`list[str]`, *optional*): use these experts only; `[]` means none.
-        seed (`int`, *optional*, defaults to 0): of all that is random.
+            Whether to use `suffix` and return `labels`. Pass `False` for generation.
+        experts (`list[str]`, *optional*): The names of the experts to use, by default all; `[]` means none.
+        seed (`int`, *optional*, defaults to 0): The seed of all random choices.
 
     Attributes:
-        epoch (`int`): what is random changes with it; seen by the workers of a data loader at once.
+        epoch (`int`): The epoch, which changes the random choices. Workers of a data loader see a change at once.
 
     Example:
 
@@ -117,15 +120,15 @@ class DataCollatorForPrismer:
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Args:
-            rows (`list[dict]`): as described above, all with the same columns.
+            rows (`list[dict]`): The rows, all with the same columns; see above.
 
         Returns:
             `dict[str, torch.Tensor]`: the inputs of [`PrismerForConditionalGeneration.forward`]; see
             [`PrismerProcessor.__call__`] for their shapes.
 
         Raises:
-            ValueError: naming the row's `image_id`, if its image cannot be read, if a label is wrong or holds NaN, or
-                if its weight is no number from 0 on; if only some rows have a column.
+            ValueError: if an image cannot be read, a label is wrong or has NaN, a weight is negative or not a number,
+                or only some rows have a column. The message names the row's `image_id`.
         """
         return self._collate([dict(row) for row in rows])
 
@@ -138,7 +141,7 @@ class DataCollatorForPrismer:
             if "image" not in row:
                 raise ValueError(
                     f"a row has no 'image'; its columns are: {', '.join(map(str, row)) or 'none'}. With Trainer, set "
-                    "remove_unused_columns=False: it drops columns that the model does not name"
+                    "remove_unused_columns=False, because Trainer drops columns that the model does not name"
                 )
         images = [load_image(row["image"], name=row.get("image_id")) for row in rows]
         labels = self._labels(rows, images)
@@ -168,7 +171,7 @@ class DataCollatorForPrismer:
         labels = None
         if self.labels_for is not None:
             labels = self.labels_for([row.get("image_id") for row in rows])
-        if labels is None:  # on the pictures as they are: an expert is not to see what augmentation left of them
+        if labels is None:  # before the augmentation, so that the experts see whole images
             labels = self.processor.run_experts(images, experts=self.experts)
         return list(labels)
 
@@ -183,13 +186,13 @@ class DataCollatorForPrismer:
 
     @contextmanager
     def _randomness_of(self, row: Mapping[str, Any], image: Any, place: int) -> Iterator[None]:
-        """torch's random numbers on the CPU become those of the row, and go on afterwards as if nothing had been."""
+        """Seeds torch's CPU generator from the row, and restores the generator's state afterwards."""
         identity = [row.get(column) for column in ("image_id", "text", "suffix")]
-        if identity[0] is None:  # the picture itself, and its place in the batch where it comes several times
+        if identity[0] is None:  # the image itself, and its place in the batch in case it occurs twice
             identity += [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest(), place]
         digest = hashlib.blake2b(repr((self.seed, self.epoch, *identity)).encode(), digest_size=7).digest()
         state = torch.default_generator.get_state()
-        # not torch.manual_seed, which would seed the GPUs as well
+        # torch.manual_seed would also seed the GPUs
         torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
         try:
             yield
@@ -209,5 +212,5 @@ def _weights(row: dict[str, Any], place: int) -> list[float]:
     weights = row["weight"] if isinstance(row["weight"], list) else [row["weight"]]
     for weight in weights:
         if not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
-            raise ValueError(f"weight of {_name_of(row, place)} is {weight!r}; a number from 0 on is needed")
+            raise ValueError(f"weight of {_name_of(row, place)} is {weight!r}; a number of at least 0 is needed")
     return [float(weight) for weight in weights]

@@ -1,4 +1,4 @@
-"""The augmentation of training moves a picture and its expert maps together."""
+"""The augmentation for training moves an image and its expert maps together."""
 
 import math
 import pickle
@@ -21,13 +21,13 @@ WIDTH, HEIGHT = 640, 480
 
 
 def ramps(width=WIDTH, height=HEIGHT):
-    """A picture that says where each pixel was: red grows to the right, green downwards, blue is 255 throughout."""
+    """An image whose colors are the positions of its pixels: red grows to the right, green downwards, blue is 255."""
     red, green = np.meshgrid((np.arange(width) + 0.5) / width * 255, (np.arange(height) + 0.5) / height * 255)
     return np.stack([red, green, np.full_like(red, 255)], axis=-1).round().astype(np.uint8)
 
 
 def regions(pixels):
-    """Ids that are computed from such a picture: the number of its tile, 8 tiles a side; 255 where there is none."""
+    """Ids from such an image: the number of the tile of each pixel, with 8 tiles a side; 255 outside."""
     tiles = pixels[..., 0] // 32 * 8 + pixels[..., 1] // 32
     return np.where(pixels[..., 2] > 127, tiles, 255).astype(np.uint8)
 
@@ -39,13 +39,13 @@ def centroids(ids):
 
 
 @pytest.fixture
-def picture():
+def source():
     return Image.fromarray(ramps())
 
 
 @pytest.fixture
 def labels():
-    """One label of each expert, of the picture's size."""
+    """A label of each expert, of the size of the image."""
     pixels = ramps()
     return {
         "depth": pixels[..., 0],
@@ -67,22 +67,22 @@ def only(monkeypatch):
     return lambda *names: monkeypatch.setattr(augmentation, "_OPERATIONS", names)
 
 
-def whole_picture(experts, size=(224, 224), **kwargs):
+def whole_image(experts, size=(224, 224), **kwargs):
     """An augmentation that crops nothing off and does not flip."""
     kwargs = {"scale": (1, 1), "ratio": (WIDTH / HEIGHT,) * 2, "flip_probability": 0.0, **kwargs}
     return JointAugmentation(experts, size=size, **kwargs)
 
 
-def augment(augmentation, picture, labels, seed=0):
+def augment(augmentation, source, labels, seed=0):
     torch.manual_seed(seed)
-    return augmentation(picture, labels)
+    return augmentation(source, labels)
 
 
 # ---- alignment ----
 
 
 def shift(image, labels):
-    """How far the maps lie beside the picture, from the regions that both show: (y, x) in pixels of the map."""
+    """The offset between maps and image, from the regions that both show: (y, x) in pixels of the map."""
     seen, there = centroids(regions(np.asarray(image))), centroids(labels["segmentation"])
     compared = [i for i in there if there[i][0] > 200]
     assert len(compared) > 15
@@ -90,7 +90,7 @@ def shift(image, labels):
 
 
 def differences(image, labels):
-    """Where in the scene the map's pixels were, less where the picture's were: (pixels, 2), in 1/255 of the scene."""
+    """The positions of the map's pixels minus those of the image's pixels: (pixels, 2), in 1/255 of the scene."""
     size = labels["normal"].shape[1::-1]
     reduced = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(float)
     known = (reduced[..., 2] == 255) & (labels["normal"][..., 2] == 255)
@@ -100,69 +100,69 @@ def differences(image, labels):
 @pytest.mark.parametrize("operation", ["identity", *GEOMETRIC])
 @pytest.mark.parametrize("size", [(480, 480), (192, 320)], ids=["square", "wide"])
 @pytest.mark.parametrize("stored", [(WIDTH, HEIGHT), (224, 224), (150, 300)], ids=["own size", "stored", "tall"])
-def test_maps_stay_over_the_picture_to_less_than_a_pixel(experts, picture, only, operation, size, stored):
+def test_maps_stay_over_the_image_to_less_than_a_pixel(experts, source, only, operation, size, stored):
     only(operation)
     jitter = JointAugmentation(experts, size=size, num_ops=1)
     pixels = ramps(*stored)
     for seed in range(6):
-        sample = augment(jitter, picture, {"normal": pixels, "segmentation": regions(pixels)}, seed)
+        sample = augment(jitter, source, {"normal": pixels, "segmentation": regions(pixels)}, seed)
         assert np.abs(shift(*sample)).max() < 0.7
         assert np.abs(differences(*sample).mean(axis=0)).max() < 0.5
         assert np.abs(differences(*sample)).max() <= 3
 
 
-def test_maps_stay_over_the_picture_through_several_operations(experts, picture, labels, only):
+def test_maps_stay_over_the_image_through_several_operations(experts, source, labels, only):
     only(*GEOMETRIC, "identity")
     jitter = JointAugmentation(experts, size=(480, 480), num_ops=3)
     for seed in range(20):
-        sample = augment(jitter, picture, labels, seed)
+        sample = augment(jitter, source, labels, seed)
         assert np.abs(differences(*sample).mean(axis=0)).max() < 1
         assert np.abs(differences(*sample)).max() <= 5
 
 
-def test_the_crop_is_one_rectangle_for_the_picture_and_its_maps(experts, picture, labels, monkeypatch):
+def test_crop_is_the_same_for_image_and_maps(experts, source, labels, monkeypatch):
     rectangle = {"top": 13, "left": 101, "height": 333, "width": 457}
     monkeypatch.setattr(v2.RandomResizedCrop, "make_params", lambda self, flat_inputs: rectangle)
-    image, cropped = JointAugmentation(experts, (384, 384), flip_probability=0.0, num_ops=0)(picture, labels)
+    image, cropped = JointAugmentation(experts, (384, 384), flip_probability=0.0, num_ops=0)(source, labels)
 
     box = (101, 13, 101 + 457, 13 + 333)
-    np.testing.assert_array_equal(image, picture.crop(box).resize((384, 384), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(image, source.crop(box).resize((384, 384), Image.Resampling.BICUBIC))
     for name, values in [("depth", labels["depth"]), ("segmentation", labels["segmentation"])]:
         nearest = Image.fromarray(values).crop(box).resize((224, 224), Image.Resampling.NEAREST)
         np.testing.assert_array_equal(cropped[name], nearest)
 
 
-def test_a_flip_is_one_for_the_picture_and_its_maps(experts, picture, labels):
-    straight, straight_labels = augment(whole_picture(experts, num_ops=0), picture, labels)
-    flipped, flipped_labels = augment(whole_picture(experts, num_ops=0, flip_probability=1.0), picture, labels)
+def test_flip_is_the_same_for_image_and_maps(experts, source, labels):
+    straight, straight_labels = augment(whole_image(experts, num_ops=0), source, labels)
+    flipped, flipped_labels = augment(whole_image(experts, num_ops=0, flip_probability=1.0), source, labels)
 
     np.testing.assert_array_equal(flipped, np.asarray(straight)[:, ::-1])
     np.testing.assert_array_equal(flipped_labels["depth"], straight_labels["depth"][:, ::-1])
     np.testing.assert_array_equal(flipped_labels["detection"]["ids"], straight_labels["detection"]["ids"][:, ::-1])
 
 
-def test_half_of_the_samples_are_flipped(experts, picture):
+def test_half_of_the_samples_are_flipped(experts, source):
     jitter = JointAugmentation(experts, (16, 16), num_ops=0)
     torch.manual_seed(0)
-    flipped = [bool(np.diff(np.asarray(jitter(picture)[0])[8, [0, -1], 0].astype(int))[0] < 0) for _ in range(200)]
+    flipped = [bool(np.diff(np.asarray(jitter(source)[0])[8, [0, -1], 0].astype(int))[0] < 0) for _ in range(200)]
     assert 70 < sum(flipped) < 130
 
 
 @pytest.mark.parametrize("scale", [(0.5, 1.0), (0.2, 0.3), (0.5, 1.5)])
-def test_the_crop_takes_a_share_of_the_area_within_the_scale(experts, picture, labels, scale):
+def test_crop_takes_a_share_of_the_area_within_the_scale(experts, source, labels, scale):
     jitter = JointAugmentation(experts, (32, 32), scale=scale, num_ops=0)
     shares = []
     for seed in range(40):
-        normal = augment(jitter, picture, {"normal": labels["normal"]}, seed)[1]["normal"]
+        normal = augment(jitter, source, {"normal": labels["normal"]}, seed)[1]["normal"]
         shares.append(np.prod((np.ptp(normal[..., :2], axis=(0, 1)) + 1.0) / 256))
     assert scale[0] - 0.02 < min(shares) < scale[0] + 0.1
     assert min(scale[1], 1) - 0.1 < max(shares) < min(scale[1], 1) + 0.02
 
 
-def test_without_any_change_the_processor_gives_what_it_gives_in_evaluation(experts, picture, labels):
+def test_identity_gives_the_inputs_of_evaluation(experts, source, labels):
     processor = PrismerImageProcessor(experts=experts, size={"height": 96, "width": 96}, expert_size=64)
-    unchanged = processor(*whole_picture(experts, (96, 96), expert_size=64, num_ops=0)(picture, labels))
-    for name, tensor in processor(picture, labels).items():
+    unchanged = processor(*whole_image(experts, (96, 96), expert_size=64, num_ops=0)(source, labels))
+    for name, tensor in processor(source, labels).items():
         assert torch.equal(tensor, unchanged[name]), name
 
 
@@ -179,14 +179,12 @@ def test_without_any_change_the_processor_gives_what_it_gives_in_evaluation(expe
         ("rotate", lambda image, sign: F.rotate(image, 15 * sign)),
     ],
 )
-def test_a_geometric_operation_is_torchvisions_at_half_its_range_in_either_direction(
-    experts, picture, only, operation, reference
-):
+def test_geometric_operation_equals_torchvisions(experts, source, only, operation, reference):
     only(operation)
-    unchanged = whole_picture(experts, (200, 200), num_ops=0)(picture)[0]
+    unchanged = whole_image(experts, (200, 200), num_ops=0)(source)[0]
     found = set()
     for seed in range(12):
-        moved = np.asarray(augment(whole_picture(experts, (200, 200), num_ops=1), picture, None, seed)[0])
+        moved = np.asarray(augment(whole_image(experts, (200, 200), num_ops=1), source, None, seed)[0])
         # Pillow's affine operation works in fixed point, ours does not: a few pixels may round otherwise
         agree = {sign: (moved == np.asarray(reference(unchanged, sign))).mean() for sign in (-1, 1)}
         assert max(agree.values()) > 0.99
@@ -213,32 +211,30 @@ def sheared(image, x, y):
         ("sharpness", 10, lambda image: F.adjust_sharpness(image, 1.9)),
     ],
 )
-def test_a_photometric_operation_is_torchvisions_and_touches_the_picture_alone(
-    experts, labels, only, operation, magnitude, reference
-):
-    picture = Image.fromarray(np.random.default_rng(0).integers(20, 200, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+def test_photometric_operation_changes_only_the_image(experts, labels, only, operation, magnitude, reference):
+    source = Image.fromarray(np.random.default_rng(0).integers(20, 200, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     only(operation)
-    image, moved = whole_picture(experts, num_ops=1, magnitude=magnitude)(picture, labels)
-    unchanged, unmoved = whole_picture(experts, num_ops=0)(picture, labels)
+    image, moved = whole_image(experts, num_ops=1, magnitude=magnitude)(source, labels)
+    unchanged, unmoved = whole_image(experts, num_ops=0)(source, labels)
 
     np.testing.assert_array_equal(image, reference(unchanged))
     np.testing.assert_equal(moved, unmoved)
 
 
-def test_every_operation_of_the_recipe_is_drawn_equally_often():
+def test_operations_are_drawn_equally_often():
     torch.manual_seed(0)
     draw = augmentation.JointRandAugment(num_ops=2).make_params
-    picture = [Image.new("RGB", (4, 4))]
-    names = [name for _ in range(1000) for name, _ in draw(picture)["operations"]]
+    source = [Image.new("RGB", (4, 4))]
+    names = [name for _ in range(1000) for name, _ in draw(source)["operations"]]
 
     assert sorted(set(names)) == sorted(GEOMETRIC + PHOTOMETRIC)
     assert len(names) == 2000
     assert all(150 < names.count(name) < 250 for name in set(names))
 
 
-def test_where_nothing_is_known_picture_and_dense_maps_are_0_and_ids_background(experts, only):
+def test_pixels_from_outside_are_0_or_background(experts, only):
     only("translate_x")
-    picture = Image.new("RGB", (WIDTH, HEIGHT), (200, 200, 200))
+    source = Image.new("RGB", (WIDTH, HEIGHT), (200, 200, 200))
     grey = np.full((HEIGHT, WIDTH), 200, np.uint8)
     labels = {
         "depth": grey,
@@ -246,7 +242,7 @@ def test_where_nothing_is_known_picture_and_dense_maps_are_0_and_ids_background(
         "segmentation": grey % 100,
         "detection": {"ids": grey % 100, "classes": [1]},
     }
-    image, moved = whole_picture(experts, (480, 480), num_ops=1)(picture, labels)
+    image, moved = whole_image(experts, (480, 480), num_ops=1)(source, labels)
 
     image = np.asarray(image)
     assert ((image == 0) | (image == 200)).all()
@@ -264,8 +260,8 @@ def test_where_nothing_is_known_picture_and_dense_maps_are_0_and_ids_background(
 # ---- labels ----
 
 
-def test_maps_get_the_experts_size_and_keep_their_kind(experts, picture, labels):
-    image, moved = augment(JointAugmentation(experts, (48, 64), expert_size=40), picture, labels)
+def test_maps_get_the_experts_size_and_keep_their_kind(experts, source, labels):
+    image, moved = augment(JointAugmentation(experts, (48, 64), expert_size=40), source, labels)
 
     assert (image.mode, image.size) == ("RGB", (64, 48))
     maps = {**moved, "detection": moved["detection"]["ids"], "ocr": moved["ocr"]["ids"]}
@@ -276,27 +272,27 @@ def test_maps_get_the_experts_size_and_keep_their_kind(experts, picture, labels)
     assert all(type(values) is np.ndarray and values.dtype == np.uint8 for values in maps.values())
 
 
-def test_label_maps_keep_their_ids(experts, picture):
+def test_label_maps_keep_their_ids(experts, source):
     known = [0, 3, 17, 131, 132]
     ids = np.random.default_rng(0).choice(known, (HEIGHT, WIDTH)).astype(np.uint8)
     jitter = JointAugmentation(experts, (64, 64))
     found = {
         i
         for seed in range(20)
-        for i in np.unique(augment(jitter, picture, {"segmentation": ids}, seed)[1]["segmentation"])
+        for i in np.unique(augment(jitter, source, {"segmentation": ids}, seed)[1]["segmentation"])
     }
     assert found == {*known, 255}
 
 
-def test_normals_keep_their_values_when_they_are_flipped_and_rotated(experts, picture, only):
+def test_flipped_and_rotated_normals_keep_their_values(experts, source, only):
     only("rotate")
     normal = np.broadcast_to(np.array([200, 40, 90], np.uint8), (HEIGHT, WIDTH, 3))
-    moved = augment(whole_picture(experts, flip_probability=1.0), picture, {"normal": normal})[1]["normal"]
+    moved = augment(whole_image(experts, flip_probability=1.0), source, {"normal": normal})[1]["normal"]
     assert set(map(tuple, moved.reshape(-1, 3).tolist())) == {(200, 40, 90), (0, 0, 0)}
 
 
-def test_classes_words_and_features_are_handed_on(experts, picture, labels):
-    moved = augment(JointAugmentation(experts, (64, 64)), picture, labels)[1]
+def test_classes_words_and_features_stay_the_same(experts, source, labels):
+    moved = augment(JointAugmentation(experts, (64, 64)), source, labels)[1]
     assert moved["detection"].keys() == {"ids", "classes"}
     assert moved["ocr"].keys() == {"ids", "words", "features"}
     assert moved["detection"]["classes"] is labels["detection"]["classes"]
@@ -304,32 +300,32 @@ def test_classes_words_and_features_are_handed_on(experts, picture, labels):
     assert moved["ocr"]["features"] is labels["ocr"]["features"]
 
 
-def test_a_missing_expert_stays_missing(experts, picture, labels):
+def test_missing_expert_stays_missing(experts, source, labels):
     jitter = JointAugmentation(experts, (64, 64))
-    moved = augment(jitter, picture, {"depth": None, "edge": labels["edge"]})[1]
+    moved = augment(jitter, source, {"depth": None, "edge": labels["edge"]})[1]
     assert moved["depth"] is None
     assert moved.keys() == {"depth", "edge"}
-    assert jitter(picture, None)[1] is None
+    assert jitter(source, None)[1] is None
 
 
-def test_the_sample_itself_is_left_as_it_was(experts, picture, labels):
-    before = pickle.dumps((np.asarray(picture), {**labels, "edge": np.asarray(labels["edge"])}))
-    augment(JointAugmentation(experts, (64, 64)), picture, labels)
-    assert pickle.dumps((np.asarray(picture), {**labels, "edge": np.asarray(labels["edge"])})) == before
+def test_sample_itself_is_unchanged(experts, source, labels):
+    before = pickle.dumps((np.asarray(source), {**labels, "edge": np.asarray(labels["edge"])}))
+    augment(JointAugmentation(experts, (64, 64)), source, labels)
+    assert pickle.dumps((np.asarray(source), {**labels, "edge": np.asarray(labels["edge"])})) == before
 
 
 @pytest.mark.parametrize("convert", [torch.from_numpy, Image.fromarray], ids=["tensor", "PIL image"])
-def test_maps_may_be_tensors_and_pil_images(experts, picture, labels, convert):
+def test_maps_can_be_tensors_and_pil_images(experts, source, labels, convert):
     jitter = JointAugmentation(experts, (64, 64))
     given = {"depth": convert(labels["depth"].copy()), "segmentation": {"ids": convert(labels["segmentation"])}}
-    moved = augment(jitter, picture, given)[1]
-    expected = augment(jitter, picture, {name: labels[name] for name in given})[1]
+    moved = augment(jitter, source, given)[1]
+    expected = augment(jitter, source, {name: labels[name] for name in given})[1]
     np.testing.assert_array_equal(moved["depth"], expected["depth"])
     np.testing.assert_array_equal(moved["segmentation"]["ids"], expected["segmentation"])
 
 
 @pytest.mark.parametrize("side", [(1, 1), (1, 300), (300, 1), (2, 3)])
-def test_the_smallest_and_narrowest_pictures_pass(experts, side):
+def test_tiny_and_narrow_images_pass(experts, side):
     pixels = np.zeros((side[1], side[0], 3), np.uint8)
     jitter = JointAugmentation(experts, (32, 32), expert_size=16)
     for seed in range(8):
@@ -343,12 +339,12 @@ def test_the_smallest_and_narrowest_pictures_pass(experts, side):
 # ---- random numbers, workers ----
 
 
-def test_torchs_seed_alone_decides(experts, picture, labels):
+def test_torchs_seed_repeats_a_sample(experts, source, labels):
     jitter = JointAugmentation(experts, (64, 64))
-    first = augment(jitter, picture, labels, seed=3)
+    first = augment(jitter, source, labels, seed=3)
     random.seed(1), np.random.seed(1)
-    again = augment(jitter, picture, labels, seed=3)
-    other = augment(jitter, picture, labels, seed=4)
+    again = augment(jitter, source, labels, seed=3)
+    other = augment(jitter, source, labels, seed=4)
 
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_equal(first[1], again[1])
@@ -358,19 +354,19 @@ def test_torchs_seed_alone_decides(experts, picture, labels):
 
 class Samples(torch.utils.data.Dataset):
     def __init__(self, *sample):
-        self.jitter, self.picture, self.labels = sample
+        self.jitter, self.source, self.labels = sample
 
     def __len__(self):
         return 2
 
     def __getitem__(self, i):
-        image, labels = augment(self.jitter, self.picture, self.labels, seed=i)
+        image, labels = augment(self.jitter, self.source, self.labels, seed=i)
         return np.asarray(image), labels
 
 
-def test_it_works_in_the_workers_of_a_data_loader(experts, picture, labels):
+def test_augmentation_works_in_workers_of_a_data_loader(experts, source, labels):
     # as a worker that is not forked gets it
-    samples = pickle.loads(pickle.dumps(Samples(JointAugmentation(experts, (64, 64)), picture, labels)))
+    samples = pickle.loads(pickle.dumps(Samples(JointAugmentation(experts, (64, 64)), source, labels)))
     for i, (image, moved) in enumerate(DataLoader(samples, batch_size=None, num_workers=1, collate_fn=lambda x: x)):
         expected, expected_labels = samples[i]
         np.testing.assert_array_equal(image, expected)
@@ -387,25 +383,25 @@ def test_it_works_in_the_workers_of_a_data_loader(experts, picture, labels):
         (np.zeros((8, 8, 3), np.uint8), "image is ndarray; a PIL image in mode RGB is accepted"),
     ],
 )
-def test_another_picture_is_refused(experts, image, message):
+def test_wrong_image_is_refused(experts, image, message):
     with pytest.raises(TypeError, match=message):
         JointAugmentation(experts, (8, 8))(image)
 
 
-def test_a_label_that_does_not_fit_is_named(experts, picture):
+def test_wrong_label_is_named(experts, source):
     jitter = JointAugmentation(experts, (8, 8))
     with pytest.raises(ValueError, match="labels has 'motion'; the experts are: depth"):
-        jitter(picture, {"motion": np.zeros((8, 8), np.uint8)})
+        jitter(source, {"motion": np.zeros((8, 8), np.uint8)})
     with pytest.raises(ValueError, match="depth label has 3 channels; the config's expert 'depth' has 1"):
-        jitter(picture, {"depth": np.zeros((8, 8, 3), np.uint8)})
+        jitter(source, {"depth": np.zeros((8, 8, 3), np.uint8)})
     with pytest.raises(ValueError, match="detection label is a bare map"):
-        jitter(picture, {"detection": np.zeros((8, 8), np.uint8)})
+        jitter(source, {"detection": np.zeros((8, 8), np.uint8)})
 
 
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("scale", (1.0, 0.5)), ("ratio", (0, 1)), ("num_ops", -1), ("magnitude", 11), ("num_magnitude_bins", 0)],
 )
-def test_an_impossible_setting_is_named(experts, argument, value):
+def test_wrong_setting_is_named(experts, argument, value):
     with pytest.raises(ValueError, match=argument):
         JointAugmentation(experts, (8, 8), **{argument: value})

@@ -1,4 +1,4 @@
-"""DataCollatorForPrismer: rows of a data set become a batch, randomly changed as a run's seed, epoch and row say."""
+"""DataCollatorForPrismer makes batches; its random choices depend on seed, epoch and row."""
 
 import pickle
 
@@ -11,14 +11,14 @@ from modeling_prismer import DataCollatorForPrismer
 from modeling_prismer.processing import JointAugmentation
 
 
-def picture(seed):
+def make_image(seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (24, 40, 3), dtype=np.uint8))
 
 
 def rows(number=3, **columns):
     columns = {"suffix": [f"a dog {i}" for i in range(number)], **columns}
     return [
-        {"image": picture(i), "image_id": f"{i}.png", **{name: values[i] for name, values in columns.items()}}
+        {"image": make_image(i), "image_id": f"{i}.png", **{name: values[i] for name, values in columns.items()}}
         for i in range(number)
     ]
 
@@ -28,7 +28,7 @@ def depth_by_id(image_ids):
 
 
 class Jitter:
-    """Stands for an augmentation: adds a random number to the picture, and hands on the labels."""
+    """Replaces the image by one random color, and keeps the labels."""
 
     def __call__(self, image, labels):
         value = torch.randint(256, ()).item()
@@ -39,7 +39,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_batch_is_what_the_processor_makes_of_the_rows(make_processor):
+def test_batch_equals_the_output_of_the_processor(make_processor):
     processor = make_processor("vqa")
     data = rows(text=["is it a dog", "what is it", "how many"], suffix=["yes", "dog", "two"])
     batch = DataCollatorForPrismer(processor, labels_for=depth_by_id)(data)
@@ -52,14 +52,14 @@ def test_batch_is_what_the_processor_makes_of_the_rows(make_processor):
     assert same(batch, dict(expected))
 
 
-def test_labels_are_asked_for_by_the_images_ids(make_processor):
+def test_labels_are_looked_up_by_image_id(make_processor):
     asked = []
     DataCollatorForPrismer(make_processor(), labels_for=lambda ids: asked.append(ids) or depth_by_id(ids))(rows())
     assert asked == [["0.png", "1.png", "2.png"]]
 
 
 @pytest.mark.parametrize("labels_for", [None, lambda ids: None])
-def test_live_experts_see_the_picture_before_its_augmentation(make_processor, pretend_suite, labels_for):
+def test_live_experts_see_images_before_augmentation(make_processor, pretend_suite, labels_for):
     suite = pretend_suite("depth")
 
     def smaller(image, labels):
@@ -69,7 +69,7 @@ def test_live_experts_see_the_picture_before_its_augmentation(make_processor, pr
     assert suite["depth"].seen == [[(40, 24)] * 3]
 
 
-def test_augmentation_changes_picture_and_labels_together(make_processor):
+def test_augmentation_changes_image_and_labels_together(make_processor):
     def mirror(image, labels):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), {"depth": labels["depth"][:, ::-1]}
 
@@ -82,7 +82,7 @@ def test_augmentation_changes_picture_and_labels_together(make_processor):
     assert mirrored["depth_values"][0, 0, 0, 0] > 0.99 and plain["depth_values"][0, 0, 0, 0] < -0.99
 
 
-def test_what_is_random_is_the_same_for_a_row_in_any_batch_and_any_process(make_processor):
+def test_random_choices_depend_on_the_row_only(make_processor):
     collator = DataCollatorForPrismer(make_processor(), depth_by_id, Jitter(), expert_dropout=0.5, seed=3)
     whole = collator(rows())
     torch.manual_seed(99)
@@ -93,7 +93,7 @@ def test_what_is_random_is_the_same_for_a_row_in_any_batch_and_any_process(make_
         assert torch.equal(alone["expert_mask"][0], whole["expert_mask"][i])
 
 
-def test_what_is_random_changes_with_epoch_seed_and_row(make_processor):
+def test_random_choices_change_with_epoch_seed_and_row(make_processor):
     processor = make_processor()
     collator = DataCollatorForPrismer(processor, depth_by_id, Jitter(), seed=3)
     first = collator(rows())["pixel_values"]
@@ -106,13 +106,13 @@ def test_what_is_random_changes_with_epoch_seed_and_row(make_processor):
     assert not torch.equal(other(rows())["pixel_values"], first)
 
 
-def test_rows_without_an_id_are_changed_each_in_its_own_way(make_processor):
-    data = [{"image": picture(0), "suffix": "a dog"} for _ in range(4)]
+def test_rows_without_an_id_are_augmented_differently(make_processor):
+    data = [{"image": make_image(0), "suffix": "a dog"} for _ in range(4)]
     batch = DataCollatorForPrismer(make_processor(), augmentation=Jitter())(data)
     assert len({float(image[0, 0, 0]) for image in batch["pixel_values"]}) > 1
 
 
-def test_random_numbers_of_the_process_are_left_alone(make_processor):
+def test_random_state_of_the_process_is_unchanged(make_processor):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -136,28 +136,28 @@ def test_workers_of_a_data_loader_see_a_new_epoch(make_processor):
     assert torch.equal(second, expected)
 
 
-def test_expert_dropout_masks_each_expert_about_as_often_as_asked(make_processor):
-    data = [{"image": picture(0), "image_id": f"0.{i}", "suffix": "a dog"} for i in range(400)]
+def test_expert_dropout_masks_experts_with_its_probability(make_processor):
+    data = [{"image": make_image(0), "image_id": f"0.{i}", "suffix": "a dog"} for i in range(400)]
     collator = DataCollatorForPrismer(make_processor(), depth_by_id, expert_dropout=0.3)
     mask = torch.cat([collator(data[i : i + 100])["expert_mask"] for i in range(0, 400, 100)])
     assert 0.6 < mask[:, 0].float().mean() < 0.8
-    assert not mask[:, 1:].any()  # those that were not there have not come back
+    assert not mask[:, 1:].any()  # missing experts stay missing
 
 
 def test_dropped_experts_differ_within_a_sample(make_processor, pretend_suite):
     suite = pretend_suite("depth", "edge")
-    data = [{"image": picture(0), "image_id": str(i), "suffix": "a dog"} for i in range(50)]
+    data = [{"image": make_image(0), "image_id": str(i), "suffix": "a dog"} for i in range(50)]
     mask = DataCollatorForPrismer(make_processor(experts=suite), expert_dropout=0.5)(data)["expert_mask"]
     assert (mask[:, 0] != mask[:, 3]).any() and (mask[:, 0] == mask[:, 3]).any()
 
 
-def test_several_texts_of_a_picture_share_it(make_processor):
+def test_texts_of_an_image_share_it(make_processor):
     data = rows(2, text=[["is it", "what"], ["how", "why"]], suffix=[["yes", "dog"], ["so", "no"]])
     batch = DataCollatorForPrismer(make_processor("vqa"), depth_by_id)(data)
     assert batch["pixel_values"].shape[0] == 2 and batch["input_ids"].shape[0] == batch["labels"].shape[0] == 4
 
 
-def test_captions_of_a_picture_share_the_default_prompt(make_processor):
+def test_captions_of_an_image_share_the_default_prompt(make_processor):
     processor = make_processor("caption")
     data = rows(2, suffix=[["a dog", "two dogs"], ["a cat", "no cat"]])
     batch = DataCollatorForPrismer(processor, depth_by_id)(data)
@@ -186,7 +186,7 @@ def test_texts_are_drawn_with_their_answers_and_weights(make_processor):
     assert seen == set(answers)
 
 
-def test_texts_come_again_where_there_are_too_few(make_processor):
+def test_texts_are_repeated_if_there_are_too_few(make_processor):
     processor = make_processor("vqa")
     data = rows(1, text=[["is it", "what"]], suffix=[["Yes", "Red"]])
     texts = drawn_texts(processor, DataCollatorForPrismer(processor, depth_by_id, texts_per_image=5)(data))
@@ -199,7 +199,7 @@ def test_weights_become_sample_weight(make_processor):
     torch.testing.assert_close(batch["sample_weight"], torch.tensor([0.2, 1.0, 0.5]))
 
 
-def test_for_generation_there_is_the_prompt_alone(make_processor):
+def test_batch_for_generation_has_only_the_prompt(make_processor):
     data = rows(weight=[1.0] * 3)
     batch = DataCollatorForPrismer(make_processor(), depth_by_id, with_suffix=False)(data)
     assert "labels" not in batch and "sample_weight" not in batch
@@ -220,8 +220,8 @@ def test_stored_and_live_labels_give_the_same_batch(make_processor, pretend_suit
     assert same(live, stored)
 
 
-def test_picture_that_cannot_be_read_is_named(make_processor):
-    data = [*rows(1), {"image": b"no picture", "image_id": "summer/beach.jpg", "suffix": "a dog"}]
+def test_image_that_cannot_be_read_is_named(make_processor):
+    data = [*rows(1), {"image": b"no image", "image_id": "summer/beach.jpg", "suffix": "a dog"}]
     with pytest.raises(ValueError, match="summer/beach.jpg"):
         DataCollatorForPrismer(make_processor(), depth_by_id)(data)
 
@@ -266,9 +266,9 @@ def test_added_token_is_learned(make_processor):
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "much", [1.0, float("nan")]])
-def test_weight_that_is_no_number_from_0_on_is_named(make_processor, weight):
+def test_wrong_weight_is_named(make_processor, weight):
     collator = DataCollatorForPrismer(make_processor(), depth_by_id)
-    with pytest.raises(ValueError, match="weight of '1.png' is .*; a number from 0 on is needed"):
+    with pytest.raises(ValueError, match="weight of '1.png' is .*; a number of at least 0 is needed"):
         collator(rows(weight=[1.0, weight, 1.0]))
 
 
