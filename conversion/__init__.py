@@ -1,4 +1,4 @@
-"""From the published checkpoint format to this package, and back; and on to ONNX."""
+"""Conversion between the published checkpoints and this package, and export to ONNX."""
 
 from .clip_pca import convert_clip_pca, read_clip_pca
 from .convert_checkpoint import convert_original_checkpoint, to_original_state_dict

@@ -1,4 +1,4 @@
-"""The published analysis of CLIP's text embeddings, read from its pickle without running anything that is in it."""
+"""Reads the published analysis of CLIP's text embeddings from its pickle without running any of its code."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from .output_folder import file_written_whole
 
 
 MAX_BYTES = 1 << 24  # the published file has half a megabyte
-# Names in the pickle of a PCA: scikit-learn's class, and how old and new versions of numpy rebuild arrays.
+# The names in the pickle of a PCA: scikit-learn's class, and the functions by which NumPy rebuilds arrays.
 ADMITTED = {
     ("sklearn.decomposition._pca", "PCA"),
     ("sklearn.decomposition.pca", "PCA"),
@@ -28,12 +28,12 @@ ADMITTED = {
         for name in ("_reconstruct", "scalar")
     ),
 }
-# Not needed here: objects registered by other code, and buffers that are made before their bytes are there.
+# Not needed: objects that other code has registered, and buffers that are created before their bytes are read.
 REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"}
 
 
 class _Inert:
-    """Stands for an object of a pickle: keeps the arguments and the state that it is to be made of."""
+    """Replaces an object of a pickle. It only keeps the arguments and the state of the object."""
 
     arguments: tuple[Any, ...] = ()
     state: Any = None
@@ -54,10 +54,10 @@ class _InertUnpickler(pickle.Unpickler):
 
 def read_clip_pca(path: str | Path) -> dict[str, torch.Tensor]:
     """
-    A principal component analysis that scikit-learn pickled, such as the published `clip_pca.pkl`.
+    Reads a principal component analysis that scikit-learn pickled, such as the published `clip_pca.pkl`.
 
-    Nothing in the file is run, and scikit-learn is not needed: all objects that it names are replaced by inert ones,
-    and names other than those of the analysis and of numpy's arrays are refused.
+    No code of the file runs, and scikit-learn is not needed. All objects are replaced by inert ones, and names other
+    than those of the analysis and of NumPy's arrays are refused.
 
     Args:
         path (`str` or `Path`): the file.
@@ -68,7 +68,7 @@ def read_clip_pca(path: str | Path) -> dict[str, torch.Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds anything else, or an analysis that also scales (`whiten`).
+        ValueError: if the file is damaged, has other contents, or an analysis that also scales (`whiten`).
 
     Example:
 
@@ -106,14 +106,14 @@ def read_clip_pca(path: str | Path) -> dict[str, torch.Tensor]:
 
 def convert_clip_pca(path: str | Path, output: str | Path) -> Path:
     """
-    Writes the analysis of [`read_clip_pca`] to a safetensors file, as [`ClipTextFeatures`] reads it.
+    Writes the analysis of [`read_clip_pca`] to a safetensors file for [`ClipTextFeatures`].
 
     Args:
         path (`str` or `Path`): the pickle.
-        output (`str` or `Path`): the safetensors file to write; its folder is made if it does not exist.
+        output (`str` or `Path`): the safetensors file to write; its folder is created if it does not exist.
 
     Returns:
-        `Path`: the file that was written.
+        `Path`: the written file.
 
     Example:
 
@@ -136,8 +136,8 @@ def convert_clip_pca(path: str | Path, output: str | Path) -> Path:
 
 
 def _unpickle(data: bytes) -> dict[str, Any]:
-    """The attributes of the pickled analysis."""
-    for opcode, argument, _ in pickletools.genops(data):  # checks also that all announced bytes are there
+    """Returns the attributes of the pickled analysis."""
+    for opcode, argument, _ in pickletools.genops(data):  # it also checks that no bytes are missing
         if opcode.name in REFUSED_OPCODES or (opcode.name.endswith("PUT") and int(argument or 0) > len(data)):
             raise ValueError(f"it has the instruction {opcode.name}, which no principal component analysis needs")
     analysis = _InertUnpickler(io.BytesIO(data)).load()
@@ -147,10 +147,10 @@ def _unpickle(data: bytes) -> dict[str, Any]:
 
 
 def _array(analysis: dict[str, Any], name: str, ndim: int) -> np.ndarray:
-    """A pickled array of numbers as float32."""
+    """Returns a pickled array of numbers as float32."""
     array = analysis.get(name)
     if type(array).__name__ != "_reconstruct" or not isinstance(array, _Inert):
-        raise ValueError(f"its {name} is no array")
+        raise ValueError(f"its {name} is not an array")
     _, shape, dtype, is_fortran, data = array.state
     kind, order = dtype.arguments[0], dtype.state[1]
     if kind not in ("f4", "f8") or order not in ("<", ">", "="):

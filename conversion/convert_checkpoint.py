@@ -1,4 +1,4 @@
-"""A published checkpoint to a model of this package, strictly, and a model back to the published names."""
+"""Strict conversion of a published checkpoint to a model of this package, and of a model to the published names."""
 
 import copy
 import math
@@ -56,50 +56,51 @@ def convert_original_checkpoint(
     """
     Reads a checkpoint with the published names into a [`PrismerForConditionalGeneration`].
 
-    It is strict: every tensor of the checkpoint is used, or known to be a copy or a constant and checked to be that;
-    every parameter of the model is filled. It takes the memory of one checkpoint and one tensor.
+    The conversion is strict. It uses every tensor of the checkpoint, except copies and constants, which it checks, and
+    it fills every parameter of the model. It needs the memory of one checkpoint and one tensor.
 
     Args:
         checkpoint (`str` or `Path`):
-            A file; a folder with a `pytorch_model.bin`; or a place on the Hub: `owner/name`, `owner/name/folder` or
-            `owner/name/folder/file.bin`. Nothing but tensors is unpickled.
+            A file; a folder with a `pytorch_model.bin`; or a path on the Hub: `owner/name`, `owner/name/folder` or
+            `owner/name/folder/file.bin`. Only tensors are unpickled.
         config ([`PrismerConfig`] or `str`):
             The network, or the name of a published one: `prismer_base`, `prismerz_base`, `prismer_large`,
             `prismerz_large`, `prismer_huge`, `prismerz_huge`. It is not changed.
         output_dir (`str` or `Path`, *optional*):
-            Where to save model, processor and tokenizer. The folder appears when it is complete.
+            The folder for model, processor and tokenizer. It appears when it is complete.
         feature_tables (`dict`, `str` or `Path`, *optional*):
-            The tables with which label experts' classes are painted, which are no part of a checkpoint: the folder
-            of the published ones, or whatever else [`read_class_tables`] takes. [`class_features_from_names`] makes
-            new ones. The names of the classes are saved in the configuration. A `clip_pca.pkl` in the folder is
-            saved as `clip_pca.safetensors`, for the words of the text detector. A label expert without a table loses
-            its `num_classes`: the features of its ids must come with each sample.
+            The tables of class features, which are not in a checkpoint: the folder of the published tables, or
+            another source that [`read_class_tables`] reads. [`class_features_from_names`] creates new tables. The
+            names of the classes are saved in the configuration. A `clip_pca.pkl` in the folder is saved as
+            `clip_pca.safetensors`, for the words of the text detector. A label expert without a table loses its
+            `num_classes`, and the features of its ids must come with each sample.
         image_size (`int`, *optional*):
-            Side of the image in pixels. If the checkpoint has another one, its position embeddings are resized, as
-            by `resize_position_embeddings`. Left out: that of a `config` that is given, or that of the checkpoint.
+            Side of the image in pixels. If the checkpoint has another size, its position embeddings are resized as
+            by `resize_position_embeddings`. By default the size in `config`, if it is a [`PrismerConfig`], or that of
+            the checkpoint.
         task (`str`, *optional*):
             `"caption"`, `"vqa"` or `"classification"`. Writes the task's generation settings into
             `generation_config`, and the task into the processor.
         tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*):
-            A tokenizer, its folder or its Hub id, to be saved too. Left out: that of the RoBERTa of this size, if it
-            can be had; without it, a warning says so and the image processor is saved alone.
+            A tokenizer to save, its folder or its Hub id. By default the tokenizer of the RoBERTa of this size. If it
+            is not available, only the image processor is saved, with a warning.
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
-            `float32`, `float16` or `bfloat16`, whatever the checkpoint is stored in.
+            `float32`, `float16` or `bfloat16`; the checkpoint may have another type.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether a Prismer that lies in `output_dir` may be replaced, with everything else in that folder.
+            Whether to replace a Prismer in `output_dir`, with everything else in that folder.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
-            Size of a file of weights, at most.
+            The largest size of a file of weights.
 
     Returns:
         [`PrismerForConditionalGeneration`] in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: if checkpoint and configuration do not fit, listing all that is missing, left over or different; if
-            the file holds more than tensors; if a table or an argument does not fit.
-        FileNotFoundError: if the checkpoint or a table is not there, or cannot be fetched.
-        FileExistsError: if there is something in `output_dir` already.
+        ValueError: if checkpoint and configuration do not fit, with a list of all missing, unused and different
+            tensors; if the file has more than tensors; if a table or an argument does not fit.
+        FileNotFoundError: if the checkpoint or a table does not exist, or cannot be downloaded.
+        FileExistsError: if `output_dir` is not empty.
 
     Example:
 
@@ -123,10 +124,10 @@ def convert_original_checkpoint(
     tables, without_table = _set_tables(config, feature_tables)
     analysis = _find_analysis(feature_tables)
     path = find_checkpoint(checkpoint, revision)
-    if output_dir is not None:  # after the rest has been looked at: without a connection it takes a while to give up
+    if output_dir is not None:  # last, because it takes long to fail without a connection
         loaded_tokenizer = _load_tokenizer(tokenizer, config)
 
-    # First mapped, so that what does not fit shows before gigabytes are read.
+    # The file is mapped first, so that a misfit is found before gigabytes are read.
     model = _empty_model(load_state_dict(path, mmap=True), config, path)
     _warn_about_tables(model.config, tables, without_table)
     _fill(model, load_state_dict(path), tables, dtype)
@@ -143,16 +144,16 @@ def convert_original_checkpoint(
 
 def to_original_state_dict(model: PrismerForConditionalGeneration) -> dict[str, torch.Tensor]:
     """
-    The tensors of a model under the published names, those included that the published files hold twice.
+    Returns the tensors of a model under the published names, including those that the published files hold twice.
 
-    Tables of class features have no place there. `torch.save` of the result is a checkpoint that
-    [`convert_original_checkpoint`] reads.
+    The published format has no tables of class features. `torch.save` of the result is a checkpoint for
+    [`convert_original_checkpoint`].
 
     Args:
         model ([`PrismerForConditionalGeneration`]): the model.
 
     Returns:
-        `dict[str, torch.Tensor]`: in the model's type. Packed projections are new tensors, the others the model's own.
+        `dict[str, torch.Tensor]`: in the model's type. Packed projections are new tensors; the others are the model's.
 
     Example:
 
@@ -181,7 +182,7 @@ def to_original_state_dict(model: PrismerForConditionalGeneration) -> dict[str, 
 
 
 def _read_config(config: PrismerConfig | str, image_size: int | None) -> tuple[PrismerConfig, int | None]:
-    """A configuration of our own to work on, and the image size that is wanted in the end, if any is."""
+    """Returns a copy of the configuration, and the final image size if one is given."""
     own = PrismerConfig.from_variant(config) if isinstance(config, str) else copy.deepcopy(config)
     if image_size is not None:
         own.vision_config.image_size = image_size
@@ -199,7 +200,7 @@ def _read_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _set_tables(
     config: PrismerConfig, feature_tables: Mapping[str, Any] | str | Path | None
 ) -> tuple[dict[str, ClassTable], list[str]]:
-    """Reads the tables and brings the classes in line; returns also the experts whose table is missing."""
+    """Reads the tables and sets the classes accordingly. Also returns the experts without a table."""
     tables = {} if feature_tables is None else read_class_tables(feature_tables, config.experts)
     without = []
     for index, spec in enumerate(config.expert_specs):
@@ -213,7 +214,7 @@ def _set_tables(
 
 
 def _find_analysis(feature_tables: Mapping[str, Any] | str | Path | None) -> dict[str, torch.Tensor] | None:
-    """The published analysis of CLIP's embeddings, where it lies beside the tables."""
+    """Reads the published analysis of CLIP's embeddings, if it is next to the tables."""
     if not isinstance(feature_tables, str | Path):
         return None
     path = Path(feature_tables).expanduser() / f"{CLIP_PCA}.pkl"
@@ -224,14 +225,14 @@ def _warn_about_tables(config: PrismerConfig, tables: dict[str, ClassTable], wit
     if without:
         logger.warning(
             f"No table of class features for {', '.join(without)}: the features of their ids have to come with each "
-            f"sample (`{without[0]}_features`), or their painted maps (`{without[0]}_values`). With tables, "
+            f"sample (`{without[0]}_features`), or their painted maps (`{without[0]}_values`). If you have tables, "
             "convert again with `feature_tables`, or call `model.set_class_features(expert, table, background)`."
         )
     labels = [spec.name for spec in config.expert_specs if spec.is_label]
     if labels and not tables:
         logger.warning(
-            f"No feature of the background for {', '.join(labels)}: it is zero, which is not what a published "
-            "checkpoint was trained with. `feature_tables` has it as `background`."
+            f"No feature of the background for {', '.join(labels)}: it is zero, but published checkpoints were "
+            "trained with another one. `feature_tables` has it as `background`."
         )
 
 
@@ -239,10 +240,10 @@ def _empty_model(
     tensors: dict[str, torch.Tensor], config: PrismerConfig, path: Path
 ) -> PrismerForConditionalGeneration:
     """
-    The model on the meta device, with as many position embeddings as the checkpoint has.
+    Returns the model on the meta device, with as many position embeddings as the checkpoint has.
 
     Raises:
-        ValueError: listing everything in which the checkpoint and the configuration differ.
+        ValueError: listing all differences between the checkpoint and the configuration.
     """
     positions = tensors.get(_POSITIONS)
     if positions is not None and positions.ndim == 2 and math.isqrt(len(positions)) ** 2 == len(positions) > 0:
@@ -282,8 +283,7 @@ def _empty_model(
 
 def original_tensors(model: PrismerForConditionalGeneration) -> dict[str, torch.Tensor]:
     """
-    What a published checkpoint must have to fill `model`: {original name: a tensor of the shape and kind}, on the
-    meta device.
+    The tensors that a published checkpoint must have to fill `model`, by original name, on the meta device.
     """
     ours = model.state_dict()
     expected = {}
@@ -296,20 +296,20 @@ def original_tensors(model: PrismerForConditionalGeneration) -> dict[str, torch.
 
 
 def _is_copy(name: str, tensors: dict[str, torch.Tensor], config: PrismerConfig) -> bool:
-    """Whether a tensor that is ignored is what it is ignored for."""
+    """Whether an ignored tensor is the expected copy or constant."""
     tensor = tensors[name]
     if name == POSITION_IDS:
         return torch.equal(tensor.flatten().long(), torch.arange(config.text_config.max_position_embeddings))
     kept = tensors.get(TIED_NAMES[name])
-    if kept is None:  # which is the fault to report
+    if kept is None:  # this is reported as a missing tensor
         return True
     return tensor.dtype == kept.dtype and torch.equal(tensor, kept)
 
 
 def _summarize(names: list[str], known: set[str]) -> list[str]:
     """
-    Lines that say which of the `known` names these are: `a.b.*` where all that begin so are among them, and one line
-    for what is alike in several layers.
+    Lines that summarise `names`, some of the `known` names. `a.b.*` stands for all names that begin so, and one line
+    covers several layers.
     """
     chosen = set(names)
     whole: Counter[str] = Counter()
@@ -347,7 +347,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _similar_variant(tensors: dict[str, torch.Tensor]) -> str | None:
-    """The published network whose widths and experts a checkpoint has, if any."""
+    """Returns the published network with the widths and experts of a checkpoint, if there is one."""
     words, positions = tensors.get(TIED_NAMES["text_decoder.lm_head.decoder.weight"]), tensors.get(_POSITIONS)
     if words is None or positions is None:
         return None
@@ -366,13 +366,13 @@ def _fill(
     tables: dict[str, ClassTable],
     dtype: torch.dtype,
 ) -> None:
-    """Gives the checkpoint's tensors to the model, which lies on the meta device; they are taken out of `tensors`."""
+    """Moves the checkpoint's tensors to the model, which is on the meta device. They are removed from `tensors`."""
     state: dict[str, torch.Tensor] = {}
 
     def give(name: str, tensor: torch.Tensor, copy: bool = False) -> None:
         state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=copy).contiguous()
 
-    packed: dict[str, list[str]] = defaultdict(list)  # name there -> the three names here, in their order
+    packed: dict[str, list[str]] = defaultdict(list)  # original name -> the three names in this package, in order
     for name, source in original_names(model.config).items():
         if source.third is None:
             give(name, tensors.pop(source.name).detach())
@@ -398,8 +398,8 @@ def _fill(
 
 def _published_image_size(config: PrismerConfig) -> int:
     """
-    The resolution of a checkpoint: the published one with as many patches (at 480 pixels and patches of 14, four
-    pixels are left at the edge), else the smallest.
+    The resolution of a checkpoint: the published one with as many patches, else the smallest. At 480 pixels with
+    patches of 14, four pixels remain at the edge.
     """
     patch_size, image_size = config.vision_config.patch_size, config.vision_config.image_size
     fitting = (size for size in PUBLISHED_IMAGE_SIZES if size // patch_size == image_size // patch_size)
@@ -414,14 +414,14 @@ def _load_tokenizer(
     if tokenizer is None:
         default = TOKENIZERS.get(text_config.hidden_size)
         if default is None or text_config.vocab_size != 50265:
-            logger.warning("No tokenizer is saved: this is no published size, so pass `tokenizer`.")
+            logger.warning("No tokenizer is saved: the network has no published size, so pass `tokenizer`.")
             return None
         try:
             loaded = AutoTokenizer.from_pretrained(default)
         except OSError:
             logger.warning(
-                f"No tokenizer is saved: {default} is not in the local cache and could not be fetched. Pass "
-                "`tokenizer`, or save it beside the model later."
+                f"No tokenizer is saved: {default} is not in the local cache and could not be downloaded. Pass "
+                "`tokenizer`, or save it next to the model later."
             )
             return None
     elif not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -446,7 +446,7 @@ def _save(
     max_shard_size: int | str,
     analysis: dict[str, torch.Tensor] | None,
 ) -> None:
-    """Saves everything beside `output_dir`, and moves it there when it is complete."""
+    """Saves everything next to `output_dir`, and moves it there when it is complete."""
     from modeling_prismer.processing import PrismerImageProcessor, PrismerProcessor
 
     image_size = model.config.vision_config.image_size

@@ -1,4 +1,4 @@
-"""A model to ONNX: one graph for a picture and what the experts saw, one for the text."""
+"""Export to ONNX: one graph encodes images and expert labels, the other one decodes text."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ from modeling_prismer.modeling_prismer import PrismerForConditionalGeneration
 from .output_folder import check_output_dir, written_whole
 
 
-# What the runtime may choose; all other sizes are those of the model and of its processor.
+# The dynamic sizes. All other sizes are those of the model and of its processor.
 IMAGE_AXES = {0: "images"}
 TEXT_AXES = {0: "rows", 1: "length"}
 MASK_AXES = {0: "rows", 1: "all_length"}
@@ -26,7 +26,7 @@ PAST_AXES = {0: "rows", 2: "past_length"}
 
 
 class EncoderGraph(nn.Module):
-    """Pictures to what the text decoder takes from them, projected once for each picture."""
+    """Encodes images and projects them once to the keys and values of every decoder layer."""
 
     def __init__(self, model: PrismerForConditionalGeneration):
         super().__init__()
@@ -39,7 +39,7 @@ class EncoderGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Any number of tokens after any number of earlier ones: a prompt, where there are none, or a step."""
+    """Decodes any number of tokens after any number of earlier ones: a prompt or a step."""
 
     def __init__(self, model: PrismerForConditionalGeneration):
         super().__init__()
@@ -72,37 +72,39 @@ def export_onnx(
     overwrite: bool = False,
 ) -> Path:
     """
-    Writes a model as two ONNX graphs in float32, with what is needed to run them; [`OnnxPrismer`] does, without torch.
+    Writes a model as two ONNX graphs in float32, with its configurations and processor. [`OnnxPrismer`] runs them
+    without torch.
 
-    - `encoder.onnx`: `pixel_values`, every expert's tensors and `expert_mask`, as the processor makes them, to
-      `last_hidden_state` (images, tokens, width) and `past_key_values.N.encoder.key` and `.value` (images, heads,
-      tokens, head_dim). Free: the number of images, and of instances or words in an image.
-    - `decoder.onnx`: `input_ids` (rows, length), `attention_mask` (rows, past_length + length), the encoder's keys and
-      values, and `past_key_values.N.decoder.key` and `.value` (rows, heads, past_length, head_dim), to `logits` (rows,
-      length, vocabulary) and `present.N.decoder.key` and `.value`. All these lengths are free, and past_length is 0
-      for a prompt; rows are a multiple of images, those of one image following each other.
-    - the configurations and the processor, so that `PrismerProcessor.from_pretrained(output_dir)` works.
+    - `encoder.onnx` takes `pixel_values`, every expert's tensors and `expert_mask`, as the processor returns them. It
+      returns `last_hidden_state` (images, tokens, width) and `past_key_values.N.encoder.key` and `.value` (images,
+      heads, tokens, head_dim). The number of images, and of instances or words in an image, is dynamic.
+    - `decoder.onnx` takes `input_ids` (rows, length), `attention_mask` (rows, past_length + length), the encoder's
+      keys and values, and `past_key_values.N.decoder.key` and `.value` (rows, heads, past_length, head_dim). It
+      returns `logits` (rows, length, vocabulary) and `present.N.decoder.key` and `.value`. All these lengths are
+      dynamic, and past_length is 0 for a prompt. The number of rows is a multiple of the number of images, and the
+      rows of an image are adjacent.
+    - `PrismerProcessor.from_pretrained(output_dir)` loads the processor.
 
     Args:
         model ([`PrismerForConditionalGeneration`]):
-            The model, which is left as it is. Adapters of peft are merged into it before.
+            The model, which is not changed. Merge adapters of peft into it first.
         processor ([`PrismerProcessor`] or [`PrismerImageProcessor`]):
-            Of the same checkpoint: it says of what size pictures and maps are.
+            The processor of the same checkpoint. It gives the sizes of images and maps.
         output_dir (`str` or `Path`):
-            The folder to write; it is complete, or not there at all.
+            The folder to write. If the export fails, it does not exist.
         opset_version (`int`, *optional*):
-            Version of ONNX's operators; left out, what torch recommends.
+            Version of ONNX's operators; by default the one that torch recommends.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether a Prismer that lies in `output_dir` may be replaced, with everything else in that folder.
+            Whether to replace a Prismer in `output_dir`, with everything else in that folder.
 
     Returns:
         `Path`: the folder.
 
     Raises:
         ImportError: if the extra `export` is not installed.
-        TypeError: if `model` is no [`PrismerForConditionalGeneration`].
+        TypeError: if `model` is not a [`PrismerForConditionalGeneration`].
         ValueError: if the model is quantised, or if model and processor do not fit together.
-        FileExistsError: if `output_dir` is a file, or holds something.
+        FileExistsError: if `output_dir` is a file, or is not empty.
 
     Example:
 
@@ -120,17 +122,17 @@ def export_onnx(
         raise ImportError("ONNX needs the extra 'export': pip install 'modeling-prismer[export]'") from error
     if not isinstance(model, PrismerForConditionalGeneration):
         raise TypeError(
-            f"model is a {type(model).__name__}; a PrismerForConditionalGeneration is needed (of peft's models, "
+            f"model is a {type(model).__name__}; a PrismerForConditionalGeneration is needed (for a model of peft: "
             "model.merge_and_unload())"
         )
     if getattr(model, "is_quantized", False):
-        raise ValueError("model is quantised; export it as it was before, and quantise the ONNX files")
+        raise ValueError("model is quantised; export the model before quantisation, and quantise the ONNX files")
     output_dir = check_output_dir(output_dir, overwrite)
     inputs = _sample_inputs(model, getattr(processor, "image_processor", processor))
 
     source = model
     model = copy.deepcopy(source).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
-    model.set_attn_implementation("eager")  # its mask is finite: a row of padding alone gives numbers, not NaN
+    model.set_attn_implementation("eager")  # its mask is finite, so a row with only padding gives no NaN
     with written_whole(output_dir) as folder:
         _export_encoder(EncoderGraph(model), inputs, folder / "encoder.onnx", opset_version)
         _export_decoder(DecoderGraph(model), folder / "decoder.onnx", opset_version)
@@ -141,25 +143,24 @@ def export_onnx(
 
 
 def _sample_inputs(model: PrismerForConditionalGeneration, image_processor: Any) -> dict[str, torch.Tensor]:
-    """Two blank pictures of which no expert saw anything, as the processor hands them over."""
+    """The processor's output for two blank images without labels."""
     config = model.config
     here, there = read_specs(image_processor.experts), config.expert_specs
     if len(here) != len(there) or any(spec.difference(other) for spec, other in zip(here, there)):
         names = [", ".join(spec.name for spec in specs) or "none" for specs in (here, there)]
         raise ValueError(
-            f"the processor's experts ({names[0]}) are not, or not described as, the model's ({names[1]})"
+            f"the processor's experts ({names[0]}) differ in name or description from the model's ({names[1]})"
         )
     size, wanted = image_processor.size, config.vision_config.image_size
     if (size["height"], size["width"]) != (wanted, wanted):
         raise ValueError(
-            f"the processor makes pictures of {size['width']}×{size['height']} pixels; the model takes "
-            f"{wanted}×{wanted}"
+            f"the processor makes images of {size['width']}×{size['height']} pixels; the model takes {wanted}×{wanted}"
         )
     inputs = dict(image_processor([Image.new("RGB", (wanted, wanted))] * 2, return_tensors="pt"))
     if "expert_mask" in inputs:
         inputs["expert_mask"] = ~inputs["expert_mask"]
     for length, key in enumerate(_lists(config), start=11):
-        # no two free sizes are equal: what is equal by chance could be exported as one
+        # all dynamic sizes differ, because torch could export two equal ones as one
         inputs[key] = inputs[key].new_zeros(2, length, *inputs[key].shape[2:])
     return inputs
 
@@ -222,7 +223,7 @@ def _export(
     opset_version: int | None,
 ) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"# The axis name: \w+ will not be used")  # it is: inputs share it
+        warnings.filterwarnings("ignore", message=r"# The axis name: \w+ will not be used")  # inputs share it
         program = torch.onnx.export(
             graph.eval(),
             kwargs=arguments,
@@ -234,5 +235,5 @@ def _export(
             verbose=False,
         )
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where in the source each operation was, with this machine's paths
+        node.metadata_props.clear()  # the places in the source, with paths of this machine
     program.save(str(path), external_data=True)  # weights of more than 2 GB need a file of their own

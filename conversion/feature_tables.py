@@ -1,4 +1,4 @@
-"""The features with which label experts' classes are painted: from the published tables, or from class names."""
+"""Tables of class features for label experts, from the published files or from the names of classes."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 BACKGROUND_KEY = "background"
 TABLE_SUFFIXES = (".pt", ".pth", ".safetensors")
-PUBLISHED_TABLES = ("coco_features", "ade_features")  # of segmentation: which one, the number of classes tells
+PUBLISHED_TABLES = ("coco_features", "ade_features")  # of segmentation; the number of classes tells which one
 MAX_BYTES = 1 << 28
 
 
@@ -43,9 +43,9 @@ def read_class_tables(
     feature_tables: Mapping[str, Any] | str | Path, experts: list[dict[str, Any]]
 ) -> dict[str, ClassTable]:
     """
-    The tables of class features of label experts, from wherever they are, with the names of the classes.
+    Reads the tables of class features of label experts, with the names of the classes.
 
-    A file of a table is a safetensors file with one tensor, or a file of `torch.save` with one of:
+    The file of a table is a safetensors file with one tensor, or a file of `torch.save` with one of:
 
     - a published table, `{"labels": list of names, "features": tensor}`;
     - a tensor (classes, channels);
@@ -57,19 +57,19 @@ def read_class_tables(
         feature_tables (`dict`, `str` or `Path`):
             - a dict {expert: table, …, "background": vector}, with any of these forms or files as values;
             - a safetensors file with such names, as [`save_class_features`] writes it;
-            - a folder, such as the published `dataset`. A file called `<expert>` or `<expert>_features` belongs to
-              that expert, `background` or `background_features` is the background. Of the others, one vector is the
-              background, and a table is that of the expert with as many classes in the configuration. A warning names
-              the files that could not be read, and those not used if an expert has no table in the end.
-        experts (`list[dict]`): the configuration's descriptions of the experts.
+            - a folder, such as the published `dataset`. A file `<expert>` or `<expert>_features` belongs to that
+              expert, and `background` or `background_features` is the background. In other files, a single vector is
+              the background, and a table belongs to the expert with as many classes in the configuration. A warning
+              names the files that could not be read, and the unused files if an expert has no table.
+        experts (`list[dict]`): the experts of the configuration.
 
     Returns:
         `dict[str, ClassTable]`: for each label expert that has a table (classes, channels) in float32, and
         `background` with one row.
 
     Raises:
-        ValueError: if a table belongs to no label expert, does not fit its description, is damaged or not finite, or
-            if there is no background.
+        ValueError: if a table belongs to no label expert, does not fit its description, is damaged or is not finite,
+            or if there is no background.
         FileNotFoundError: if there is no such file.
 
     Example:
@@ -114,7 +114,7 @@ def read_class_tables(
         tables[name] = table
     if described and BACKGROUND_KEY not in tables:
         raise ValueError(
-            f"feature_tables has no '{BACKGROUND_KEY}', the feature of every pixel where {', '.join(described)} saw "
+            f"feature_tables has no '{BACKGROUND_KEY}', the feature of every pixel where {', '.join(described)} found "
             f"nothing; it has {', '.join(tables) or 'nothing'}"
         )
     return tables
@@ -124,7 +124,7 @@ def read_feature_tables(
     feature_tables: Mapping[str, Any] | str | Path, experts: list[dict[str, Any]]
 ) -> dict[str, torch.Tensor]:
     """
-    The features alone of [`read_class_tables`], whose arguments and errors it has.
+    Returns only the features of [`read_class_tables`]. Arguments and errors are the same.
 
     Returns:
         `dict[str, torch.Tensor]`: for each label expert that has a table (classes, channels) in float32, and
@@ -153,18 +153,18 @@ def class_features_from_names(
     background: str = "background",
 ) -> dict[str, torch.Tensor]:
     """
-    Tables of class features from the names of the classes, for `feature_tables` of [`convert_original_checkpoint`] or
-    `set_class_features` of the model.
+    Computes tables of class features from the names of the classes, for `feature_tables` of
+    [`convert_original_checkpoint`] or `set_class_features` of the model.
 
-    A published checkpoint was trained with one particular principal component analysis of CLIP's text embeddings: it
-    needs that one here, and for the words of its text detector. Any other goes with a model of your own.
+    A published checkpoint needs the principal component analysis of CLIP's text embeddings with which it was trained,
+    also for the words of its text detector. A model of your own can have any other.
 
     Args:
         names (`dict[str, list[str]]`): for each label expert the names of its classes, in order.
         text_features (`Callable`):
-            From texts to features (texts, channels): a [`ClipTextFeatures`], with the text encoder and the analysis,
-            or any other of the `WordFeatures`.
-        background (`str`, *optional*, defaults to `"background"`): the text that stands for no class.
+            A function from texts to features (texts, channels): a [`ClipTextFeatures`], with the text encoder and the
+            analysis, or any other `WordFeatures`.
+        background (`str`, *optional*, defaults to `"background"`): the text for pixels without a class.
 
     Returns:
         `dict[str, torch.Tensor]`: (classes, channels) for each expert, and (channels,) for `background`.
@@ -196,13 +196,13 @@ def save_class_features(
     background: str = "background",
 ) -> dict[str, torch.Tensor]:
     """
-    Builds the tables of [`class_features_from_names`] and writes them to a safetensors file that `feature_tables` of
-    [`convert_original_checkpoint`] and [`read_class_tables`] take. The names lie in its metadata, as JSON.
+    Computes the tables of [`class_features_from_names`] and writes them to a safetensors file for `feature_tables` of
+    [`convert_original_checkpoint`] and [`read_class_tables`]. Its metadata has the names, as JSON.
 
     Args:
-        names, text_features, background: see [`class_features_from_names`]; `suite.class_names` are the names of a
+        names, text_features, background: see [`class_features_from_names`]; `suite.class_names` has the names of a
             suite's experts.
-        path (`str` or `Path`): the file to write; its folder is made if it does not exist.
+        path (`str` or `Path`): the file to write; its folder is created if it does not exist.
 
     Returns:
         `dict[str, torch.Tensor]`: the tables.
@@ -241,7 +241,7 @@ def _load_table(path: Path) -> Any:
 
 
 def _with_names(tables: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """Tables of a safetensors file, in the published form if its metadata names their classes."""
+    """The tables of a safetensors file, in the published form if its metadata has the names of the classes."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     named: dict[str, Any] = {}
@@ -251,16 +251,16 @@ def _with_names(tables: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
             try:
                 named[name] = {"labels": json.loads(metadata[name]), "features": table}
             except (ValueError, RecursionError):
-                raise ValueError(f"{path}: the names of '{name}' in its metadata are no JSON") from None
+                raise ValueError(f"{path}: the names of '{name}' in its metadata are not JSON") from None
     return named
 
 
 def _tables_at(path: Path, specs: list[ExpertSpec]) -> dict[str, Any]:
-    """{expert or "background": table} of a safetensors file, or of the files in a folder."""
+    """Reads {expert or "background": table} from a safetensors file, or from the files in a folder."""
     if not path.is_dir():
         tables = load_tensors(_existing(path))
         if not isinstance(tables, dict) or BACKGROUND_KEY not in tables:
-            raise ValueError(f"{path} is no file of {{expert: table, …, '{BACKGROUND_KEY}': vector}}")
+            raise ValueError(f"{path} is not a file of {{expert: table, …, '{BACKGROUND_KEY}': vector}}")
         return _with_names(tables, path) if path.suffix == ".safetensors" else tables
 
     names = [spec.name for spec in specs] + [BACKGROUND_KEY]
@@ -295,12 +295,12 @@ def _tables_at(path: Path, specs: list[ExpertSpec]) -> dict[str, Any]:
         except ValueError as error:
             if file.stem in PUBLISHED_TABLES:
                 raise
-            unread[file] = str(error)  # something else that lies in the folder
+            unread[file] = str(error)  # another file in the folder
             continue
         rows = len(table.features)
         expert = BACKGROUND_KEY if rows == 1 else by_count.get(rows)
         if file.stem == "coco_features" and "segmentation" in names and not classes["segmentation"]:
-            expert = "segmentation"  # of a published model that was converted without tables
+            expert = "segmentation"  # a published model that was converted without tables
         if expert is not None and expert not in by_name:
             take(expert, file, table)
         else:
@@ -317,12 +317,12 @@ def _tables_at(path: Path, specs: list[ExpertSpec]) -> dict[str, Any]:
     if without and (unused or unread):
         logger.warning(message)
     elif unread:
-        logger.warning(f"not taken for tables of class features: {'; '.join(unread.values())}")
+        logger.warning(f"these files are not tables of class features: {'; '.join(unread.values())}")
     return tables
 
 
 def _require_same_classes(table: ClassTable, spec: ExpertSpec, where: str) -> None:
-    """Refuses a table that would give an expert's ids other features than those of their classes, or none."""
+    """Refuses a table that lacks classes of an expert, or names them differently."""
     rows, num_classes, known = len(table.features), spec.num_classes or 0, spec.class_names
     if rows < num_classes:
         raise ValueError(f"{where} has {rows} rows; the config's expert '{spec.name}' has num_classes={num_classes}")
@@ -335,13 +335,13 @@ def _require_same_classes(table: ClassTable, spec: ExpertSpec, where: str) -> No
 
 
 def _require_few_numbers(num_bytes: int, where: str) -> None:
-    """A small file can describe tensors of any size."""
+    """Limits the size of a table. A small file can describe tensors of any size."""
     if num_bytes > MAX_BYTES:
         raise ValueError(f"{where} would take {num_bytes:,} bytes; a table takes at most {MAX_BYTES:,}")
 
 
 def _to_table(table: Any, where: str) -> ClassTable:
-    """Any of the forms of a table as (classes, channels) float32, and the classes' names where it has them."""
+    """Reads any form of a table as (classes, channels) float32, with the names of the classes if it has them."""
     if isinstance(table, ClassTable):
         return table
     names = None
@@ -365,7 +365,7 @@ def _to_table(table: Any, where: str) -> ClassTable:
         try:
             table = torch.stack([torch.as_tensor(vector, dtype=torch.float32).flatten() for vector in vectors])
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} is no list of vectors of one length: {error}") from None
+            raise ValueError(f"{where} is not a list of vectors of the same length: {error}") from None
     if not isinstance(table, torch.Tensor):
         raise ValueError(f"{where} is a {type(table).__name__}; a tensor, a list or a dict of vectors is needed")
     if table.ndim == 3 and table.shape[1] == 1:

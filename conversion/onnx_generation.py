@@ -1,7 +1,7 @@
 """
-Prismer on onnxruntime, from the folder that `export_onnx` wrote.
+Runs a Prismer that `export_onnx` has written on onnxruntime.
 
-It needs NumPy and onnxruntime, nothing else of this package: where torch is not wanted, this file can be copied.
+This file needs only NumPy and onnxruntime. It can be copied to a place without torch.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BACKGROUND = 255  # in a map of ids; negative ids are background too
 
 class OnnxPrismer:
     """
-    An exported Prismer: greedy generation, and logits for what else is wanted.
+    An exported Prismer. It has greedy generation, and logits for other uses.
 
     Args:
         folder (`str` or `Path`):
-            What `export_onnx` or `prismer export` wrote.
+            The folder that `export_onnx` or `prismer export` wrote.
         providers (`list`, *optional*, defaults to `["CPUExecutionProvider"]`):
-            Where it runs; see onnxruntime.
+            The execution providers; see onnxruntime.
         session_options (`onnxruntime.SessionOptions`, *optional*):
             Number of threads and the like.
 
@@ -44,7 +44,7 @@ class OnnxPrismer:
     ```python
     >>> from modeling_prismer.conversion import OnnxPrismer
 
-    >>> runtime = OnnxPrismer("onnx")  # what `export_onnx` wrote
+    >>> runtime = OnnxPrismer("onnx")  # the folder that `export_onnx` wrote
     >>> inputs = processor(images=image, text="What color is the shape?", return_tensors="np")
     >>> generated = runtime.generate(**inputs)
     >>> processor.post_process_generation(generated, inputs["input_ids"].shape[1])
@@ -84,20 +84,21 @@ class OnnxPrismer:
 
     def encode(self, expert_mask: np.ndarray | None = None, **image_inputs: np.ndarray) -> dict[str, np.ndarray]:
         """
-        Encodes pictures and what the experts saw, once for all questions to them.
+        Encodes images and their expert labels once, for any number of questions.
 
         Args:
             expert_mask (`np.ndarray` of shape `(images, number of experts)`, bool, *optional*):
-                Which experts each picture has. One that no picture has need not be given; left out, all are.
+                Which experts each image has; by default all. The tensors of an expert that no image has may be left
+                out.
             image_inputs:
-                `pixel_values` and the experts' tensors, as the processor makes them (`return_tensors="np"`, or
+                `pixel_values` and the experts' tensors, as the processor returns them (`return_tensors="np"`, or
                 torch's on the CPU).
 
         Returns:
-            `dict[str, np.ndarray]`: the outputs of `encoder.onnx` by name, to be given to `generate` or `forward`.
+            `dict[str, np.ndarray]`: the outputs of `encoder.onnx` by name, for `generate` or `forward`.
 
         Raises:
-            ValueError: if an input is unknown, or missing and not masked out, or does not fit.
+            ValueError: if an input is unknown, does not fit, or is missing and not masked out.
         """
         feed = {key: self._array(key, array) for key, array in image_inputs.items() if array is not None}
         if "pixel_values" not in feed:
@@ -109,7 +110,7 @@ class OnnxPrismer:
             for key in self.image_inputs.keys() - feed.keys():
                 column = feed["expert_mask"][:, self.experts.index(key.rpartition("_")[0])]
                 if column.any():
-                    raise ValueError(f"{key} is missing, and expert_mask does not say that its expert is")
+                    raise ValueError(f"{key} is missing, and expert_mask does not mask its expert out")
                 shape = [size if isinstance(size, int) else 1 for size in self.image_inputs[key].shape]
                 feed[key] = np.zeros((images, *shape[1:]), NUMPY_TYPES[self.image_inputs[key].type])
         elif expert_mask is not None and np.size(expert_mask):
@@ -125,17 +126,17 @@ class OnnxPrismer:
         past: dict[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """
-        The logits of a prompt, or of the tokens that go on from `past`.
+        Computes the logits of a prompt, or of the tokens that follow `past`.
 
         Args:
             input_ids (`np.ndarray` of shape `(rows, length)`):
-                The rows are a multiple of the pictures; those of one picture follow each other.
+                The number of rows is a multiple of the number of images; the rows of an image are adjacent.
             attention_mask (`np.ndarray` of shape `(rows, past_length + length)`):
-                0 for padding, of the tokens in `past` too.
+                0 for padding, also for the tokens in `past`.
             encoded (`dict[str, np.ndarray]`):
-                What `encode` gave.
+                The output of `encode`.
             past (`dict[str, np.ndarray]`, *optional*):
-                The second of what this method returned before.
+                The second output of this method for the tokens before.
 
         Returns:
             Logits `(rows, length, vocabulary)`, and keys and values by the name of the input that takes them.
@@ -166,25 +167,25 @@ class OnnxPrismer:
         **image_inputs: np.ndarray,
     ) -> np.ndarray:
         """
-        Greedy generation: what `model.generate(num_beams=1, do_sample=False)` gives.
+        Generates greedily, like `model.generate(num_beams=1, do_sample=False)`.
 
         Args:
             input_ids (`np.ndarray` of shape `(rows, length)`):
                 Prompts, padded on the left.
             attention_mask (`np.ndarray` of shape `(rows, length)`, *optional*):
-                0 for padding; left out, what is not `pad_token_id` counts.
+                0 for padding; by default 0 at every `pad_token_id`.
             max_new_tokens (`int`, *optional*):
-                Left out, what generation_config.json says, else 20. The least length is always taken from there.
+                By default the value in generation_config.json, else 20. The minimum length always comes from there.
             encoded (`dict[str, np.ndarray]`, *optional*):
-                What `encode` gave, in place of `image_inputs`.
+                The output of `encode`, in place of `image_inputs`.
             image_inputs:
-                As for `encode`.
+                As in `encode`.
 
         Returns:
             `np.ndarray` of shape `(rows, length + new)`, int64: prompt and continuation, padded on the right.
 
         Raises:
-            ValueError: if prompts are padded on the right or too long, and as `encode`.
+            ValueError: if prompts are padded on the right or too long, and as in `encode`.
         """
         if encoded is None:
             encoded = self.encode(**image_inputs)
@@ -197,23 +198,23 @@ class OnnxPrismer:
             raise ValueError("the prompts are padded on the right; generate needs them padded on the left")
         shortest, longest = self._lengths(sequences.shape[1], max_new_tokens)
 
-        going_on = np.ones(len(sequences), bool)
+        is_unfinished = np.ones(len(sequences), bool)
         tokens, past = sequences, None
         while sequences.shape[1] < longest:
             logits, past = self.forward(tokens, mask, encoded, past)
             logits = logits[:, -1]
             if sequences.shape[1] < shortest:
                 logits[:, self.eos_token_ids] = -np.inf
-            tokens = np.where(going_on, logits.argmax(-1), self.pad_token_id)[:, None]
+            tokens = np.where(is_unfinished, logits.argmax(-1), self.pad_token_id)[:, None]
             sequences = np.concatenate([sequences, tokens], axis=1)
             mask = np.concatenate([mask, np.ones_like(tokens)], axis=1)
-            going_on &= ~np.isin(tokens[:, 0], self.eos_token_ids)
-            if not going_on.any():
+            is_unfinished &= ~np.isin(tokens[:, 0], self.eos_token_ids)
+            if not is_unfinished.any():
                 break
         return sequences
 
     def _lengths(self, prompt_length: int, max_new_tokens: int | None) -> tuple[int, int]:
-        """The least and the greatest number of tokens, the prompt among them."""
+        """The smallest and the largest number of tokens, including the prompt."""
         config = self.generation_config
         shortest, longest = config.get("min_length") or 0, config.get("max_length") or prompt_length + 20
         if config.get("min_new_tokens") is not None:
@@ -229,7 +230,7 @@ class OnnxPrismer:
     def _array(self, key: str, array: Any) -> np.ndarray:
         node = self.image_inputs.get(key)
         if node is None:
-            raise ValueError(f"{key} is no input of this model; its inputs are {', '.join(self.image_inputs)}")
+            raise ValueError(f"{key} is not an input of this model; its inputs are {', '.join(self.image_inputs)}")
         array = np.asarray(array)
         if node.type in INTEGER_TYPES and array.dtype.kind not in "iub":
             raise ValueError(f"{key} is of the type {array.dtype}; an integer type is needed")

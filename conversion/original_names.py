@@ -1,4 +1,4 @@
-"""The one table between the published checkpoints' parameter names and this package's."""
+"""Maps the parameter names of this package to those of the published checkpoints."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from modeling_prismer.configuration_prismer import PrismerConfig
 
 
 class Source(NamedTuple):
-    """Where a parameter comes from: a name, and for the packed projections of an attention which third of it."""
+    """The source of a parameter: a name, and for packed projections of an attention the number of the third."""
 
     name: str
     third: int | None = None
@@ -15,7 +15,7 @@ class Source(NamedTuple):
 
 EXPERT_NAMES = {"segmentation": "seg", "detection": "obj_detection", "ocr": "ocr_detection"}  # the others are the same
 
-# module here -> module there, below the prefix of a layer
+# module of this package -> original module, below the prefix of a layer
 ADAPTOR_NAMES = {
     "adaptor.down_proj": "adaptor.down_proj",
     "adaptor.up_proj": "adaptor.up_proj",
@@ -48,7 +48,7 @@ TEXT_LAYER_NAMES = (
     | {name: f"2.{original}" for name, original in ADAPTOR_NAMES.items()}
 )
 
-# In the published files, but no parameters of their own: a constant, and copies of tied tensors.
+# Tensors of the published files that are not parameters: a constant, and copies of tied tensors.
 POSITION_IDS = "text_decoder.roberta.embeddings.position_ids"
 TIED_NAMES = {
     "text_decoder.lm_head.decoder.weight": "text_decoder.roberta.embeddings.word_embeddings.weight",
@@ -59,15 +59,17 @@ IGNORED_NAMES = {POSITION_IDS: "a constant"} | {name: f"tied to {kept}" for name
 
 def original_names(config: PrismerConfig) -> dict[str, Source]:
     """
-    Every parameter and BatchNorm statistic of a `PrismerForConditionalGeneration` of this `config`, and where it comes
-    from in a published checkpoint. Tables of class features are no part of a checkpoint.
+    The source in a published checkpoint of every parameter and BatchNorm statistic of a
+    `PrismerForConditionalGeneration` with this `config`. Tables of class features are not in a checkpoint.
 
     Raises:
-        ValueError: if there are several experts of instances, for which that format has one table of embeddings.
+        ValueError: if there are several experts with instances; the format has only one table of embeddings for them.
     """
     of_instances = [spec.name for spec in config.expert_specs if spec.instances]
     if len(of_instances) > 1:
-        raise ValueError(f"the published format has one expert of instances; the config has {', '.join(of_instances)}")
+        raise ValueError(
+            f"the published format has one expert with instances; the config has {', '.join(of_instances)}"
+        )
     vision, text = "model.vision_model", "model.text_model"
     names: dict[str, Source] = {}
 

@@ -1,4 +1,4 @@
-"""The output folder of a conversion: checked before the work starts, and written completely or not at all."""
+"""The output folder of a conversion. It is checked before the work starts, and written completely or not at all."""
 
 import os
 import tempfile
@@ -11,10 +11,10 @@ from modeling_prismer.configuration_prismer import PrismerConfig
 
 def check_output_dir(output_dir: str | Path, overwrite: bool) -> Path:
     """
-    The folder's full path.
+    Returns the folder's full path.
 
     Raises:
-        FileExistsError: if it is a file, or holds something and `overwrite` is not set, or holds something else than a
+        FileExistsError: if it is a file, if it is not empty and `overwrite` is not set, or if it has anything but a
             Prismer model.
     """
     output_dir = Path(output_dir).expanduser().resolve()
@@ -30,14 +30,14 @@ def check_output_dir(output_dir: str | Path, overwrite: bool) -> Path:
         is_prismer = PrismerConfig.get_config_dict(output_dir, local_files_only=True)[0]["model_type"] == "prismer"
     except (OSError, KeyError):
         is_prismer = False
-    if not is_prismer:  # it would all be deleted
-        raise FileExistsError(f"{output_dir} holds something else than a Prismer model; it is not overwritten")
+    if not is_prismer:  # all of it would be deleted
+        raise FileExistsError(f"{output_dir} has no Prismer model; other folders are not overwritten")
     return output_dir
 
 
 @contextmanager
 def written_whole(output_dir: Path) -> Iterator[Path]:
-    """A folder beside `output_dir` to write to, which takes its place and name once all is written."""
+    """Yields a folder next to `output_dir`, which replaces `output_dir` when it is complete."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as scratch:
         complete, replaced = Path(scratch, "complete"), Path(scratch, "replaced")
@@ -55,7 +55,7 @@ def written_whole(output_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def file_written_whole(path: str | Path) -> Iterator[Path]:
-    """A file to write to, which takes the place and name of `path` once it is complete."""
+    """Yields a file that replaces `path` when it is complete."""
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:

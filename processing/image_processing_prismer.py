@@ -1,4 +1,4 @@
-"""Image processor of Prismer: a picture and its expert maps, together."""
+"""The image processor of Prismer. It prepares an image and its expert maps together."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ else:
 
 
 class _ImageAndExpertMaps(_Backend):
-    """What the two backends share: everything but how the RGB picture is resized."""
+    """The base class of the two backends, which only differ in how they resize the RGB image."""
 
     valid_kwargs = PrismerImageProcessorKwargs
     resample = PILImageResampling.BICUBIC
@@ -84,7 +84,7 @@ class _ImageAndExpertMaps(_Backend):
         return names + ["expert_mask"] if self.experts else names
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens URLs and paths by [`load_image`], within its limits; images in memory are handed on."""
+        """Opens URLs and paths by [`load_image`], within its limits. Images in memory are returned."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(each) for each in image_url_or_urls]
         if isinstance(image_url_or_urls, str):
@@ -115,26 +115,26 @@ class _ImageAndExpertMaps(_Backend):
                 One or many images: paths, URLs, PIL images, arrays, tensors; see [`load_images`]. They are always
                 turned upright and converted to RGB.
             expert_labels (`dict` or `list[dict]`, *optional*):
-                For each image a dict from an expert's name to its label (one dict will do for one image). `None`, or
-                an absent name, means that the expert is missing for this image. Labels are of any size, usually the
-                image's; a map is a NumPy array, a torch tensor or a PIL image, of integers:
+                For each image a dict from an expert's name to its label (or one dict for a single image). `None`, or
+                a missing name, means that the image has no label of this expert. Labels have any size, usually that
+                of the image. A map is a NumPy array, a torch tensor or a PIL image, of integers:
 
                 - dense: (H, W), (H, W, C) or (C, H, W), values from 0 to 255;
                 - label: (H, W) or `{"ids": (H, W)}`, class ids;
                 - label with `instances`: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
-                - label without `num_classes`: `{"ids": (H, W), "features": (n, channels) float}`, ids counting words
-                  (or instances).
+                - label without `num_classes`: `{"ids": (H, W), "features": (n, channels) float}`; the ids are numbers
+                  of words (or instances).
 
-                Ids may have any integer type. 255 and negative ids are background. So are ids that stand for nothing,
-                with a warning: classes from `num_classes` on, instances and words that are not listed, instances from
-                `max_instances` on and words from `max_words` on.
+                Ids may have any integer type. 255 and negative ids are background. Ids without a meaning become
+                background with a warning: classes from `num_classes` on, instances and words that are not listed,
+                instances from `max_instances` on and words from `max_words` on.
             return_tensors (`str` or `TensorType`, *optional*, defaults to `"pt"`):
-                `"pt"` or `"np"`; `None` is the same as `"np"`.
+                `"pt"` or `"np"`; `None` means `"np"`.
             kwargs:
-                Any attribute of the image processor, for this call. `device` puts the tensors there.
+                Any attribute of the image processor, for this call only. `device` is the device of the tensors.
 
         Returns:
-            [`BatchFeature`] with `pixel_values` (batch, 3, height, width) float32, and for each expert, S being
+            [`BatchFeature`] with `pixel_values` (batch, 3, height, width) float32, and for each expert, with S =
             `expert_size`:
 
             - `<name>_values` (batch, channels, S, S) float32 in [-1, 1], for dense; 0 where missing;
@@ -145,7 +145,7 @@ class _ImageAndExpertMaps(_Backend):
             - `expert_mask` (batch, number of experts) bool: which image has which expert, in the order of `experts`.
 
         Raises:
-            ValueError, TypeError: naming the image or the label, what is wrong with it and what is accepted.
+            ValueError, TypeError: naming the image or the label, what is wrong and what is accepted.
         """
         return super().preprocess(images, expert_labels, return_tensors=return_tensors, **kwargs)
 
@@ -215,7 +215,7 @@ class _ImageAndExpertMaps(_Backend):
         return features if device is None or return_tensors in (None, "np") else features.to(device)
 
     def _pixel_values(self, images: list[Image.Image], *_: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
-        """The resized and normalised pictures, (batch, 3, height, width) float32."""
+        """The resized and normalised images, (batch, 3, height, width) float32."""
         raise NotImplementedError
 
 
@@ -223,36 +223,36 @@ class PrismerImageProcessor(_ImageAndExpertMaps, PilBackend):
     """
     Prepares images and expert maps for Prismer, with Pillow, exactly as in evaluation of the published checkpoints.
 
-    The picture is resized by `resample` with antialiasing and normalised. Expert maps are resized to `expert_size`
-    by nearest neighbour; dense ones are then stretched to [-1, 1] over all their channels, `2 * (x - min) / (max -
-    min + 1e-6) - 1`. Ids stay ids: the network paints them with its own tables.
+    The image is resized by `resample` with antialiasing and normalised. Expert maps are resized to `expert_size` by
+    nearest neighbour. Dense maps are then stretched to [-1, 1] over all their channels, `2 * (x - min) / (max - min +
+    1e-6) - 1`. Maps of ids are not changed, because the network paints them with its own tables.
 
     Args:
         experts (`list[dict]`, *optional*, defaults to `[]`):
-            Descriptions of the experts, the same list as in [`PrismerConfig`]: `name`, `kind` (`"dense"` or
-            `"label"`), `channels`, and for labels `num_classes` and `instances`.
+            Descriptions of the experts, the same list as in [`PrismerConfig`]: dicts with the fields of
+            [`ExpertSpec`].
         size (`dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
-            Size of the picture that the network sees, in pixels.
+            Size of the image for the network, in pixels.
         expert_size (`int`, *optional*, defaults to 224):
-            Side of the expert maps in pixels, whatever the size of the picture.
+            Side of the expert maps in pixels, at any size of the image.
         max_instances (`int`, *optional*, defaults to 128):
-            Number of instances that an image can have; more become background.
+            Number of instances that an image can have; further instances become background.
         max_words (`int`, *optional*, defaults to 128):
-            Number of words that an image can have; more become background.
+            Number of words that an image can have; further words become background.
         do_resize (`bool`, *optional*, defaults to `True`):
-            Whether to resize the picture. If not, all pictures of a batch need one size.
+            Whether to resize the image. Without resizing, all images of a batch must have the same size.
         resample (`PILImageResampling`, *optional*, defaults to `BICUBIC`):
-            Filter for the picture. Expert maps are always resized by nearest neighbour.
+            Filter for the image. Expert maps are always resized by nearest neighbour.
         do_rescale (`bool`, *optional*, defaults to `True`):
-            Whether to multiply the picture's 8-bit values by `rescale_factor`, 1/255.
+            Whether to multiply the image's 8-bit values by `rescale_factor`, 1/255.
         do_normalize (`bool`, *optional*, defaults to `True`):
             Whether to subtract `image_mean` and divide by `image_std`.
         image_mean (`list[float]`, *optional*, defaults to CLIP's):
-            Mean of the channels, in the units that `rescale_factor` leaves.
+            Mean of the channels, after `rescale_factor`.
         image_std (`list[float]`, *optional*, defaults to CLIP's):
-            Standard deviation of the channels, in the units that `rescale_factor` leaves.
+            Standard deviation of the channels, after `rescale_factor`.
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
-            Kept for the interface: pictures are always converted to RGB, since the network reads three channels.
+            Part of the interface only: images are always converted to RGB, because the network reads three channels.
         max_image_pixels (`int`, *optional*, defaults to 178,956,970):
             Refuse image files of more pixels than this, before they are decoded.
 
@@ -284,7 +284,7 @@ class PrismerImageProcessor(_ImageAndExpertMaps, PilBackend):
         **kwargs: Any,
     ) -> np.ndarray:
         if do_resize:
-            images = [_resize_picture(image, size.width, size.height, resample) for image in images]
+            images = [_resize_image(image, size.width, size.height, resample) for image in images]
         _require_one_size([image.size for image in images])
         scale = np.full(3, rescale_factor if do_rescale else 1.0)
         shift = np.zeros(3)
@@ -300,10 +300,10 @@ class PrismerImageProcessor(_ImageAndExpertMaps, PilBackend):
 
 class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
     """
-    [`PrismerImageProcessor`] with torchvision for the picture, which can work on a GPU (`device="cuda"` in the call).
+    [`PrismerImageProcessor`] with torchvision for the image, also on a GPU (`device="cuda"` in the call).
 
-    Its antialiased bicubic filter differs from Pillow's by up to one 8-bit step, 0.015 after normalisation. Expert
-    maps are prepared exactly as by [`PrismerImageProcessor`], whose arguments it takes.
+    Its antialiased bicubic filter differs from Pillow's by up to one 8-bit step, 0.015 after normalisation. Arguments
+    and expert maps are the same as those of [`PrismerImageProcessor`].
 
     Example:
 
@@ -311,7 +311,7 @@ class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
     >>> from modeling_prismer.processing import PrismerImageProcessorTorchvision
 
     >>> image_processor = PrismerImageProcessorTorchvision(size={"height": 480, "width": 480})
-    >>> image_processor(image)["pixel_values"].shape  # device="cuda": made there
+    >>> image_processor(image)["pixel_values"].shape  # with device="cuda" it runs on the GPU
     torch.Size([1, 3, 480, 480])
     ```
     """
@@ -319,11 +319,11 @@ class PrismerImageProcessorTorchvision(_ImageAndExpertMaps, TorchvisionBackend):
     def _pixel_values(
         self, images: list[Image.Image], device: str | torch.device | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        pictures = [self.process_image(image, do_convert_rgb=True, device=device) for image in images]
+        tensors = [self.process_image(image, do_convert_rgb=True, device=device) for image in images]
         kwargs["disable_grouping"] = kwargs.get("disable_grouping")
-        pictures = self._preprocess(pictures, return_tensors=None, **kwargs)["pixel_values"]
-        _require_one_size([picture.shape[:0:-1] for picture in pictures])
-        return torch.stack(list(pictures))
+        tensors = self._preprocess(tensors, return_tensors=None, **kwargs)["pixel_values"]
+        _require_one_size([tensor.shape[:0:-1] for tensor in tensors])
+        return torch.stack(list(tensors))
 
 
 def _require_one_size(sizes: list[tuple[int, int]]) -> None:
@@ -332,10 +332,10 @@ def _require_one_size(sizes: list[tuple[int, int]]) -> None:
         raise ValueError(f"do_resize is False and the images have several sizes ({several}); a batch needs one size")
 
 
-def _resize_picture(image: Image.Image, width: int, height: int, resample: PILImageResampling) -> Image.Image:
-    # One direction after the other, as Pillow does it, but always the width first: from version 13 on Pillow starts
-    # with the height where that shrinks more, and then gives values that differ by up to two 8-bit steps. A picture
-    # so tall that its widened version would fill the memory is the exception.
+def _resize_image(image: Image.Image, width: int, height: int, resample: PILImageResampling) -> Image.Image:
+    # Pillow resizes one direction after the other. Version 13 starts with the height if that shrinks more, which
+    # changes values by up to two 8-bit steps, so the width always comes first here. A very tall image, whose widened
+    # version would fill the memory, is the exception.
     width_first = width * image.height <= MAX_IMAGE_PIXELS
     image = image.resize((width, image.height) if width_first else (image.width, height), resample)
     return image.resize((width, height), resample)
@@ -386,7 +386,7 @@ def _label_tensors(labels: list[Any], expert: ExpertFields, size: int, max_items
 
 
 def _clear_ids(ids: np.ndarray, number: int, reason: str) -> None:
-    """Makes ids that stand for nothing, those from `number` on, background."""
+    """Turns ids without a meaning, those from `number` on, into background."""
     beyond = (ids >= min(number, BACKGROUND)) & (ids != BACKGROUND)
     if beyond.any():
         logger.warning_once(f"{reason}: they become background.")
@@ -394,7 +394,7 @@ def _clear_ids(ids: np.ndarray, number: int, reason: str) -> None:
 
 
 def _resize_map(values: np.ndarray, size: int) -> np.ndarray:
-    """(H, W) uint8 to (size, size), by Pillow's nearest neighbour."""
+    """Resizes (H, W) uint8 to (size, size) by Pillow's nearest neighbour."""
     return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST))
 
 

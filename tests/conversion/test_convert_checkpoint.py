@@ -42,7 +42,7 @@ def test_round_trip_in_the_stored_type_is_bit_equal(prismer, dtype):
         assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor), name
 
 
-def test_converting_what_was_converted_back_gives_the_same_model(prismer, save_checkpoint):
+def test_converting_back_and_again_gives_the_same_model(prismer, save_checkpoint):
     first = convert_original_checkpoint(prismer.checkpoint, prismer.config, feature_tables=prismer.tables)
     path = save_checkpoint(to_original_state_dict(first))
     second = convert_original_checkpoint(path, prismer.config, feature_tables=prismer.tables)
@@ -51,7 +51,7 @@ def test_converting_what_was_converted_back_gives_the_same_model(prismer, save_c
 
 
 @torch.no_grad()
-def test_a_converted_model_gives_the_recorded_numbers(patch14):
+def test_a_converted_model_returns_the_recorded_outputs(patch14):
     model = convert_original_checkpoint(patch14.checkpoint, patch14.config, feature_tables=patch14.tables)
     inputs, expected = patch14.inputs, patch14.expected
     outputs = model(
@@ -80,13 +80,13 @@ def test_a_converted_model_is_ready_for_use_and_training(prismer):
     assert all(s.nbytes() == p.numel() * p.element_size() for s, p in zip(storages, model.parameters()))
 
 
-def test_the_configuration_that_is_given_stays_as_it_is(prismer):
+def test_the_given_configuration_is_not_changed(prismer):
     config = prismer.config
     convert_original_checkpoint(prismer.checkpoint, config, image_size=128)
     assert config.to_dict() == prismer.config.to_dict()
 
 
-def test_experts_of_ones_own_keep_their_name(prismer, save_checkpoint):
+def test_custom_experts_keep_their_names(prismer, save_checkpoint):
     config = prismer.config
     model = convert_original_checkpoint(prismer.checkpoint, config, feature_tables=prismer.tables)
     model.add_expert("saliency", "dense", channels=1)
@@ -96,10 +96,10 @@ def test_experts_of_ones_own_keep_their_name(prismer, save_checkpoint):
     assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_two_experts_of_instances_have_no_place_in_the_published_format(prismer):
+def test_two_experts_with_instances_cannot_be_converted_back(prismer):
     model = convert_original_checkpoint(prismer.checkpoint, prismer.config)
     model.add_expert("faces", "label", channels=64, num_classes=2, instances=True)
-    with pytest.raises(ValueError, match="has one expert of instances; the config has detection, faces"):
+    with pytest.raises(ValueError, match="has one expert with instances; the config has detection, faces"):
         to_original_state_dict(model)
 
 
@@ -160,7 +160,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
-def test_it_takes_the_memory_of_one_checkpoint_and_one_tensor(tmp_path):
+def test_conversion_needs_the_memory_of_one_checkpoint(tmp_path):
     vision = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "patch_size": 16}
     text = {"hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 300}
     config = PrismerConfig(vision_config=vision, text_config=text)
@@ -189,7 +189,7 @@ def test_a_missing_tensor_is_named(prismer, save_checkpoint):
     assert "left over" not in message and "another shape" not in message
 
 
-def test_a_tensor_too_many_is_named(prismer, save_checkpoint):
+def test_an_unused_tensor_is_named(prismer, save_checkpoint):
     message = refusal(save_checkpoint(prismer.state | {"momentum_queue": torch.zeros(3)}), prismer.config)
     assert "left over in the checkpoint (1):\n  momentum_queue" in message
     assert "missing" not in message and "another shape" not in message
@@ -209,7 +209,7 @@ def test_integers_in_place_of_weights_are_refused(prismer, save_checkpoint):
     assert "expert_encoder.ln_pre.weight: torch.int8" in refusal(save_checkpoint(state), prismer.config)
 
 
-def test_all_that_does_not_fit_is_in_one_error(prismer, save_checkpoint):
+def test_one_error_lists_everything_that_does_not_fit(prismer, save_checkpoint):
     state = prismer.state | {"queue": torch.zeros(3), "expert_encoder.ln_pre.weight": torch.zeros(65)}
     del state["text_decoder.lm_head.bias"]
     message = refusal(save_checkpoint(state), prismer.config)
@@ -223,7 +223,7 @@ def test_missing_experts_are_named(prismer, prismerz):
     assert "  expert_encoder.resampler.*" in message
 
 
-def test_experts_too_many_are_named(prismer, prismerz):
+def test_unexpected_experts_are_named(prismer, prismerz):
     message = refusal(prismer.checkpoint, prismerz.config)
     assert "left over" in message and "expert_encoder.conv1.obj_detection.* (expert 'detection')" in message
 
@@ -235,7 +235,7 @@ def test_missing_layers_take_one_line(prismer):
     assert message.splitlines()[-1] == "  expert_encoder.transformer.resblocks.{2…4}.*"
 
 
-def test_another_variant_is_refused_with_a_hint_at_the_right_one(original_state_dicts, save_checkpoint):
+def test_another_variant_is_refused_and_the_right_one_is_named(original_state_dicts, save_checkpoint):
     # one number stands for all of a tensor, so that the file is small
     shapes = original_state_dicts["prismerz_large"]["state_dict"]
     path = save_checkpoint({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()})
@@ -247,7 +247,7 @@ def test_another_variant_is_refused_with_a_hint_at_the_right_one(original_state_
 
 @pytest.mark.parametrize("change", [lambda tensor: tensor + 1, lambda tensor: tensor[1:], torch.Tensor.double])
 @pytest.mark.parametrize("name", TIED_NAMES)
-def test_a_copy_that_is_none_is_refused(name, change, prismer, save_checkpoint):
+def test_a_copy_with_other_values_is_refused(name, change, prismer, save_checkpoint):
     state = prismer.state
     state[name] = change(state[name])
     message = refusal(save_checkpoint(state), prismer.config)
@@ -315,7 +315,7 @@ def test_an_image_size_with_the_same_patches_keeps_the_positions(patch14):
 
 @pytest.mark.parametrize("variant", ["prismerz_base", "prismerz_large"])
 @pytest.mark.parametrize("image_size", [224, 384, 480])
-def test_the_published_image_size_is_known_by_the_number_of_patches(variant, image_size):
+def test_the_number_of_patches_tells_the_published_image_size(variant, image_size):
     config = PrismerConfig.from_variant(variant, image_size=image_size)
     config.vision_config.image_size -= image_size % config.vision_config.patch_size
     assert _published_image_size(config) == image_size
@@ -330,5 +330,5 @@ def test_the_image_size_of_a_variant_is_that_of_the_checkpoint(prismer, monkeypa
     assert torch.equal(positions(model), prismer.state["expert_encoder.positional_embedding"].float())
 
 
-def test_an_image_size_that_was_never_published_is_taken_as_it_is():
+def test_an_unpublished_image_size_is_kept():
     assert _published_image_size(PrismerConfig.from_variant("prismerz_base", image_size=320)) == 320

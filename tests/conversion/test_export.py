@@ -76,7 +76,7 @@ def exported(request):
     return request.getfixturevalue("with_experts" if request.param == "experts" else "without_experts")
 
 
-def pictures(model, number, **kwargs):
+def image_inputs_of(model, number, **kwargs):
     return image_inputs(number, experts=model.config.experts, **kwargs)
 
 
@@ -95,9 +95,9 @@ def padded_prompts(rows, length=5):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_the_encoder_gives_what_the_network_gives_for_any_number_of_images(exported, number):
+def test_the_encoder_equals_the_network_for_any_number_of_images(exported, number):
     model, runtime, _ = exported
-    images = pictures(model, number)
+    images = image_inputs_of(model, number)
     expected = model.get_image_features(**images).last_hidden_state
     given = runtime.encode(**arrays(images))
     torch.testing.assert_close(torch.tensor(given["last_hidden_state"]), expected, **TOLERANCE)
@@ -110,7 +110,7 @@ def test_the_encoder_gives_what_the_network_gives_for_any_number_of_images(expor
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])
 def test_background_may_be_negative(with_experts, dtype):
     model, runtime, _ = with_experts
-    images = arrays(pictures(model, 2))
+    images = arrays(image_inputs_of(model, 2))
     expected = runtime.encode(**images)["last_hidden_state"]
     for key in [key for key in images if key.endswith("_ids")]:
         assert (images[key] == 255).any()
@@ -118,18 +118,20 @@ def test_background_may_be_negative(with_experts, dtype):
     assert np.array_equal(runtime.encode(**images)["last_hidden_state"], expected)
 
 
-def test_each_image_may_lack_experts_of_its_own(with_experts):
+def test_each_image_may_lack_other_experts(with_experts):
     model, runtime, _ = with_experts
-    images = pictures(model, 3)
+    images = image_inputs_of(model, 3)
     images["expert_mask"] = torch.tensor([[True] * 4, [True, False, False, True], [False] * 4])
     expected = model.get_image_features(**images).last_hidden_state
     given = runtime.encode(**arrays(images))["last_hidden_state"]
     torch.testing.assert_close(torch.tensor(given), expected, **TOLERANCE)
 
 
-def test_an_expert_that_no_image_has_need_not_be_given(with_experts):
+def test_an_expert_that_no_image_has_may_be_left_out(with_experts):
     model, runtime, _ = with_experts
-    images = {key: tensor for key, tensor in pictures(model, 2).items() if not key.startswith(("detection", "edge"))}
+    images = {
+        key: tensor for key, tensor in image_inputs_of(model, 2).items() if not key.startswith(("detection", "edge"))
+    }
     mask = torch.tensor([[True, False, False, True]] * 2)
     expected = model.get_image_features(**images, expert_mask=mask).last_hidden_state
     given = runtime.encode(**arrays(images), expert_mask=mask.numpy())["last_hidden_state"]
@@ -139,9 +141,9 @@ def test_an_expert_that_no_image_has_need_not_be_given(with_experts):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6])
-def test_a_prompt_and_each_step_after_it_give_the_networks_logits(exported, rows):
+def test_a_prompt_and_every_step_give_the_networks_logits(exported, rows):
     model, runtime, _ = exported
-    images = pictures(model, 1 if rows < 6 else 2)
+    images = image_inputs_of(model, 1 if rows < 6 else 2)
     input_ids, attention_mask = padded_prompts(rows, length=8)
     expected = model(input_ids=input_ids, attention_mask=attention_mask, **images).logits
     encoded, past, logits = runtime.encode(**arrays(images)), None, []
@@ -162,7 +164,7 @@ def test_a_prompt_and_each_step_after_it_give_the_networks_logits(exported, rows
 @pytest.mark.parametrize("each", [1, 2], ids=["one_prompt", "two_prompts"])
 def test_generation_is_the_networks_greedy_generation(exported, each):
     model, runtime, _ = exported
-    images, (input_ids, attention_mask) = pictures(model, 3), padded_prompts(3 * each)
+    images, (input_ids, attention_mask) = image_inputs_of(model, 3), padded_prompts(3 * each)
     expected = model.generate(
         input_ids=input_ids, attention_mask=attention_mask, **images, num_beams=1, do_sample=False
     )
@@ -173,9 +175,9 @@ def test_generation_is_the_networks_greedy_generation(exported, each):
     assert np.array_equal(runtime.generate(input_ids.numpy(), encoded=encoded), given)  # the mask is inferred
 
 
-def test_a_row_that_has_ended_is_padded(without_experts):
+def test_a_finished_row_is_padded(without_experts):
     model, runtime, _ = without_experts
-    images, input_ids = pictures(model, 3), prompts(3)
+    images, input_ids = image_inputs_of(model, 3), prompts(3)
     free = runtime.generate(input_ids.numpy(), max_new_tokens=9, **arrays(images)).tolist()
     end = 5 + next(place for place, token in enumerate(free[0][5:]) if token not in (*free[1], *free[2]))
     runtime = copy.copy(runtime)
@@ -200,7 +202,7 @@ def test_the_folder_has_its_processor(with_experts):
     assert len(processor.post_process_generation(given, inputs["input_ids"].shape[1])) == 1
 
 
-def test_running_it_needs_neither_torch_nor_transformers(without_experts):
+def test_the_runtime_needs_neither_torch_nor_transformers(without_experts):
     model, runtime, folder = without_experts
     script = f"""
 import importlib.util, sys
@@ -218,7 +220,7 @@ print(module.OnnxPrismer({str(folder)!r}).generate(np.array([[0, 7, 8]]), pixel_
     assert printed.strip() == str(runtime.generate(np.array([[0, 7, 8]]), pixel_values=pixel_values).tolist())
 
 
-def test_the_files_do_not_say_where_they_were_made(with_experts):
+def test_the_files_have_no_paths_of_this_machine(with_experts):
     for path in with_experts[2].glob("*.onnx*"):
         assert b"modeling_prismer.py" not in path.read_bytes()
 
@@ -231,12 +233,12 @@ def test_the_files_do_not_say_where_they_were_made(with_experts):
     [
         (
             {"depth_values": np.zeros((3, 1, 32, 32))},
-            "depth_values is no input of this model; its inputs are pixel_val",
+            "depth_values is not an input of this model; its inputs are pixel_val",
         ),
         ({"pixel_values": np.zeros((3, 3, 16, 16))}, r"pixel_values has the shape \(3, 3, 16, 16\)"),
         ({"segmentation_ids": np.full((3, 32, 32), 300)}, "segmentation_ids holds values from 300 to 300"),
         ({"segmentation_ids": np.full((3, 32, 32), 1.5)}, "segmentation_ids is of the type float64; an integer type"),
-        ({"edge_values": None}, "edge_values is missing, and expert_mask does not say that its expert is"),
+        ({"edge_values": None}, "edge_values is missing, and expert_mask does not mask its expert out"),
         ({"pixel_values": None}, "pixel_values is missing"),
         ({"attention_mask": np.array([[1, 1, 0]] * 3)}, "padded on the right"),
         ({"input_ids": np.full((2, 3), 5)}, "2 rows of text for 3 images"),
@@ -244,9 +246,9 @@ def test_the_files_do_not_say_where_they_were_made(with_experts):
         ({"encoded": {}}, "give encoded or pixel_values, .* not both"),
     ],
 )
-def test_what_does_not_fit_is_refused(with_experts, changes, message):
+def test_inputs_that_do_not_fit_are_refused(with_experts, changes, message):
     model, runtime, _ = with_experts
-    inputs = {"input_ids": np.full((3, 3), 5), **arrays(pictures(model, 3))}
+    inputs = {"input_ids": np.full((3, 3), 5), **arrays(image_inputs_of(model, 3))}
     with pytest.raises(ValueError, match=message):
         runtime.generate(**inputs | changes)
 
@@ -261,16 +263,16 @@ def test_a_folder_without_graphs_is_refused(tmp_path):
     [
         (torch.nn.Linear(1, 1), image_processor([]), TypeError, "model is a Linear"),
         (small_model([]), image_processor(SOME_EXPERTS), ValueError, r"processor's experts \(segm.*model's \(none\)"),
-        (small_model([]), image_processor([], size=64), ValueError, "pictures of 64×64 pixels; the model takes 32×32"),
+        (small_model([]), image_processor([], size=64), ValueError, "images of 64×64 pixels; the model takes 32×32"),
     ],
 )
-def test_what_cannot_be_exported_is_refused(tmp_path, model, processor, error, message):
+def test_models_that_cannot_be_exported_are_refused(tmp_path, model, processor, error, message):
     with pytest.raises(error, match=message):
         conversion.export_onnx(model, processor, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
-def test_names_of_classes_need_not_be_those_of_the_processor(tmp_path, monkeypatch):
+def test_class_names_may_differ_from_the_processors(tmp_path, monkeypatch):
     named = [{**SOME_EXPERTS[0], "class_names": [f"thing {i}" for i in range(SOME_EXPERTS[0]["num_classes"])]}]
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # the export itself
@@ -284,7 +286,7 @@ def test_an_export_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_lies_in_the_folder_is_not_overwritten_unasked(with_experts):
+def test_files_in_the_folder_are_only_overwritten_on_request(with_experts):
     model, _, folder = with_experts
     with pytest.raises(FileExistsError, match="is not empty"):
         conversion.export_onnx(model, image_processor(SOME_EXPERTS), folder)
@@ -297,7 +299,7 @@ def test_what_lies_in_the_folder_is_not_overwritten_unasked(with_experts):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.treespec.children_specs. is deprecated:FutureWarning")
-def test_the_librarys_exporter_makes_one_program_for_any_number_of_images():
+def test_torch_exports_one_program_for_any_number_of_images():
     exporters = pytest.importorskip("transformers.exporters")
     model = small_model(SOME_EXPERTS[:2]).requires_grad_(False)
 
@@ -306,7 +308,7 @@ def test_the_librarys_exporter_makes_one_program_for_any_number_of_images():
             "input_ids": prompts(rows, length),
             "attention_mask": torch.ones(rows, length, dtype=torch.long),
             "expert_mask": torch.tensor([[True, False], [False, True], [True, True]])[:rows],
-            **pictures(model, rows, seed=rows),
+            **image_inputs_of(model, rows, seed=rows),
         }
 
     program = exporters.DynamoExporter().export(model, inputs(3, 5), exporters.DynamoConfig(dynamic=True))
@@ -315,6 +317,6 @@ def test_the_librarys_exporter_makes_one_program_for_any_number_of_images():
         torch.testing.assert_close(program(**inputs(rows, length)).logits, expected, **TOLERANCE)
 
 
-def test_a_model_that_was_loaded_from_an_export_says_what_is_missing(with_experts):
+def test_loading_an_export_as_a_model_is_a_clear_error(with_experts):
     with pytest.raises(OSError, match="model.safetensors"):
         PrismerForConditionalGeneration.from_pretrained(with_experts[2])

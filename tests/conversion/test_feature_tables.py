@@ -77,13 +77,13 @@ def test_one_safetensors_file_may_hold_all_tables(tmp_path):
     assert same(read_feature_tables(tmp_path / "tables.safetensors", EXPERTS), **tables)
 
 
-def test_in_a_folder_tables_are_known_by_their_names(tmp_path):
+def test_tables_in_a_folder_are_matched_by_name(tmp_path):
     torch.save(DETECTION, tmp_path / "segmentation.pt")  # more classes than in the configuration
     save_file({"background": BACKGROUND}, tmp_path / "background.safetensors")
     assert same(read_feature_tables(tmp_path, EXPERTS), segmentation=DETECTION, background=BACKGROUND)
 
 
-def test_in_a_folder_tables_are_known_by_their_numbers_of_classes(tmp_path):
+def test_tables_in_a_folder_are_matched_by_number_of_classes(tmp_path):
     torch.save(SEGMENTATION, tmp_path / "coco.pt")
     torch.save(DETECTION, tmp_path / "objects.pt")
     torch.save(BACKGROUND, tmp_path / "nothing.pt")
@@ -94,7 +94,7 @@ def test_in_a_folder_tables_are_known_by_their_numbers_of_classes(tmp_path):
     assert same(tables, segmentation=SEGMENTATION, detection=DETECTION, background=BACKGROUND)
 
 
-def test_a_file_with_an_experts_name_goes_before_one_with_its_number_of_classes(tmp_path):
+def test_the_name_of_a_table_outranks_its_number_of_classes(tmp_path):
     torch.save(SEGMENTATION, tmp_path / "segmentation.pt")
     torch.save(SEGMENTATION + 1, tmp_path / "another.pt")
     torch.save(BACKGROUND, tmp_path / "background.pt")
@@ -126,8 +126,8 @@ def test_two_experts_with_the_same_number_of_classes_need_names(tmp_path):
         ({"background": torch.zeros(5)}, "has 5 channels; the config's expert 'segmentation' has 4"),
         ({"detection": torch.zeros(5, 3)}, "the table of 'detection' has 3 channels; .* expert 'detection' has 4"),
         ({"detection": torch.zeros(5, 2, 4)}, r"has the shape \(5, 2, 4\); \(classes, channels\) is needed"),
-        ({"detection": [torch.zeros(4), torch.zeros(3)]}, "is no list of vectors of one length"),
-        ({"detection": ["cat", "dog"]}, "is no list of vectors of one length"),
+        ({"detection": [torch.zeros(4), torch.zeros(3)]}, "is not a list of vectors of the same length"),
+        ({"detection": ["cat", "dog"]}, "is not a list of vectors of the same length"),
         ({"detection": {0: BACKGROUND, 2: BACKGROUND}}, "class numbers, but not of all from 0 to 1"),
         ({"detection": 3}, "is a int; a tensor, a list or a dict of vectors is needed"),
     ],
@@ -157,7 +157,7 @@ def test_a_safetensors_file_of_one_table_has_one_tensor(tmp_path):
 
 def test_a_file_of_all_tables_has_a_background(tmp_path):
     save_file({"segmentation": SEGMENTATION}, tmp_path / "tables.safetensors")
-    with pytest.raises(ValueError, match="is no file of .expert: table"):
+    with pytest.raises(ValueError, match="is not a file of .expert: table"):
         read_feature_tables(tmp_path / "tables.safetensors", EXPERTS)
 
 
@@ -168,7 +168,7 @@ def stems(model):
     return model.model.vision_model.expert_stems
 
 
-def test_tables_get_into_the_model_with_the_background_last(prismer):
+def test_tables_are_set_with_the_background_last(prismer):
     tables = prismer.tables
     model = convert_original_checkpoint(prismer.checkpoint, prismer.config, feature_tables=tables)
     for name in ("segmentation", "detection"):
@@ -177,7 +177,7 @@ def test_tables_get_into_the_model_with_the_background_last(prismer):
     assert model.config.experts == prismer.config.experts
 
 
-def test_a_table_with_another_number_of_classes_changes_the_configuration(prismer):
+def test_a_larger_table_changes_num_classes(prismer):
     tables = prismer.tables | {"segmentation": torch.randn(150, 64)}
     model = convert_original_checkpoint(prismer.checkpoint, prismer.config, feature_tables=tables)
     assert stems(model)["segmentation"].class_features.shape == (151, 64)
@@ -191,7 +191,7 @@ def test_tables_take_the_type_of_the_model(prismer):
     assert stems(model)["detection"].class_features.dtype == torch.bfloat16
 
 
-def test_without_tables_classes_are_dropped_and_a_warning_says_what_to_do(prismer, caplog):
+def test_without_tables_classes_are_dropped_with_a_warning(prismer, caplog):
     with caplog.at_level(logging.WARNING):
         model = convert_original_checkpoint(prismer.checkpoint, prismer.config)
     assert not any("num_classes" in expert for expert in model.config.experts)
@@ -200,7 +200,7 @@ def test_without_tables_classes_are_dropped_and_a_warning_says_what_to_do(prisme
     assert "set_class_features" in caplog.text and "No feature of the background" in caplog.text
 
 
-def test_with_tables_for_some_the_others_are_warned_about(prismer, caplog):
+def test_experts_without_a_table_are_named_in_a_warning(prismer, caplog):
     tables = {name: table for name, table in prismer.tables.items() if name != "detection"}
     with caplog.at_level(logging.WARNING):
         model = convert_original_checkpoint(prismer.checkpoint, prismer.config, feature_tables=tables)
@@ -209,7 +209,7 @@ def test_with_tables_for_some_the_others_are_warned_about(prismer, caplog):
     assert torch.equal(stems(model)["detection"].class_features, tables["background"][None])
 
 
-def test_without_experts_there_is_nothing_to_warn_about(prismerz, caplog):
+def test_a_network_without_experts_needs_no_tables(prismerz, caplog):
     with caplog.at_level(logging.WARNING):
         convert_original_checkpoint(prismerz.checkpoint, prismerz.config)
     assert caplog.text == ""

@@ -106,7 +106,7 @@ def test_a_converted_model_has_the_published_features_and_names(dataset, prismer
 
 
 @pytest.mark.parametrize("name", ["coco_features.pt", "detection_features.pt", "background_features.pt"])
-def test_a_published_table_that_is_cut_off_is_named(dataset, name):
+def test_an_incomplete_published_table_is_named(dataset, name):
     content = (dataset / name).read_bytes()
     (dataset / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=f"{name} (could not be read|was refused)"):
@@ -157,7 +157,7 @@ def test_a_missing_published_table_is_named(dataset, prismer, caplog):
         read_class_tables(dataset, EXPERTS)
 
 
-def test_a_file_that_is_no_table_is_named_in_a_warning(dataset, caplog):
+def test_a_file_that_is_not_a_table_is_named_in_a_warning(dataset, caplog):
     torch.save({"epoch": "three"}, dataset / "log.pt")
     (dataset / "empty.pt").write_bytes(b"")
     assert read_class_tables(dataset, EXPERTS).keys() == {"segmentation", "detection", "background"}
@@ -170,7 +170,7 @@ def test_a_table_with_other_names_than_the_configs_is_refused(dataset):
         read_class_tables(dataset, experts)
 
 
-def test_names_of_classes_are_read_from_every_form_that_has_them(tmp_path):
+def test_class_names_are_read_from_every_form_of_a_table(tmp_path):
     experts = [{"name": "parts", "kind": "label", "channels": 4, "num_classes": 2}]
     names, background = ["head", "tail"], torch.zeros(4)
     save_class_features({"parts": names}, lambda texts: np.eye(4)[: len(texts)], tmp_path / "tables.safetensors")
@@ -203,7 +203,7 @@ def test_reading_the_analysis_imports_nothing(analysis, tmp_path, monkeypatch):
     assert "sklearn" not in sys.modules
 
 
-def test_the_analysis_becomes_what_the_words_expert_reads(analysis, tmp_path):
+def test_the_converted_analysis_works_in_the_text_expert(analysis, tmp_path):
     (tmp_path / "clip_pca.pkl").write_bytes(as_of_0_24(analysis))
     path = convert_clip_pca(tmp_path / "clip_pca.pkl", tmp_path / "new" / "clip_pca.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == {
@@ -213,7 +213,7 @@ def test_the_analysis_becomes_what_the_words_expert_reads(analysis, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_conversion_keeps_the_analysis_beside_the_model(dataset, prismer, tokenizer, tmp_path):
+def test_a_conversion_saves_the_analysis_next_to_the_model(dataset, prismer, tokenizer, tmp_path):
     config = prismer.config
     for expert in config.experts:
         expert.pop("num_classes", None)
@@ -277,7 +277,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_analysis_is_refused_unrun(content, tmp_path, monkeypatch):
+def test_a_hostile_analysis_is_refused_without_running_it(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip_pca.pkl").write_bytes(content)
     with pytest.raises(ValueError, match="clip_pca.pkl was refused, and nothing in it was run"):
@@ -285,7 +285,7 @@ def test_a_hostile_analysis_is_refused_unrun(content, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["clip_pca.pkl"]
 
 
-def test_what_a_refused_analysis_names_is_said(tmp_path):
+def test_the_error_names_the_function_in_a_hostile_analysis(tmp_path):
     (tmp_path / "clip_pca.pkl").write_bytes(pickle.dumps(Call(os.system, "true"), protocol=4))
     with pytest.raises(ValueError, match=f"it names {os.system.__module__}.system"):
         read_clip_pca(tmp_path / "clip_pca.pkl")
@@ -314,7 +314,7 @@ def test_an_object_registered_elsewhere_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"whiten": True}, "it has whiten=True; False is needed"),
-        ({"mean_": None}, "its mean_ is no array"),
+        ({"mean_": None}, "its mean_ is not an array"),
         ({"mean_": np.zeros(5)}, "its mean has 5 numbers, its components have 768"),
         ({"components_": np.zeros(768)}, r"its components_ has the shape \(768,\); 2 dimensions"),
         ({"components_": np.full((64, 768), np.nan)}, "its components_ has numbers that are not finite"),
@@ -323,7 +323,7 @@ def test_an_object_registered_elsewhere_is_refused(tmp_path):
         ({"components_": np.full((64, 768), None)}, "its components_ has the type"),
     ],
 )
-def test_an_analysis_that_is_none_is_refused(changes, message, analysis, tmp_path):
+def test_other_pickled_objects_are_refused(changes, message, analysis, tmp_path):
     (tmp_path / "clip_pca.pkl").write_bytes(with_state(analysis, **changes))
     with pytest.raises(ValueError, match=message):
         read_clip_pca(tmp_path / "clip_pca.pkl")
@@ -337,7 +337,7 @@ def test_arrays_of_every_order_and_precision_are_read(order, dtype, analysis, tm
     np.testing.assert_array_equal(read_clip_pca(tmp_path / "clip_pca.pkl")["components"], components)
 
 
-def test_a_file_far_too_large_is_refused_unread(tmp_path):
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with open(tmp_path / "clip_pca.pkl", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(ValueError, match="1,099,511,627,776 bytes; an analysis has at most"):

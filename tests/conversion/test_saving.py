@@ -26,7 +26,7 @@ def convert(prismer, tokenizer):
 
 
 @pytest.mark.parametrize("model_class", [PrismerForConditionalGeneration, AutoModelForImageTextToText])
-def test_what_is_saved_loads_bit_equal(model_class, convert, tmp_path):
+def test_a_saved_model_loads_bit_equal(model_class, convert, tmp_path):
     model = convert(tmp_path / "out")
     loaded, info = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(loaded) is PrismerForConditionalGeneration
@@ -77,12 +77,12 @@ def test_the_processor_is_saved_for_the_model(convert, prismer, tokenizer, tmp_p
 
 
 @torch.no_grad()
-def test_a_saved_folder_goes_from_picture_to_text(convert, tmp_path):
+def test_a_saved_folder_turns_an_image_into_text(convert, tmp_path):
     convert(tmp_path / "out", task="vqa")
     processor = PrismerProcessor.from_pretrained(tmp_path / "out")
     model = PrismerForConditionalGeneration.from_pretrained(tmp_path / "out")
-    picture = torch.arange(3 * 40 * 50, dtype=torch.uint8).view(3, 40, 50)
-    inputs = processor(images=picture, text="hi", return_tensors="pt")
+    image = torch.arange(3 * 40 * 50, dtype=torch.uint8).view(3, 40, 50)
+    inputs = processor(images=image, text="hi", return_tensors="pt")
     assert 2 <= model.generate(**inputs).shape[1] - inputs["input_ids"].shape[1] <= 10
 
 
@@ -92,7 +92,7 @@ def test_the_tokenizer_may_be_a_folder(convert, tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
 
-def test_a_tokenizer_that_is_not_the_models_is_refused(convert, tokenizer, tmp_path):
+def test_a_tokenizer_with_more_tokens_is_refused(convert, tokenizer, tmp_path):
     tokenizer.add_tokens([f"word{i}" for i in range(40)])
     with pytest.raises(ValueError, match="the tokenizer has 135 tokens; the model's vocabulary has 120"):
         convert(tmp_path / "out", tokenizer=tokenizer)
@@ -104,13 +104,13 @@ def test_a_tokenizer_with_other_special_tokens_is_refused(convert, tokenizer, tm
         convert(tmp_path / "out", tokenizer=tokenizer)
 
 
-def test_a_tokenizer_that_is_asked_for_must_be_there(convert, tmp_path):
+def test_a_missing_tokenizer_is_an_error_if_it_was_named(convert, tmp_path):
     with pytest.raises(OSError):
         convert(tmp_path / "out", tokenizer=tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_tokenizer_the_rest_is_saved_and_a_warning_says_so(convert, tmp_path, caplog):
+def test_without_a_tokenizer_the_rest_is_saved_with_a_warning(convert, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         convert(tmp_path / "out", tokenizer=None)
     assert "No tokenizer is saved" in caplog.text
@@ -119,12 +119,12 @@ def test_without_a_tokenizer_the_rest_is_saved_and_a_warning_says_so(convert, tm
 
 
 @pytest.mark.parametrize("size", ["base", "large"])
-def test_the_tokenizer_of_a_published_size_is_that_of_its_roberta(size, tokenizer, monkeypatch):
+def test_a_published_size_gets_the_tokenizer_of_its_roberta(size, tokenizer, monkeypatch):
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", {f"FacebookAI/roberta-{size}": tokenizer}.get)
     assert _load_tokenizer(None, PrismerConfig.from_variant(f"prismerz_{size}")) is tokenizer
 
 
-def test_a_published_tokenizer_that_cannot_be_had_is_a_warning(monkeypatch, caplog):
+def test_an_unavailable_published_tokenizer_is_a_warning(monkeypatch, caplog):
     def offline(name):
         raise OSError("cannot connect")
 
@@ -147,13 +147,13 @@ def broken_disk(monkeypatch):
     monkeypatch.setattr(PrismerProcessor, "save_pretrained", fail)
 
 
-def test_a_failure_in_writing_leaves_nothing(broken_disk, convert, tmp_path):
+def test_a_failed_write_leaves_no_folder(broken_disk, convert, tmp_path):
     with pytest.raises(OSError, match="no space left"):
         convert(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_in_replacing_leaves_what_was_there(convert, tmp_path, monkeypatch):
+def test_a_failed_replacement_keeps_the_old_folder(convert, tmp_path, monkeypatch):
     convert(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
@@ -167,7 +167,7 @@ def test_a_failure_in_replacing_leaves_what_was_there(convert, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_if_the_new_folder_cannot_be_moved_the_old_one_comes_back(convert, tmp_path, monkeypatch):
+def test_a_failed_move_restores_the_old_folder(convert, tmp_path, monkeypatch):
     convert(tmp_path / "out")
     rename, calls = os.rename, []
 
@@ -184,14 +184,14 @@ def test_if_the_new_folder_cannot_be_moved_the_old_one_comes_back(convert, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_that_is_not_empty_is_refused_before_anything_is_read(prismer, tmp_path):
+def test_a_folder_with_files_is_refused_before_reading(prismer, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty; choose another folder, or pass overwrite=True"):
         convert_original_checkpoint(tmp_path / "nowhere.bin", prismer.config, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_overwriting_replaces_a_prismer_as_a_whole(convert, tmp_path):
+def test_overwriting_replaces_the_whole_folder_of_a_prismer(convert, tmp_path):
     convert(tmp_path / "out", max_shard_size="1MB")
     convert(tmp_path / "out", dtype="float16", overwrite=True)
     assert not list((tmp_path / "out").glob("model-*.safetensors"))
@@ -203,12 +203,12 @@ def test_overwriting_replaces_a_prismer_as_a_whole(convert, tmp_path):
 def test_overwriting_never_deletes_anything_else(content, convert, tmp_path):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(FileExistsError, match="holds something else than a Prismer model; it is not overwritten"):
+    with pytest.raises(FileExistsError, match="has no Prismer model; other folders are not overwritten"):
         convert(tmp_path, overwrite=True)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == content
 
 
-def test_an_empty_folder_and_missing_parents_will_do(convert, tmp_path):
+def test_an_empty_or_missing_folder_is_accepted(convert, tmp_path):
     (tmp_path / "empty").mkdir()
     convert(tmp_path / "empty")
     convert(tmp_path / "a" / "b")
@@ -221,7 +221,7 @@ def test_a_file_in_place_of_the_folder_is_refused(convert, tmp_path):
         convert(tmp_path / "out", overwrite=True)
 
 
-def test_a_missing_checkpoint_is_refused_before_a_tokenizer_is_fetched(tmp_path, monkeypatch):
+def test_the_checkpoint_is_checked_before_the_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr("modeling_prismer.conversion.convert_checkpoint._load_tokenizer", pytest.fail)
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.bin"):
         convert_original_checkpoint(tmp_path / "none.bin", "prismer_base", tmp_path / "out")

@@ -11,19 +11,19 @@ from modeling_prismer.conversion import convert_original_checkpoint, tensor_file
 from modeling_prismer.conversion.tensor_files import find_checkpoint, load_state_dict
 
 
-def test_a_folder_stands_for_the_checkpoint_in_it(prismerz):
+def test_a_folder_is_searched_for_its_checkpoint(prismerz):
     assert find_checkpoint(prismerz.folder) == prismerz.checkpoint
     assert find_checkpoint(str(prismerz.folder)) == prismerz.checkpoint
 
 
 @pytest.mark.parametrize("place", ["missing.bin", "folder/missing.bin", "./folder/a/b", "/folder/a/b", Path("a/b/c")])
-def test_a_path_where_nothing_is_never_asks_the_hub(place, monkeypatch):
+def test_a_missing_path_never_asks_the_hub(place, monkeypatch):
     monkeypatch.setattr(tensor_files, "hf_hub_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*; a file, a folder with a pytorch_model.bin"):
         find_checkpoint(place)
 
 
-def test_a_folder_without_a_checkpoint_is_said_to_be_that(tmp_path):
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*pytorch_model.bin"):
         find_checkpoint(tmp_path)
 
@@ -37,7 +37,7 @@ def test_a_folder_without_a_checkpoint_is_said_to_be_that(tmp_path):
         ("owner/prismer/vqa/base.safetensors", "owner/prismer", "vqa/base.safetensors"),
     ],
 )
-def test_a_place_on_the_hub_is_downloaded(place, repository, filename, monkeypatch):
+def test_a_path_on_the_hub_is_downloaded(place, repository, filename, monkeypatch):
     asked = []
 
     def download(*args, **kwargs):
@@ -49,16 +49,16 @@ def test_a_place_on_the_hub_is_downloaded(place, repository, filename, monkeypat
     assert asked == [(repository, filename, {"revision": "v1"})]
 
 
-def test_offline_a_place_on_the_hub_is_a_clear_error():
+def test_a_path_on_the_hub_is_a_clear_error_offline():
     with pytest.raises(FileNotFoundError) as error:
         convert_original_checkpoint("owner/prismer/vqa_base", "prismer_base")
-    assert "owner/prismer/vqa_base is no file or folder here" in str(error.value)
+    assert "owner/prismer/vqa_base is not a local file or folder" in str(error.value)
     assert "vqa_base/pytorch_model.bin of owner/prismer" in str(error.value)
     assert "the Hub cannot be reached (or HF_HUB_OFFLINE is set)" in str(error.value)
 
 
-def test_no_place_on_the_hub_is_a_clear_error_too():
-    with pytest.raises(FileNotFoundError, match="of own er/pris:mer on the Hub could not be had: Repo id"):
+def test_an_invalid_path_on_the_hub_is_a_clear_error():
+    with pytest.raises(FileNotFoundError, match="of own er/pris:mer is not available from the Hub: Repo id"):
         find_checkpoint("own er/pris:mer")
 
 
@@ -73,7 +73,7 @@ class TouchFile:
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_unread(is_zip, prismerz, save_checkpoint, tmp_path):
+def test_a_pickle_with_code_is_refused_without_running_it(is_zip, prismerz, save_checkpoint, tmp_path):
     state = prismerz.state | {"extra": TouchFile(tmp_path / "ran")}
     path = save_checkpoint(state, _use_new_zipfile_serialization=is_zip)
     with pytest.raises(ValueError, match="was refused") as error:
@@ -82,23 +82,23 @@ def test_a_pickle_that_would_run_code_is_refused_unread(is_zip, prismerz, save_c
     assert "weights_only" not in str(error.value)  # torch's advice to switch the protection off
 
 
-def test_a_bare_pickle_is_refused_unread(tmp_path):
+def test_a_bare_pickle_is_refused_without_running_it(tmp_path):
     (tmp_path / "model.bin").write_bytes(pickle.dumps(TouchFile(tmp_path / "ran"), protocol=2))
     with pytest.raises(ValueError, match="was refused"):
         load_state_dict(tmp_path / "model.bin")
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pointer_of_git_lfs_is_refused(tmp_path):
+def test_a_git_lfs_pointer_is_refused(tmp_path):
     (tmp_path / "model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="model.bin was refused: it is damaged, no file of torch.save"):
+    with pytest.raises(ValueError, match="model.bin was refused: it is damaged, not a file of torch.save"):
         load_state_dict(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("size", [0, 100, 8000])
 @pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
 @pytest.mark.parametrize("mmap", [True, False])
-def test_a_file_that_is_cut_off_is_refused(name, mmap, size, tmp_path):
+def test_an_incomplete_file_is_refused(name, mmap, size, tmp_path):
     path = tmp_path / name
     (save_file if path.suffix == ".safetensors" else torch.save)({"a": torch.zeros(5000)}, path)
     path.write_bytes(path.read_bytes()[:size])
@@ -106,7 +106,7 @@ def test_a_file_that_is_cut_off_is_refused(name, mmap, size, tmp_path):
         load_state_dict(path, mmap=mmap)
 
 
-def test_a_file_that_may_not_be_read_says_so(save_checkpoint, monkeypatch):
+def test_a_file_without_permission_is_a_clear_error(save_checkpoint, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -118,12 +118,12 @@ def test_a_file_that_may_not_be_read_says_so(save_checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"a": torch.zeros(1)}, "epoch": 3}, "no plain state dict.*: 'model', 'epoch' are no tensor"),
+        ({"model": {"a": torch.zeros(1)}, "epoch": 3}, "not a plain state dict.*: 'model', 'epoch' are not tensors"),
         ([torch.zeros(1)], "holds list; a state dict"),
         ({}, "holds dict; a state dict"),
     ],
 )
-def test_what_is_no_state_dict_is_refused(content, message, save_checkpoint):
+def test_a_file_without_a_state_dict_is_refused(content, message, save_checkpoint):
     with pytest.raises(ValueError, match=message):
         load_state_dict(save_checkpoint(content))
 
@@ -146,7 +146,7 @@ def test_other_forms_of_a_checkpoint_are_read(form, prismerz, save_checkpoint, t
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_model_does_not_hang_on_the_file(prismerz, save_checkpoint):
+def test_the_model_does_not_depend_on_the_file(prismerz, save_checkpoint):
     path = save_checkpoint(prismerz.state)
     model = convert_original_checkpoint(path, prismerz.config, dtype="float16")
     path.write_bytes(bytes(path.stat().st_size))

@@ -1,4 +1,4 @@
-"""The image processor prepares a picture and its expert maps together, exactly as the published checkpoints expect."""
+"""The image processor prepares an image and its expert maps as the published checkpoints expect."""
 
 import tracemalloc
 from pathlib import Path
@@ -56,7 +56,7 @@ def labels():
 
 @pytest.mark.parametrize("name", ["enlarged", "shrunk"])
 @pytest.mark.parametrize("side", [96, 224])
-def test_the_picture_is_the_recorded_one(name, side):
+def test_pixel_values_equal_the_recording(name, side):
     raw, expected = golden(name)
     pixel_values = PrismerImageProcessor(size=side)(raw["image"])["pixel_values"]
     assert pixel_values.dtype == torch.float32
@@ -65,7 +65,7 @@ def test_the_picture_is_the_recorded_one(name, side):
 
 @pytest.mark.parametrize("name", ["enlarged", "shrunk"])
 @pytest.mark.parametrize("image_processor_class", BOTH)
-def test_the_expert_maps_are_the_recorded_ones(name, image_processor_class, experts):
+def test_expert_maps_equal_the_recording(name, image_processor_class, experts):
     raw, expected = golden(name)
     image_processor = image_processor_class(experts=experts, max_instances=255, max_words=255)
     inputs = image_processor(raw["image"], golden_labels(raw))
@@ -76,7 +76,7 @@ def test_the_expert_maps_are_the_recorded_ones(name, image_processor_class, expe
 
 
 @pytest.mark.parametrize("name", ["enlarged", "shrunk"])
-def test_torchvision_differs_from_pillow_no_more_than_in_transformers(name):
+def test_torchvision_differs_from_pillow_as_in_transformers(name):
     raw, expected = golden(name)
     size = {"size": {"height": 96, "width": 96}, "crop_size": {"height": 96, "width": 96}}
     theirs = CLIPImageProcessor(**size)(raw["image"], return_tensors="pt")["pixel_values"]
@@ -109,7 +109,7 @@ def test_every_tensor_has_its_shape_and_type(image_processor_class, experts, lab
     assert list(inputs) == image_processor.model_input_names
 
 
-def test_a_missing_expert_is_masked_and_its_tensors_are_padding(image_processor, labels, image):
+def test_a_missing_expert_is_masked_and_padded(image_processor, labels, image):
     del labels["depth"]
     labels["segmentation"] = labels["detection"] = labels["ocr"] = None
     inputs = image_processor(image, labels)
@@ -128,14 +128,14 @@ def test_without_experts_there_are_only_pixels(image):
     assert list(PrismerImageProcessor()(image)) == ["pixel_values"]
 
 
-def test_classes_and_features_stand_in_the_first_rows(image_processor, labels, image):
+def test_classes_and_features_fill_the_first_rows(image_processor, labels, image):
     inputs = image_processor(image, labels)
     assert inputs["detection_classes"][0, :4].tolist() == [5, 700, 0, 0]
     assert torch.equal(inputs["ocr_features"][0, :2], torch.arange(16.0).reshape(2, 8))
     assert (inputs["ocr_features"][0, 2:] == 0).all()
 
 
-def test_no_text_in_the_image_is_not_the_same_as_no_expert(image_processor, image):
+def test_an_image_without_text_is_not_a_missing_expert(image_processor, image):
     nothing = {"ids": np.full((6, 8), 255, np.uint8), "words": [], "features": np.zeros((0, 8), np.float32)}
     inputs = image_processor(image, {"ocr": nothing})
     assert inputs["expert_mask"][0, 5] and (inputs["ocr_ids"] == 255).all()
@@ -209,12 +209,12 @@ def test_a_constant_dense_map_gives_no_nan(image_processor, image):
         Image.fromarray,
     ],
 )
-def test_a_map_may_be_an_array_a_tensor_or_a_picture(image_processor, labels, image, convert):
+def test_a_map_may_be_an_array_a_tensor_or_an_image(image_processor, labels, image, convert):
     expected = image_processor(image, {"normal": labels["normal"]})["normal_values"]
     assert torch.equal(image_processor(image, {"normal": convert(labels["normal"])})["normal_values"], expected)
 
 
-def test_class_ids_may_come_bare_or_with_a_palette(image_processor, labels, image):
+def test_class_ids_may_be_bare_or_have_a_palette(image_processor, labels, image):
     ids = labels["segmentation"]["ids"]
     palette_image = Image.fromarray(ids)
     palette_image.putpalette(list(range(255, 0, -1)))
@@ -232,7 +232,7 @@ def test_a_custom_expert_of_two_channels_is_prepared(image):
 
 
 @pytest.mark.parametrize("expert, setting", [("detection", "max_instances"), ("ocr", "max_words")])
-def test_too_many_become_background_with_one_warning(image_processor, image, expert, setting, warnings_once):
+def test_surplus_items_become_background_with_one_warning(image_processor, image, expert, setting, warnings_once):
     ids = np.arange(16, dtype=np.uint8).repeat(16).reshape(16, 16)
     features = np.arange(16, dtype=np.float32)[:, None].repeat(8, axis=1)
     label = {"ids": ids, "classes": list(range(16)), "features": features}
@@ -296,7 +296,7 @@ def zeros(*shape, dtype=np.uint8):
         ([{}, {}], "expert_labels has 2 entries for 1 images; one for each image is needed"),
     ],
 )
-def test_a_wrong_label_is_named_with_what_is_accepted(image_processor, image, labels, message):
+def test_a_wrong_label_is_named_with_the_accepted_form(image_processor, image, labels, message):
     with pytest.raises(ValueError, match=message):
         image_processor(image, labels)
 
@@ -340,7 +340,7 @@ def test_ids_mean_the_same_in_every_integer_type(image, expert, ids, dtype, conv
         ),
     ],
 )
-def test_ids_that_stand_for_nothing_are_background(image_processor, image, label, message, warnings_once):
+def test_ids_without_a_meaning_are_background(image_processor, image, label, message, warnings_once):
     for _ in range(2):
         inputs = image_processor(image, label)
     assert (inputs[f"{next(iter(label))}_ids"] == 255).all()
@@ -375,13 +375,9 @@ def test_labels_of_a_wrong_type_are_refused(image_processor, image):
 
 
 def test_a_wrong_description_of_an_expert_is_refused(experts):
-    with pytest.raises(
-        ValueError, match="experts has .*'map'.*; needed are .* the 'kind' 'dense' or 'label'"
-    ):
+    with pytest.raises(ValueError, match="experts has .*'map'.*; needed are .* the 'kind' 'dense' or 'label'"):
         PrismerImageProcessor(experts=[{"name": "depth", "kind": "map", "channels": 1}])
-    with pytest.raises(
-        ValueError, match=r"experts is \['depth'\]; a list of descriptions is needed"
-    ):
+    with pytest.raises(ValueError, match=r"experts is \['depth'\]; a list of descriptions is needed"):
         PrismerImageProcessor(experts=["depth"])
     with pytest.raises(ValueError, match="'depth' is described twice"):
         PrismerImageProcessor(experts=[experts[0], experts[0]])
@@ -417,9 +413,9 @@ def test_without_resizing_the_images_keep_their_one_size(image_processor_class, 
 @pytest.mark.parametrize("image_processor_class", BOTH)
 def test_rescaling_and_normalising_can_be_switched_off(image_processor_class, image):
     image_processor = image_processor_class(do_resize=False, do_normalize=False)
-    picture = torch.from_numpy(image).permute(2, 0, 1).float()
-    assert torch.allclose(image_processor(image)["pixel_values"][0], picture / 255)
-    assert torch.equal(image_processor(image, do_rescale=False)["pixel_values"][0], picture)
+    pixels = torch.from_numpy(image).permute(2, 0, 1).float()
+    assert torch.allclose(image_processor(image)["pixel_values"][0], pixels / 255)
+    assert torch.equal(image_processor(image, do_rescale=False)["pixel_values"][0], pixels)
 
 
 def test_the_pixel_limit_is_a_setting(image, tmp_path):
@@ -429,7 +425,7 @@ def test_the_pixel_limit_is_a_setting(image, tmp_path):
 
 
 @pytest.mark.parametrize("image_processor_class", BOTH)
-def test_what_was_saved_is_loaded(image_processor_class, experts, labels, image, tmp_path):
+def test_a_saved_image_processor_is_loaded(image_processor_class, experts, labels, image, tmp_path):
     saved = image_processor_class(experts=experts, size=32, expert_size=16, max_words=7, do_normalize=False)
     saved.save_pretrained(tmp_path)
     loaded = image_processor_class.from_pretrained(tmp_path)
@@ -438,7 +434,7 @@ def test_what_was_saved_is_loaded(image_processor_class, experts, labels, image,
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_the_auto_class_loads_the_one_that_matches_pillow(image_processor, tmp_path):
+def test_the_auto_class_loads_the_pillow_backend(image_processor, tmp_path):
     image_processor.save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(loaded) is PrismerImageProcessor and loaded.to_dict() == image_processor.to_dict()

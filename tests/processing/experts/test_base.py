@@ -33,7 +33,7 @@ class Warmth(Expert):
 
 
 class Fussy(Expert):
-    """Refuses pictures with a red first pixel, and batches of more than `most` pictures."""
+    """Refuses images with a red first pixel, and batches of more than `most` images."""
 
     type = "test_fussy"
     name, kind, channels = "fussy", "dense", 1
@@ -49,14 +49,14 @@ class Fussy(Expert):
         return [np.zeros((image.height, image.width), np.uint8) for image in images]
 
 
-def pictures(number, size=(6, 4)):
+def blank_images(number, size=(6, 4)):
     return [Image.new("RGB", size, (10 * index, 0, 0)) for index in range(number)]
 
 
-def test_an_expert_of_ones_own_runs_in_batches_and_gives_a_map_for_each_image():
+def test_a_custom_expert_runs_in_batches():
     expert = Warmth(gain=2.0)
     expert.batch_size = 2
-    maps = expert(pictures(5))
+    maps = expert(blank_images(5))
     assert [m[0, 0] for m in maps] == [0, 20, 40, 60, 80]
     assert all(m.shape == (4, 6) and m.dtype == np.uint8 for m in maps)
     assert expert.description == {"name": "warmth", "kind": "dense", "channels": 1}
@@ -75,25 +75,25 @@ def test_batches_are_no_larger_than_batch_size():
             sizes.append(len(images))
             return [np.zeros((4, 6), np.uint8) for _ in images]
 
-    assert len(Counting()(pictures(7))) == 7
+    assert len(Counting()(blank_images(7))) == 7
     assert sizes == [3, 3, 1]
 
 
 def test_weights_load_once_on_first_use_and_are_frozen():
     expert = Warmth()
     assert expert.model is None
-    expert(pictures(1))
-    expert(pictures(1))
+    expert(blank_images(1))
+    expert(blank_images(1))
     assert expert.loads == 1
     assert not expert.model.training
     assert not any(parameter.requires_grad for parameter in expert.model.parameters())
     expert.unload()
     assert expert.model is None
-    expert(pictures(1))
+    expert(blank_images(1))
     assert expert.loads == 2
 
 
-def test_experts_run_in_inference_mode_even_where_gradients_are_on():
+def test_experts_run_in_inference_mode():
     modes = []
 
     class Watching(Expert):
@@ -104,12 +104,12 @@ def test_experts_run_in_inference_mode_even_where_gradients_are_on():
             return [None]
 
     with torch.enable_grad():
-        assert Watching()(pictures(1)) == [None]
+        assert Watching()(blank_images(1)) == [None]
     assert modes == [True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
-def test_an_expert_moves_now_and_when_it_is_loaded(dtype):
+def test_an_expert_can_be_moved_before_it_is_loaded(dtype):
     before, after = Warmth().to(dtype=dtype), Warmth()
     before.load()
     after.load()
@@ -141,12 +141,12 @@ def test_ids_of_an_expert_may_have_any_integer_type(dtype):
         def run(self, images):
             return [ids.to(dtype), {"ids": ids.to(dtype).numpy()}]
 
-    bare, mapping = Classes()(pictures(2, size=(3, 1)))
+    bare, mapping = Classes()(blank_images(2, size=(3, 1)))
     for found in (bare, mapping["ids"]):
         assert found.dtype == np.uint8 and found.tolist() == [[0, 1, 255]]
 
 
-def test_ids_of_an_expert_are_integers():
+def test_ids_of_another_type_are_refused():
     class Scores(Expert):
         name, kind, channels, num_classes = "scores", "label", 8, 2
 
@@ -154,11 +154,11 @@ def test_ids_of_an_expert_are_integers():
             return [np.zeros((1, 3), np.float32)]
 
     with pytest.raises(ExpertError, match="a label has float32 ids; integers are accepted"):
-        Scores()(pictures(1, size=(3, 1)))
+        Scores()(blank_images(1, size=(3, 1)))
 
 
 def test_a_failure_names_the_expert_and_the_image():
-    images = pictures(5)
+    images = blank_images(5)
     images[3] = Image.new("RGB", (6, 4), "red")
     expert = Fussy()
     expert.batch_size = 2
@@ -169,9 +169,9 @@ def test_a_failure_names_the_expert_and_the_image():
     assert pickle.loads(pickle.dumps(info.value)).image_index == 3
 
 
-def test_a_failure_of_a_batch_alone_names_the_batch():
+def test_a_failure_of_only_the_batch_names_the_batch():
     with pytest.raises(ExpertError, match="images 0 to 2 together, though on none of them alone: MemoryError") as info:
-        Fussy(most=1)(pictures(3))
+        Fussy(most=1)(blank_images(3))
     assert info.value.image_index is None
 
 
@@ -192,10 +192,10 @@ def test_a_label_that_does_not_fit_the_description_is_refused(label, message):
             return [label]
 
     with pytest.raises(ExpertError, match=message):
-        Wrong()(pictures(1))
+        Wrong()(blank_images(1))
 
 
-def test_as_many_labels_as_images_are_needed():
+def test_another_number_of_labels_than_images_is_refused():
     class Short(Expert):
         name, kind, channels = "short", "label", 64
 
@@ -203,10 +203,10 @@ def test_as_many_labels_as_images_are_needed():
             return []
 
     with pytest.raises(ExpertError, match="run returned 0 labels for 1 images"):
-        Short()(pictures(1))
+        Short()(blank_images(1))
 
 
-def test_descriptions_say_what_the_config_needs():
+def test_descriptions_have_the_fields_of_the_config():
     class Objects(Expert):
         name, kind, channels, num_classes, instances = "detection", "label", 64, 80, True
 
@@ -246,7 +246,7 @@ def test_unknown_types_and_settings_are_refused_by_name():
         expert_from_dict({"type": "test_warmth", "gian": 2})
 
 
-def test_two_classes_cannot_have_one_type():
+def test_two_classes_cannot_share_a_type():
     with pytest.raises(ValueError, match="the type 'canny' of .*Other is already that of CannyEdges"):
 
         class Other(Expert):
@@ -255,7 +255,7 @@ def test_two_classes_cannot_have_one_type():
     assert isinstance(expert_from_dict({"type": "canny"}), CannyEdges)
 
 
-def test_a_class_that_cannot_be_described_says_why():
+def test_a_class_that_cannot_be_saved_is_a_clear_error():
     class Nameless(Expert):
         name, kind, channels = "nameless", "dense", 1
 

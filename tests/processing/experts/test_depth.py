@@ -62,7 +62,7 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one(expert):
     assert not np.array_equal(together[0], together[2])
 
 
-def test_images_that_are_prepared_to_one_shape_run_together(folder):
+def test_images_of_the_same_prepared_shape_run_together(folder):
     expert = DepthEstimator(folder)
     expert.load()
     sizes = []
@@ -74,11 +74,11 @@ def test_images_that_are_prepared_to_one_shape_run_together(folder):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 400), (20000, 20)])
-def test_pictures_of_any_size_have_a_map(expert, size):
+def test_images_of_any_size_have_a_map(expert, size):
     assert expert([photograph(size)])[0].shape == (size[1], size[0])
 
 
-def test_a_model_that_gives_distances_has_its_map_turned_over(folder, expert, tmp_path):
+def test_the_map_of_a_model_with_distances_is_inverted(folder, expert, tmp_path):
     image = photograph((112, 112))
     far = DepthEstimator(folder, metric=True)([image])[0]
     near = expert([image])[0]
@@ -89,7 +89,7 @@ def test_a_model_that_gives_distances_has_its_map_turned_over(folder, expert, tm
     assert not expert._is_metric()
 
 
-def test_it_is_frozen_and_runs_in_half_precision_on_cuda_only(folder):
+def test_it_is_frozen_and_in_half_precision_only_on_cuda(folder):
     expert = DepthEstimator(folder)
     assert expert.running_dtype == torch.float32
     assert expert.to("cuda").running_dtype == torch.float16
@@ -101,7 +101,7 @@ def test_it_is_frozen_and_runs_in_half_precision_on_cuda_only(folder):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_changes_little_and_can_be_left(folder, expert, dtype):
+def test_half_precision_changes_little_and_can_be_undone(folder, expert, dtype):
     image = photograph((112, 112))
     half = DepthEstimator(folder).to(dtype=dtype)
     difference = np.abs(half([image])[0].astype(int) - expert([image])[0])

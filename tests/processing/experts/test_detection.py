@@ -27,7 +27,7 @@ def test_no_boxes_give_background():
     assert len(rows) == 0
 
 
-def test_instances_are_numbered_by_falling_score():
+def test_instances_are_numbered_from_the_highest_score():
     ids, rows = paint([(0, 0, 4, 4), (10, 2, 15, 8)], [0.6, 0.9])
     assert rows.tolist() == [1, 0]
     assert (ids[2:8, 10:15] == 0).all()
@@ -35,7 +35,7 @@ def test_instances_are_numbered_by_falling_score():
     assert (ids == 255).sum() == 200 - 30 - 16
 
 
-def test_a_box_that_nearly_equals_a_surer_one_is_dropped():
+def test_a_box_like_one_with_a_higher_score_is_dropped():
     boxes = [(0, 0, 100, 100), (0, 0, 100, 96), (0, 0, 100, 94)]  # IoU 0.96 and 0.94 with the first
     _, rows = paint(boxes, [0.9, 0.8, 0.7], size=(100, 100))
     assert rows.tolist() == [0, 2]
@@ -48,7 +48,7 @@ def test_a_box_that_nearly_equals_a_surer_one_is_dropped():
 
 @pytest.mark.parametrize("scores", [[0.9, 0.6], [0.6, 0.9]])
 @pytest.mark.parametrize("depth", [None, ramp(), ramp()[:, ::-1]])
-def test_a_box_inside_another_is_in_front_whatever_their_depths(scores, depth):
+def test_a_box_inside_another_is_in_front_at_any_depth(scores, depth):
     ids, rows = paint([(0, 0, 20, 10), (12, 3, 16, 6)], scores, depth=depth)
     inner = rows.tolist().index(1)
     assert (ids[3:6, 12:16] == inner).all()
@@ -56,21 +56,21 @@ def test_a_box_inside_another_is_in_front_whatever_their_depths(scores, depth):
 
 
 @pytest.mark.parametrize("scores", [[0.9, 0.6], [0.6, 0.9]])
-def test_of_two_overlapping_boxes_the_nearer_is_in_front(scores):
+def test_the_nearer_of_two_overlapping_boxes_is_in_front(scores):
     boxes = [(0, 0, 12, 10), (8, 0, 20, 5)]
     for depth, front in [(ramp(), 1), (ramp()[:, ::-1], 0)]:
         ids, rows = paint(boxes, scores, depth=depth)
         assert (ids[0:5, 8:12] == rows.tolist().index(front)).all()
 
 
-def test_without_a_depth_map_the_smaller_box_is_in_front():
+def test_the_smaller_box_is_in_front_without_a_depth_map():
     ids, _ = paint([(8, 0, 20, 5), (0, 0, 12, 10)])
     assert (ids[0:5, 8:12] == 0).all()
     ids, _ = paint([(0, 0, 12, 10), (8, 0, 20, 5)])
     assert (ids[0:5, 8:12] == 1).all()
 
 
-def test_nested_boxes_keep_their_order_beside_a_third_one():
+def test_nested_boxes_keep_their_order_with_a_third_box():
     outer, inner, third = (0, 0, 12, 10), (8, 2, 11, 6), (9, 0, 20, 10)
     ids, rows = paint([outer, inner, third], depth=ramp()[:, ::-1])  # the outer is the nearest
     assert ids[4, 9] == 1  # inside: in front of the outer, which is in front of the third
@@ -78,7 +78,7 @@ def test_nested_boxes_keep_their_order_beside_a_third_one():
     assert ids[8, 15] == 2
 
 
-def test_nothing_lies_in_front_of_what_it_contains():
+def test_no_box_is_in_front_of_a_box_inside_it():
     generator = np.random.default_rng(0)
     corners = generator.integers(0, 60, (60, 2, 2))
     boxes = np.concatenate([corners.min(1), corners.max(1) + 3], axis=1)
@@ -96,7 +96,7 @@ def test_nothing_lies_in_front_of_what_it_contains():
                 )
 
 
-def test_the_surest_254_are_kept():
+def test_the_254_highest_scores_are_kept():
     boxes = [(column, row, column + 1, row + 1) for row in range(20) for column in range(20)]
     ids, rows = paint(boxes, np.linspace(0.5, 1, 400), size=(20, 20))
     assert len(rows) == 254
@@ -105,7 +105,7 @@ def test_the_surest_254_are_kept():
     assert len(paint(boxes, size=(20, 20), max_instances=3)[1]) == 3
 
 
-def test_boxes_are_cut_at_the_border_and_have_at_least_a_pixel():
+def test_boxes_are_clipped_and_have_at_least_one_pixel():
     ids, rows = paint([(-5, -5, 3, 2), (30, 2, 40, 5), (7.4, 3.4, 7.5, 3.6), (19.8, 9.9, 20, 10), (5, 5, 5, 8)])
     assert rows.tolist() == [0, 2, 3]  # one lies outside, one has no width
     assert (ids[:2, :3] == 0).all()
@@ -124,7 +124,7 @@ def expert(request, tmp_path_factory):
     return ObjectDetector(save(request.param, tmp_path_factory.mktemp("detection")), min_score=0.3)
 
 
-def test_a_label_holds_instances_and_their_classes(expert):
+def test_a_label_has_instances_and_their_classes(expert):
     image = photograph()
     (label,) = expert([image])
     number = len(label["classes"])
@@ -140,7 +140,7 @@ def test_a_label_holds_instances_and_their_classes(expert):
     assert label["classes"] == result["labels"].numpy()[rows].tolist()
 
 
-def test_the_description_and_the_names_are_the_models(expert):
+def test_description_and_class_names_come_from_the_model(expert):
     number = 7 if "d_fine" in expert.model_config.model_type else 6
     assert expert.description == {
         "name": "detection",
@@ -152,14 +152,14 @@ def test_the_description_and_the_names_are_the_models(expert):
     assert expert.class_names[-1] == f"thing {number - 1}"
 
 
-def test_numbers_that_a_model_does_not_use_are_no_classes_of_their_own(expert):
+def test_unused_class_numbers_have_a_placeholder_name(expert):
     other = ObjectDetector(expert.model_id)
     other.model_config.id2label = {1: "person", 3: "car"}
     assert other.class_names == ["N/A", "person", "N/A", "car"]
     assert other.num_classes == 4
 
 
-def test_min_score_leaves_out_and_keeps_its_own_value(expert):
+def test_min_score_is_inclusive(expert):
     image = photograph()
     ((_, outputs),) = expert.outputs([image])
     (result,) = expert._image_processor.post_process_object_detection(outputs, 0.0, [(64, 96)])
@@ -183,7 +183,7 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one(expert):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 400), (20000, 20)])
-def test_pictures_of_any_size_have_a_map(expert, size):
+def test_images_of_any_size_have_a_map(expert, size):
     assert expert([photograph(size)])[0]["ids"].shape == (size[1], size[0])
 
 
@@ -193,7 +193,7 @@ def test_it_runs_in_half_precision(expert, dtype):
     assert len(label["classes"]) > 0
 
 
-def test_a_suite_hands_it_the_depth(expert, tmp_path):
+def test_a_suite_passes_the_depth_labels(expert, tmp_path):
     image = photograph()
     depth = DepthEstimator(save(depth_anything, tmp_path))
     (label,) = ExpertSuite([expert, depth])([image])

@@ -30,7 +30,7 @@ def test_canny_draws_the_outline_of_a_square_dark_on_white(square):
     assert (edges[8:13, 23:41] == 0).any(axis=0).all()
 
 
-def test_canny_sees_nothing_in_an_even_picture():
+def test_canny_finds_nothing_in_a_uniform_image():
     (edges,) = CannyEdges()([Image.new("RGB", (40, 30), (90, 10, 200))])
     assert (edges == 255).all()
 
@@ -43,7 +43,7 @@ def test_canny_on_a_batch_of_mixed_sizes_equals_one_by_one(square):
     assert not np.array_equal(together[0], together[1])
 
 
-def test_canny_finds_the_edges_of_a_large_picture_at_its_own_size(square):
+def test_canny_returns_a_large_image_at_its_own_size(square):
     (edges,) = CannyEdges()([square.resize((1600, 1200), Image.Resampling.NEAREST)])
     assert edges.shape == (1200, 1600)
     rows, columns = np.nonzero(edges < 128)
@@ -53,7 +53,7 @@ def test_canny_finds_the_edges_of_a_large_picture_at_its_own_size(square):
     assert (reduced[60:170, 65:75] < 255).any(axis=1).all()
 
 
-def test_canny_without_a_limit_works_at_the_pictures_own_size(square):
+def test_canny_without_a_limit_uses_the_full_size(square):
     large = square.resize((640, 480), Image.Resampling.NEAREST)
     (edges,) = CannyEdges(max_pixels=None)([large])
     assert set(np.unique(edges)) == {0, 255}
@@ -61,13 +61,13 @@ def test_canny_without_a_limit_works_at_the_pictures_own_size(square):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 1), (1, 300), (20000, 20)])
-def test_canny_takes_pictures_of_any_size(size):
+def test_canny_takes_images_of_any_size(size):
     (edges,) = CannyEdges()([Image.new("RGB", size)])
     assert edges.shape == (size[1], size[0])
     assert (edges == 255).all()
 
 
-def test_thresholds_of_canny_decide_which_edges_count(square):
+def test_thresholds_of_canny_select_the_edges(square):
     faint = square.point(lambda value: value // 8)
     assert (CannyEdges()([faint])[0] == 0).any()
     assert (CannyEdges(0.3, 0.6)([faint])[0] == 255).all()
@@ -77,7 +77,7 @@ def test_thresholds_of_canny_decide_which_edges_count(square):
     "settings",
     [{"low_threshold": 0.3}, {"low_threshold": 0}, {"kernel_size": 4}, {"max_pixels": 0}],
 )
-def test_settings_of_canny_that_make_no_sense_are_refused(settings):
+def test_invalid_settings_of_canny_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         CannyEdges(**settings)
 
@@ -122,7 +122,7 @@ def test_dexined_follows_the_published_settings(dexined, dexined_weights, square
     assert edges.std() > 1
 
 
-def test_dexined_runs_in_half_precision_on_cuda_and_it_changes_little(dexined, square):
+def test_dexined_in_half_precision_changes_little(dexined, square):
     half = DexiNedEdges(checkpoint=dexined.checkpoint).to("cuda")
     assert half.running_dtype == torch.float16
     half.to("cpu", "float16")
@@ -131,7 +131,7 @@ def test_dexined_runs_in_half_precision_on_cuda_and_it_changes_little(dexined, s
     assert half.model.block_1.conv1.weight.dtype == torch.float16
 
 
-def test_dexined_says_so_where_numbers_overflow(dexined, square, monkeypatch):
+def test_dexined_raises_if_numbers_overflow(dexined, square, monkeypatch):
     monkeypatch.setattr(dexined, "mean", (1e39, 0, 0))
     with pytest.raises(ExpertError, match=r"edges are not numbers in torch.float32; use to\(dtype='float32'\)"):
         dexined([square])
@@ -144,7 +144,7 @@ def test_dexined_is_frozen_and_states_its_size(dexined, dexined_weights):
     assert dexined.size_in_bytes == sum(tensor.nbytes for tensor in dexined_weights.values())
 
 
-def test_dexined_saves_its_own_weights_as_safetensors(dexined, dexined_weights, tmp_path):
+def test_dexined_saves_its_weights_as_safetensors(dexined, dexined_weights, tmp_path):
     ExpertSuite([dexined]).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "experts" / "edge" / "dexined.safetensors")
     assert saved.keys() == dexined_weights.keys()
@@ -163,14 +163,14 @@ def test_dexined_with_random_weights_needs_no_file():
     assert sum(parameter.numel() for parameter in expert.model.parameters()) == 35_215_245
 
 
-def test_dexined_says_offline_that_its_weights_are_not_there(monkeypatch, tmp_path):
+def test_dexined_without_weights_is_a_clear_error_offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match=r"not in the Hub's cache and HF_HUB_OFFLINE is set.*checkpoint=.*CannyEdges"):
         DexiNedEdges().load()
 
 
-def test_dexined_refuses_files_that_hold_something_else(tmp_path):
+def test_dexined_refuses_other_files(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors does not hold the weights of DexiNed"):
         DexiNedEdges(checkpoint=tmp_path / "other.safetensors").load()

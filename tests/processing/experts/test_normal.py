@@ -25,7 +25,7 @@ def vectors(normals):
     return normals.astype(np.float32) / 127.5 - 1
 
 
-def test_a_pixel_holds_a_vector_that_is_no_longer_than_one(expert):
+def test_normals_are_at_most_of_length_one(expert):
     (normals,) = expert([photograph((56, 56))])
     assert normals.shape == (56, 56, 3)
     assert normals.dtype == np.uint8
@@ -43,7 +43,7 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one(expert):
         assert np.abs(normals.astype(int) - expert([image])[0]).max() <= 1
 
 
-def test_only_one_image_at_a_time_has_normals_of_its_own_size(expert):
+def test_normals_are_resized_one_image_at_a_time(expert):
     def peak(number):
         with HeldBytes() as held:
             expert([photograph((700, 500))] * number)
@@ -53,7 +53,7 @@ def test_only_one_image_at_a_time_has_normals_of_its_own_size(expert):
     assert peak(4) - peak(3) < 1.5e6
 
 
-def test_padding_of_the_image_processor_is_cut_off(tmp_path):
+def test_padding_of_the_image_processor_is_removed(tmp_path):
     expert = NormalEstimator(save(sapiens2, tmp_path))
     image = photograph((96, 32))  # padded above and below to 4:3, upright
     (normals,) = expert([image])
@@ -67,7 +67,7 @@ def test_padding_of_the_image_processor_is_cut_off(tmp_path):
     assert np.abs(vectors(normals) - padded[0]["normals"].permute(1, 2, 0).detach().numpy()).max() > 0.1
 
 
-def test_signs_turn_axes_round(expert):
+def test_signs_reverse_axes(expert):
     image = photograph()
     turned = NormalEstimator(expert.model_id, signs=(-1, 1, 1))
     assert expert_from_dict(turned.to_dict()).signs == (-1, 1, 1)
@@ -95,7 +95,7 @@ def view(size, field_of_view=60):
     ("normal", "distance"),
     [((0, 0, 1), 2), ((0.6, 0, 0.8), 2), ((-0.6, 0, 0.8), 2), ((0, 0.8, 0.6), 1.2), ((0.36, 0.48, 0.8), 2)],
 )
-def test_a_plane_has_its_own_normal_everywhere(size, normal, distance):
+def test_a_plane_has_the_same_normal_everywhere(size, normal, distance):
     x, y = view(size)
     # points p = z·(x, y, -1) with n·p = -distance
     inverse = -(normal[0] * x + normal[1] * y - normal[2]) / distance
@@ -113,7 +113,7 @@ def test_a_plane_has_its_own_normal_everywhere(size, normal, distance):
     assert np.median(angles) < 10
 
 
-def test_a_flat_map_looks_at_the_camera():
+def test_a_flat_map_faces_the_camera():
     (normals,) = NormalsFromDepth()([photograph()], depth=[np.full((64, 96), 90, np.uint8)])
     assert (np.abs(normals[4:-4, 4:-4].astype(int) - (128, 128, 255)) <= 1).all()
 
@@ -124,13 +124,13 @@ def test_maps_of_any_size_have_normals(size):
     assert normals.shape == (size[1], size[0], 3)
 
 
-def test_without_depth_it_says_what_it_needs():
+def test_without_depth_the_error_names_the_needed_labels():
     with pytest.raises(ExpertError, match="'normal' needs the labels of depth: run it in a suite"):
         NormalsFromDepth()([photograph()])
     assert NormalsFromDepth()([photograph()], depth=[None]) == [None]
 
 
-def test_a_suite_hands_it_the_depth(tmp_path):
+def test_a_suite_passes_the_depth_labels(tmp_path):
     depth = DepthEstimator(save(depth_anything, tmp_path))
     suite = ExpertSuite([NormalsFromDepth(), depth])  # in whichever order
     images = [photograph(), photograph((40, 50), 1)]
@@ -143,6 +143,6 @@ def test_a_suite_hands_it_the_depth(tmp_path):
 @pytest.mark.parametrize(
     "settings", [{"field_of_view": 180}, {"far_to_near": 1}, {"sigma": -1}, {"max_pixels": 0}, {"signs": (1, 1)}]
 )
-def test_settings_that_make_no_sense_are_refused(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         NormalsFromDepth(**settings)

@@ -40,7 +40,7 @@ SIZES = (
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
 
 
-def picture(size=(64, 48)):
+def photo(size=(64, 48)):
     image = Image.new("RGB", size, (220, 230, 240))
     ImageDraw.Draw(image).ellipse((size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2), fill=(200, 30, 30))
     return image
@@ -56,23 +56,23 @@ def odd_images():
     """File names and contents: (readable, broken)."""
     readable, broken = {}, {}
     for mode in MODES:
-        image = picture().convert("L") if mode in ("I;16", "F", "I") else picture().convert(mode)
+        image = photo().convert("L") if mode in ("I;16", "F", "I") else photo().convert(mode)
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
         elif mode in ("F", "I"):
             image = image.convert(mode)
         format = {"CMYK": "JPEG", "YCbCr": "JPEG", "HSV": "TIFF", "F": "TIFF", "I": "TIFF"}.get(mode, "PNG")
-        content = encoded(image if mode != "HSV" else picture(), format)
+        content = encoded(image if mode != "HSV" else photo(), format)
         readable[f"mode_{mode.replace(';', '_')}.{format.lower()}"] = content
     for size in SIZES:
-        readable[f"size_{size[0]}x{size[1]}.png"] = encoded(picture(size))
+        readable[f"size_{size[0]}x{size[1]}.png"] = encoded(photo(size))
     for format in FORMATS:
-        readable[f"format.{format.lower()}"] = encoded(picture(), format)
+        readable[f"format.{format.lower()}"] = encoded(photo(), format)
     for turn in range(1, 9):  # upright, mirrored, turned
         exif = Image.Exif()
         exif[0x0112] = turn
-        readable[f"exif_{turn}.jpg"] = encoded(picture(), "JPEG", exif=exif)
-    frames = [picture((48, 48)).rotate(90 * number) for number in range(3)]
+        readable[f"exif_{turn}.jpg"] = encoded(photo(), "JPEG", exif=exif)
+    frames = [photo((48, 48)).rotate(90 * number) for number in range(3)]
     readable["animated.gif"] = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     readable["animated.webp"] = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:])
     for name, color in (("black", 0), ("white", 255), ("grey", 128)):
@@ -80,15 +80,15 @@ def odd_images():
     readable["transparent.png"] = encoded(Image.new("RGBA", (40, 40), (10, 20, 30, 0)))
     noise = torch.randint(0, 256, (60, 80, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     readable["noise.png"] = encoded(Image.fromarray(noise.numpy()))
-    readable["wrong_suffix.jpg"] = encoded(picture(), "PNG")
-    readable["long_20000x20.png"] = encoded(picture((20000, 20)))
+    readable["wrong_suffix.jpg"] = encoded(photo(), "PNG")
+    readable["long_20000x20.png"] = encoded(photo((20000, 20)))
 
     for suffix, format in (("png", "PNG"), ("jpg", "JPEG"), ("gif", "GIF"), ("webp", "WEBP")):
-        content = encoded(picture((200, 150)), format)
+        content = encoded(photo((200, 150)), format)
         broken[f"half.{suffix}"] = content[: len(content) // 2]
         broken[f"header_only.{suffix}"] = content[:20]
     broken["empty.png"] = b""
-    broken["text.png"] = b"this is no picture"
+    broken["text.png"] = b"this is not an image"
     broken["zeros.jpg"] = bytes(500)
     broken["html.jpg"] = b"<!DOCTYPE html><html><body>404 not found</body></html>"
     header = bytearray(encoded(Image.new("L", (16, 16))))
@@ -121,7 +121,7 @@ def images(tmp_path_factory):
     return folder, readable, broken
 
 
-def test_sixty_odd_or_broken_images_go_through_every_expert(six_experts, images, tmp_path):
+def test_sixty_odd_images_go_through_every_expert(six_experts, images, tmp_path):
     folder, readable, broken = images
     assert len(readable) + len(broken) >= 60
     report = label_images(folder, six_experts, tmp_path / "store", batch_size=8, progress=False)
@@ -138,5 +138,5 @@ def test_sixty_odd_or_broken_images_go_through_every_expert(six_experts, images,
 def test_dexined_takes_odd_sizes(images):
     dexined = DexiNedEdges(pretrained=False)
     sizes = [(1, 1), (300, 4)]
-    maps = dexined([picture(size) for size in sizes])
+    maps = dexined([photo(size) for size in sizes])
     assert [map.shape for map in maps] == [(height, width) for width, height in sizes]

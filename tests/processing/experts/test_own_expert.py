@@ -22,7 +22,7 @@ from .models import depth_anything, dfine, mask2former, photograph, save
 
 
 class ThermalCamera(Expert):
-    """Maps that a thermal camera took beside the pictures: `cat.thermal.png` beside `cat.png`."""
+    """Maps of a thermal camera, `cat.thermal.png` next to `cat.png`."""
 
     type = "test_thermal"
     name, kind, channels = "thermal", "dense", 1
@@ -53,20 +53,20 @@ def make_processor(tokenizer):
     return make
 
 
-def test_a_users_own_expert_finds_its_maps(tmp_path):
-    picture = photograph((40, 30))
-    picture.save(tmp_path / "cat.png")
+def test_a_custom_expert_returns_its_maps(tmp_path):
+    photo = photograph((40, 30))
+    photo.save(tmp_path / "cat.png")
     thermal = np.zeros((15, 20), np.uint8)
     thermal[5:10, 5:15] = 200
     Image.fromarray(thermal).save(tmp_path / "cat.thermal.png")
-    picture.info["file"] = str(tmp_path / "cat.png")
-    (label,) = ThermalCamera()([picture])
+    photo.info["file"] = str(tmp_path / "cat.png")
+    (label,) = ThermalCamera()([photo])
     assert label.shape == (30, 40)
     assert label[15, 20] == 200
     assert label[0, 0] == 0
 
 
-def test_a_users_own_expert_goes_through_the_processor_and_its_folder(make_processor, tmp_path):
+def test_a_custom_expert_is_saved_with_the_processor(make_processor, tmp_path):
     processor = make_processor(ExpertSuite([CannyEdges(), Warmth()]))
     image = photograph((40, 30))
     inputs = processor(images=[image, image.rotate(90, expand=True)], text="A picture of")
@@ -108,7 +108,7 @@ def test_six_experts_fill_all_tensors(make_processor, suite, page):
     assert inputs["ocr_features"][0].abs().sum() > 0
 
 
-def test_what_an_expert_sees_does_not_depend_on_which_others_are_asked_for(make_processor, suite, page):
+def test_a_label_does_not_depend_on_the_other_experts(make_processor, suite, page):
     processor = make_processor(suite)
     image = photograph()
     all_six = processor(images=image)
@@ -119,7 +119,7 @@ def test_what_an_expert_sees_does_not_depend_on_which_others_are_asked_for(make_
         assert alone["expert_mask"].sum() == 1
 
 
-def test_depth_that_is_given_is_what_others_are_computed_from(make_processor, suite):
+def test_a_given_depth_map_is_used_by_other_experts(make_processor, suite):
     processor = make_processor(suite)
     flat = np.full((64, 96), 90, np.uint8)
     (labels,) = processor.run_experts(photograph(), expert_labels={"depth": flat}, experts=["depth", "normal"])

@@ -38,7 +38,7 @@ def expert(tmp_path_factory):
     return PpOcrText(detector=folder / "det", recognizer=folder / "rec", min_line_score=0.3, min_score=0)
 
 
-def test_lines_are_found_cut_out_and_read(expert):
+def test_lines_are_found_cropped_and_read(expert):
     image = photograph((120, 60))
     (label,) = expert([image])
     assert label["ids"].shape == (60, 120)
@@ -59,11 +59,11 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one(expert):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 9), (8, 400), (20000, 20)])
-def test_pictures_of_any_size_are_read(expert, size):
+def test_images_of_any_size_are_read(expert, size):
     assert expert([photograph(size)])[0]["ids"].shape == (size[1], size[0])
 
 
-def test_unsure_lines_and_words_are_left_out(expert, monkeypatch):
+def test_lines_and_words_with_low_scores_are_dropped(expert, monkeypatch):
     image = photograph((120, 60))
     monkeypatch.setattr(expert, "_recognize", lambda lines: [_line([1, 30, 2], [0.9, 0.1, 0.4], LETTERS, 3)])
     assert expert([image])[0]["words"] == ["a", "b"]
@@ -81,7 +81,7 @@ def test_it_runs_in_half_precision(expert):
     assert label["ids"].shape == (60, 120)
 
 
-def test_letters_become_words_where_they_are():
+def test_letters_become_words_with_their_positions():
     # "ab c" over the left half of a line: the right half is padding
     a, b, c, space = (LETTERS.index(letter) for letter in "abc ")
     indices = [0, 0, a, a, b, 0, space, 0, 0, 0, c, c, 0, 0, 0, 0, 0, 0, 0, 0] + [0] * 20
@@ -99,7 +99,7 @@ def test_letters_become_words_where_they_are():
     assert _line([0, 0], [1, 1], LETTERS, 2)[1].words == []
 
 
-def test_padding_at_the_right_of_a_line_is_no_part_of_it(expert):
+def test_padding_to_the_right_of_a_line_is_ignored(expert):
     expert.load()
     with torch.inference_mode():
         (_, short), (_, long) = expert._recognize([photograph((100, 30)), photograph((400, 30))])
@@ -107,7 +107,7 @@ def test_padding_at_the_right_of_a_line_is_no_part_of_it(expert):
     assert long.line_txt_len == 80
 
 
-def test_a_leaning_line_is_laid_flat():
+def test_a_slanted_line_is_straightened():
     image = Image.new("RGB", (100, 100), "white")
     ImageDraw.Draw(image).rectangle((20, 40, 80, 60), fill="red")
     quad = np.array([[20, 40], [81, 40], [81, 61], [20, 61]], float)

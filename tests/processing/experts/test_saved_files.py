@@ -137,7 +137,7 @@ def test_a_processor_from_a_stranger_leaks_nothing(secret, tmp_path):
     "link",
     ["experts/depth/network/config.json", "experts/depth/network/deeper", "experts/depth/network", "experts/depth"],
 )
-def test_a_link_that_leads_out_is_refused(checkpoint, secret, link):
+def test_a_link_out_of_the_checkpoint_is_refused(checkpoint, secret, link):
     theirs = checkpoint({**DEPTH, "model_id": "network"})
     (theirs / link).parent.mkdir(parents=True, exist_ok=True)
     (theirs / link).symlink_to(secret / "config.json" if link.endswith("json") else secret)
@@ -184,7 +184,7 @@ def test_links_inside_the_checkpoint_are_followed(checkpoint, tmp_path):
     assert (tmp_path / "mine" / "experts" / "weighed" / "b.txt").read_text() == "shared"
 
 
-def test_the_cache_of_the_hub_is_made_of_links(checkpoint, tmp_path):
+def test_links_in_the_cache_of_the_hub_are_followed(checkpoint, tmp_path):
     cache = tmp_path / "models--them--prismer"
     theirs = checkpoint({"type": "test_saved_weighed", "name": "weighed", "weights": "a.txt"}, folder=cache / "1")
     (cache / "blobs").mkdir()
@@ -198,7 +198,7 @@ def test_the_cache_of_the_hub_is_made_of_links(checkpoint, tmp_path):
     assert saved.read_text() == "weights" and not saved.is_symlink()
 
 
-def test_an_id_of_the_hub_is_never_a_local_folder(checkpoint, secret, tmp_path, monkeypatch):
+def test_a_hub_id_is_never_a_local_folder(checkpoint, secret, tmp_path, monkeypatch):
     theirs = checkpoint({"type": "test_saved_weighed", "name": "weighed", "weights": "home/secret"})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="but there is a local file or folder of that name"):
@@ -213,7 +213,7 @@ def test_an_id_of_the_hub_is_never_a_local_folder(checkpoint, secret, tmp_path, 
         suite["weighed"].load()
 
 
-def test_the_configuration_of_an_id_is_never_a_local_one(checkpoint, secret, tmp_path, monkeypatch):
+def test_the_configuration_of_a_hub_id_is_never_local(checkpoint, secret, tmp_path, monkeypatch):
     theirs = checkpoint({"type": "object_detector", "name": "detection", "model_id": "home/secret"})
     monkeypatch.chdir(theirs)
     suite = ExpertSuite.from_pretrained(theirs)
@@ -232,7 +232,7 @@ def test_published_ids_are_accepted(checkpoint, tmp_path):
 # ---- what a user's own code may name
 
 
-def test_paths_of_the_users_own_code_are_copied(tmp_path, secret, checkpoint):
+def test_paths_from_your_own_code_are_copied(tmp_path, secret, checkpoint):
     save_file({"mean": torch.zeros(4)}, tmp_path / "pca.safetensors")
     suite = ExpertSuite([Weighed(secret), RapidOcrText(ClipTextFeatures(tmp_path / "pca.safetensors"))])
     suite.save_pretrained(tmp_path / "mine")
@@ -247,12 +247,12 @@ def test_paths_of_the_users_own_code_are_copied(tmp_path, secret, checkpoint):
     assert SECRET in contents(tmp_path / "set_later")
 
 
-def test_a_description_of_ones_own_may_name_any_path(secret):
+def test_your_own_description_may_name_any_path(secret):
     suite = ExpertSuite([Weighed(secret)])
     assert ExpertSuite.from_dict(suite.to_dict())["weighed"].weights == str(secret)
 
 
-def test_files_of_one_name_are_both_kept(tmp_path):
+def test_two_files_with_the_same_name_are_both_kept(tmp_path):
     for number in "12":
         (tmp_path / number / "network").mkdir(parents=True)
         (tmp_path / number / "network" / "config.json").write_text(number)
@@ -311,7 +311,7 @@ def test_settings_of_rapidocr_cannot_name_files(checkpoint, params):
         ExpertSuite.from_pretrained(checkpoint({"type": "rapidocr", "name": "ocr", "params": params}))
 
 
-def test_settings_of_rapidocr_that_name_none_are_restored(tmp_path):
+def test_settings_of_rapidocr_without_files_are_restored(tmp_path):
     suite = ExpertSuite([RapidOcrText(params={"Rec.lang_type": "cyrillic", "Det.thresh": 0.4})])
     suite.save_pretrained(tmp_path)
     assert ExpertSuite.from_pretrained(tmp_path)["ocr"].params == suite["ocr"].params
@@ -387,7 +387,7 @@ def test_a_damaged_description_is_named(tmp_path, description, message):
         ExpertSuite.from_pretrained(tmp_path)
 
 
-def test_a_description_that_is_no_json_is_named(tmp_path):
+def test_a_description_that_is_not_json_is_named(tmp_path):
     (tmp_path / "experts").mkdir()
     for text in ("{", "[" * 100_000):
         (tmp_path / "experts" / "suite.json").write_text(text)

@@ -38,7 +38,7 @@ def test_the_published_size_reaches_the_network(tmp_path):
     assert shapes == [(1, 3, 384, 480), (1, 3, 480, 160), (1, 3, 480, 480)]  # multiples of 32
 
 
-def test_the_number_of_classes_and_their_names_are_the_models(expert):
+def test_the_classes_come_from_the_model(expert):
     number = 5 if isinstance(expert, UniversalSegmentation) else 4
     unloaded = type(expert)(expert.model_id)
     assert unloaded.description == {"name": "segmentation", "kind": "label", "channels": 64, "num_classes": number}
@@ -70,13 +70,13 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one(expert):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 400), (20000, 20)])
-def test_pictures_of_any_size_have_a_map(expert, size):
+def test_images_of_any_size_have_a_map(expert, size):
     (ids,) = expert([photograph(size)])
     assert ids.shape == (size[1], size[0])
     assert ids.max() < expert.num_classes
 
 
-def test_the_map_of_a_large_picture_is_enlarged_from_max_pixels(expert):
+def test_the_map_of_a_large_image_is_enlarged_from_max_pixels(expert):
     large = photograph((64, 64)).resize((256, 256), Image.Resampling.BICUBIC)
     limited = type(expert)(expert.model_id, max_pixels=64 * 64)
     (ids,) = limited([large])

@@ -27,7 +27,7 @@ def suite():
     return ExpertSuite([Brightness(), CannyEdges()])
 
 
-def test_a_suite_gives_each_image_a_label_of_each_expert(suite, square):
+def test_a_suite_returns_a_label_of_each_expert_for_each_image(suite, square):
     labels = suite([square, square.rotate(90, expand=True)])
     assert [list(own) for own in labels] == [["brightness", "edge"]] * 2
     assert [own["edge"].shape for own in labels] == [(48, 64), (64, 48)]
@@ -35,7 +35,7 @@ def test_a_suite_gives_each_image_a_label_of_each_expert(suite, square):
     assert suite([]) == []
 
 
-def test_a_suite_is_a_dict_of_experts_in_the_order_given(suite):
+def test_a_suite_is_a_dict_in_the_given_order(suite):
     assert list(suite) == ["brightness", "edge"]
     assert len(suite) == 2
     assert "edge" in suite
@@ -65,7 +65,7 @@ def test_an_expert_is_swapped_in_place(suite):
         suite["depth"] = other
 
 
-def test_two_experts_of_one_name_and_strangers_are_refused():
+def test_equal_names_and_other_objects_are_refused():
     with pytest.raises(ValueError, match="two experts have the name 'edge'"):
         ExpertSuite([CannyEdges(), CannyEdges(0.05)])
     with pytest.raises(TypeError, match="not str"):
@@ -148,7 +148,7 @@ def test_suites_of_six_have_the_order_of_the_configuration(name):
     assert restored.to_dict() == suite.to_dict()
 
 
-def test_the_published_suite_holds_the_published_models_that_there_are():
+def test_the_published_suite_has_the_available_published_models():
     suite = ExpertSuite.from_name("published")
     assert suite["depth"].model_id == "Intel/dpt-hybrid-midas"
     assert suite["segmentation"].model_id == "facebook/mask2former-swin-large-coco-panoptic"
@@ -171,7 +171,7 @@ class Darkness(Expert):
         return [None if own is None else 255 - own for own in brightness]
 
 
-def test_an_expert_gets_the_labels_that_it_needs_whatever_the_order(square):
+def test_an_expert_gets_the_labels_it_needs_in_any_order(square):
     for suite in (ExpertSuite([Brightness(), Darkness()]), ExpertSuite([Darkness(), Brightness()])):
         suite["darkness"].batch_size = 2
         images = [square, square.rotate(90, expand=True), square.resize((10, 8))]
@@ -183,13 +183,13 @@ def test_an_expert_gets_the_labels_that_it_needs_whatever_the_order(square):
         assert not suite["darkness"].saw_edges
 
 
-def test_what_an_expert_uses_is_given_if_it_is_there(square):
+def test_labels_that_an_expert_uses_are_optional(square):
     suite = ExpertSuite([Darkness(), CannyEdges(), Brightness()])
     suite([square])
     assert suite["darkness"].saw_edges
 
 
-def test_an_expert_that_is_left_out_runs_for_those_that_need_it(square):
+def test_a_left_out_expert_still_runs_for_those_that_need_it(square):
     suite = ExpertSuite([Brightness(), Darkness()])
     for part in (suite.without("brightness"), suite.only("darkness")):
         (label,) = part([square])
@@ -200,7 +200,7 @@ def test_an_expert_that_is_left_out_runs_for_those_that_need_it(square):
         suite([square])
 
 
-def test_labels_that_are_known_are_not_computed_again(square):
+def test_known_labels_are_not_computed_again(square):
     suite = ExpertSuite([Brightness(), Darkness()])
     known = np.full((48, 64), 7, np.uint8)
     (label,) = suite.only("darkness")([square], labels=[{"brightness": known}])
@@ -230,7 +230,7 @@ def test_labels_that_an_expert_does_not_take_are_refused(square):
 
 
 class Fragile(Expert):
-    """Fails on upright pictures, or while it is loaded."""
+    """Fails on upright images, or while it is loaded."""
 
     type = "test_fragile"
     name, kind, channels = "fragile", "dense", 1
@@ -254,7 +254,7 @@ class Fragile(Expert):
         return [np.zeros((image.height, image.width), np.uint8) for image in images]
 
 
-def test_a_failing_expert_raises_unless_told_otherwise(square):
+def test_a_failing_expert_raises_by_default(square):
     suite = ExpertSuite([Fragile()])
     assert suite.on_error == "raise"
     with pytest.raises(ExpertError, match="'fragile' failed on image 1"):
@@ -263,7 +263,7 @@ def test_a_failing_expert_raises_unless_told_otherwise(square):
         suite.on_error = "ignore"
 
 
-def test_a_failing_expert_is_missing_on_the_images_it_fails_on(square, monkeypatch):
+def test_a_failing_expert_is_only_missing_where_it_fails(square, monkeypatch):
     monkeypatch.setattr("modeling_prismer.processing.experts.suite.logger.warning", lambda text: heard.append(text))
     heard = []
     suite = ExpertSuite([Fragile(), Brightness()], on_error="missing")
@@ -288,7 +288,7 @@ def test_an_expert_that_cannot_be_loaded_is_missing(square, monkeypatch):
         suite([square])
 
 
-def test_what_needs_a_failing_expert_is_missing_where_it_failed(square, monkeypatch):
+def test_experts_that_need_a_failed_label_are_missing_too(square, monkeypatch):
     monkeypatch.setattr("modeling_prismer.processing.experts.suite.logger.warning", lambda text: None)
     fragile = Fragile()
     fragile.name = "brightness"
@@ -297,7 +297,7 @@ def test_what_needs_a_failing_expert_is_missing_where_it_failed(square, monkeypa
     assert [own["darkness"] is None for own in labels] == [False, True]
 
 
-def test_sequential_memory_holds_one_expert_at_a_time(square):
+def test_sequential_memory_keeps_one_expert_loaded(square):
     events = []
 
     def watched(expert_name, needed=()):
@@ -336,7 +336,7 @@ def test_a_failing_expert_is_freed_as_well(square):
     assert suite["fragile"].events == ["load", "unload"]
 
 
-def test_policies_are_saved_with_the_suite_and_shared_by_its_parts(suite, tmp_path):
+def test_on_error_and_memory_are_saved_and_shared_by_parts(suite, tmp_path):
     assert set(suite.to_dict()) == {"experts"}
     suite.on_error, suite.memory = "missing", "sequential"
     assert (suite.without("edge").on_error, suite.only("edge").memory) == ("missing", "sequential")

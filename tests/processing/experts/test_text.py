@@ -31,7 +31,7 @@ def true_centres(angle, size=(420, 300)):
 
 
 @pytest.mark.parametrize("angle", [0, 20, 90, -90, 180])
-def test_words_are_read_where_they_are_at_any_angle(ocr, angle):
+def test_words_are_read_at_any_angle(ocr, angle):
     (label,) = ocr([draw_page(angle)])
     assert sorted(label["words"]) == sorted(WORDS)
     for word, centre in true_centres(angle).items():
@@ -39,7 +39,7 @@ def test_words_are_read_where_they_are_at_any_angle(ocr, angle):
         assert (columns.mean(), rows.mean()) == pytest.approx(centre, abs=8), word
 
 
-def test_a_label_holds_ids_words_and_features(ocr, page):
+def test_a_label_has_ids_words_and_features(ocr, page):
     (label,) = ocr([page])
     assert label["ids"].shape == (300, 420)
     assert label["ids"].dtype == np.uint8
@@ -63,7 +63,7 @@ def test_a_batch_equals_one_by_one(ocr, page):
         assert np.array_equal(label["features"], alone["features"])
 
 
-def test_small_pictures_are_read(ocr):
+def test_small_images_are_read(ocr):
     image = Image.new("RGB", (64, 64), (40, 90, 160))
     ImageDraw.Draw(image).text((6, 14), "Sale 20", "white", ImageFont.load_default(14))
     (label,) = ocr([image])
@@ -74,7 +74,7 @@ def test_small_pictures_are_read(ocr):
     assert 24 <= rows.max() <= 36
 
 
-def test_large_pictures_are_read(ocr, page):
+def test_large_images_are_read(ocr, page):
     (label,) = ocr([page.resize((2100, 1500))])
     assert label["words"] == WORDS
     assert label["ids"].shape == (1500, 2100)
@@ -83,7 +83,7 @@ def test_large_pictures_are_read(ocr, page):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (9, 9), (3000, 10)])
-def test_pictures_without_text_have_no_words(ocr, size):
+def test_images_without_text_have_no_words(ocr, size):
     (label,) = ocr([Image.new("RGB", size, "white")])
     assert label["words"] == []
     assert label["features"].shape == (0, 64)
@@ -91,7 +91,7 @@ def test_pictures_without_text_have_no_words(ocr, size):
     assert (label["ids"] == 255).all()
 
 
-def test_a_very_long_strip_is_read_without_being_blown_up(ocr):
+def test_a_very_long_strip_is_not_enlarged(ocr):
     seen = []
     engine, ocr.model = ocr.model, Recorder(ocr.model, seen)
     try:
@@ -113,7 +113,7 @@ class Recorder:
         return self.engine.run_ocr_steps(np.zeros((64, 64, 3), np.uint8), record)
 
 
-def test_min_score_leaves_out_uncertain_words(ocr, page, monkeypatch):
+def test_min_score_drops_uncertain_words(ocr, page, monkeypatch):
     scores = {word.text: word.score for word in ocr.read(page)}
     assert all(0.8 < score <= 1 for score in scores.values())
     monkeypatch.setattr(ocr, "min_score", 1.0)
@@ -139,13 +139,13 @@ def test_earlier_words_paint_over_later_ones():
     assert ids[8, 9] == 255
 
 
-def test_a_word_outside_or_without_extent_paints_what_there_is():
+def test_words_outside_or_without_area_are_painted_in_part():
     ids = paint([np.full((4, 2), 2.0), np.full((4, 2), 99.0)], (5, 5))
     assert ids[2, 2] == 0
     assert (ids == 255).sum() == 24
 
 
-def test_upright_lines_are_read_from_their_right_side_up():
+def test_vertical_lines_are_read_from_the_right_side():
     wide = np.array([[0, 0], [40, 0], [40, 10], [0, 10]])
     tall = np.array([[0, 0], [10, 0], [10, 40], [0, 40]])
     assert reading_quad(wide, False).tolist() == wide.tolist()
@@ -162,7 +162,7 @@ def test_settings_are_restored_with_the_word_features():
     assert restored.description == {"name": "ocr", "kind": "label", "channels": 32}
 
 
-def test_the_word_features_move_and_go_with_the_expert():
+def test_word_features_move_and_unload_with_the_expert():
     expert = RapidOcrText().to(dtype="bfloat16")
     assert str(expert.word_features.dtype) == "torch.bfloat16"
     expert.word_features.load()
@@ -171,7 +171,7 @@ def test_the_word_features_move_and_go_with_the_expert():
 
 
 @pytest.mark.parametrize("settings", [{"min_score": 2}, {"min_side": 0}, {"max_pixels": 0}, {"num_threads": 0}])
-def test_settings_that_make_no_sense_are_refused(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         RapidOcrText(**settings)
 

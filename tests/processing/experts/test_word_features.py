@@ -12,7 +12,7 @@ from modeling_prismer.processing.experts import ClipTextFeatures, ExpertSuite, H
 WORDS = ["stop", "stops", "exit", "25"]
 
 
-def test_hashed_ngrams_are_64_numbers_of_length_one():
+def test_hashed_ngrams_are_64_numbers_with_norm_one():
     features = HashedNgrams()(WORDS)
     assert features.shape == (4, 64)
     assert features.dtype == np.float32
@@ -53,7 +53,7 @@ def pca_file(tmp_path_factory):
     return path
 
 
-def test_clip_features_are_the_text_embedding_on_the_principal_components(clip_folder, pca_file):
+def test_clip_features_are_projected_text_embeddings(clip_folder, pca_file):
     features = ClipTextFeatures(pca_file, clip_folder)(WORDS)
     assert features.shape == (4, 64)
     assert features.dtype == np.float32
@@ -92,7 +92,7 @@ def test_a_principal_component_analysis_can_be_fitted(clip_folder, tmp_path):
         ClipTextFeatures.fit_pca(["a"], tmp_path / "pca.safetensors", clip_folder)
 
 
-def test_the_suite_keeps_local_clip_and_analysis(clip_folder, pca_file, tmp_path):
+def test_the_suite_saves_a_local_clip_and_its_analysis(clip_folder, pca_file, tmp_path):
     encoder = ClipTextFeatures(pca_file, clip_folder)
     ExpertSuite([RapidOcrText(encoder)]).save_pretrained(tmp_path)
     restored = ExpertSuite.from_pretrained(tmp_path)["ocr"].word_features
@@ -121,7 +121,7 @@ def test_a_wrong_analysis_is_refused(clip_folder, tmp_path, tensors, message):
         ClipTextFeatures(tmp_path / "pca.safetensors", clip_folder)(WORDS)
 
 
-def test_an_encoder_of_ones_own_serves_the_text_expert():
+def test_a_custom_encoder_works_in_the_text_expert():
     class Lengths(WordFeatures):
         type = "test_lengths"
         channels = 1
