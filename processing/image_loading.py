@@ -1,4 +1,4 @@
-"""Opens an image, wherever it comes from, as an upright RGB image of 8 bits a channel."""
+"""Opens images from any source as upright RGB images with 8 bits per channel."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from transformers.image_utils import ChannelDimension
 from .image_fetching import fetch_url
 
 
-# Pillow's own limit, above which it takes a file for a decompression bomb
+# Pillow's own limit; it treats larger files as decompression bombs
 MAX_IMAGE_PIXELS = 178_956_970
 MAX_BYTES = 100_000_000
 
@@ -40,14 +40,14 @@ def load_image(
     """
     Opens one image.
 
-    The image is turned as its EXIF orientation says. Transparent pixels are laid on white. Of an animation the first
-    frame is taken (of a PIL image the frame it stands at). Values that are not 8 bit are scaled: 16-bit ones by
-    255/65535, floats of which none is above 1 by 255. Wider integers and floats above 1 are read as 0 to 255, or as
-    0 to 65535 if an integer is above 255.
+    The EXIF orientation is applied. Transparent pixels become white. An animation gives its first frame, and a PIL
+    image its current frame. Values of other types than 8 bit are scaled: 16-bit values by 255/65535, and floats by 255
+    if none is above 1. Wider integers and floats above 1 are read as 0 to 255, or as 0 to 65535 if an integer is above
+    255. An upright PIL image in mode RGB is returned as it is.
 
-    A URL may come from a stranger: the download ends at `timeout` and `max_bytes`, follows at most five redirects,
-    and connects to public addresses only. Loopback, private, link-local, reserved and multicast addresses are
-    refused, in any notation and also behind a name or a redirect.
+    URLs are not trusted. The download ends at `timeout` and `max_bytes`, follows at most five redirects, and connects
+    to public addresses only. Loopback, private, link-local, reserved and multicast addresses are refused, in any
+    notation and also behind a name or a redirect.
 
     Args:
         image (`str`, `os.PathLike`, `bytes`, `dict`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
@@ -55,20 +55,20 @@ def load_image(
             `datasets` stores images, a PIL image in any mode, or an array of shape (H, W), (H, W, C) or (C, H, W)
             with C of 1, 3 or 4.
         max_pixels (`int`, *optional*, defaults to 178,956,970):
-            Refuse an image of more pixels than this. A file's header is read for it, nothing is decoded. `None`
-            leaves Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`, which always holds.
+            The largest accepted number of pixels. It is checked before the file is decoded. With `None`, only Pillow's
+            own limit holds, `PIL.Image.MAX_IMAGE_PIXELS`.
         input_data_format (`str` or `ChannelDimension`, *optional*):
-            `"channels_first"` or `"channels_last"` for arrays. Left out, it is inferred; where both ends fit, three
-            channels are preferred to one or four, then the last axis for arrays and the first for tensors.
+            `"channels_first"` or `"channels_last"` for arrays. By default it is inferred. If both ends fit, three
+            channels are preferred to one or four, then the last axis for arrays and the first one for tensors.
         timeout (`float`, *optional*, defaults to 30.0):
-            Seconds for a URL, from the first connection to the last byte. `None` sets no limit.
+            The time limit for a URL in seconds, from the first connection to the last byte. `None` sets no limit.
         name (`str`, *optional*):
-            What error messages call the image. Defaults to its path or a description.
+            The name of the image in error messages, by default its path or a description.
         max_bytes (`int`, *optional*, defaults to 100,000,000):
-            Refuse a URL or a `data:` URI with more bytes than this. `None` sets no limit.
+            The largest accepted number of bytes of a URL or a `data:` URI. `None` sets no limit.
         allow_private (`bool`, *optional*):
-            Whether a URL may lead to an address that is not public, such as 127.0.0.1 or 10.0.0.1. Left out, only if
-            the environment variable `PRISMER_ALLOW_PRIVATE_URLS` is 1.
+            Whether a URL may lead to an address that is not public, such as 127.0.0.1 or 10.0.0.1. By default, the
+            environment variable `PRISMER_ALLOW_PRIVATE_URLS=1` allows it.
 
     Returns:
         `PIL.Image.Image`: an image in mode RGB.
@@ -76,8 +76,8 @@ def load_image(
     Raises:
         FileNotFoundError: if the path does not exist.
         OSError: if a URL cannot be fetched or is refused, and always when offline (`HF_HUB_OFFLINE`).
-        ValueError: if the image is empty, damaged, no image at all, too large, or of unknown shape or values.
-        TypeError: if the argument is none of the accepted types.
+        ValueError: if the image is empty, damaged, not an image, too large, or has an unknown shape or values.
+        TypeError: if the argument has another type.
 
     Example:
 
@@ -106,20 +106,20 @@ def load_image(
 
 def load_images(images: Any, **kwargs: Any) -> list[Image.Image]:
     """
-    Opens one or many images, of any sizes.
+    Opens one or many images of any sizes.
 
     Args:
         images:
-            Anything that [`load_image`] takes, a list or tuple of such, nested or not, or arrays and tensors with a
+            An input of [`load_image`], a list or tuple of them, which may be nested, or an array or tensor with a
             batch dimension in front, (B, H, W, C) or (B, C, H, W).
         kwargs:
             Passed on to [`load_image`].
 
     Returns:
-        `list[PIL.Image.Image]`: images in mode RGB, flattened in the order given.
+        `list[PIL.Image.Image]`: images in mode RGB, flattened in the given order.
 
     Raises:
-        ValueError: if there is no image in it; else as [`load_image`], naming a file or the position in the batch.
+        ValueError: if there is no image, and as [`load_image`], with the file or the position in the batch.
 
     Example:
 
@@ -162,7 +162,7 @@ def _open(
     max_bytes: int | None,
     allow_private: bool | None,
 ) -> Image.Image:
-    """Reads an image's header."""
+    """Opens an image file and reads its header."""
     file: io.BytesIO | str | os.PathLike
     start = str(source)[:8].lower() if isinstance(source, str) else ""
     if isinstance(source, bytes):
@@ -194,7 +194,7 @@ def _open(
             f"'{name}' is refused as too large ({error}); the limit is max_pixels={limit}, and Pillow refuses images "
             "of more than twice PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
-    if image.format == "EPS":  # a program, which Pillow would hand to Ghostscript to run
+    if image.format == "EPS":  # a program, which Pillow would run with Ghostscript
         image.close()
         raise ValueError(f"'{name}' is PostScript, which is not opened; {_ACCEPTED_FILES}")
     return image
@@ -213,7 +213,7 @@ def _decode_data_uri(uri: str, name: str, max_bytes: int | None) -> bytes:
 
 
 def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Image:
-    """Decodes the pixels, if there are not too many, and turns them upright."""
+    """Decodes the pixels, unless there are too many, and applies the EXIF orientation."""
     if image.width == 0 or image.height == 0:
         raise ValueError(f"'{name}' has no pixels: it is {image.width}×{image.height}")
     if max_pixels is not None and image.width * image.height > max_pixels:
@@ -223,19 +223,19 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Imag
         )
     try:
         image.load()
-    except Exception as error:  # every decoder fails in its own way
+    except Exception as error:  # each decoder raises errors of its own
         raise ValueError(f"'{name}' is truncated or damaged: {error}") from error
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # an image is not lost because its EXIF data is
+    except Exception:  # damaged EXIF data does not make an image unusable
         return image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip them to 0..255
+    if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values to 0..255
         return Image.fromarray(_to_8_bit(np.asarray(image), name)).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
@@ -288,7 +288,7 @@ def _to_8_bit(values: np.ndarray, name: str) -> np.ndarray:
         return values * np.uint8(255)
     kind = values.dtype.kind
     low, high = (values.min(), values.max()) if kind in "iuf" else (np.nan, np.nan)
-    # written so that NaN is refused as well
+    # this form of the condition also refuses NaN
     if not (low >= 0 and high <= (255 if kind == "f" else 65535)):
         raise ValueError(f"{name} has {values.dtype} values from {low} to {high}; {_ACCEPTED_VALUES}")
     if kind == "f":

@@ -1,4 +1,4 @@
-"""Any image that a person has is opened as upright RGB, or refused with an error that names it."""
+"""Images of all kinds are opened as upright RGB, or refused with an error that names them."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from modeling_prismer.processing import load_image, load_images
 
 
 @pytest.fixture
-def picture():
+def rgb():
     return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
@@ -33,22 +33,22 @@ def pixels(image):
 # ---- kinds of sources ----
 
 
-def test_a_path_may_be_a_string_or_a_path_object(tmp_path, picture):
-    Image.fromarray(picture).save(tmp_path / "a.png")
-    assert (pixels(load_image(tmp_path / "a.png")) == picture).all()
-    assert (pixels(load_image(str(tmp_path / "a.png"))) == picture).all()
+def test_path_can_be_a_string_or_a_path_object(tmp_path, rgb):
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    assert (pixels(load_image(tmp_path / "a.png")) == rgb).all()
+    assert (pixels(load_image(str(tmp_path / "a.png"))) == rgb).all()
 
 
-def test_encoded_bytes_data_uris_and_rows_of_datasets_are_opened(tmp_path, picture):
-    content = encoded(Image.fromarray(picture))
+def test_bytes_data_uris_and_dataset_cells_are_opened(tmp_path, rgb):
+    content = encoded(Image.fromarray(rgb))
     (tmp_path / "a.png").write_bytes(content)
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
     rows = [{"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}]
     for source in (content, uri, *rows):
-        assert (pixels(load_image(source)) == picture).all()
+        assert (pixels(load_image(source)) == rgb).all()
 
 
-def test_a_url_is_refused_when_offline():
+def test_url_is_refused_when_offline():
     with pytest.raises(OSError, match="'https://example.com/cat.png' cannot be fetched: HF_HUB_OFFLINE is set"):
         load_image("https://example.com/cat.png")
 
@@ -66,24 +66,24 @@ def test_every_mode_of_pillow_is_opened(mode):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
-def test_converting_keeps_the_colour(mode):
-    grey = Image.new("RGB", (3, 2), (128, 128, 128))
-    grey = grey.quantize() if mode == "P" else grey.convert(mode)
-    assert np.abs(pixels(load_image(grey)).astype(int) - 128).max() <= 1
+def test_conversion_keeps_the_color(mode):
+    gray = Image.new("RGB", (3, 2), (128, 128, 128))
+    gray = gray.quantize() if mode == "P" else gray.convert(mode)
+    assert np.abs(pixels(load_image(gray)).astype(int) - 128).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_what_is_transparent_becomes_white(mode):
+def test_transparent_pixels_become_white(mode):
     clear = Image.new("RGBA", (3, 2), (255, 0, 0, 0)).convert(mode)
     assert (pixels(load_image(clear)) == 255).all()
 
 
-def test_what_is_half_transparent_is_mixed_with_white():
+def test_half_transparent_pixels_are_mixed_with_white():
     assert pixels(load_image(Image.new("RGBA", (1, 1), (255, 0, 0, 128))))[0, 0].tolist() == [255, 127, 127]
 
 
 @pytest.mark.parametrize("mode, key", [("P", 0), ("RGB", (255, 0, 0)), ("L", 76)])
-def test_a_transparent_colour_of_a_png_becomes_white(mode, key):
+def test_transparent_color_of_a_png_becomes_white(mode, key):
     red = Image.new("RGB", (3, 2), (255, 0, 0)).convert(mode)
     if mode == "P":
         key = red.getpixel((0, 0))
@@ -99,10 +99,10 @@ def test_sixteen_bits_are_scaled_to_eight():
 
 
 @pytest.mark.parametrize("scale", [1, 255])
-def test_floats_give_back_the_bytes_they_were_made_from(picture, scale):
-    floats = picture.astype(np.float32) / 255 * scale
-    assert (pixels(load_image(floats)) == picture).all()
-    assert (pixels(load_image(Image.fromarray(floats[..., 0], mode="F")))[..., 0] == picture[..., 0]).all()
+def test_floats_from_bytes_give_the_bytes(rgb, scale):
+    floats = rgb.astype(np.float32) / 255 * scale
+    assert (pixels(load_image(floats)) == rgb).all()
+    assert (pixels(load_image(Image.fromarray(floats[..., 0], mode="F")))[..., 0] == rgb[..., 0]).all()
 
 
 def test_floats_are_rounded_to_the_nearest_byte():
@@ -124,8 +124,8 @@ def test_exif_rotation_is_applied(format):
     assert load_image(upright).size == (2, 4), "and only once"
 
 
-def test_of_an_animation_the_first_frame_is_taken():
-    frames = [Image.new("RGB", (3, 2), colour) for colour in ("red", "blue")]
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert pixels(load_image(content))[0, 0].tolist() == [255, 0, 0]
 
@@ -138,19 +138,19 @@ def as_tensor(array):
 
 
 @pytest.mark.parametrize("convert", [np.asarray, as_tensor])
-def test_channels_may_come_first_or_last(picture, convert):
-    for array in (picture, picture.transpose(2, 0, 1)):
-        assert (pixels(load_image(convert(array))) == picture).all()
+def test_channels_can_come_first_or_last(rgb, convert):
+    for array in (rgb, rgb.transpose(2, 0, 1)):
+        assert (pixels(load_image(convert(array))) == rgb).all()
 
 
 @pytest.mark.parametrize("convert", [np.asarray, as_tensor])
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (1, 5, 7)])
-def test_grey_arrays_are_opened(picture, convert, shape):
-    grey = picture[..., 0]
-    assert (pixels(load_image(convert(grey.reshape(shape))))[..., 1] == grey).all()
+def test_gray_arrays_are_opened(rgb, convert, shape):
+    gray = rgb[..., 0]
+    assert (pixels(load_image(convert(gray.reshape(shape))))[..., 1] == gray).all()
 
 
-def test_an_alpha_channel_of_an_array_is_laid_on_white():
+def test_alpha_channel_of_an_array_becomes_white():
     assert (pixels(load_image(np.zeros((2, 2, 4), np.uint8))) == 255).all()
 
 
@@ -160,7 +160,7 @@ def test_three_channels_are_preferred_to_one_or_four(shape):
     assert sorted(image.size) == sorted(side for side in shape if side != 3)
 
 
-def test_where_both_ends_could_be_channels_arrays_have_them_last_and_tensors_first():
+def test_ambiguous_channels_are_last_in_arrays_first_in_tensors():
     array = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
     assert load_image(array).size == (5, 3)
     assert load_image(as_tensor(array)).size == (3, 5)
@@ -178,20 +178,20 @@ def test_tensors_of_other_types_are_opened(dtype):
 # ---- batches ----
 
 
-def test_a_batch_may_have_mixed_sizes_and_kinds(picture):
-    images = [picture, Image.new("L", (3, 2)), torch.zeros(3, 4, 6), [encoded(Image.new("1", (1, 1)))]]
+def test_batch_can_mix_sizes_and_types(rgb):
+    images = [rgb, Image.new("L", (3, 2)), torch.zeros(3, 4, 6), [encoded(Image.new("1", (1, 1)))]]
     assert [image.size for image in load_images(images)] == [(7, 5), (3, 2), (6, 4), (1, 1)]
 
 
-def test_an_array_of_four_dimensions_is_a_batch(picture):
-    batch = np.stack([picture, picture // 2])
+def test_array_of_four_dimensions_is_a_batch(rgb):
+    batch = np.stack([rgb, rgb // 2])
     for images in (batch, torch.from_numpy(batch).permute(0, 3, 1, 2), list(batch), [batch]):
         loaded = load_images(images)
-        assert len(loaded) == 2 and (pixels(loaded[1]) == picture // 2).all()
+        assert len(loaded) == 2 and (pixels(loaded[1]) == rgb // 2).all()
 
 
-def test_one_image_is_a_batch_of_one(picture):
-    assert len(load_images(picture)) == 1
+def test_one_image_is_a_batch_of_one(rgb):
+    assert len(load_images(rgb)) == 1
 
 
 # ---- extreme sizes ----
@@ -203,7 +203,7 @@ def test_extreme_shapes_are_opened(size):
 
 
 def png_header(width, height):
-    """A PNG file that promises an image and holds no pixel of it."""
+    """A PNG file with a header and no pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -212,13 +212,13 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + ihdr + chunk(b"IDAT", b"")
 
 
-def test_a_decompression_bomb_is_refused_by_its_header(tmp_path):
+def test_decompression_bomb_is_refused_by_its_header(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_header(100_000, 100_000))
     with pytest.raises(ValueError, match="bomb.png' is refused as too large .*max_pixels=178,956,970"):
         load_image(tmp_path / "bomb.png")
 
 
-def test_the_limit_can_be_lowered_and_is_checked_before_decoding(tmp_path):
+def test_limit_of_pixels_is_checked_before_decoding(tmp_path):
     (tmp_path / "large.png").write_bytes(png_header(101, 100))
     with pytest.raises(ValueError, match="large.png' has 101×100 pixels; the limit is max_pixels=10,000"):
         load_image(tmp_path / "large.png", max_pixels=10_000)
@@ -240,7 +240,7 @@ def test_the_limit_can_be_lowered_and_is_checked_before_decoding(tmp_path):
     ],
     ids=["empty", "text", "truncated PNG", "truncated JPEG", "signature only"],
 )
-def test_a_broken_file_is_named(tmp_path, content, message):
+def test_broken_file_is_named(tmp_path, content, message):
     (tmp_path / "broken.png").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_image(tmp_path / "broken.png")
@@ -248,13 +248,13 @@ def test_a_broken_file_is_named(tmp_path, content, message):
         load_images([Image.new("L", (1, 1)), str(tmp_path / "broken.png")])
 
 
-def test_a_lazily_opened_truncated_image_is_named(tmp_path):
+def test_truncated_lazy_image_is_named(tmp_path):
     (tmp_path / "cut.png").write_bytes(encoded(Image.effect_noise((64, 64), 50))[:1000])
     with pytest.raises(ValueError, match="cut.png' is truncated or damaged"):
         load_image(Image.open(tmp_path / "cut.png"))
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file 'cat.png'; accepted are a path"):
         load_image("cat.png")
     with pytest.raises(ValueError, match="is a folder, not an image file"):
@@ -262,7 +262,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
-def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+def test_pipe_is_refused_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for endless in (tmp_path / "pipe.png", "/dev/zero"):
         with pytest.raises(ValueError, match="is not a regular file"):
@@ -270,7 +270,7 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
 
 
 def test_postscript_is_not_run(tmp_path):
-    """Pillow hands it to Ghostscript, which runs it as the program that it is."""
+    """Pillow would run the file with Ghostscript."""
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
     for source in (tmp_path / "a.eps", (tmp_path / "a.eps").read_bytes()):
         with pytest.raises(ValueError, match="is PostScript, which is not opened"):
@@ -278,7 +278,7 @@ def test_postscript_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["data:image/png,abc", "data:image/png;base64,%%%"])
-def test_a_data_uri_that_is_not_base64_is_refused(uri):
+def test_data_uri_that_is_not_base64_is_refused(uri):
     with pytest.raises(ValueError, match="base64"):
         load_image(uri)
 
@@ -297,22 +297,22 @@ def test_a_data_uri_that_is_not_base64_is_refused(uri):
         (torch.randn(3, 4, 4), "tensor of shape .* values from -"),
     ],
 )
-def test_an_array_that_is_no_picture_is_refused(array, message):
+def test_array_that_is_not_an_image_is_refused(array, message):
     with pytest.raises(ValueError, match=message):
         load_image(array)
 
 
-def test_an_image_without_pixels_is_refused():
+def test_image_without_pixels_is_refused():
     with pytest.raises(ValueError, match="has no pixels: it is 0×3"):
         load_image(Image.new("RGB", (0, 3)))
 
 
-def test_other_types_are_refused_with_what_is_accepted():
+def test_error_for_other_types_lists_accepted_types():
     with pytest.raises(TypeError, match="image is a int; accepted are a path, an http"):
         load_image(3)
 
 
-def test_in_a_batch_the_position_is_named():
+def test_error_names_the_position_in_the_batch():
     with pytest.raises(ValueError, match=r"images\[1\] has no pixels"):
         load_images([np.zeros((2, 2), np.uint8), np.zeros((0, 2), np.uint8)])
     with pytest.raises(TypeError, match=r"images\[1\] is a NoneType"):
