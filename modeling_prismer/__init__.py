@@ -20,6 +20,7 @@ __all__ = [
     "PrismerLMForConditionalGeneration",
     "PrismerLMModel",
     "PrismerLMPreTrainedModel",
+    "PrismerLMProcessor",
     "PrismerModel",
     "PrismerPreTrainedModel",
     "PrismerProcessor",

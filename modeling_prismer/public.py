@@ -1,7 +1,7 @@
 """The public names of `modeling_prismer`. Importing this file registers Prismer with the Auto classes."""
 
 # ruff: noqa: F401
-from .auto import PrismerImageProcessor, PrismerProcessor, register_for_auto_class
+from .auto import PrismerImageProcessor, PrismerLMProcessor, PrismerProcessor, register_for_auto_class
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
 from .cpu_inference import optimize_for_cpu

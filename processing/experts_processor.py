@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class _Shared:
+class Shared:
     """Keeps the live experts out of the deep copies that `ProcessorMixin.to_dict` makes for every repr and save."""
 
     def __init__(self, value: Any):
         self.value = value
 
-    def __deepcopy__(self, memo: Any) -> "_Shared":
+    def __deepcopy__(self, memo: Any) -> "Shared":
         return self
 
 
@@ -40,7 +40,8 @@ class ExpertsProcessor(ProcessorMixin):
     """
 
     image_processor: Any
-    _experts: _Shared
+    _saved_folders: tuple[str, ...] = ("experts", "additional_chat_templates")
+    _experts: Shared
     _experts_source: tuple[str, dict[str, Any]] | None  # where a description comes from: folder or Hub id
 
     @property
@@ -57,21 +58,12 @@ class ExpertsProcessor(ProcessorMixin):
                 suite = suite_class.from_dict(dict(self._experts.value), folder=source)
             else:
                 suite = suite_class.from_pretrained(source, **hub_kwargs)
-            self._experts = _Shared(suite)
+            self._experts = Shared(suite)
         return self._experts.value
 
     @experts.setter
     def experts(self, experts: Any) -> None:
-        if isinstance(experts, str):
-            experts = _suite_class().from_name(experts)
-        elif isinstance(experts, list | tuple):
-            experts = _suite_class()(list(experts))
-        elif experts is not None and not isinstance(experts, Mapping):
-            raise TypeError(
-                f"experts is a {type(experts).__name__}; accepted are an ExpertSuite, a list of experts, the name of "
-                "a suite such as 'offline', a suite's description, and None"
-            )
-        self._experts = _Shared(experts)
+        self._experts = Shared(experts if _is_description(experts) else as_suite(experts))
         self._experts_source = None
 
     # ---- images and experts ----
@@ -91,7 +83,7 @@ class ExpertsProcessor(ProcessorMixin):
             kwargs: passed on to the image processor.
         """
         images, labels = self._open(images, expert_labels, kwargs)
-        return self.image_processor._preprocess_opened(images, self._run_experts(images, labels, experts), **kwargs)
+        return self._image_inputs(images, self._run_experts(images, labels, experts), **kwargs)
 
     def run_experts(
         self,
@@ -111,6 +103,10 @@ class ExpertsProcessor(ProcessorMixin):
         """
         images, labels = self._open(images, expert_labels, {})
         return self._run_experts(images, labels, experts)
+
+    def _image_inputs(self, images: list[Image.Image], labels: list[dict[str, Any]], **kwargs: Any) -> BatchFeature:
+        """The tensors of opened images and their labels."""
+        return self.image_processor._preprocess_opened(images, labels, **kwargs)
 
     def _open(
         self, images: Any, expert_labels: Any, settings: dict[str, Any]
@@ -159,6 +155,23 @@ class ExpertsProcessor(ProcessorMixin):
             )
         return labels
 
+    def post_process_ranking(self, ranking: Any, answers: list[str]) -> list[list[dict[str, Any]]]:
+        """
+        Adds the names of the candidates to the result of `model.rank_candidates`.
+
+        Args:
+            ranking: The result, with `scores` and `indices` of shape `(rows, k)`.
+            answers (`list[str]`): The candidates, as given to `prepare_candidates`.
+
+        Returns:
+            `list[list[dict]]`: k times `{"label": …, "score": …}` for each row, best first. The score is the mean
+            log-probability of the label's tokens.
+        """
+        return [
+            [{"label": answers[index], "score": score} for score, index in zip(*row)]
+            for row in zip(ranking.scores.tolist(), ranking.indices.tolist())
+        ]
+
     # ---- saving and loading ----
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +199,7 @@ class ExpertsProcessor(ProcessorMixin):
             self.experts.save_pretrained(save_directory)
             # this description gives the paths of own weights relative to the folder
             description = Path(save_directory, "experts", "suite.json").read_text(encoding="utf-8")
-            live, self._experts = self._experts, _Shared(json.loads(description))
+            live, self._experts = self._experts, Shared(json.loads(description))
         try:
             return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
@@ -209,7 +222,7 @@ class ExpertsProcessor(ProcessorMixin):
         return hf_api().upload_folder(
             repo_id=repo_id,
             folder_path=working_dir,
-            allow_patterns=[*changed, "experts/*", "additional_chat_templates/*"],
+            allow_patterns=[*changed, *(f"{folder}/*" for folder in self._saved_folders)],
             commit_message=commit_message or "Upload processor",
             revision=revision,
             **kwargs,
@@ -259,6 +272,20 @@ class ExpertsProcessor(ProcessorMixin):
         if experts_memory is not None and processor.experts is not None:
             processor.experts.memory = experts_memory
         return processor
+
+
+def as_suite(experts: Any) -> Any:
+    """The suite of experts that are given as a suite, a list, the name of a suite, or not at all."""
+    if isinstance(experts, str):
+        return _suite_class().from_name(experts)
+    if isinstance(experts, list | tuple):
+        return _suite_class()(list(experts))
+    if experts is not None and not isinstance(experts, Mapping):
+        raise TypeError(
+            f"experts is a {type(experts).__name__}; accepted are an ExpertSuite, a list of experts, the name of a "
+            "suite such as 'offline', a suite's description, and None"
+        )
+    return experts
 
 
 def _require_same_description(description: Mapping[str, Any], configured: ExpertFields) -> None:
