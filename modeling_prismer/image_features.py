@@ -137,15 +137,13 @@ def assign_images(counts: list[int], num_images: int, num_prompts: int | None = 
     Args:
         counts (`list[int]`): images in each row.
         num_images (`int`): images in all.
-        num_prompts (`int`, *optional*): by default one for each image if every row has one image, else one for each
-            row.
+        num_prompts (`int`, *optional*): by default as many that each image is in one prompt.
 
     Raises:
         ValueError: if the rows do not fit the images.
     """
     if num_prompts is None:
-        one_each = set(counts) == {1} and len(counts) % num_images == 0
-        num_prompts = num_images if one_each else len(counts)
+        num_prompts = len(counts) // max(1, sum(counts) // num_images)
     shared = len(counts) // num_prompts  # rows of each prompt
     first_rows = counts[::shared] if shared else []
     if len(counts) != shared * num_prompts or counts != [count for count in first_rows for _ in range(shared)]:

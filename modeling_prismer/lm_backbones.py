@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AddedToken,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -50,7 +51,9 @@ def build_from_backbones(
     language_model = load_language_model(language, **(language_kwargs or {}))
     encoders = load_encoders(vision)
     is_vlm = getattr(language_model.config, "vision_config", None) is not None
-    if experts and kwargs.get("experts_as") != "words":
+    if kwargs.get("experts_as") == "words":
+        experts_config = None  # the network reads no maps
+    elif experts:
         experts_config = {**(experts_config or {}), "experts": [ExpertSpec.from_dict(e).to_dict() for e in experts]}
     if kwargs.get("image_token_id") is None:
         kwargs["image_token_id"] = find_placeholder_id(language_model, EXPERTS_TOKEN if is_vlm else IMAGE_TOKEN)
@@ -113,14 +116,15 @@ def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedMo
 
 
 def find_placeholder_id(language_model: PreTrainedModel, token: str) -> int | None:
-    """The id that the processor gives the placeholder: the token's own, or the first one after the tokenizer's."""
+    """The id that the processor gives the placeholder: the token's own, or that of a token which is added."""
     if not language_model.name_or_path:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(language_model.name_or_path)
     except (OSError, ValueError):
         return None
-    return tokenizer.get_vocab().get(token, len(tokenizer))
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(token)
 
 
 @torch.no_grad()
