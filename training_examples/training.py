@@ -30,7 +30,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints, speed_metrics
 
-from data import leave_undecoded, load_rows, pictures_of, raise_together, shorten_answers
+from data import images_of, leave_undecoded, load_rows, raise_together, shorten_answers
 from modeling_prismer import (
     DataCollatorForPrismer,
     PrismerForConditionalGeneration,
@@ -233,7 +233,7 @@ def load_data(
 ) -> tuple[Rows | None, Rows | None]:
     """The rows to train on and those to evaluate or predict, where the arguments ask for them."""
     folders = args.image_folder[0] if len(args.image_folder) == 1 else args.image_folder or None
-    options = {"image_folder": folders, "bad_rows": args.bad_rows, "check_pictures": args.check_images, **options}
+    options = {"image_folder": folders, "bad_rows": args.bad_rows, "check_images": args.check_images, **options}
     options |= {"image_column": args.image_column, "key_column": args.id_column, "split_column": args.split_column}
     options |= {
         f"{role}_column": name for role, name in zip(find_task(task).columns, [args.text_column, args.answer_column])
@@ -444,7 +444,7 @@ def label_rows(
     for rows in parts:
         if not isinstance(rows, datasets.Dataset):
             raise SystemExit("streamed rows cannot be labelled beforehand: --labels live, or a label store")
-        images = pictures_of(rows)
+        images = images_of(rows)
         first = np.unique(np.asarray(images["image_id"]), return_index=True)[1]  # some are there several times
         label_images(images.select(np.sort(first)), processor.experts, store, key_column="image_id")
         PartialState().wait_for_everyone()  # each process has labelled its share

@@ -1,4 +1,4 @@
-"""A small checkpoint, and images with texts, for the recipes."""
+"""A small checkpoint and a folder of images with texts, for the recipes."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.modeling_prismer.tiny import tiny_config, tiny_model
 
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 210), "white": (240, 240, 240)}
-NUM_PICTURES = 12
+NUM_IMAGES = 12
 
 
 def color_of(number):
@@ -23,12 +23,12 @@ def color_of(number):
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory):
-    """Pictures of one coloured square, `captions.csv` and `questions.jsonl` beside them."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    """Images of one coloured square, with `captions.csv` and `questions.jsonl`."""
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     captions, questions = ["file_name,caption"], []
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         pixels = generator.integers(90, 110, (48, 64, 3), dtype=np.uint8)
         left, top = generator.integers(4, 30, 2)
         pixels[top : top + 14, left : left + 14] = COLORS[color_of(number)]

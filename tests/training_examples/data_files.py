@@ -1,4 +1,4 @@
-"""Small data sets on the disk, for the tests of reading data."""
+"""Writes small data sets, for the tests of `load_rows`."""
 
 import csv
 import io
@@ -9,17 +9,17 @@ import numpy as np
 from PIL import Image
 
 
-def picture(number):
+def example_image(number):
     return Image.fromarray(np.full((6, 8, 3), 10 * number, np.uint8))
 
 
 def png(number):
     file = io.BytesIO()
-    picture(number).save(file, "PNG")
+    example_image(number).save(file, "PNG")
     return file.getvalue()
 
 
-def write_pictures(folder, *names):
+def write_images(folder, *names):
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(png(number))
@@ -42,8 +42,8 @@ def columns(rows, *names):
 
 
 def captioned(folder, header=("image", "caption"), **options):
-    """A folder with two pictures and captions.csv."""
-    write_pictures(folder, "a.png", "b.png")
+    """A folder with two images and captions.csv."""
+    write_images(folder, "a.png", "b.png")
     write_csv(folder / "captions.csv", header, ("a.png", "a cat"), ("b.png", "a dog, asleep"), **options)
     return str(folder)
 
@@ -57,5 +57,5 @@ def write_tar(path, members):
 
 
 def values_of(rows):
-    """What picture number each row shows."""
+    """The number that each row's image was made with."""
     return [np.asarray(row["image"])[0, 0, 0] // 10 for row in rows]

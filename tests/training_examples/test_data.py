@@ -1,4 +1,4 @@
-"""Rows to train on: of a user's folder, the published lists, data sets and tars, with the keys of the label store."""
+"""`load_rows` reads folders, published lists, data sets and tars, with the keys of the label store."""
 
 import importlib
 import json
@@ -14,19 +14,19 @@ import pytest
 from torch.utils.data import DataLoader
 
 import data
-from data import group_by_image, load_rows, pictures_of, read_class_names
+from data import group_by_image, images_of, load_rows, read_class_names
 from data.rows import RowMaker
 from modeling_prismer import TASKS, Task, register_task
 from modeling_prismer.processing.labels import open_source
 from tests.training_examples.data_files import (
     captioned,
     columns,
-    picture,
+    example_image,
     png,
     values_of,
     write_csv,
+    write_images,
     write_json,
-    write_pictures,
     write_tar,
 )
 
@@ -34,19 +34,19 @@ from tests.training_examples.data_files import (
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# ---- a user's folder ----
+# ---- your own folder ----
 
 
-def test_folder_with_captions_gives_a_row_for_each_caption(folder):
+def test_each_caption_of_a_folder_is_a_row(folder):
     rows = load_rows(captioned(folder), "caption")
     assert rows.column_names == ["image", "image_id", "suffix", "weight"]
     assert columns(rows, "image_id", "suffix", "weight") == [("a.png", "a cat", 1.0), ("b.png", "a dog, asleep", 1.0)]
     assert rows.features["image"] == datasets.Image()
-    np.testing.assert_array_equal(np.asarray(rows[1]["image"]), np.asarray(picture(1)))
+    np.testing.assert_array_equal(np.asarray(rows[1]["image"]), np.asarray(example_image(1)))
 
 
-def test_keys_are_those_that_labelling_the_folder_gives(folder):
-    write_pictures(folder, "a.png", "summer/sea/b.png", "summer/c.png")
+def test_keys_are_those_of_prismer_label(folder):
+    write_images(folder, "a.png", "summer/sea/b.png", "summer/c.png")
     names = ["a.png", "summer//sea/../sea/b.png", str(folder / "summer" / "c.png")]
     write_csv(folder / "captions.csv", ("image", "caption"), *((name, "x") for name in names))
     keys = [key for key, _ in open_source(str(folder))]
@@ -55,12 +55,12 @@ def test_keys_are_those_that_labelling_the_folder_gives(folder):
 
 @pytest.mark.parametrize("image", ["image", "file_name", "filename", "path", "Image"])
 @pytest.mark.parametrize("caption", ["caption", "text", "description"])
-def test_columns_are_known_by_their_usual_names(folder, image, caption):
+def test_usual_column_names_are_known(folder, image, caption):
     assert len(load_rows(captioned(folder, (image, caption)))) == 2
 
 
-def test_rows_of_an_own_task_are_read(folder):
-    write_pictures(folder, "a.png")
+def test_own_task_has_its_own_columns(folder):
+    write_images(folder, "a.png")
     write_csv(
         folder / "places.csv", ("image", "phrase", "place"), ("a.png", "red cube", "left"), ("a.png", "it", "top")
     )
@@ -81,8 +81,8 @@ def test_other_columns_can_be_named(folder):
     assert rows["suffix"][:] == ["a cat", "a dog, asleep"]
 
 
-def test_path_can_be_made_of_several_columns(folder):
-    write_pictures(folder, "x/1.png", "y/1.png")
+def test_path_can_combine_columns(folder):
+    write_images(folder, "x/1.png", "y/1.png")
     write_json(folder / "list.json", [{"set": name, "number": 1, "caption": "p"} for name in "xy"])
     for source in (folder, folder / "list.json"):
         rows = load_rows(source, image_column="{set}/{number}.png")
@@ -90,7 +90,7 @@ def test_path_can_be_made_of_several_columns(folder):
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_csv_may_have_the_separator_and_the_mark_that_spreadsheets_write(folder, delimiter):
+def test_csv_of_spreadsheets_is_read(folder, delimiter):
     captioned(folder, delimiter=delimiter)
     file = folder / "captions.csv"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -98,21 +98,21 @@ def test_csv_may_have_the_separator_and_the_mark_that_spreadsheets_write(folder,
 
 
 @pytest.mark.parametrize("answers", [["007", "1.50"], ["None", "NA", "nan"], ["true", "2024-01-02", "1"]])
-def test_texts_that_look_like_numbers_or_nothing_stay_texts(folder, answers):
-    write_pictures(folder, "a.png")
+def test_texts_that_look_like_numbers_stay_texts(folder, answers):
+    write_images(folder, "a.png")
     write_csv(folder / "q.csv", ("image", "question", "answer"), *(("a.png", "what?", answer) for answer in answers))
     assert load_rows(str(folder), "vqa")["suffix"][:] == answers
 
 
-def test_tsv_needs_no_header_and_quotes_nothing(folder):
-    write_pictures(folder, "a.png", "b.png")
+def test_tsv_needs_no_header_and_no_quotes(folder):
+    write_images(folder, "a.png", "b.png")
     (folder / "list.tsv").write_text('"a cat\ta.png\na "dog\tb.png\n')
     rows = load_rows(str(folder))
     assert columns(rows, "image_id", "suffix") == [("a.png", '"a cat'), ("b.png", 'a "dog')]
 
 
-def test_several_captions_of_a_picture_are_rows_to_train_and_references_to_evaluate(folder):
-    write_pictures(folder, "a.png", "b.png")
+def test_several_captions_are_rows_or_references(folder):
+    write_images(folder, "a.png", "b.png")
     write_json(
         folder / "c.jsonl", [{"image": "a.png", "captions": ["p", "q"]}, {"image": "b.png", "captions": ["r"]}], True
     )
@@ -122,16 +122,16 @@ def test_several_captions_of_a_picture_are_rows_to_train_and_references_to_evalu
     assert columns(rows, "image_id", "references") == [("a.png", ["p", "q"]), ("b.png", ["r"])]
 
 
-def test_lines_about_the_same_picture_are_evaluated_once(folder):
-    write_pictures(folder, "a.png", "b.png")
+def test_image_with_several_lines_is_evaluated_once(folder):
+    write_images(folder, "a.png", "b.png")
     lines = (("a.png", "p"), ("b.png", "q"), ("./a.png", "r"))
     write_csv(folder / "c.csv", ("image", "caption"), *lines)
     rows = load_rows(str(folder), train=False)
     assert columns(rows, "image_id", "references") == [("a.png", ["p", "r"]), ("b.png", ["q"])]
 
 
-def test_questions_have_a_row_for_each_distinct_answer_weighted_by_its_share(folder):
-    write_pictures(folder, "a.png")
+def test_distinct_answers_are_rows_weighted_by_share(folder):
+    write_images(folder, "a.png")
     write_json(
         folder / "q.jsonl", [{"image": "a.png", "question": "How many?", "answer": ["2", "two", "2", "2"]}], True
     )
@@ -141,15 +141,15 @@ def test_questions_have_a_row_for_each_distinct_answer_weighted_by_its_share(fol
     assert columns(rows, "text", "references") == [("How many?", ["2", "two", "2", "2"])]
 
 
-def test_answers_and_captions_of_mixed_types_are_texts(folder):
-    write_pictures(folder, "a.png")
+def test_answers_of_mixed_types_become_texts(folder):
+    write_images(folder, "a.png")
     questions = [{"image": "a.png", "question": "How many?", "answer": answer} for answer in (2, "two", ["3", "3"])]
     write_json(folder / "q.jsonl", questions, lines=True)
     assert load_rows(str(folder), "vqa")["suffix"][:] == ["2", "two", "3"]
 
 
-def test_questions_without_numbers_get_those_of_their_rows(folder):
-    write_pictures(folder, "a.png")
+def test_question_id_defaults_to_the_row_number(folder):
+    write_images(folder, "a.png")
     lines = [("a.png", "Who?", "cat"), ("a.png", "Where?", "bed"), ("a.png", "Who?", "pet")]
     write_csv(folder / "q.csv", ("image", "question", "answer"), *lines)
     rows = load_rows(str(folder), "vqa", train=False)
@@ -159,7 +159,7 @@ def test_questions_without_numbers_get_those_of_their_rows(folder):
     assert columns(rows, "question_id") == ["x7"]
 
 
-def test_folder_with_two_lists_gives_each_task_its_own(folder):
+def test_each_task_finds_its_list_in_a_folder(folder):
     captioned(folder)
     write_json(folder / "questions.jsonl", [{"image": "a.png", "question": "Who?", "answer": "cat"}], lines=True)
     write_json(folder / "notes.json", {"a": 1})
@@ -170,20 +170,20 @@ def test_folder_with_two_lists_gives_each_task_its_own(folder):
         load_rows(str(folder), "caption", train=False)
 
 
-def test_splits_are_told_by_the_names_of_files(folder):
-    write_pictures(folder, "a.png")
+def test_file_names_tell_the_split(folder):
+    write_images(folder, "a.png")
     for name in ("train", "val", "test"):
         write_csv(folder / f"captions_{name}.csv", ("image", "caption"), ("a.png", f"of {name}"))
     assert load_rows(str(folder))["suffix"][:] == ["of train"]
     assert load_rows(str(folder), train=False)["references"][:] == [["of val"]]
     assert load_rows(str(folder), split="train+val")["suffix"][:] == ["of train", "of val"]
     assert load_rows(str(folder / "captions_train.csv"))["suffix"][:] == ["of train"]
-    with pytest.raises(ValueError, match="no split 'dev2'; there are test, train, validation"):
+    with pytest.raises(ValueError, match="no split 'dev2'; accepted are test, train, validation"):
         load_rows(str(folder), split="dev2")
 
 
 def test_lists_of_a_glob_are_joined(tmp_path):
-    write_pictures(tmp_path / "photos", "a.png")
+    write_images(tmp_path / "photos", "a.png")
     for i in range(3):
         write_csv(tmp_path / "photos" / f"part{i}.csv", ("image", "caption"), ("a.png", f"text {i}"))
     for streaming in (False, True):
@@ -191,8 +191,8 @@ def test_lists_of_a_glob_are_joined(tmp_path):
         assert columns(rows, "image_id", "suffix") == [("a.png", f"text {i}") for i in range(3)]
 
 
-def test_splits_are_told_by_a_column(folder):
-    write_pictures(folder, "a.png")
+def test_column_tells_the_split(folder):
+    write_images(folder, "a.png")
     lines = [("a.png", "p", "train"), ("a.png", "q", "val"), ("a.png", "r", "train")]
     write_csv(folder / "list.csv", ("image", "caption", "split"), *lines)
     assert load_rows(str(folder))["suffix"][:] == ["p", "r"]
@@ -200,22 +200,22 @@ def test_splits_are_told_by_a_column(folder):
     assert columns(load_rows(str(folder), split="val", streaming=True), "suffix") == ["q"]
 
 
-def test_one_list_can_be_cut_in_two(folder):
-    write_pictures(folder, "a.png")
+def test_part_of_a_split_can_be_read(folder):
+    write_images(folder, "a.png")
     write_csv(folder / "list.csv", ("image", "caption"), *(("a.png", f"text {i}") for i in range(10)))
     assert load_rows(str(folder), split="train[:90%]")["suffix"][:] == [f"text {i}" for i in range(9)]
     assert load_rows(str(folder), split="train[90%:]", train=False)["references"][:] == [["text 9"]]
 
 
-def test_list_without_captions_can_be_predicted_but_not_trained_on(folder):
-    write_pictures(folder, "a.png")
+def test_list_without_captions_is_for_prediction_only(folder):
+    write_images(folder, "a.png")
     write_csv(folder / "list.csv", ("image", "size"), ("a.png", "8"))
     assert load_rows(str(folder), train=False).column_names == ["image", "image_id"]
     with pytest.raises(ValueError, match="no column that is known as caption: it has image, size; known are caption,"):
         load_rows(str(folder))
 
 
-def test_max_rows_are_the_first(folder):
+def test_max_rows_reads_the_first_rows(folder):
     assert load_rows(captioned(folder), max_rows=1)["suffix"][:] == ["a cat"]
     assert columns(load_rows(str(folder), max_rows=1, streaming=True), "suffix") == ["a cat"]
 
@@ -230,29 +230,29 @@ def test_streamed_list_gives_the_same_rows(folder):
             assert np.array_equal(row.pop("image"), other.pop("image")) and row == other
 
 
-# ---- what is wrong with a user's folder ----
+# ---- bad input ----
 
 
-def test_missing_pictures_are_named_before_training(folder):
+def test_missing_images_are_named_before_training(folder):
     captioned(folder)
     (folder / "b.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 rows .*\n.*row 2: .*b\.png is missing or empty"):
         load_rows(str(folder))
-    load_rows(str(folder), check_pictures=False)
+    load_rows(str(folder), check_images=False)
 
 
-def test_missing_and_empty_pictures_can_be_left_out(folder, caplog):
+def test_missing_and_empty_images_can_be_skipped(folder, caplog):
     captioned(folder)
     (folder / "b.png").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert load_rows(str(folder), bad_rows="skip")["image_id"][:] == ["a.png"]
     assert "1 of 2 rows" in caplog.text and "b.png is missing or empty" in caplog.text
     assert columns(load_rows(str(folder), streaming=True), "image_id") == ["a.png"]
-    write_pictures(folder, "a.png", "b.png")  # it has come meanwhile
+    write_images(folder, "a.png", "b.png")  # the file has been added
     assert len(load_rows(str(folder), bad_rows="skip")) == 2
 
 
-def test_pictures_in_a_folder_below_are_pointed_out(folder):
+def test_images_in_a_subfolder_are_suggested(folder):
     captioned(folder)
     (folder / "images").mkdir()
     for name in ("a.png", "b.png"):
@@ -264,7 +264,7 @@ def test_pictures_in_a_folder_below_are_pointed_out(folder):
 
 @pytest.mark.parametrize("caption", ["", "  "])
 def test_empty_caption_is_named_with_its_row(folder, caption):
-    write_pictures(folder, "a.png")
+    write_images(folder, "a.png")
     write_csv(folder / "list.csv", ("image", "caption"), ("a.png", "x"), ("a.png", caption))
     with pytest.raises(ValueError, match="row 2: the caption is empty"):
         load_rows(str(folder))
@@ -288,22 +288,22 @@ def test_empty_caption_is_named_with_its_row(folder, caption):
         (b"photo,words\na.png,x\n", "no list in .* known as image, caption: list.csv has .'photo', 'words'."),
     ],
 )
-def test_csv_that_cannot_be_read_says_why(folder, content, message):
-    write_pictures(folder, "a.png")
+def test_unreadable_csv_says_why(folder, content, message):
+    write_images(folder, "a.png")
     (folder / "list.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_rows(str(folder))
 
 
-def test_other_bad_input_says_what_is_accepted(folder):
+def test_bad_arguments_tell_what_is_accepted(folder):
     captioned(folder)
     write_csv(folder / "more.csv", ("image", "caption"), ("a.png", "x"))
     (folder / "broken.json").write_text('[{"image": "a.png", caption}]')
     for arguments, message in (
         (("nowhere.csv",), "accepted are a folder, lists"),
-        ((str(folder / "nowhere"),), "is no file that can be read|no file or folder"),
+        ((str(folder / "nowhere"),), "is not a readable file|neither a file or folder"),
         ((str(folder / "broken.json"),), "broken.json cannot be read: Expecting"),
-        ((str(folder),), "several lists could be meant: .*captions.csv.*more.csv"),
+        ((str(folder),), "several lists fit: .*captions.csv.*more.csv"),
         ((str(folder), "painting"), "task is 'painting'; accepted are 'caption', 'vqa', 'classification'"),
         ((str(folder / "more.csv"), "vqa"), "no column that is known as question"),
     ):
@@ -313,14 +313,14 @@ def test_other_bad_input_says_what_is_accepted(folder):
         load_rows(str(folder / "more.csv"), caption_column="words")
 
 
-def test_changed_code_makes_its_rows_anew(folder, tmp_path, monkeypatch):
+def test_changed_code_does_not_use_cached_rows(folder, tmp_path, monkeypatch):
     captioned(folder)
     fingerprint = load_rows(str(folder))._fingerprint
     assert load_rows(str(folder))._fingerprint == fingerprint
     monkeypatch.setattr(RowMaker.__init__, "__defaults__", (None, False, False, "other code"))
     assert load_rows(str(folder))._fingerprint != fingerprint
     copy = shutil.copytree(Path(data.__file__).parent, tmp_path / "changed_data")
-    (copy / "pictures.py").write_text((copy / "pictures.py").read_text() + "# changed\n")
+    (copy / "images.py").write_text((copy / "images.py").read_text() + "# changed\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert importlib.import_module("changed_data.rows").RowMaker.code != RowMaker.code
 
@@ -330,7 +330,7 @@ def test_changed_code_makes_its_rows_anew(folder, tmp_path, monkeypatch):
 
 def test_karpathy_list_of_coco(folder):
     names = ["COCO_val2014_000000000042.jpg", "COCO_train2014_000000000007.jpg", "COCO_val2014_000000000009.jpg"]
-    write_pictures(folder, *(f"{name.split('_')[1]}/{name}" for name in names))
+    write_images(folder, *(f"{name.split('_')[1]}/{name}" for name in names))
     images = [
         {
             "filepath": name.split("_")[1],
@@ -352,15 +352,15 @@ def test_karpathy_list_of_coco(folder):
     assert columns(rows, "image_number", "references") == [(42, ["test 0", "test 1"])]
 
 
-def test_flat_list_made_of_it_has_the_numbers_of_coco(folder):
-    write_pictures(folder, "val2014/COCO_val2014_000000000042.jpg")
+def test_flat_karpathy_list_has_the_ids_of_coco(folder):
+    write_images(folder, "val2014/COCO_val2014_000000000042.jpg")
     entry = {"image": "val2014/COCO_val2014_000000000042.jpg", "caption": ["p", "q"], "image_id": "coco_42"}
     path = write_json(folder / "coco_karpathy_test.json", [entry])
     assert columns(load_rows(path, train=False), "image_number", "references") == [(42, ["p", "q"])]
 
 
 def test_list_of_coco_or_nocaps(folder):
-    write_pictures(folder, "p.jpg", "q.jpg")
+    write_images(folder, "p.jpg", "q.jpg")
     images = [{"id": 5, "file_name": "p.jpg", "width": 8}, {"id": 3, "file_name": "q.jpg", "width": 8}]
     captions = [{"id": i, "image_id": 5 - 2 * (i % 2), "caption": f"text {i}"} for i in range(4)]
     path = write_json(folder / "nocaps_val.json", {"info": {}, "images": images, "annotations": captions})
@@ -397,7 +397,7 @@ def vqa_files(folder, split="train2014", answers=True):
 
 
 def test_vqa_v2(folder):
-    write_pictures(folder, *(f"train2014/COCO_train2014_{number:012d}.jpg" for number in (4, 9)))
+    write_images(folder, *(f"train2014/COCO_train2014_{number:012d}.jpg" for number in (4, 9)))
     vqa_files(folder)
     rows = load_rows(str(folder), "vqa")
     assert columns(rows, "image_id", "text", "suffix") == [
@@ -411,24 +411,24 @@ def test_vqa_v2(folder):
     assert rows["references"][1] == ["yes"] * 7 + ["no"] * 3
 
 
-def test_test_questions_of_vqa_v2_have_no_answers_and_share_their_pictures(folder):
-    write_pictures(folder, *(f"COCO_test2015_{number:012d}.jpg" for number in (4, 9)))  # all in one folder
+def test_vqa_v2_test_questions_have_no_answers(folder):
+    write_images(folder, *(f"COCO_test2015_{number:012d}.jpg" for number in (4, 9)))  # all in one folder
     rows = load_rows(vqa_files(folder, "test-dev2015", answers=False), "vqa", train=False)
     assert "references" not in rows.column_names
     assert columns(rows, "image_id", "question_id")[0] == ("COCO_test2015_000000000004.jpg", 40)
 
 
-def test_vqa_v2_without_its_annotations_is_refused(folder):
+def test_vqa_v2_without_annotations_is_refused(folder):
     path = vqa_files(folder, answers=False)
-    with pytest.raises(FileNotFoundError, match="no v2_mscoco_train2014_annotations.json beside"):
+    with pytest.raises(FileNotFoundError, match="v2_mscoco_train2014_annotations.json with the answers is missing"):
         load_rows(path, "vqa")
     write_json(folder / "v2_mscoco_train2014_annotations.json", {"annotations": [{"question_id": 1, "answers": []}]})
-    with pytest.raises(ValueError, match="has 1 questions, and not those 2 of"):
+    with pytest.raises(ValueError, match="has 1 questions, other than the 2 of"):
         load_rows(path, "vqa")
 
 
-def test_visual_genome_joins_vqa_v2_with_a_fifth_of_the_weight(folder):
-    write_pictures(folder, "VG_100K/1.jpg", "VG_100K_2/2.jpg", *(f"COCO_train2014_{i:012d}.jpg" for i in (4, 9)))
+def test_visual_genome_has_a_fifth_of_the_weight_of_vqa_v2(folder):
+    write_images(folder, "VG_100K/1.jpg", "VG_100K_2/2.jpg", *(f"COCO_train2014_{i:012d}.jpg" for i in (4, 9)))
     entries = [
         {"id": 1, "qas": [{"qa_id": 1, "image_id": 1, "question": "What?", "answer": "A clock.", "a_objects": []}]},
         {"id": 2, "qas": [{"qa_id": 2, "image_id": 2, "question": "Where?", "answer": "There", "a_objects": []}]},
@@ -450,9 +450,9 @@ def test_visual_genome_joins_vqa_v2_with_a_fifth_of_the_weight(folder):
 
 @pytest.fixture
 def classes(tmp_path):
-    """Class folders of six and five pictures."""
+    """Class folders with six and five images."""
     folder = tmp_path / "classes"
-    write_pictures(folder, *(f"train/n01/{i}.png" for i in range(6)), *(f"train/n02/{i}.png" for i in range(5)))
+    write_images(folder, *(f"train/n01/{i}.png" for i in range(6)), *(f"train/n02/{i}.png" for i in range(5)))
     return folder / "train"
 
 
@@ -472,7 +472,7 @@ def test_class_folders(classes):
         ("names.txt", "n01 tench, Tinca tinca\nn02 great white shark, white shark\n"),
     ],
 )
-def test_classes_get_their_names_in_words(classes, tmp_path, file, content):
+def test_class_names_in_words_are_used(classes, tmp_path, file, content):
     (tmp_path / file).write_text(content)
     assert read_class_names(tmp_path / file) == {"n01": "tench", "n02": "great white shark"}
     rows = load_rows(str(classes), "classification", class_names=str(tmp_path / file))
@@ -484,7 +484,7 @@ def test_class_without_a_name_is_an_error(classes):
         load_rows(str(classes), "classification", class_names={"n01": "tench"})
 
 
-def test_shots_are_as_many_of_each_class_and_decided_by_the_seed(classes):
+def test_shots_depend_on_the_seed_only(classes):
     first = load_rows(str(classes), "classification", shots=3, seed=1)
     assert [first["suffix"][:].count(name) for name in ("n01", "n02")] == [3, 3]
     assert first["image_id"][:] == load_rows(str(classes), "classification", shots=3, seed=1)["image_id"][:]
@@ -498,13 +498,13 @@ def test_shots_are_as_many_of_each_class_and_decided_by_the_seed(classes):
     assert draws[0] == draws[1]
     others = {tuple(load_rows(str(classes), "classification", shots=3, seed=seed)["image_id"]) for seed in range(4)}
     assert len(others) > 1
-    with pytest.raises(ValueError, match="class 'n02' has 5 rows; 6 of each class are wanted"):
+    with pytest.raises(ValueError, match="class 'n02' has 5 rows; each needs at least 6"):
         load_rows(str(classes), "classification", shots=6)
 
 
 def test_class_numbers_of_a_data_set_become_names():
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    dataset = datasets.Dataset.from_dict({"image": [picture(0), picture(1)], "label": [1, 0]}, features)
+    dataset = datasets.Dataset.from_dict({"image": [example_image(0), example_image(1)], "label": [1, 0]}, features)
     assert load_rows(dataset, "classification")["suffix"][:] == ["dog", "cat"]
 
 
@@ -512,7 +512,7 @@ def test_class_numbers_of_a_data_set_become_names():
 
 
 def data_set(captions, **more):
-    """A data set that brings its pictures' bytes."""
+    """A data set that contains the bytes of its images."""
     texts = datasets.List(datasets.Value("string")) if isinstance(captions[0], list) else datasets.Value("string")
     dataset = datasets.Dataset.from_dict(
         {"image": [{"bytes": png(i)} for i in range(len(captions))], "caption": captions}
@@ -525,7 +525,7 @@ def data_set(captions, **more):
 
 @pytest.mark.parametrize("kind", ["object", "save_to_disk", "parquet", "parquet file"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_data_set_with_pictures(tmp_path, kind, streaming):
+def test_data_set_with_images(tmp_path, kind, streaming):
     folder = tmp_path / "data"
     folder.mkdir()
     dataset = source = data_set(["p", "q", "r"], image_id=[7, 8, 9])
@@ -546,15 +546,15 @@ def test_data_set_with_pictures(tmp_path, kind, streaming):
     assert columns(load_rows(source, train=False, streaming=streaming), "image_number") == [7, 8, 9]
 
 
-def test_saved_splits_are_chosen_as_datasets_writes_them(folder):
+def test_saved_splits_are_chosen_by_the_syntax_of_datasets(folder):
     datasets.DatasetDict({"train": data_set(["p", "q"]), "test": data_set(["r"])}).save_to_disk(folder)
     assert load_rows(str(folder), split="train[1:]+test")["suffix"][:] == ["q", "r"]
     assert columns(load_rows(str(folder), split="train+test", streaming=True), "suffix") == ["p", "q", "r"]
-    with pytest.raises(ValueError, match="a stream has no parts, only whole splits: train, test"):
+    with pytest.raises(ValueError, match="a stream has whole splits only: train, test"):
         load_rows(str(folder), split="train[1:]", streaming=True)
 
 
-def test_pictures_without_names_go_by_the_number_of_their_row(tmp_path):
+def test_images_without_names_have_row_numbers_as_keys(tmp_path):
     dataset = data_set(["p", "q", "r"])
     keys = [key for key, _ in open_source(dataset)]
     assert load_rows(dataset)["image_id"][:] == keys
@@ -562,10 +562,10 @@ def test_pictures_without_names_go_by_the_number_of_their_row(tmp_path):
     assert "image_id" not in next(iter(load_rows(dataset, streaming=True)))
 
 
-def test_pictures_with_several_texts_are_not_copied(tmp_path):
+def test_images_with_several_texts_are_not_copied(tmp_path):
     dataset = data_set([["p", "q"], ["r"]], name=["x", "y"])
     rows = load_rows(dataset, key_column="name")
-    assert "image" not in rows.column_names and "picture" not in rows[0]
+    assert "image" not in rows.column_names and "image_row" not in rows[0]
     assert columns(rows, "image_id", "suffix") == [("x", "p"), ("x", "q"), ("y", "r")]
     assert values_of(rows) == [0, 0, 1] and values_of(rows.select([2, 0])) == [1, 0]
     assert values_of(load_rows(dataset, max_rows=1)) == [0]
@@ -575,34 +575,34 @@ def test_pictures_with_several_texts_are_not_copied(tmp_path):
     assert rows["references"][:] == [["p", "q"], ["r"]] and values_of(rows) == [0, 1]
 
 
-def test_pictures_of_rows_are_what_labelling_takes(folder):
+def test_images_of_rows_can_be_labelled(folder):
     several = load_rows(data_set([["p", "q"], ["r"], ["s"]]))
     for rows in (several, several.select([3]), several.select([1, 0]), load_rows(captioned(folder))):
-        pictures = pictures_of(rows)
-        keys = [key for key, _ in open_source(pictures, key_column="image_id")]
+        images = images_of(rows)
+        keys = [key for key, _ in open_source(images, key_column="image_id")]
         assert sorted(keys) == sorted(set(rows["image_id"]))
-        assert set(pictures[0]["image"]) == {"bytes", "path"}
+        assert set(images[0]["image"]) == {"bytes", "path"}
 
 
-def test_data_set_without_a_picture_is_refused():
+def test_data_set_with_an_empty_image_is_refused():
     dataset = data_set(["p", "q"]).map(lambda row, i: {"image": row["image"] if i else None}, with_indices=True)
     with pytest.raises((ValueError, FileNotFoundError), match="empty|missing"):
         load_rows(dataset)
 
 
-def test_imagefolder_with_metadata_in_its_splits(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"has one of \* \? \[ in its name"):
+def test_imagefolder_with_metadata_is_read(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"has \* \? or \[ in its name"):
         load_rows(str(folder))
     folder = tmp_path / "photos"
     for split in ("train", "test"):
-        write_pictures(folder / split, "a.png")
+        write_images(folder / split, "a.png")
         write_csv(folder / split / "metadata.csv", ("file_name", "text"), ("a.png", f"of {split}"))
     rows = load_rows(str(folder))
     assert columns(rows, "image_id", "suffix") == [("train/a.png", "of train")]
 
 
-def test_rows_of_a_picture_can_be_grouped(folder):
-    write_pictures(folder, "a.png", "b.png")
+def test_rows_of_an_image_can_be_grouped(folder):
+    write_images(folder, "a.png", "b.png")
     entries = [("a.png", "p?", "1"), ("a.png", "r?", "3"), ("b.png", "q?", "2")]
     write_csv(folder / "q.csv", ("image", "question", "answer"), *entries)
     grouped = group_by_image(load_rows(str(folder), "vqa"))
@@ -610,12 +610,12 @@ def test_rows_of_a_picture_can_be_grouped(folder):
         ("a.png", ["p?", "r?"], ["1", "3"], [1.0, 1.0]),
         ("b.png", ["q?"], ["2"], [1.0]),
     ]
-    assert values_of(grouped) == [0, 1] and pictures_of(grouped)["image_id"][:] == ["a.png", "b.png"]
+    assert values_of(grouped) == [0, 1] and images_of(grouped)["image_id"][:] == ["a.png", "b.png"]
     grouped = group_by_image(load_rows(data_set([["p", "q"], ["r"]])))
     assert grouped["suffix"][:] == [["p", "q"], ["r"]] and values_of(grouped) == [0, 1]
     grouped = group_by_image(load_rows(data_set(["p", "q", "r"], image_id=["x", "y", "x"])))
     assert grouped["suffix"][:] == [["p", "r"], ["q"]] and values_of(grouped) == [0, 1]
-    with pytest.raises(ValueError, match="stream's rows cannot be grouped"):
+    with pytest.raises(ValueError, match="rows of a stream cannot be grouped"):
         group_by_image(load_rows(str(folder), "vqa", streaming=True))
 
 
@@ -637,7 +637,7 @@ def tars(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_tars_give_captions_under_the_keys_that_labelling_gives(tars, streaming):
+def test_tars_give_captions_and_keys_of_prismer_label(tars, streaming):
     for source in (str(tars), f"{tars}/*.tar"):
         rows = load_rows(source, streaming=streaming)
         assert columns(rows, "suffix") == [f"text {i}" for i in range(4)] and values_of(rows) == [0, 1, 2, 3]
@@ -645,7 +645,7 @@ def test_tars_give_captions_under_the_keys_that_labelling_gives(tars, streaming)
     assert columns(load_rows(str(tars / "00001.tar"), streaming=streaming), "suffix") == ["text 2", "text 3"]
 
 
-def test_streamed_tars_go_to_workers_and_leave_out_damaged_pictures(tars):
+def test_streamed_tars_are_split_among_workers(tars):
     write_tar(tars / "00000.tar", {"0.png": png(0), "0.txt": b"text 0", "1.png": b"<html>", "1.txt": b"text 1"})
     rows = load_rows(str(tars), streaming=True)
     assert rows.num_shards == 2
@@ -653,7 +653,7 @@ def test_streamed_tars_go_to_workers_and_leave_out_damaged_pictures(tars):
     assert sorted(columns(loader, "suffix")) == ["text 0", "text 2", "text 3"]
 
 
-def test_questions_may_be_in_the_json_of_a_sample(folder):
+def test_questions_can_be_in_the_json_of_a_sample(folder):
     content = json.dumps({"question": "Who?", "answers": ["cat", "dog"]}).encode()
     write_tar(folder / "a.tar", {"0.png": png(0), "0.json": content})
     for streaming in (False, True):
@@ -674,10 +674,10 @@ def test_sources_of_different_kinds_can_be_joined(folder, tars):
         load_rows([str(tars), str(tars)], image_folder=["a", "b", "c"])
 
 
-def test_rows_lie_on_the_disk(folder):
-    write_pictures(folder, "a.png")
+def test_rows_are_on_disk(folder):
+    write_images(folder, "a.png")
     write_csv(folder / "list.csv", ("image", "caption"), *(("a.png", f"text {i}") for i in range(50_000)))
     before = pa.total_allocated_bytes()
     rows = load_rows(str(folder))
     assert len(rows) == 50_000 and rows.cache_files
-    assert pa.total_allocated_bytes() - before < 100_000  # their texts alone have 500,000
+    assert pa.total_allocated_bytes() - before < 100_000  # the texts alone have 500,000

@@ -1,4 +1,4 @@
-"""What is wrong with a data set is said before the training, of all rows at once, or left out."""
+"""Faulty rows are reported together before the training, or skipped."""
 
 import json
 import logging
@@ -19,11 +19,11 @@ from modeling_prismer import DataCollatorForPrismer, PrismerConfig, PrismerProce
 from tests.training_examples.data_files import (
     captioned,
     columns,
-    picture,
+    example_image,
     png,
     write_csv,
+    write_images,
     write_json,
-    write_pictures,
 )
 
 
@@ -31,14 +31,14 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def truncate(path):
-    """Cuts a noisy image in the middle: its header is whole."""
+    """Cuts a file with a noisy image in the middle, so that its header stays whole."""
     Image.effect_noise((64, 64), 90).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def faulty(folder):
-    """A folder with a fault of every kind, and what is said of each row."""
-    write_pictures(folder, "good.png")
+    """A folder with a fault of every kind, and the expected message for each row."""
+    write_images(folder, "good.png")
     truncate(folder / "torn.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "page.png").write_bytes(b"<html>not found</html>")
@@ -71,7 +71,7 @@ def test_faults_of_all_kinds_are_reported_together(folder):
     assert "bad_rows='skip'" in lines[-1] and len(lines) == len(expected) + 2
 
 
-def test_faulty_rows_are_left_out_with_the_same_report(folder, caplog):
+def test_skipped_rows_are_reported_in_the_same_way(folder, caplog):
     expected = faulty(folder)
     with caplog.at_level(logging.WARNING):
         assert load_rows(str(folder), bad_rows="skip")["suffix"][:] == ["fine", "also fine"]
@@ -79,7 +79,7 @@ def test_faulty_rows_are_left_out_with_the_same_report(folder, caplog):
         assert re.search(rf"row {row}: .*{message}", caplog.text)
 
 
-def test_stream_leaves_the_same_rows_out(folder, caplog):
+def test_stream_skips_the_same_rows(folder, caplog):
     expected = faulty(folder)
     with caplog.at_level(logging.WARNING):
         assert columns(load_rows(str(folder), streaming=True), "suffix") == ["fine", "also fine"]
@@ -90,7 +90,7 @@ def test_stream_leaves_the_same_rows_out(folder, caplog):
 
 
 def test_ten_faults_are_shown_and_all_are_counted(folder):
-    write_pictures(folder, "a.png")
+    write_images(folder, "a.png")
     write_csv(folder / "c.csv", ("image", "caption"), *(("a.png", "" if i else "x") for i in range(26)))
     with pytest.raises(ValueError) as error:
         load_rows(str(folder))
@@ -99,7 +99,7 @@ def test_ten_faults_are_shown_and_all_are_counted(folder):
 
 
 def test_faults_of_several_sources_are_reported_together(folder):
-    write_pictures(folder, "a.png")
+    write_images(folder, "a.png")
     first = write_csv(folder / "first.csv", ("image", "caption"), ("a.png", ""))
     second = write_csv(folder / "second.csv", ("image", "caption"), ("b.png", "x"))
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_faults_of_several_sources_are_reported_together(folder):
         load_rows([first, second])
 
 
-def test_damage_in_a_data_set_is_named_by_its_key(tmp_path):
+def test_damaged_image_in_a_data_set_is_named_by_its_key(tmp_path):
     truncate(tmp_path / "torn.png")
     images = [{"bytes": png(0)}, {"bytes": (tmp_path / "torn.png").read_bytes()}, {"bytes": b""}]
     rows = {"image": images, "caption": [["p", "q"], ["r"], ["s"]], "id": ["x", "y", "z"]}
@@ -118,12 +118,12 @@ def test_damage_in_a_data_set_is_named_by_its_key(tmp_path):
     assert load_rows(dataset, bad_rows="skip")["suffix"][:] == ["p", "q"]
 
 
-def test_name_of_two_images_is_said(caplog):
+def test_name_of_two_images_is_warned_about(caplog):
     rows = {"image": [{"bytes": png(i)} for i in (0, 0, 1)], "caption": ["p", "q", "r"], "id": [7, 7, 7]}
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     with caplog.at_level(logging.WARNING):
         load_rows(dataset)
-    assert "1 images have the name of another one, whose labels they get: '7'" in caplog.text
+    assert "1 images share their name with a different image, and so its labels: '7'" in caplog.text
 
 
 def test_name_in_two_folders_is_refused(folder):
@@ -141,19 +141,19 @@ def test_name_in_two_folders_is_refused(folder):
     assert load_rows(sources, image_folder=folder)["image_id"][:] == ["x/a.png", "y/a.png"]
 
 
-def test_file_that_is_named_by_many_rows_is_opened_once(folder, monkeypatch):
-    write_pictures(folder, "a.png", "b.png")
+def test_file_of_many_rows_is_opened_once(folder, monkeypatch):
+    write_images(folder, "a.png", "b.png")
     write_csv(
         folder / "c.csv", ("image", "caption"), *((name, str(i)) for i in range(50) for name in ("a.png", "b.png"))
     )
     opened = []
-    monkeypatch.setattr(data.pictures, "load_image", lambda image, name=None: opened.append(os.path.basename(image)))
+    monkeypatch.setattr(data.images, "load_image", lambda image, name=None: opened.append(os.path.basename(image)))
     load_rows(str(folder))
     assert sorted(opened) == ["a.png", "b.png"]
 
 
-def test_quote_that_is_never_closed_loses_no_row_in_silence(folder):
-    write_pictures(folder, "a.png", "b.png")
+def test_unclosed_quote_is_reported(folder):
+    write_images(folder, "a.png", "b.png")
     (folder / "c.csv").write_text('image,caption\na.png,fine\na.png,"a cat\nb.png,a dog\n')
     with pytest.raises(ValueError, match="row 2: line 3 cannot be read: a double quote is never closed"):
         load_rows(str(folder))
@@ -163,23 +163,23 @@ def test_quote_that_is_never_closed_loses_no_row_in_silence(folder):
     ("content", "message"),
     [
         ("image,caption\n", "c.csv, row 1: the file has no records"),
-        ("image,l\xe9gende\na.png,x\n", "c.csv: the line of the columns' names .* is not in UTF-8"),
+        ("image,l\xe9gende\na.png,x\n", "c.csv: the line of column names .* is not in UTF-8"),
     ],
 )
-def test_table_of_which_nothing_can_be_read_is_named(folder, content, message):
+def test_unreadable_table_is_named(folder, content, message):
     (folder / "c.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         load_rows(str(folder / "c.csv"), caption_column=None)
 
 
-def test_columns_with_one_name_are_refused(folder):
+def test_two_columns_with_one_name_are_refused(folder):
     (folder / "c.csv").write_text("image,caption,caption\na.png,x,y\n")
     with pytest.raises(ValueError, match="two columns called 'caption'"):
         load_rows(str(folder / "c.csv"))
 
 
 def test_faulty_lines_of_json_are_named(folder):
-    write_pictures(folder, "a.png")
+    write_images(folder, "a.png")
     lines = ['{"image": "a.png", "caption": "p"}', '{"image": "a.png", caption}', "[1]", "", '{"image": "a.png"}']
     lines += ['{"image": "a.png", "caption": "\\ud83d"}', '{"image": "a.png", "caption": ' + "[" * 100_000]
     lines += ['{"image": "a.png", "caption": "q", "weight": "much"}', '{"image": "a\\u0000.png", "caption": "x"}']
@@ -188,7 +188,7 @@ def test_faulty_lines_of_json_are_named(folder):
         load_rows(str(folder))
     for line in (
         "row 2: line 2 cannot be read: Expecting",
-        "row 3: .*no object",
+        "row 3: .*not an object",
         "row 4: the caption is empty",
         "row 5: .*half a character",
         "row 6: line 7 cannot be read: it is nested",
@@ -202,21 +202,25 @@ def test_faulty_lines_of_json_are_named(folder):
 @pytest.mark.parametrize(
     ("task", "record", "message"),
     [
-        ("vqa", {"question": ["a?", "b?"], "answer": "x"}, "2 texts as its question; a row takes one"),
-        ("vqa", {"question": "a?", "answers": [{"text": "x"}]}, "the answer is an object with text; a text"),
+        ("vqa", {"question": ["a?", "b?"], "answer": "x"}, "2 texts for the question; accepted is one per row"),
+        (
+            "vqa",
+            {"question": "a?", "answers": [{"text": "x"}]},
+            "the answer is an object with text; accepted",
+        ),
         ("vqa", {"question": "a?", "answers": ["x", ""]}, "one of the 2 answers is empty"),
-        ("classification", {"label": ["x", "y"]}, "2 texts as its class"),
+        ("classification", {"label": ["x", "y"]}, "2 texts for the class"),
         ("caption", {"caption": []}, "the caption is empty"),
     ],
 )
-def test_texts_are_not_dropped_in_silence(folder, task, record, message):
-    write_pictures(folder, "a.png")
+def test_texts_are_not_dropped_silently(folder, task, record, message):
+    write_images(folder, "a.png")
     path = write_json(folder / "c.jsonl", [{"image": "a.png", **record}], lines=True)
     with pytest.raises(ValueError, match=f"row 1: .*{message}"):
         load_rows(path, task)
 
 
-def test_json_that_holds_no_records_is_named(folder):
+def test_json_without_records_is_named(folder):
     for content in ("{}", "[]", "3", '{"a": [{}], "b": [{}]}', '["a.png"]', "[" * 100_000):
         (folder / "c.json").write_text(content)
         with pytest.raises(ValueError, match="c.json"):
@@ -224,14 +228,14 @@ def test_json_that_holds_no_records_is_named(folder):
 
 
 @pytest.mark.parametrize("hostile", ["/etc/passwd", "../../../etc/passwd", "/proc/self/fd/1", "/dev/zero", "a.png/x"])
-def test_paths_that_lead_elsewhere_are_no_images(folder, hostile):
-    write_pictures(folder, "a.png")
+def test_paths_outside_the_folder_that_are_no_images_fail(folder, hostile):
+    write_images(folder, "a.png")
     write_csv(folder / "c.csv", ("image", "caption"), ("a.png", "x"), (hostile, "y"))
     with pytest.raises((ValueError, FileNotFoundError), match="row 2: "):
         load_rows(str(folder))
 
 
-# ---- in a training ----
+# ---- during training ----
 
 
 def run(script, checkpoint, folder, *arguments):
@@ -243,7 +247,7 @@ def run(script, checkpoint, folder, *arguments):
 
 
 @pytest.mark.parametrize("labels", ["precomputed", "live"])
-def test_training_goes_without_damaged_images(checkpoint, folder, tmp_path, labels):
+def test_training_can_skip_damaged_images(checkpoint, folder, tmp_path, labels):
     captioned(folder)
     truncate(folder / "torn.png")
     with open(folder / "captions.csv", "a") as file:
@@ -255,7 +259,7 @@ def test_training_goes_without_damaged_images(checkpoint, folder, tmp_path, labe
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_image_that_is_damaged_later_is_named_in_the_training(checkpoint, folder, tmp_path):
+def test_image_damaged_later_is_named_during_training(checkpoint, folder, tmp_path):
     rows = leave_undecoded(load_rows(captioned(folder)))
     truncate(folder / "b.png")
     collate = DataCollatorForPrismer(PrismerProcessor.from_pretrained(checkpoint))
@@ -267,7 +271,7 @@ def test_image_that_is_damaged_later_is_named_in_the_training(checkpoint, folder
 
 
 def test_faults_of_both_data_sets_are_reported_together(folder, monkeypatch):
-    write_pictures(folder, "a.png")
+    write_images(folder, "a.png")
     write_csv(folder / "train.csv", ("image", "caption"), ("a.png", ""))
     write_csv(folder / "val.csv", ("image", "caption"), ("a.png", " "))
     command = ["run", "--output_dir", "x", "--do_train", "--do_eval", "--train_data", f"{folder}/train.csv"]
@@ -277,7 +281,7 @@ def test_faults_of_both_data_sets_are_reported_together(folder, monkeypatch):
 
 
 def test_columns_can_be_named_on_the_command_line(folder, monkeypatch):
-    write_pictures(folder, "a.png")
+    write_images(folder, "a.png")
     path = write_csv(
         folder / "c.csv", ("bild", "frage", "antwort", "teil"), ("a.png", "q", "x", "a"), ("b", "", "", "b")
     )
@@ -298,8 +302,8 @@ def test_columns_can_be_named_on_the_command_line(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--questions_per_image", 2), ("--streaming", "--labels", "live")])
-def test_answer_that_is_too_long_is_cut_with_a_warning(checkpoint, folder, tmp_path, caplog, arguments):
-    write_pictures(folder, "a.png", "b.png")
+def test_too_long_answer_is_cut_with_a_warning(checkpoint, folder, tmp_path, caplog, arguments):
+    write_images(folder, "a.png", "b.png")
     answers = [("a.png", "red " * 600), ("b.png", "blue"), ("a.png", "green")]
     lines = [{"image": image, "question": "what?", "answer": answer} for image, answer in answers]
     write_json(folder / "q.jsonl", lines, lines=True)
@@ -309,8 +313,8 @@ def test_answer_that_is_too_long_is_cut_with_a_warning(checkpoint, folder, tmp_p
         assert re.search(r"answers of 1 of [23] rows are cut to \d+ tokens.*\n.*row 1: .*red red", caplog.text)
 
 
-def test_candidates_of_a_json_list_are_chosen_among(checkpoint, folder, tmp_path, monkeypatch):
-    write_pictures(folder, "a.png")
+def test_answer_is_one_of_the_candidates(checkpoint, folder, tmp_path, monkeypatch):
+    write_images(folder, "a.png")
     write_json(folder / "q.jsonl", [{"image": "a.png", "question": "what?"}], lines=True)
     candidates = write_json(tmp_path / "answer_list.json", ["red", "blue"])
     command = ["run_vqa", "--model", checkpoint, "--eval_data", folder, "--predict_only", "--candidates", candidates]
@@ -320,7 +324,7 @@ def test_candidates_of_a_json_list_are_chosen_among(checkpoint, folder, tmp_path
     assert prediction["answer"] in ("red", "blue")
 
 
-def test_answers_about_shared_images_are_cut_too(checkpoint):
+def test_too_long_answers_about_shared_images_are_cut(checkpoint):
     rows = {"image": [{"bytes": png(0)}], "question": ["what?"], "answers": [["red " * 600, "blue"]]}
     rows = load_rows(datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()), "vqa")
     processor = PrismerProcessor.from_pretrained(checkpoint)
@@ -330,8 +334,8 @@ def test_answers_about_shared_images_are_cut_too(checkpoint):
     assert rows[1]["suffix"] == "blue" and inputs["input_ids"].shape[1] < 62
 
 
-def test_answers_that_fit_stay_as_they_are(checkpoint, folder):
-    write_pictures(folder, "a.png")
+def test_answers_that_fit_are_not_cut(checkpoint, folder):
+    write_images(folder, "a.png")
     answers = ["red", "a " * 40]
     lines = [{"image": "a.png", "question": "what?", "answer": answer} for answer in answers]
     rows = load_rows(write_json(folder / "q.jsonl", lines, lines=True), "vqa")
@@ -339,7 +343,7 @@ def test_answers_that_fit_stay_as_they_are(checkpoint, folder):
     processor.task = "vqa"
     shortened = shorten_answers(rows, processor, config.text_config)
     assert shortened["suffix"][0] == "red" and answers[1].strip().startswith(shortened["suffix"][1].lower())
-    tokens = processor(picture(0), rows["text"][1], suffix=shortened["suffix"][1])["input_ids"].shape[1]
+    tokens = processor(example_image(0), rows["text"][1], suffix=shortened["suffix"][1])["input_ids"].shape[1]
     assert tokens <= config.text_config.max_position_embeddings - config.text_config.pad_token_id - 1
-    processor.task = "caption"  # whose texts the processor cuts
+    processor.task = "caption"  # the processor cuts captions
     assert shorten_answers(rows, processor, config.text_config)["suffix"][:] == rows["suffix"][:]

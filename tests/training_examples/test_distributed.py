@@ -25,10 +25,10 @@ STEP = {"rtol": 0, "atol": 2e-3}  # of a gradient's largest value: the order of 
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, checkpoint, picture_folder):
+def two(tmp_path_factory, checkpoint, image_folder):
     """The folder of what two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    assert launch(distributed_training.in_two_processes, folder, checkpoint, picture_folder, number=2) == [0, 0]
+    assert launch(distributed_training.in_two_processes, folder, checkpoint, image_folder, number=2) == [0, 0]
     return folder
 
 
@@ -128,9 +128,9 @@ def test_processes_whose_files_end_earlier_end_the_pass_for_all(facts):
 
 
 @pytest.mark.parametrize("way", ["generated", "ranked"])
-def test_two_processes_predict_what_one_does_each_row_once_in_order(tmp_path, facts, checkpoint, picture_folder, way):
+def test_two_processes_predict_what_one_does_each_row_once_in_order(tmp_path, facts, checkpoint, image_folder, way):
     candidates = distributed_training.CANDIDATES if way == "ranked" else None
-    expected = distributed_training.predict(tmp_path, checkpoint, picture_folder, candidates)
+    expected = distributed_training.predict(tmp_path, checkpoint, image_folder, candidates)
     assert len(expected) == 11 and len(set(expected)) > 2
     for of_process in facts:
         assert of_process[way] == expected
@@ -140,9 +140,9 @@ def test_two_processes_predict_what_one_does_each_row_once_in_order(tmp_path, fa
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])
-def test_recipe_labels_each_picture_once(two, picture_folder, part):
+def test_recipe_labels_each_picture_once(two, image_folder, part):
     store = two / "answers" / "expert_labels" / part
-    pictures = sorted(path.name for path in picture_folder.glob("*.png"))
+    pictures = sorted(path.name for path in image_folder.glob("*.png"))
     assert sorted(LabelStore(store)) == pictures
     keys = Counter(key for file in store.glob("*.parquet") for key in Dataset.from_parquet(str(file))["key"])
     assert keys == Counter(pictures)
@@ -223,9 +223,9 @@ def test_sharded_model_generates_and_ranks_as_the_whole_one(pieces):
 
 
 @pytest.fixture(scope="module")
-def recipes(tmp_path_factory, checkpoint, picture_folder):
+def recipes(tmp_path_factory, checkpoint, image_folder):
     folder = tmp_path_factory.mktemp("recipes")
-    launch(distributed_sharding.by_recipes, folder, checkpoint, picture_folder, number=2)
+    launch(distributed_sharding.by_recipes, folder, checkpoint, image_folder, number=2)
     return folder
 
 
@@ -245,9 +245,9 @@ def test_fsdp2_trains_to_the_loss_of_one_process(tmp_path, recipes):
 
 
 @pytest.mark.parametrize("way", ["generated", "ranked"])
-def test_fsdp2_predicts_what_one_process_does(tmp_path, recipes, checkpoint, picture_folder, way):
+def test_fsdp2_predicts_what_one_process_does(tmp_path, recipes, checkpoint, image_folder, way):
     candidates = distributed_training.CANDIDATES if way == "ranked" else None
-    expected = distributed_training.predict(tmp_path, checkpoint, picture_folder, candidates)
+    expected = distributed_training.predict(tmp_path, checkpoint, image_folder, candidates)
     for facts in facts_of(recipes):
         assert facts[way] == expected
 
@@ -267,12 +267,12 @@ def test_fsdp2_leaves_a_whole_model(recipes, checkpoint):
     assert all(torch.equal(*pair) for pair in zip(published.parameters(), model.half().parameters()))
 
 
-def test_fsdp2_goes_on_bit_for_bit_from_the_last_complete_checkpoint(tmp_path, recipes, checkpoint, picture_folder):
+def test_fsdp2_goes_on_bit_for_bit_from_the_last_complete_checkpoint(tmp_path, recipes, checkpoint, image_folder):
     folder = tmp_path / "captions"
     folder.mkdir()
     shutil.copytree(recipes / "captions" / "checkpoint-1", folder / "checkpoint-1")
     (folder / "checkpoint-2").mkdir()  # the process was killed before it wrote all of it
-    launch(distributed_sharding.go_on, folder, checkpoint, picture_folder, number=2)
+    launch(distributed_sharding.go_on, folder, checkpoint, image_folder, number=2)
     expected, found = (load_file(path / "model.safetensors") for path in (recipes / "captions", folder))
     # On the CPU each process has batch statistics of its own; on GPUs SyncBatchNorm makes them those of all.
     learned = [name for name in expected if ".running_" not in name]

@@ -15,7 +15,7 @@ import run_pretraining
 import run_vqa
 import training
 from modeling_prismer import TASKS, PrismerForConditionalGeneration, PrismerProcessor
-from tests.training_examples.conftest import NUM_PICTURES, color_of
+from tests.training_examples.conftest import NUM_IMAGES, color_of
 
 
 def run(script, output_dir, *arguments):
@@ -32,10 +32,10 @@ def small(checkpoint, batch=4):
 
 
 @pytest.fixture(scope="module")
-def captions(checkpoint, picture_folder, tmp_path_factory):
+def captions(checkpoint, image_folder, tmp_path_factory):
     """The output folder of a captioning run that trained, evaluated and published."""
     folder = tmp_path_factory.mktemp("captions")
-    data = ("--train_data", picture_folder, "--eval_data", picture_folder)
+    data = ("--train_data", image_folder, "--eval_data", image_folder)
     arguments = ("--do_train", "--do_eval", "--num_train_epochs", 2, "--publish_to", folder / "published")
     return run(run_captioning, folder, *small(checkpoint), *data, *arguments)
 
@@ -76,13 +76,13 @@ CAPTIONS = {"min_length": 12, "max_length": 16, "num_beams": 2, "no_repeat_ngram
 @pytest.mark.parametrize(
     "script, before", [(run_captioning, ANSWERS), (run_vqa, CAPTIONS), (run_classification, CAPTIONS)]
 )
-def test_settings_of_the_former_task_are_replaced(script, before, checkpoint, picture_folder, tmp_path):
+def test_settings_of_the_former_task_are_replaced(script, before, checkpoint, image_folder, tmp_path):
     model = with_generation(tmp_path / "before", checkpoint, **before)
-    data = picture_folder
+    data = image_folder
     if script is run_classification:
         data = tmp_path / "classes"
         (data / "red").mkdir(parents=True)
-        shutil.copy(picture_folder / "00.png", data / "red")
+        shutil.copy(image_folder / "00.png", data / "red")
     arguments = ("--train_data", data, "--do_train", "--max_steps", 1, "--total_batch_size", 4)
     run(script, tmp_path / "after", "--model", model, "--image_size", 32, *arguments)
     saved = PrismerForConditionalGeneration.from_pretrained(tmp_path / "after").generation_config
@@ -93,9 +93,9 @@ def test_settings_of_the_former_task_are_replaced(script, before, checkpoint, pi
     assert all(getattr(saved, name) == getattr(plain, name) for name in set(before) - set(expected))
 
 
-def test_captions_of_a_model_for_answers_are_not_cut(checkpoint, picture_folder, tmp_path):
+def test_captions_of_a_model_for_answers_are_not_cut(checkpoint, image_folder, tmp_path):
     model = with_generation(tmp_path / "before", checkpoint, **ANSWERS)
-    arguments = ("--eval_data", picture_folder, "--predict_only", "--max_eval_rows", 2)
+    arguments = ("--eval_data", image_folder, "--predict_only", "--max_eval_rows", 2)
     run(run_captioning, tmp_path, "--model", model, *arguments)
     processor = PrismerProcessor.from_pretrained(checkpoint)
     for prediction in json.loads((tmp_path / "predictions.json").read_text()):
@@ -111,16 +111,16 @@ def without_live_experts(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("labels", ["precomputed", "live"])
 def test_processor_without_live_experts_is_an_error_with_a_remedy(
-    without_live_experts, picture_folder, tmp_path, labels
+    without_live_experts, image_folder, tmp_path, labels
 ):
-    arguments = ("--train_data", picture_folder, "--do_train", "--max_steps", 1, "--labels", labels)
+    arguments = ("--train_data", image_folder, "--do_train", "--max_steps", 1, "--labels", labels)
     with pytest.raises(SystemExit, match="cannot run its experts edge(?s:.*)--labels STORE(?s:.*)--experts none"):
         run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments)
     run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments, "--experts", "none")
 
 
-def test_expert_that_the_model_does_not_have_is_named(checkpoint, picture_folder, tmp_path):
-    arguments = ("--train_data", picture_folder, "--do_train", "--experts", "edge,depht")
+def test_expert_that_the_model_does_not_have_is_named(checkpoint, image_folder, tmp_path):
+    arguments = ("--train_data", image_folder, "--do_train", "--experts", "edge,depht")
     with pytest.raises(SystemExit, match="--experts: depht; the model's experts are edge"):
         run(run_captioning, tmp_path, *small(checkpoint), *arguments)
 
@@ -135,24 +135,24 @@ def test_vision_backbone_stays_as_it_was_and_the_rest_is_trained(captions, check
         assert same if id(parameter) in frozen else (not same or name.endswith("k_proj.bias")), name
 
 
-def test_experts_run_once_over_each_picture_and_not_again(captions, checkpoint, picture_folder, monkeypatch):
+def test_experts_run_once_over_each_picture_and_not_again(captions, checkpoint, image_folder, monkeypatch):
     def fail(*args):
         raise AssertionError("the experts ran again")
 
     from modeling_prismer.processing.experts import CannyEdges
 
     monkeypatch.setattr(CannyEdges, "run", fail)
-    data = ("--eval_data", picture_folder)
+    data = ("--eval_data", image_folder)
     run(run_captioning, captions, *small(checkpoint), *data, "--predict_only")
     with pytest.raises(Exception, match="ran again"):
         run(run_captioning, captions, *small(checkpoint), *data, "--predict_only", "--labels", "live")
 
 
-def test_predictions_are_written_without_references(checkpoint, picture_folder, tmp_path):
+def test_predictions_are_written_without_references(checkpoint, image_folder, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in ("b.png", "a.png"):
-        shutil.copy(picture_folder / "00.png", pictures / name)
+        shutil.copy(image_folder / "00.png", pictures / name)
     (pictures / "list.csv").write_text("file_name\nb.png\na.png\n")
     run(run_captioning, tmp_path / "out", *small(checkpoint), "--eval_data", pictures, "--predict_only")
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -160,16 +160,16 @@ def test_predictions_are_written_without_references(checkpoint, picture_folder, 
     assert results[0]["caption"] == results[1]["caption"]
 
 
-def test_answers_are_learned_measured_and_ranked(checkpoint, picture_folder, tmp_path):
+def test_answers_are_learned_measured_and_ranked(checkpoint, image_folder, tmp_path):
     candidates = tmp_path / "answers.txt"
     candidates.write_text("red\ngreen\nblue\nwhite\nyes\nno\n")
-    data = ("--train_data", picture_folder, "--eval_data", picture_folder, "--candidates", candidates)
+    data = ("--train_data", image_folder, "--eval_data", image_folder, "--candidates", candidates)
     arguments = ("--do_train", "--do_eval", "--num_train_epochs", 40, "--no_augment", "--freeze", "none")
     run(run_vqa, tmp_path, *small(checkpoint, batch=8), *data, *arguments, "--per_device_train_batch_size", 8)
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_vqa_accuracy"] > 0.75
 
 
-def test_questions_of_a_picture_can_share_it(checkpoint, picture_folder, tmp_path, monkeypatch):
+def test_questions_of_a_picture_can_share_it(checkpoint, image_folder, tmp_path, monkeypatch):
     shapes = []
     forward = PrismerForConditionalGeneration.forward
 
@@ -178,16 +178,16 @@ def test_questions_of_a_picture_can_share_it(checkpoint, picture_folder, tmp_pat
         return forward(self, **inputs)
 
     monkeypatch.setattr(PrismerForConditionalGeneration, "forward", record)
-    arguments = ("--train_data", picture_folder, "--do_train", "--max_steps", 2, "--questions_per_image", 2)
+    arguments = ("--train_data", image_folder, "--do_train", "--max_steps", 2, "--questions_per_image", 2)
     run(run_vqa, tmp_path, *small(checkpoint), *arguments)
     assert shapes == [(4, 8)] * 2
 
 
-def test_classes_are_ranked_after_a_few_shots(checkpoint, picture_folder, tmp_path):
-    for number in range(NUM_PICTURES):
+def test_classes_are_ranked_after_a_few_shots(checkpoint, image_folder, tmp_path):
+    for number in range(NUM_IMAGES):
         folder = tmp_path / "data" / color_of(number)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture_folder / f"{number:02}.png", folder)
+        shutil.copy(image_folder / f"{number:02}.png", folder)
     arguments = ("--train_data", tmp_path / "data", "--eval_data", tmp_path / "data", "--shots", 2)
     arguments += ("--do_train", "--do_eval", "--num_train_epochs", 40, "--no_augment", "--freeze", "none")
     run(run_classification, tmp_path / "out", *small(checkpoint, batch=8), *arguments)
@@ -204,8 +204,8 @@ def backbones(tokenizer, tmp_path):
     return ("--vision", tmp_path / "vision", "--text", tmp_path / "text", "--num_latents", 4, "--resampler_layers", 1)
 
 
-def test_pretraining_starts_on_two_backbones_and_leaves_them(backbones, picture_folder, tmp_path):
-    arguments = ("--train_data", picture_folder, "--do_train", "--max_steps", 2, "--image_size", 32)
+def test_pretraining_starts_on_two_backbones_and_leaves_them(backbones, image_folder, tmp_path):
+    arguments = ("--train_data", image_folder, "--do_train", "--max_steps", 2, "--image_size", 32)
     arguments += ("--expert_suite", "offline", "--total_batch_size", 4, "--warmup_steps", 1)
     run(run_pretraining, tmp_path / "out", *backbones, *arguments, "--expert_dropout", 0.2)
     model = PrismerForConditionalGeneration.from_pretrained(tmp_path / "out")
@@ -218,8 +218,8 @@ def test_pretraining_starts_on_two_backbones_and_leaves_them(backbones, picture_
         assert any(parameter.shape == weight.shape and torch.equal(parameter, weight) for weight in weights)
 
 
-def test_pretraining_without_experts_makes_a_prismerz_from_a_stream(backbones, picture_folder, tmp_path):
-    arguments = ("--train_data", picture_folder / "captions.csv", "--streaming", "--do_train", "--max_steps", 2)
+def test_pretraining_without_experts_makes_a_prismerz_from_a_stream(backbones, image_folder, tmp_path):
+    arguments = ("--train_data", image_folder / "captions.csv", "--streaming", "--do_train", "--max_steps", 2)
     arguments += ("--expert_suite", "none", "--image_size", 32, "--total_batch_size", 4, "--labels", "live")
     run(run_pretraining, tmp_path / "out", *backbones, *arguments)
     assert PrismerForConditionalGeneration.from_pretrained(tmp_path / "out").config.experts == []

@@ -14,16 +14,16 @@ from tests.training_examples.distributed_launch import launch
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tokenizer, picture_folder):
+def runs(tmp_path_factory, tokenizer, image_folder):
     """
     `straight`: 20 steps; `killed`: after 13, `resumed` from its checkpoint at 10; `from_8` and `stream_from_1` go on
     from checkpoints of `straight` and `stream`.
     """
     folder = tmp_path_factory.mktemp("runs")
     distributed_resume.save_checkpoint_with_dropout(folder / "checkpoint", tokenizer)
-    launch(distributed_resume.straight, folder, picture_folder)
-    assert launch(distributed_resume.killed, folder, picture_folder) == [-9]
-    launch(distributed_resume.resumed, folder, picture_folder)
+    launch(distributed_resume.straight, folder, image_folder)
+    assert launch(distributed_resume.killed, folder, image_folder) == [-9]
+    launch(distributed_resume.resumed, folder, image_folder)
     return folder
 
 

@@ -38,8 +38,8 @@ def command_line(monkeypatch, checkpoint, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def rows(picture_folder):
-    return load_rows(picture_folder / "captions.csv", "caption")
+def rows(image_folder):
+    return load_rows(image_folder / "captions.csv", "caption")
 
 
 class Trained:
@@ -102,14 +102,14 @@ def test_the_merged_model_says_the_same(trained):
     assert difference < 5e-5 * trained.logits.abs().max()
 
 
-def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(command_line, picture_folder, tmp_path):
-    data = ("--train_data", picture_folder / "captions.csv", "--do_train")
+def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(command_line, image_folder, tmp_path):
+    data = ("--train_data", image_folder / "captions.csv", "--do_train")
     folder = command_line(*data, "--parts", "decoder,encoder,resampler", "--merge_to", tmp_path / "merged")
     main()
     adapted = PrismerForConditionalGeneration.from_pretrained(folder)
     merged = PrismerForConditionalGeneration.from_pretrained(tmp_path / "merged")
     processor = PrismerProcessor.from_pretrained(tmp_path / "merged")
-    inputs = processor(picture_folder / "00.png", return_tensors="pt")
+    inputs = processor(image_folder / "00.png", return_tensors="pt")
     logits = merged(**inputs).logits
     assert (adapted(**inputs).logits - logits).abs().max() < 1e-5 * logits.abs().max()
     assert any("lora_" in name for name in adapted.state_dict())
@@ -119,12 +119,12 @@ def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(comman
         assert GenerationConfig.from_pretrained(saved).to_diff_dict().items() >= TASKS["caption"].generation.items()
 
 
-def test_an_adapter_finds_its_model_and_its_resolution_and_answers_questions(command_line, picture_folder):
-    data = ("--task", "vqa", "--train_data", picture_folder / "questions.jsonl")
+def test_an_adapter_finds_its_model_and_its_resolution_and_answers_questions(command_line, image_folder):
+    data = ("--task", "vqa", "--train_data", image_folder / "questions.jsonl")
     folder = command_line(*data, "--do_train", "--image_size", 64, "--train_whole", "edge", steps=2)
     main()
     assert any("expert_stems.edge" in name for name in load_file(folder / "adapter_model.safetensors"))
-    data = ("--task", "vqa", "--eval_data", picture_folder / "questions.jsonl", "--max_eval_rows", 4)
+    data = ("--task", "vqa", "--eval_data", image_folder / "questions.jsonl", "--max_eval_rows", 4)
     command_line(*data, "--predict_only", "--adapter", folder, model=None)
     main()
     assert [set(answer) for answer in json.loads((folder / "predictions.json").read_text())] == [
@@ -136,7 +136,7 @@ def test_an_adapter_finds_its_model_and_its_resolution_and_answers_questions(com
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_adapter_that_brings_new_tokens_finds_room_for_them(command_line, picture_folder, checkpoint, tmp_path):
+def test_adapter_that_brings_new_tokens_finds_room_for_them(command_line, image_folder, checkpoint, tmp_path):
     processor = PrismerProcessor.from_pretrained(checkpoint)
     processor.tokenizer.add_tokens(["[DEFECT]"])
     model = PrismerForConditionalGeneration.from_pretrained(checkpoint)
@@ -145,15 +145,15 @@ def test_adapter_that_brings_new_tokens_finds_room_for_them(command_line, pictur
     with pytest.warns(UserWarning, match="has been resized"):
         model.save_pretrained(tmp_path / "adapter")
     processor.save_pretrained(tmp_path / "adapter")
-    command_line("--train_data", picture_folder, "--do_train", "--adapter", tmp_path / "adapter", model=None)
+    command_line("--train_data", image_folder, "--do_train", "--adapter", tmp_path / "adapter", model=None)
     args, _ = parse_arguments(PeftArguments, **DEFAULTS)
     loaded, processor = load_model(args, do_train=True)
     assert "[DEFECT]" in processor.tokenizer.get_vocab()
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-def test_a_training_that_was_interrupted_goes_on_to_the_same_adapter(command_line, picture_folder, tmp_path):
-    data = ("--train_data", picture_folder / "captions.csv", "--do_train", "--save_steps", 2)
+def test_a_training_that_was_interrupted_goes_on_to_the_same_adapter(command_line, image_folder, tmp_path):
+    data = ("--train_data", image_folder / "captions.csv", "--do_train", "--save_steps", 2)
     folder = command_line(*data)
     main()
     straight = load_file(folder / "adapter_model.safetensors")
@@ -165,7 +165,7 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_adapter(command_lin
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
 
 
-def test_a_part_that_there_is_not_is_named(command_line, picture_folder):
-    command_line("--train_data", picture_folder, "--do_train", "--parts", "decoder,stems")
+def test_a_part_that_there_is_not_is_named(command_line, image_folder):
+    command_line("--train_data", image_folder, "--do_train", "--parts", "decoder,stems")
     with pytest.raises(SystemExit, match="stems is none of decoder, encoder, resampler"):
         main()

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from modeling_prismer import PrismerImageProcessor
-from modeling_prismer.processing.experts import RapidOcrText
 from modeling_prismer.expert_spec import BACKGROUND
+from modeling_prismer.processing.experts import RapidOcrText
 from scenes import facts as truth
 from scenes import language, run_scenes
 from scenes.labels import DETECTION_CLASSES, EXPERTS

@@ -1,14 +1,22 @@
 """
-Rows of a picture and a text to train on, from a user's own files, the published annotation lists, and any data set
-that `datasets` reads.
+Loads rows of an image and a text: from your own files, published annotation lists, or any data set that `datasets`
+reads.
 
-    rows = load_rows("photos", "caption")  # a folder with pictures and captions.csv
+    rows = load_rows("photos", "caption")  # a folder with images and captions.csv
     rows = load_rows("photos/questions.jsonl", "vqa", "train[90%:]", train=False)
     rows = load_rows("cc3m/*.tar", "caption", streaming=True)
 
-[`load_rows`] says what it reads and what a row holds. sources.py opens folders, tars and data sets, lists.py a user's
-lists, published_lists.py those of COCO and the like, tars.py webdataset tars; tables.py keeps their records on the
-disk; rows.py makes rows of what they give; texts.py and pictures.py read the cells; faults.py reports what is wrong.
+[`load_rows`] documents the sources and the columns.
+
+| file | job |
+| --- | --- |
+| sources.py | opens folders, lists, tars and data sets, and chooses the split |
+| lists.py, published_lists.py, tars.py | read your own lists, published lists (COCO and others), webdataset tars |
+| tables.py | stores the records of lists and tars on disk |
+| rows.py, grouping.py | turn records into rows, and group rows |
+| texts.py, images.py | read the cells |
+| answers.py | shortens answers that are too long |
+| faults.py | reports faulty rows |
 """
 
 import os
@@ -23,8 +31,8 @@ from modeling_prismer.processing.tasks import find_task
 from .answers import shorten_answers
 from .faults import checked, raise_together
 from .grouping import group_by_image
+from .images import images_of, leave_undecoded, refuse_doubled_names
 from .lists import COLUMN_NAMES, open_text, parse_json
-from .pictures import leave_undecoded, pictures_of, refuse_doubled_names
 from .rows import RowMaker, find_columns, make_rows, stream_rows
 from .sources import choose_split, open_tables
 from .texts import as_text
@@ -50,83 +58,85 @@ def load_rows(
     streaming: bool = False,
     max_rows: int | None = None,
     bad_rows: str | None = None,
-    check_pictures: bool = True,
+    check_images: bool = True,
     **own_columns: str | None,
 ) -> Dataset | IterableDataset:
     """
-    Rows to train on or to evaluate with.
+    Loads rows for training or for evaluation.
 
-    | column | type | which rows have it |
+    | column | type | present |
     | --- | --- | --- |
-    | `image` | `datasets.Image` | all |
-    | `image_id` | str | all but those of a stream that does not name its pictures; the key in a label store |
-    | `text` | str | for `"vqa"`: the question, as it was written |
-    | `suffix` | str | to train: the caption, the answer or the class, as it was written |
-    | `weight` | float | to train: the weight of the sample's loss, 1 if nothing says otherwise |
-    | `references` | list of str | to evaluate, if known: all captions, all annotators' answers, or the class |
-    | `question_id` | int or str | to evaluate `"vqa"`: what result files name; else the number of the row |
-    | `image_number` | int | to evaluate, if known: the same for captions |
+    | `image` | `datasets.Image` | always |
+    | `image_id` | str | always, except in a stream whose images have no names; the key in a label store |
+    | `text` | str | for `"vqa"`: the question, unchanged |
+    | `suffix` | str | in training: the caption, the answer or the class, unchanged |
+    | `weight` | float | in training: the weight of the sample's loss, 1 by default |
+    | `references` | list of str | in evaluation, if known: all captions, all annotators' answers, or the class |
+    | `question_id` | int or str | in evaluation, for `"vqa"`: the id in result files, by default the row number |
+    | `image_number` | int | in evaluation, if known: the image's id in result files |
 
-    To train there is one row for each caption of a picture, or for each distinct answer to a question, weighted by
-    its share among the answers. To evaluate there is one row for each picture, or for each question.
+    In training, each caption has a row, and so has each distinct answer to a question, weighted by its share among the
+    answers. In evaluation, each image or each question has one row.
 
     Args:
         source:
-            - A folder of pictures with a list of captions or of questions and answers, or the list itself: `.csv`;
-              `.tsv` (nothing is quoted there; it needs no header where one of two columns has the pictures' names);
-              `.jsonl`; a `.json` that is a list of objects, or in any orientation of `pandas.to_json`; the text files
-              of Flickr8k and Flickr30k. Columns are known by their usual names, `COLUMN_NAMES`. Cells stay as they
-              were written: 007 and 2.50 are texts. Several captions or answers may be a list, or lines of their own.
-              Of several lists in a folder those count whose columns fit the task; a word such as `train` or `val` in
-              a file's name tells the splits apart.
-            - A published list, known by what is in it; published_lists.py says which.
-            - Webdataset tars: a file, a glob (in quotes), or a folder of them. A picture's text may be its `.txt`, or
-              in its `.json`.
-            - For `"classification"` a folder that has a folder of pictures for each class, as ImageNet's.
-            - Any other data set: its name on the Hub (`name:configuration`), a folder that `save_to_disk` wrote, a
+            - A folder of images with a list of captions or of questions and answers, or the list itself. The list is
+              `.csv`, `.tsv` (without quoting; a list of two columns, one with the names of images, needs no header),
+              `.jsonl`, `.json` (a list of objects, or any orientation of `pandas.to_json`), or a text file of Flickr8k
+              or Flickr30k. `COLUMN_NAMES` lists the known column names. Cells keep their text: 007 stays 007. Several
+              captions or answers of an image are a list in one cell, or lines of their own. If a folder has several
+              lists, those with the columns of the task are read; a word such as `train` or `val` in the file name
+              gives the split.
+            - A published list, recognised by its content; see published_lists.py.
+            - Webdataset tars: a file, a glob (in quotes), or a folder. The text is in the sample's `.txt` or `.json`.
+            - For `"classification"`: a folder with one folder of images for each class, like ImageNet.
+            - Any other data set: a name on the Hub (`name:configuration`), a folder written by `save_to_disk`, a
               folder or files of Parquet, an `imagefolder`, a `Dataset`, `DatasetDict` or `IterableDataset`.
-            - A Python list of all these: their rows one after another.
+            - A Python list of sources. Their rows are joined in this order.
 
-            A picture is a path, a URL, the bytes of a file, base64, a `data:` URI, `{"bytes": …, "path": …}`, or a
-            list of one of these. A path that is not there is looked for without regard to case and Unicode's normal
-            form. Numbers of a `ClassLabel` become their names. A column `split` of a source that has one split tells
-            its splits apart.
+            An image is a path, a URL, the bytes of a file, base64, a `data:` URI, `{"bytes": …, "path": …}`, or a
+            list with one of these. If a path does not exist, a file whose name differs only in case or Unicode
+            normalisation is used. The numbers of a `ClassLabel` become names. If the source has only one split, its
+            column `split` divides it into splits.
         task (`str`): The name of a registered task: `"caption"`, `"vqa"`, `"classification"` or your own.
         split (`str`, *optional*):
-            As `datasets` writes it: `"train"`, `"train+restval"`, `"train[:90%]"`; a file whose name says no split is
-            `train`. By default `train` to train, `validation` or else `test` to evaluate, or the only one there is.
-        train (`bool`): Whether the rows are to train on.
+            The split, in the syntax of `datasets`: `"train"`, `"train+restval"`, `"train[:90%]"`. A file without a
+            split in its name is `train`. Default: `train` in training, `validation` or else `test` in evaluation, or
+            the only split.
+        train (`bool`): Whether to load rows for training. Otherwise for evaluation.
         image_folder (`str`, *optional*):
-            What the pictures' paths start from, and `image_id` too: then it is the key that
-            `prismer label IMAGE_FOLDER` gives. By default the list's folder. One for each source, if it is a list.
+            The folder that image paths are relative to, and `image_id` too: it is then the key that
+            `prismer label IMAGE_FOLDER` gives. Default: the folder of the list. If `source` is a list, this can be a
+            list with one folder for each.
         image_column, caption_column, question_column, answer_column, class_column (`str`, *optional*):
-            Columns that are called otherwise. `image_column` may also make a path of several: `"{folder}/{name}.png"`.
-        own_columns: The same for the columns of a task of your own, such as `phrase_column="text"`.
-        key_column (`str`, *optional*): Of a data set that brings its pictures: their names. By default what
-            `prismer label` takes: `key`, `id`, `image_id`, `file_name` or `__key__`, else the number of the row.
-        split_column (`str`, *optional*): The column that tells splits apart, if it is not called `split`.
-        class_names (`dict`, *optional*): What to call each class in words; [`read_class_names`] reads such.
-        shots (`int`, *optional*): To train: so many rows of each class, drawn by `seed`.
+            Columns with other names. `image_column` can also combine columns into a path: `"{folder}/{name}.png"`.
+        own_columns: The same for the columns of your own task, such as `phrase_column="text"`.
+        key_column (`str`, *optional*):
+            The column with the images' names, for a data set that contains its images. Default: the same as in
+            `prismer label`: `key`, `id`, `image_id`, `file_name` or `__key__`, else the number of the row.
+        split_column (`str`, *optional*): The column with the split, if its name is not `split`.
+        class_names (`dict`, *optional*): The name of each class in words, or a file for [`read_class_names`].
+        shots (`int`, *optional*): In training: the number of rows of each class, drawn at random with `seed`.
         streaming (`bool`):
-            Read while training; nothing is stored, and an `IterableDataset` comes back. To evaluate, a picture that
-            comes several times then has several rows.
-        max_rows (`int`, *optional*): No more rows than these.
+            Whether to read while training. Nothing is stored on disk, and the result is an `IterableDataset`. In
+            evaluation, an image that occurs several times then has several rows.
+        max_rows (`int`, *optional*): The largest number of rows.
         bad_rows (`str`, *optional*):
-            `"error"` refuses data in which a picture or a text is missing, empty or damaged, and names the rows of
-            all such faults, the first ten in full; `"skip"` leaves these rows out with the same report as a warning.
-            By default `"error"`, and `"skip"` if `streaming`, as a stream shows its rows too late.
-        check_pictures (`bool`):
-            Whether to open each picture beforehand (of a stream as it comes), about 5 ms each on a core. Switch it
-            off where `prismer label` has looked at them already.
+            `"error"` raises an error if an image or a text is missing, empty or damaged. The error counts these rows
+            and lists the first ten. `"skip"` leaves the rows out and gives the same report as a warning. Default:
+            `"skip"` if `streaming`, since a stream meets faulty rows during training; otherwise `"error"`.
+        check_images (`bool`):
+            Whether to open each image before training (in a stream: when it is read). This takes about 5 ms per image
+            and core. You can turn it off if `prismer label` has already read the images.
 
     Returns:
-        `Dataset`, or `IterableDataset` if `streaming`. Paths and texts lie in `datasets`' cache on the disk, not in
-        memory. Pictures that a data set brings are not copied: if some have several texts, rows look them up when
-        they are read (`image` is then no column; [`pictures_of`] gives all pictures).
+        `Dataset`, or `IterableDataset` if `streaming`. Paths and texts are in the cache of `datasets` on disk, not in
+        memory. Images inside a data set are not copied: if an image has several texts, its rows fetch it when they are
+        read. `image` is then not a column; [`images_of`] gives all images.
 
     Raises:
-        FileNotFoundError: if there is no such file, or if nothing is wrong but that pictures are missing.
-        ValueError: if a list cannot be read, a column or a split is missing, or rows cannot be used.
+        FileNotFoundError: The source does not exist, or image files are missing and nothing else is wrong.
+        ValueError: A list cannot be read, a column or a split is missing, or rows cannot be used.
     """
     found_task = find_task(task)
     own = {name.removesuffix("_column"): column for name, column in own_columns.items()}
@@ -159,21 +169,21 @@ def load_rows(
                 train=train,
                 root=root,
                 skip=bad_rows == "skip",
-                check_pictures=check_pictures,
+                check_images=check_images,
                 columns=known | ({"split": used_column} if used_column else {}),
                 features=records.features,
                 class_names=class_names,
             )
             if isinstance(records, IterableDataset):
                 parts.append(stream_rows(records, maker))
-            else:  # where each record gives a row at least, not all have to be looked at
+            else:  # each record gives at least one row here, so max_rows records are enough
                 enough = max_rows if train and not shots and bad_rows == "error" else None
                 parts.append(make_rows(records, maker, shots if train else None, seed, enough))
-        except (ValueError, FileNotFoundError) as problem:  # what is wrong with the others is said as well
+        except (ValueError, FileNotFoundError) as problem:  # report the problems of all sources together
             problems.append(problem)
     raise_together(problems)
     if len(parts) > 1 and any(isinstance(part, Dataset) and part.format["type"] == "custom" for part in parts):
-        raise ValueError("data sets whose pictures have several texts each can only be joined with streaming=True")
+        raise ValueError("data sets with several texts per image can only be joined with streaming=True")
     refuse_doubled_names(parts)
     rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     if max_rows is None:
@@ -183,32 +193,33 @@ def load_rows(
 
 def read_class_names(path: str | Path) -> dict[str, str]:
     """
-    What classes are called in words, by their names in the data: of a `.json` object, `{"n01440764": "tench"}` or
-    `{"0": ["n01440764", "tench"]}`, or a text file of lines `n01440764 tench, Tinca tinca`, where the first name
-    counts. `_` becomes a space.
+    Reads the names of classes in words, keyed by the names in the data. The file is a JSON object,
+    `{"n01440764": "tench"}` or `{"0": ["n01440764", "tench"]}`, or has lines such as `n01440764 tench, Tinca tinca`.
+    The first of several names is used. `_` becomes a space.
     """
     with open_text(Path(path)) as file:
         text = file.read()
     if str(path).lower().endswith(".json"):
         content = parse_json(text, str(path))
         if not isinstance(content, dict):
-            raise ValueError(f'{path} holds no object; {{"n01440764": "tench"}} is needed')
+            raise ValueError(f'{path} is not a JSON object; accepted is {{"n01440764": "tench"}}')
         pairs = [(key, value) if isinstance(value, str) else value for key, value in content.items()]
     else:
         pairs = [line.strip().split(maxsplit=1) for line in text.splitlines() if line.strip()]
     for number, pair in enumerate(pairs, 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
-            raise ValueError(f"{path}, entry {number} is {pair!r}; a class and its name are needed")
+            raise ValueError(f"{path}, entry {number} is {pair!r}; it needs a class and its name")
     return {key: names.split(",")[0].strip().replace("_", " ") for key, names in pairs}
 
 
 def read_candidates(path: str | Path) -> list[str]:
     """
-    The answers to choose from, each once: of a text file with one a line; of a JSON list, `["yes", "no"]`, as
-    `answer_list.json` was published; or the keys of a JSON object, `{"yes": 0, "no": 1}`.
+    Reads the answers to choose from and removes duplicates. The file is a text file with one answer per line, a JSON
+    list such as the published `answer_list.json`, `["yes", "no"]`, or a JSON object whose keys are the answers,
+    `{"yes": 0, "no": 1}`.
 
     Raises:
-        ValueError: if there is none, or one is no text.
+        ValueError: The file has no answers, or an answer is not a text.
     """
     with open_text(Path(path)) as file:
         text = file.read()
@@ -218,9 +229,9 @@ def read_candidates(path: str | Path) -> list[str]:
         answers = list(content) if isinstance(content, list | dict) else [content]
     for number, answer in enumerate(answers, 1):
         if not isinstance(answer, str | int):
-            raise ValueError(f"{path}, answer {number} is {answer!r}; a list of texts is needed")
+            raise ValueError(f"{path}, answer {number} is {answer!r}; accepted are texts")
     texts = [checked(as_text(answer), "answer").strip() for answer in answers]
     texts = [text for text in dict.fromkeys(texts) if text]
     if not texts:
-        raise ValueError(f"{path} has no answers; write one a line, or a JSON list")
+        raise ValueError(f"{path} has no answers; write one per line, or a JSON list")
     return texts

@@ -18,8 +18,8 @@ def shorten_answers(
     rows: Dataset | IterableDataset, processor: PrismerProcessor, text_config: Any
 ) -> Dataset | IterableDataset:
     """
-    Cuts answers (`suffix`, texts or lists of them) that do not fit into the model after the longest prompt. A warning
-    names their rows. Only tasks whose suffixes the processor does not cut need this, such as `"vqa"`.
+    Cuts the answers (column `suffix`, texts or lists of texts) that do not fit into the model after the longest
+    prompt. A warning names their rows. Needed for tasks whose suffix the processor does not cut, such as `"vqa"`.
     """
     task = find_task(processor.task)
     positions = text_config.max_position_embeddings - text_config.pad_token_id - 1
@@ -40,7 +40,7 @@ def shorten_answers(
         return rows
     shown = [f"row {row + 1}: {str(texts[row])[:60]!r}…" for row in long[:SHOWN]]
     more = [f"… and {len(long) - SHOWN} more"] if len(long) > SHOWN else []
-    heading = f"the answers of {len(long)} of {len(rows)} rows are cut to {shortener.room} tokens, as many as fit"
+    heading = f"the answers of {len(long)} of {len(rows)} rows are cut to {shortener.room} tokens, the most that fit"
     logger.warning("\n  ".join([heading, *shown, *more]))
     feature, format_ = rows.features["suffix"], rows.format
     rows = rows.with_format(None).remove_columns("suffix").add_column("suffix", shortened, feature=feature)
@@ -60,7 +60,7 @@ class _Shortener:
         return [self.one(text) for text in suffix] if isinstance(suffix, list) else self.one(suffix)
 
     def one(self, answer: str) -> str:
-        if len(answer.encode()) < self.room:  # a token has at least one byte, and the first one is a space
+        if len(answer.encode()) < self.room:  # each token has at least one byte; one byte is the leading space
             return answer
         text = f" {self.task.write_suffix(answer.strip(), keep=None)}"  # as the processor writes it
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

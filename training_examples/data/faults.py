@@ -1,4 +1,4 @@
-"""What is wrong with the rows of a data set: collected, and reported together."""
+"""Collects the faulty rows of a data set and reports them together."""
 
 import logging
 from dataclasses import dataclass, field
@@ -7,15 +7,15 @@ from pathlib import PurePath
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 10  # rows that a report names; of the others it gives the number
+SHOWN = 10  # rows that a report lists; it only counts the others
 
 
 class BadRecord(Exception):
-    """Why a record gives no rows."""
+    """A record cannot be used, for the reason in the message."""
 
 
 class MissingFile(BadRecord):
-    """Its image is not there."""
+    """The image file of a record is missing or empty."""
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Faults:
     The faults of one data set.
 
     Args:
-        source (`str`): What the report calls the data set.
-        total (`int`): How many rows were looked at.
+        source (`str`): Name of the data set in the report.
+        total (`int`): Number of rows checked.
     """
 
     source: str
@@ -41,11 +41,11 @@ class Faults:
     def __str__(self) -> str:
         more = [f"… and {len(self.lines) - SHOWN} more"] if len(self.lines) > SHOWN else []
         report = [f"{self.source}: {len(self.lines)} of {self.total} rows cannot be used", *self.lines[:SHOWN], *more]
-        # a name on the disk can be bytes that are no text
+        # a file name can have bytes that are not UTF-8
         return "\n  ".join(report + self.hints).encode(errors="backslashreplace").decode()
 
     def report(self, skip: bool) -> None:
-        """Warns if the faulty rows are left out (`skip`), and else raises; without faults nothing happens."""
+        """Reports the faults, if there are any: as a warning if `skip`, otherwise as an error."""
         if not self.lines:
             return
         if skip:
@@ -56,7 +56,7 @@ class Faults:
 
 
 def place_of_record(file: str | None, number: int | None, source: str) -> str:
-    """What a report calls a record: `captions.csv, row 7`."""
+    """The name of a record in a report: `captions.csv, row 7`."""
     name = file or PurePath(source).name
     return name if number is None else f"{name}, row {number}"
 
@@ -64,7 +64,7 @@ def place_of_record(file: str | None, number: int | None, source: str) -> str:
 def checked(text: str, what: str) -> str:
     """
     Raises:
-        BadRecord: if the text is none that can be stored.
+        BadRecord: The text cannot be encoded as UTF-8.
     """
     try:
         text.encode()
@@ -77,7 +77,7 @@ def checked(text: str, what: str) -> str:
 
 
 def raise_together(problems: list[Exception]) -> None:
-    """Raises what is wrong with several data sets as one error."""
+    """Raises the errors of several data sets as one error."""
     if len(problems) == 1:
         raise problems[0]
     if problems:

@@ -1,15 +1,15 @@
-"""Sets of rows: one for a picture, one for a question, a few for a class."""
+"""Groups rows: by image, by question, or a few rows of each class."""
 
 from collections import defaultdict
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 
-from .pictures import WithPictures, with_pictures
+from .images import WithImages, with_images
 
 
 def join_references(rows: Dataset) -> Dataset:
-    """One row for rows with the same picture and question, with the references of all of them."""
+    """Joins rows with the same image and question into one row with all their references."""
     if "references" not in rows.column_names:
         return rows
     columns = [rows[name][:] for name in ("image_id", "text", "question_id") if name in rows.column_names]
@@ -25,14 +25,14 @@ def join_references(rows: Dataset) -> Dataset:
 
 def group_by_image(rows: Dataset) -> Dataset:
     """
-    One row for a picture, in which `text`, `suffix` and `weight` are lists: the picture is then encoded once for all
-    its texts, or for those of them that are drawn (`texts_per_image` of the collator).
+    Joins the rows of each image into one row, in which `text`, `suffix` and `weight` are lists. The model then encodes
+    each image once for all its texts, or for a random few of them (`texts_per_image` of the collator).
 
     Raises:
-        ValueError: of a stream, which would have to be read first.
+        ValueError: The rows are a stream.
     """
     if not isinstance(rows, Dataset):
-        raise ValueError("a stream's rows cannot be grouped by their pictures; leave out streaming")
+        raise ValueError("the rows of a stream cannot be grouped by image; leave out streaming")
     transform = rows.format["format_kwargs"].get("transform")
     rows = rows.with_format(None)
     listed = [name for name in ("text", "suffix", "weight") if name in rows.column_names]
@@ -41,25 +41,26 @@ def group_by_image(rows: Dataset) -> Dataset:
         first.setdefault(image_id, row)
         for name, value in zip(listed, values):
             groups[name][image_id].append(value)
-    pictures = list(first.values())
-    columns = {"picture": pictures, "image_id": list(first), **{name: list(groups[name].values()) for name in listed}}
-    features = {"picture": Value("int64"), "image_id": Value("string")}
+    first_rows = list(first.values())
+    columns = {"image_row": first_rows, "image_id": list(first)}
+    columns |= {name: list(groups[name].values()) for name in listed}
+    features = {"image_row": Value("int64"), "image_id": Value("string")}
     features |= {name: List(rows.features[name]) for name in listed}
-    if isinstance(transform, WithPictures):
-        columns["picture"] = rows.select(pictures)["picture"][:]
+    if isinstance(transform, WithImages):
+        columns["image_row"] = rows.select(first_rows)["image_row"][:]
         return Dataset.from_dict(columns, Features(features)).with_transform(transform)
     grouped, images = Dataset.from_dict(columns, Features(features)), rows.select_columns("image")
     if images.cast_column("image", Image(decode=False))[0]["image"]["bytes"] is not None:
-        return with_pictures(grouped, images)
-    return concatenate_datasets([images.select(pictures), grouped.remove_columns("picture")], axis=1)
+        return with_images(grouped, images)
+    return concatenate_datasets([images.select(first_rows), grouped.remove_columns("image_row")], axis=1)
 
 
 def draw_shots(rows: Dataset, shots: int, seed: int) -> Dataset:
     """
-    So many rows of each class, drawn by the seed, whatever the order of the rows.
+    Draws `shots` rows of each class at random. The result depends on the seed, not on the order of the rows.
 
     Raises:
-        ValueError: if a class has fewer.
+        ValueError: A class has fewer rows.
     """
     keys, of_class = rows["image_id"][:], defaultdict(list)
     for row, name in enumerate(rows["suffix"][:]):
@@ -67,7 +68,7 @@ def draw_shots(rows: Dataset, shots: int, seed: int) -> Dataset:
     generator, drawn = np.random.default_rng(seed), []
     for name in sorted(of_class):
         if len(of_class[name]) < shots:
-            raise ValueError(f"class '{name}' has {len(of_class[name])} rows; {shots} of each class are wanted")
+            raise ValueError(f"class '{name}' has {len(of_class[name])} rows; each needs at least {shots}")
         by_key = sorted(of_class[name], key=lambda row: keys[row])
         drawn += [by_key[i] for i in generator.choice(len(by_key), shots, replace=False)]
     return rows.select(sorted(drawn))

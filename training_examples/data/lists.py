@@ -1,8 +1,8 @@
 """
-Lists of images and texts: CSV, TSV, JSON, JSON lines, and the text files of Flickr8k and Flickr30k.
+Reads lists of images and texts: CSV, TSV, JSON, JSON lines, and the text files of Flickr8k and Flickr30k.
 
-Every cell is kept as it was written: 007 stays 007, None and NA are words, 2.50 keeps its zero, and a date is no time
-stamp. A line that cannot be read is a fault of its row.
+Cells keep their text. Nothing is parsed as a number, a date or a missing value: 007 stays 007, 2.50 stays 2.50, and
+None and NA are words. A line that cannot be read is a fault of its row.
 """
 
 import codecs
@@ -23,8 +23,8 @@ from .faults import BadRecord, checked
 from .published_lists import published_list
 
 
-# What columns are called; the first that there is counts, and a column of images before all. "json.caption" is the
-# caption in the .json of a tar's sample.
+# Known column names by role. The first one present is used; a column of images has precedence. "json.caption" is the
+# caption in the .json of a sample in a tar.
 COLUMN_NAMES = {
     "image": (
         *("image", "images", "file_name", "filename", "path", "image_path", "file"),
@@ -41,19 +41,19 @@ COLUMN_NAMES = {
 
 DELIMITED = (".csv", ".tsv", ".txt", ".token")
 LIST_SUFFIXES = (*DELIMITED, ".jsonl", ".json")
-# what records are called in a .json that is an object, {"annotations": [{…}, …]}
+# fields that can hold the records if a .json is an object, {"annotations": [{…}, …]}
 RECORD_FIELDS = ("questions", "annotations", "images", "data")
 
 Record = dict[str, Any] | BadRecord
 
 
 def column_names(task: Task) -> dict[str, tuple[str, ...]]:
-    """The usual names of columns by their role. A column of a task of your own is known by its own name."""
+    """The known column names by role. The columns of your own task are known by their own names."""
     return {**{role: (role,) for role in task.columns}, **COLUMN_NAMES}
 
 
 def is_list(path: Path) -> bool:
-    """Whether a file of a folder may be a list; of text files, which may be a picture's own, a few names only."""
+    """Whether a file in a folder can be a list. A text file needs a usual name; others are captions of one image."""
     if path.suffix.lower() in (".txt", ".token"):
         return re.search(r"(captions[^/]*|token)\.txt$|\.token$", path.name.lower()) is not None
     return path.suffix.lower() in LIST_SUFFIXES
@@ -61,10 +61,10 @@ def is_list(path: Path) -> bool:
 
 def read_list(path: Path, root: str) -> Iterator[Record]:
     """
-    The records of a list, in their order; what cannot be read comes as a [`BadRecord`] in its place.
+    The records of a list, in order. In place of a record that cannot be read, there is a [`BadRecord`].
 
     Raises:
-        ValueError: if nothing of the list can be read.
+        ValueError: The whole list cannot be read.
     """
     if path.suffix.lower() in DELIMITED:
         return _read_delimited(path)
@@ -78,14 +78,14 @@ def read_list(path: Path, root: str) -> Iterator[Record]:
 
 
 def columns_in(path: Path) -> list[str]:
-    """The columns of a list's first line."""
+    """The columns of a list, from its first record."""
     return _Delimited(path).names if path.suffix.lower() in DELIMITED else [*_peek(path)[1]]
 
 
 def fits(path: Path, task: Task, columns: dict[str, str], with_texts: bool = False) -> bool:
     """
-    Whether a list has the columns that a task needs. Test lists have no captions or answers, so those are needed only
-    `with_texts`.
+    Whether a list has the columns that a task needs. Captions or answers are needed only `with_texts`, since lists for
+    testing have none.
     """
     try:
         field, first = ("", {}) if path.suffix.lower() in DELIMITED else _peek(path)
@@ -105,7 +105,7 @@ def fits(path: Path, task: Task, columns: dict[str, str], with_texts: bool = Fal
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A text file in UTF-8, or in UTF-16 if it says so. Bytes that are neither are kept, as faults of their rows."""
+    """Opens a text file in UTF-8, or UTF-16 if it has that mark. Invalid bytes become faults of their rows."""
     with open(path, "rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     if is_utf16:
@@ -117,26 +117,26 @@ def open_text(path: Path) -> io.TextIOWrapper:
 
 
 class _Delimited:
-    """How a file of lines is to be read: its separator, its columns, and whether its first line names them."""
+    """The layout of a delimited file: its separator, its quoting, its columns, and whether it has a header."""
 
     def __init__(self, path: Path):
-        csv.field_size_limit(1 << 30)  # images can be cells
+        csv.field_size_limit(1 << 30)  # a cell can be an image
         with open_text(path) as file:
             first_line = file.readline()
             file.seek(0)
             self.is_published = re.match(r"[^\t]+\.\w+#\d+\t", first_line) is not None  # Flickr's "a.jpg#0<tab>text"
             tabs = path.suffix.lower() == ".tsv" or self.is_published
             self.separator = "\t" if tabs else max(",;\t|", key=first_line.count)
-            # spreadsheets quote; texts with tabs or | between them are written as they are
+            # spreadsheets quote texts; files separated by tabs or | do not
             self.quotes = path.suffix.lower() == ".csv" and self.separator != "|" or self.separator in ",;"
             try:
                 names = next((cells for cells in self.reader(file) if cells), None)
             except csv.Error as error:
                 raise ValueError(f"{path}, line 1 cannot be read: {error}") from error
         if names is None:
-            raise ValueError(f"{path} is empty; a line with the columns' names is needed, such as image,caption")
+            raise ValueError(f"{path} is empty; its first line must name the columns, such as image,caption")
         try:
-            checked("".join(names), "line of the columns' names")
+            checked("".join(names), "line of column names")
         except BadRecord as error:
             raise ValueError(f"{path}: {error}") from None
         self.names = [name.strip() or f"column {number}" for number, name in enumerate(names, 1)]
@@ -170,14 +170,14 @@ def _read_delimited(path: Path) -> Iterator[Record]:
                 return
             except csv.Error as error:
                 why = "a double quote is never closed" if "unexpected end" in str(error) else str(error)
-                yield BadRecord(f"line {line} cannot be read: {why}; a double quote in a quoted text is written twice")
+                yield BadRecord(f"line {line} cannot be read: {why}; double a quote inside a quoted text")
                 continue
             if not cells:
                 continue
             if waits_for_header:
                 waits_for_header = False
                 continue
-            while len(cells) > len(layout.names) and not cells[-1].strip():  # as spreadsheets write them
+            while len(cells) > len(layout.names) and not cells[-1].strip():  # spreadsheets add empty cells
                 cells.pop()
             if len(cells) != len(layout.names):
                 yield BadRecord(_wrong_number_of_fields(line, cells, layout))
@@ -190,7 +190,7 @@ def _read_delimited(path: Path) -> Iterator[Record]:
 
 def _wrong_number_of_fields(line: int, cells: list[str], layout: _Delimited) -> str:
     columns = f"there are {len(layout.names)} columns: {', '.join(layout.names)}"
-    remedy = f'Put texts that have a "{layout.separator}" in them in double quotes'
+    remedy = f'Put texts that contain "{layout.separator}" in double quotes'
     if not layout.quotes or len(cells) < len(layout.names):
         remedy = f"Columns are separated by {layout.separator!r}"
     return f"line {line} has {len(cells)} fields, but {columns}. {remedy}"
@@ -200,18 +200,18 @@ def _wrong_number_of_fields(line: int, cells: list[str], layout: _Delimited) -> 
 
 
 def load_json(path: Path) -> Any:
-    """What a .json file holds, numbers with a point or an exponent as they were written."""
+    """The content of a .json file. Numbers with a point or an exponent stay texts, so that 2.50 keeps its zero."""
     return _load_json(path, os.stat(path).st_mtime_ns)
 
 
-@lru_cache(1)  # the same file is looked into and then read
+@lru_cache(1)  # a file is inspected first and then read
 def _load_json(path: Path, changed: int) -> Any:
     with open_text(path) as file:
         return parse_json(file.read(), str(path))
 
 
 def forget_json() -> None:
-    """Frees the memory of the last file."""
+    """Frees the memory of the last .json file."""
     _load_json.cache_clear()
 
 
@@ -224,7 +224,7 @@ def parse_json(text: str, source: str) -> Any:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether a file has an object in each line, whatever its name says."""
+    """Whether a file has one object per line, whatever its suffix."""
     with open_text(path) as file:
         start = file.read(1 << 16).lstrip()
         if not start.startswith("{"):
@@ -235,7 +235,7 @@ def _is_lines(path: Path) -> bool:
         first_line = next((line for line in file if line.strip()), "")
         try:
             json.loads(first_line)
-            return next((True for line in file if line.strip()), False)  # one object alone is the file's
+            return next((True for line in file if line.strip()), False)  # a single object is the whole file
         except (ValueError, RecursionError):
             return False
 
@@ -252,15 +252,15 @@ def _read_lines(path: Path) -> Iterator[Record]:
 
 
 def _no_object(value: Any) -> BadRecord:
-    return BadRecord(f'{str(value)[:50]!r} is no object; objects are needed: {{"image": …, "caption": …}}')
+    return BadRecord(f'{str(value)[:50]!r} is not an object; accepted are objects: {{"image": …, "caption": …}}')
 
 
 def _records_in(content: Any, path: Path) -> list[Record]:
-    """The records of a .json: a list of objects, in a field of an object, or in any orientation of pandas."""
+    """The records of a .json: a list of objects, a field of an object, or any orientation of `pandas.to_json`."""
     if isinstance(content, dict):
         content = _records_in_object(content, path)
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{path} holds no records; objects are needed, one a line or in a list")
+        raise ValueError(f"{path} has no records; accepted are objects, one per line or in a list")
     return [record if isinstance(record, dict) else _no_object(record) for record in content]
 
 
@@ -283,11 +283,11 @@ def _records_in_object(content: dict[str, Any], path: Path) -> Any:
         return [dict(zip(content, row)) for row in zip(*values)]
     if not of_objects and content:
         return [content]
-    raise ValueError(f"{path} holds an object with {', '.join(content) or 'nothing'}; a list of objects is needed")
+    raise ValueError(f"{path} is an object with {', '.join(content) or 'nothing'}; accepted is a list of objects")
 
 
 def _are_columns(content: dict[str, dict]) -> bool:
-    """Whether the outer names are the columns', and the inner ones those of the rows."""
+    """Whether the outer keys are the columns and the inner keys the rows, rather than the reverse."""
     usual = {name for names in COLUMN_NAMES.values() for name in names}
     inner = next(iter(content.values()))
     outer_known, inner_known = (len({str(name).lower() for name in names} & usual) for names in (content, inner))
@@ -295,14 +295,14 @@ def _are_columns(content: dict[str, dict]) -> bool:
 
 
 def _peek(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The first record of a list, and what holds it; see [`published_list`]."""
+    """The field that holds the records of a list, and the first record; see [`published_list`]."""
     if _is_lines(path):
         records = _read_lines(path)
         first = next(records)
         if isinstance(first, BadRecord):
             later = next((record for record in records if isinstance(record, dict)), None)
             if later is None:
-                raise ValueError(f"{path} cannot be read: {first}; objects are needed, one a line or in a list")
+                raise ValueError(f"{path} cannot be read: {first}; accepted are objects, one per line or in a list")
             first = later
         return "", first
     size = 1 << 20
@@ -321,7 +321,7 @@ def _peek(path: Path) -> tuple[str | None, dict[str, Any]]:
             return field, _first_of([record], path)
         except (json.JSONDecodeError, RecursionError) as error:
             if at_end or isinstance(error, RecursionError):
-                message = f"{path} cannot be read: {error}; objects are needed, one a line or in a list"
+                message = f"{path} cannot be read: {error}; accepted are objects, one per line or in a list"
                 raise ValueError(message) from error
             size *= 8  # a record can be long
 
@@ -330,4 +330,4 @@ def _first_of(records: list[Any], path: Path) -> dict[str, Any]:
     for record in records:
         if isinstance(record, dict):
             return record
-    raise ValueError(f'{path} holds {str(records[0])[:50]!r}; objects are needed: {{"image": …, "caption": …}}')
+    raise ValueError(f'{path} holds {str(records[0])[:50]!r}; accepted are objects: {{"image": …, "caption": …}}')

@@ -1,18 +1,18 @@
 """
-The annotation lists that were published, as their sites give them.
+Reads published annotation lists, unchanged from their sites.
 
 | data | file | images below `image_folder` |
 | --- | --- | --- |
-| COCO, Flickr8k and Flickr30k in A. Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent) | `dataset_coco.json` and its likes | `val2014/COCO_val2014_….jpg` |
+| COCO, Flickr8k and Flickr30k in A. Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent) | `dataset_coco.json` and similar | `val2014/COCO_val2014_….jpg` |
 | COCO (cocodataset.org), NoCaps (nocaps.org) | `captions_train2017.json`, `nocaps_val_4500_captions.json`, `image_info_test2017.json` | the folder itself |
-| VQAv2, OK-VQA (visualqa.org, okvqa.allenai.org) | `v2_OpenEnded_mscoco_train2014_questions.json`, its annotations beside it | `train2014`, or the folder itself |
+| VQAv2, OK-VQA (visualqa.org, okvqa.allenai.org) | `v2_OpenEnded_mscoco_train2014_questions.json`, with its annotations next to it | `train2014`, or the folder itself |
 | A-OKVQA (allenai.org) | `aokvqa_v1p0_train.json` | `train2017`, or the folder itself |
 | GQA (cs.stanford.edu/people/dorarad/gqa) | `train_balanced_questions.json` | `images`, or the folder itself |
 | TextVQA (textvqa.org) | `TextVQA_0.5.1_train.json` | `train_images` and `test_images`, or the folder itself |
 | Visual Genome (homes.cs.washington.edu/~ranjay/visualgenome) | `question_answers.json`, `region_descriptions.json` | `VG_100K` and `VG_100K_2`, or the folder itself |
 
-Flickr's own text files are read as any list, and so are flat lists made of these. CC3M, CC12M and SBU were published as
-URLs; what was fetched from them is read as webdataset tars, which img2dataset writes, or as a list of file names.
+lists.py reads the text files of Flickr8k and Flickr30k. CC3M, CC12M and SBU were published as URLs. If img2dataset has
+fetched them, tars.py reads its tars, or lists.py a list of the files.
 """  # noqa: E501
 
 import re
@@ -32,7 +32,7 @@ Record = dict[str, Any] | BadRecord
 
 @dataclass
 class PublishedList:
-    """The columns of a published list, and its reader: from the path, the folder of images and a reader of JSON."""
+    """The columns of a published list, and its reader, which takes the path, the image folder and a JSON reader."""
 
     columns: tuple[str, ...]
     read: Callable[[Path, str, Callable[[Path], Any]], Iterator[Record]]
@@ -40,8 +40,12 @@ class PublishedList:
 
 def published_list(field: str | None, first: dict[str, Any]) -> PublishedList | None:
     """
-    The kind of a list, by the field that holds its records (`None`: the list is the file; `""`: it has an object in
-    each line), and the first of them; `None` for a user's own.
+    Recognises a published list, or returns `None` for your own list.
+
+    Args:
+        field (`str`, *optional*):
+            The field that holds the records. `None` if the file is a list; `""` if it has one object per line.
+        first (`dict`): The first record.
     """
     if field == "":
         return None
@@ -64,7 +68,7 @@ def published_list(field: str | None, first: dict[str, Any]) -> PublishedList | 
 
 
 def _in_folder(root: str, *folders: str) -> str:
-    """`"train2017/"` if the root has that folder, or else nothing: the images lie in the root itself."""
+    """The first of the folders that exists in the root, `"train2017/"`; `""` if the root itself has the images."""
     return next((f"{folder}/" for folder in folders if Path(root, folder).is_dir()), "")
 
 
@@ -75,7 +79,7 @@ def read_karpathy(path: Path, root: str, load_json: Callable) -> Iterator[Record
 
 
 def read_coco(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
-    """Of COCO and NoCaps; without annotations, as for the test images, its images alone."""
+    """COCO and NoCaps. A list without annotations, such as that of the test images, gives only the images."""
     content = load_json(path)
     files: dict[str, str] = {}  # ids may be numbers or texts
     twice: dict[str, str] = {}
@@ -85,9 +89,9 @@ def read_coco(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
             twice[str(image["id"])] = f"id {image['id']} names two images, {name} and {image['file_name']}"
     captions = content.get("annotations") or []
     if captions and "caption" not in captions[0]:
-        raise ValueError(f"{path} has no captions, but {', '.join(captions[0])}")
+        raise ValueError(f"{path} has no captions; its annotations have {', '.join(captions[0])}")
     if captions and not files:
-        raise ValueError(f"{path} has no 'images', which tell the files' names; take the list that has both")
+        raise ValueError(f"{path} has no field 'images' with the file names; use the list that has both")
     if not captions:
         for image in content["images"]:
             known = str(image["id"])
@@ -97,19 +101,19 @@ def read_coco(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
         if known in twice:
             yield BadRecord(twice[known])
         elif known not in files:
-            yield BadRecord(f"the caption is of image {known}, which is not among the list's images")
+            yield BadRecord(f"the caption belongs to image {known}, which the list does not have")
         else:
             texts = {"caption": caption.get("caption"), "image_number": caption["image_id"]}
             yield {"file_name": files[known], **texts}
 
 
 def read_vqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
-    """The questions of VQAv2 or OK-VQA with their ten answers each, if the file of these is beside them."""
+    """VQAv2 and OK-VQA: the questions, with ten answers each if the annotations are next to them."""
     named = re.search(r"OpenEnded_mscoco_((train|val|test)(?:-dev)?(\d{4}))_questions\.json$", path.name)
     if named is None:
         raise ValueError(
-            f"{path}: VQAv2 is read by its files of questions under their own names, such as "
-            "v2_OpenEnded_mscoco_train2014_questions.json, each with its annotations beside it"
+            f"{path} does not have the published name of a VQAv2 file of questions, such as "
+            "v2_OpenEnded_mscoco_train2014_questions.json; its annotations must be next to it"
         )
     questions = sorted(load_json(path)["questions"], key=lambda question: question["question_id"])
     annotations = path.with_name(path.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
@@ -117,10 +121,10 @@ def read_vqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
     if annotations.exists():
         answers = {entry["question_id"]: entry["answers"] for entry in load_json(annotations)["annotations"]}
         if answers.keys() != {question["question_id"] for question in questions}:
-            raise ValueError(f"{annotations} has {len(answers)} questions, and not those {len(questions)} of {path}")
+            raise ValueError(f"{annotations} has {len(answers)} questions, other than the {len(questions)} of {path}")
     elif named.group(2) != "test":
-        raise FileNotFoundError(f"there is no {annotations.name} beside {path}; the answers are in it")
-    name = f"{named.group(2)}{named.group(3)}"  # test-dev asks about images of test
+        raise FileNotFoundError(f"{annotations.name} with the answers is missing next to {path}")
+    name = f"{named.group(2)}{named.group(3)}"  # test-dev has images of test
     folder = _in_folder(root, name)
     for question in questions:
         image = f"{folder}COCO_{name}_{int(question['image_id']):012d}.jpg"
@@ -129,7 +133,7 @@ def read_vqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
 
 
 def read_aokvqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
-    """Its images are those of COCO 2017. Test questions have no answers."""
+    """A-OKVQA. Its images are those of COCO 2017; test questions have no answers."""
     for entry in load_json(path):
         folder = _in_folder(root, f"{entry.get('split', 'train')}2017")
         answers = {"answers": entry["direct_answers"]} if "direct_answers" in entry else {}
@@ -143,7 +147,7 @@ def read_gqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
 
 
 def read_textvqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
-    """Its images are those of OpenImages, validation's among those of train."""
+    """TextVQA. The images of its validation split are in the folder of the training images."""
     for entry in load_json(path)["data"]:
         folder = _in_folder(root, "test_images" if entry.get("set_name") == "test" else "train_images")
         yield {"image": f"{folder}{entry['image_id']}.jpg", **entry}
@@ -151,8 +155,8 @@ def read_textvqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]
 
 def read_visual_genome(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
     """
-    One record for each question or region. The published lists do not say which of two folders an image is in. The
-    answers are sentences; their full stop goes, as answers of VQAv2 have none.
+    Visual Genome: one record for each question or region. The lists do not tell which of two folders has an image. The
+    full stop of an answer is removed, since answers of VQAv2 have none.
     """
     folders = [folder for folder in ("VG_100K", "VG_100K_2") if Path(root, folder).is_dir()]
     places = {file.name: f"{folder}/" for folder in folders for file in Path(root, folder).iterdir()}

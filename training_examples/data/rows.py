@@ -1,4 +1,4 @@
-"""Rows of one picture and one text, made of the records of a list or a data set."""
+"""Turns the records of a list or a data set into rows of one image and one text."""
 
 import logging
 import re
@@ -18,8 +18,7 @@ from modeling_prismer.processing.tasks import Task
 
 from .faults import SHOWN, BadRecord, Faults, MissingFile, checked, place_of_record
 from .grouping import draw_shots, join_references
-from .lists import column_names
-from .pictures import (
+from .images import (
     fault_of,
     faults_of,
     find_file,
@@ -30,29 +29,30 @@ from .pictures import (
     is_there,
     place_of,
     undecoded,
-    with_pictures,
+    with_images,
 )
+from .lists import column_names
 from .tables import CODE, FILE, NUMBER, is_packed, unpack
 from .texts import IS_NUMBER, as_text, named, one_text_of, texts_of
 
 
 logger = logging.getLogger(__name__)
 
-ROW_NUMBER = "number of the row"  # the column that stands in where a data set does not name its pictures
-READ_AHEAD = 100  # records of a list of which the columns are known
+ROW_NUMBER = "number of the row"  # the key of an image if the data set has no names
+READ_AHEAD = 100  # records of a list that are read to find its columns
 
 
 def find_columns(
     records: Dataset | IterableDataset, task: Task, train: bool, known: dict[str, str], source: str
 ) -> dict[str, str]:
     """
-    Which column holds what: `{"image": "file_name", "caption": "text"}`.
+    Finds the column for each role: `{"image": "file_name", "caption": "text"}`.
 
     Raises:
-        ValueError: if one that the task needs is missing, or one that is `known`.
+        ValueError: A column that the task needs is missing, or a column of `known` is.
     """
     if records.features is None:
-        raise ValueError(f"{source} does not know its columns; cast it: dataset.cast(datasets.Features(…))")
+        raise ValueError(f"{source} has unknown columns; name them by dataset.cast(datasets.Features(…))")
     fields = columns_of(records, source)
     features = dict(fields)
     for name, inner in fields.items():
@@ -65,7 +65,7 @@ def find_columns(
         candidates = [spelled[name] for name in usual if name in spelled]
         if role == "image":
             candidates = [name for name in features if is_image(features[name])] + candidates
-        if role == "image_number":  # "coco_522418" is none
+        if role == "image_number":  # "coco_522418" is not a number
             candidates = [name for name in candidates if features[name] is None or _is_integer(features[name])]
         if role in known:
             candidates = [known[role]]
@@ -88,7 +88,7 @@ def _listed(columns: Iterable[str]) -> str:
 
 
 def columns_of(records: Dataset | IterableDataset, source: str) -> dict[str, Any]:
-    """The columns and their features; of a list, where any cell can be anything, the first records' and `None`."""
+    """The columns and their features. The cells of a list have no fixed type, so its features are `None`."""
     if not is_packed(records):
         return dict(records.features)
     columns: dict[str, Any] = {"image": Image(decode=False)} if "image" in records.features else {}
@@ -113,27 +113,27 @@ def _is_integer(feature: Any) -> bool:
 
 
 def _parts(column: str) -> list[str]:
-    """The columns that a path is put together from, `"{folder}/{name}.jpg"`; else the column itself."""
+    """The columns in a pattern such as `"{folder}/{name}.jpg"`; otherwise the column itself."""
     return re.findall(r"\{(\w+)", column) if "{" in column else [column]
 
 
 @dataclass
 class RowMaker:
     """
-    Makes rows of a batch of records. What is wrong with a record becomes the row's `fault`.
+    Turns a batch of records into rows. If a record is faulty, its row has the reason in the column `fault`.
 
     Args:
-        source (`str`): What messages call the records.
-        task ([`Task`]): The task that the rows are for.
-        train (`bool`): One row for each text, or one with all of them as references.
-        root (`str`): The folder that paths start from.
-        skip (`bool`): Of a stream: leave bad records out, with a warning, rather than raise a `ValueError`.
-        check_pictures (`bool`): Of a stream: whether to open the pictures.
-        columns (`dict`): Which column holds what.
-        features (`Features`): Of the records.
-        class_names (`dict`, *optional*): What classes are called in words.
-        is_stream (`bool`): Whether rows are used as they come: pictures and faults are dealt with here and now.
-        numbered (`bool`): Whether to give the number of a picture's record as `picture`, and no `image`.
+        source (`str`): Name of the records in messages.
+        task ([`Task`]): The task of the rows.
+        train (`bool`): Whether each text has a row. Otherwise one row has all texts as references.
+        root (`str`): The folder that paths are relative to.
+        skip (`bool`): Whether a stream leaves out faulty records with a warning, rather than raise a `ValueError`.
+        check_images (`bool`): Whether a stream opens the images.
+        columns (`dict`): The column for each role.
+        features (`Features`): The features of the records.
+        class_names (`dict`, *optional*): The names of classes in words.
+        is_stream (`bool`): Whether the records are a stream, so that images and faults are handled at once.
+        numbered (`bool`): Whether rows have the number of the image's record, `image_row`, in place of `image`.
     """
 
     source: str
@@ -141,7 +141,7 @@ class RowMaker:
     train: bool
     root: str
     skip: bool
-    check_pictures: bool
+    check_images: bool
     columns: dict[str, str]
     features: Features
     class_names: dict[str, str] | None = None
@@ -152,7 +152,7 @@ class RowMaker:
 
     @property
     def row_features(self) -> Features:
-        features = {"picture": Value("int64")} if self.numbered else {"image": Image()}
+        features = {"image_row": Value("int64")} if self.numbered else {"image": Image()}
         is_in_data_set = is_image(self.features.get(self.columns["image"]))
         if not is_in_data_set or "key" in self.columns:
             features["image_id"] = Value("string")
@@ -202,32 +202,32 @@ class RowMaker:
         return place_of_record(record.get(FILE), own_number, self.source)
 
     def faulty(self, record: dict[str, Any], number: int | None, problem: BadRecord) -> list[dict[str, Any]]:
-        """A row that says what is wrong; of a stream, none."""
+        """A row with the fault of a record. A stream has no such row: it skips the record or raises."""
         message = str(problem).encode(errors="backslashreplace").decode()
         if not self.is_stream:
-            return [{"fault": message, "picture": number}]
+            return [{"fault": message, "image_row": number}]
         where = self.place(record, number)
         if not self.skip:
-            raise ValueError(f"{where}: {message}. bad_rows='skip' leaves such rows out") from None
+            raise ValueError(f"{where}: {message}. Pass bad_rows='skip' to leave such rows out") from None
         self.warnings += 1
         if self.warnings <= SHOWN:
             logger.warning("%s: %s. This row is left out.", where, message)
         if self.warnings == SHOWN:
-            logger.warning("%s: of further rows that are left out nothing is said.", self.source)
+            logger.warning("%s: further rows are left out without a message.", self.source)
         return []
 
     def opened(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record, unpacked, and class numbers as the names that a data set has for them."""
+        """The record, unpacked, with class names in place of class numbers."""
         if FILE in self.features:
             record = {**unpack(record), FILE: record[FILE], NUMBER: record[NUMBER]}
         else:
             record = {name: named(value, self.features.get(name)) for name, value in record.items()}
         if "split" in self.columns and not str(record.get(self.columns["split"]) or "").strip():
-            raise BadRecord("the split is empty, while other rows have one")
+            raise BadRecord("the split is empty; other rows have one")
         return record
 
     def rows_of(self, record: dict[str, Any], number: int | None) -> list[dict[str, Any]]:
-        common = {"picture": number, "image_id": self.key(record)} if self.numbered else self.picture(record)
+        common = {"image_row": number, "image_id": self.key(record)} if self.numbered else self.image(record)
         if self.task.prompt is None:
             asked = self.task.prompt_column
             common["text"] = one_text_of(self.value(record, asked), asked)
@@ -255,7 +255,7 @@ class RowMaker:
         if "{" in column:
             lacking = [part for part in _parts(column) if record.get(part) is None]
             if lacking:
-                raise BadRecord(f"{lacking[0]} is empty, of which the name of the image is made")
+                raise BadRecord(f"{lacking[0]} is empty; the name of the image is made from it")
             return column.format(**record)
         outer, _, inner = column.partition(".")
         fields = record.get(outer)
@@ -268,13 +268,13 @@ class RowMaker:
         except (TypeError, ValueError):
             number = -1.0
         if not 0 <= number < float("inf"):
-            raise BadRecord(f"the weight is {weight!r}; a number of at least 0 is needed")
+            raise BadRecord(f"the weight is {weight!r}; accepted is a number of at least 0")
         return number
 
     def key(self, record: dict[str, Any]) -> str | None:
         """
-        The name of a picture that a data set brings, as `prismer label` has it: its key; of a tar's sample with the
-        tar before it; of a list's row the list and the row, if it has no key.
+        The name of an image inside a data set, as in `prismer label`: its key. For a sample of a tar, the name of the
+        tar comes first. A row of a list without a key has the name of the list and its number.
         """
         key = self.value(record, "key")
         file = record.get(FILE)
@@ -287,21 +287,21 @@ class RowMaker:
             return re.sub(r"\.(tgz|tar|tar\.\w+)$", "", tar, flags=re.IGNORECASE) + f"/{key}"
         return checked(as_text(key), "key")
 
-    def picture(self, record: dict[str, Any]) -> dict[str, Any]:
+    def image(self, record: dict[str, Any]) -> dict[str, Any]:
         cell = self.value(record, "image")
         image = image_in(cell)
         if isinstance(image, bytes):
             key = self.key(record)
-            if self.is_stream and self.check_pictures:
+            if self.is_stream and self.check_images:
                 self.look_at(image, key)
-            # without its path, which `datasets` would look for in the current folder
+            # no path: `datasets` would search it in the current folder
             return {"image": {"bytes": image, "path": None}, "image_id": key}
         path, name = place_of(checked(image, "name of the image"), self.root)
-        if self.is_stream and self.check_pictures:
+        if self.is_stream and self.check_images:
             if not is_there(path):
                 path, name = place_of(find_file(path, self.root) or path, self.root)
             self.look_at(path, name)
-        if self.is_stream and is_remote(path):  # the collator fetches http(s) alone
+        if self.is_stream and is_remote(path):  # the collator can only fetch http(s)
             with xopen(path, "rb") as file:
                 return {"image": {"bytes": file.read(), "path": None}, "image_id": name}
         in_cache = isinstance(cell, dict) and (path == name)
@@ -334,21 +334,21 @@ def make_rows(
     max_records: int | None = None,
 ) -> Dataset:
     """
-    The rows of a data set, which lie in a file as it does.
+    Turns a data set into rows, which are on disk as well.
 
     Raises:
-        FileNotFoundError, ValueError: about all rows that cannot be used, unless they are to be left out.
+        FileNotFoundError, ValueError: Rows cannot be used, and they are not to be left out.
     """
     if max_records is not None:
         records = records.select(range(min(max_records, len(records))))
-    image, pictures = maker.columns["image"], None
+    image, images = maker.columns["image"], None
     records = _with_undecoded_images(records, maker)
     if isinstance(maker.features.get(image), Image):
         first = records[0][image] if len(records) else None
         maker.numbered = first is None or first["bytes"] is not None
     if maker.numbered:  # bytes are not copied
-        pictures = records.select_columns(image).cast_column(image, Image())
-        pictures = pictures if image == "image" else pictures.rename_column(image, "image")
+        images = records.select_columns(image).cast_column(image, Image())
+        images = images if image == "image" else images.rename_column(image, "image")
     records = records.select_columns([name for name in maker.needed() if not maker.numbered or name != image])
     rows = records.map(
         maker,
@@ -359,9 +359,9 @@ def make_rows(
         features=maker.row_features,
         desc=f"rows of {place_of_record(None, None, maker.source)}",
     )
-    if maker.check_pictures and not maker.numbered:
+    if maker.check_images and not maker.numbered:
         rows = _with_found_files(rows, maker.root)
-    rows = _without_faults(rows, pictures, maker)
+    rows = _without_faults(rows, images, maker)
     if not len(rows):
         raise ValueError(f"{maker.source} has no rows that can be used")
     rows = _with_plain_numbers(rows)
@@ -371,11 +371,11 @@ def make_rows(
         rows = join_references(rows)
     if not maker.train and maker.task.prompt is None and "question_id" not in rows.column_names:
         rows = rows.add_column("question_id", np.arange(len(rows)))
-    return rows if pictures is None else with_pictures(rows, pictures)
+    return rows if images is None else with_images(rows, images)
 
 
 def _with_undecoded_images(records: Dataset | IterableDataset, maker: RowMaker) -> Dataset | IterableDataset:
-    """The records with images as bytes or paths, whatever the data set calls them; the maker learns of it."""
+    """The records with images as bytes or paths, whatever their feature. Updates the features of `maker`."""
     column = maker.columns["image"]
     feature = maker.features.get(column)
     is_struct = isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
@@ -389,12 +389,12 @@ def _with_undecoded_images(records: Dataset | IterableDataset, maker: RowMaker) 
 
 
 def _rows_at_once(records: Dataset) -> int:
-    """Records for a batch of some 64 MB."""
+    """The number of records in a batch of about 64 MB."""
     return int(np.clip(2**26 * len(records) // max(1, records.data.nbytes), 1, 1000))
 
 
 def _with_found_files(rows: Dataset, root: str) -> Dataset:
-    """Rows whose files have the names that are on the disk, where these differ in case or normal form only."""
+    """Corrects file names that differ from those on disk in case or Unicode normalisation only."""
     renamed = {}
     paths = rows.select_columns("image").cast_column("image", Image(decode=False)).with_format("arrow")
     for batch in paths.iter(10_000):
@@ -414,28 +414,28 @@ def _with_found_files(rows: Dataset, root: str) -> Dataset:
         names = [name if place is None else place_of(place, root)[1] for name, place in zip(batch["image_id"], places)]
         return {"image": images, "image_id": names}
 
-    logger.warning("%d images have other names on the disk, by case or Unicode form; these are used", len(renamed))
+    logger.warning("%d images are used that differ in case or Unicode normalisation from the given name", len(renamed))
     rows = rows.cast_column("image", Image(decode=False)).map(rename, batched=True, load_from_cache_file=False)
     return rows.cast_column("image", Image())
 
 
-def _without_faults(rows: Dataset, pictures: Dataset | None, maker: RowMaker) -> Dataset:
-    """The rows that can be used; what is wrong with the others is reported at once."""
+def _without_faults(rows: Dataset, images: Dataset | None, maker: RowMaker) -> Dataset:
+    """Returns the rows that can be used and reports the others together."""
     total = len(rows)
     told = rows.select_columns("fault").with_format("arrow")[:]["fault"]
     problems: dict[int, BadRecord] = {
         row: BadRecord(told[row].as_py()) for row in np.flatnonzero(told.is_valid().to_numpy()).tolist()
     }
-    if maker.check_pictures and len(problems) < total:
+    if maker.check_images and len(problems) < total:
         usable = np.setdiff1d(np.arange(total), list(problems))
-        if pictures is None:
+        if images is None:
             found = faults_of(rows.select(usable), rows.select_columns("image_id").select(usable)["image_id"])
             problems |= {int(usable[row]): problem for row, problem in found.items()}
         else:
-            of_row = np.asarray(rows["picture"][:])[usable]
+            of_row = np.asarray(rows["image_row"][:])[usable]
             looked_at, first = np.unique(of_row, return_index=True)
             names = rows.select_columns("image_id").select(usable[first])["image_id"]
-            found = faults_of(pictures.select(looked_at), names)
+            found = faults_of(images.select(looked_at), names)
             found = {int(looked_at[number]): problem for number, problem in found.items()}
             problems |= {int(row): found[int(number)] for row, number in zip(usable, of_row) if int(number) in found}
     faults = Faults(maker.source, total)
@@ -452,7 +452,7 @@ def _without_faults(rows: Dataset, pictures: Dataset | None, maker: RowMaker) ->
 
 
 def _with_plain_numbers(rows: Dataset) -> Dataset:
-    """Without numbers of images that not all rows have; with `question_id` as numbers if all of them are."""
+    """Removes `image_number` unless all rows have it, and makes `question_id` integers if all ids are numbers."""
     if "image_number" in rows.column_names and None in rows["image_number"][:]:
         rows = rows.remove_columns("image_number")
     if "question_id" in rows.column_names:
@@ -465,9 +465,9 @@ def _with_plain_numbers(rows: Dataset) -> Dataset:
 
 
 def stream_rows(records: IterableDataset, maker: RowMaker) -> IterableDataset:
-    """The rows of a stream, made while it is read."""
+    """Turns a stream into rows while it is read."""
     records = _with_undecoded_images(records, maker)
     maker.is_stream = True
     records = records.select_columns(maker.needed())
     rows = records.map(maker, batched=True, batch_size=16, remove_columns=records.column_names)
-    return rows.cast(maker.row_features)  # not features= in map, which leaves images undecoded
+    return rows.cast(maker.row_features)  # features= in map would leave images undecoded

@@ -1,4 +1,4 @@
-"""Which kind of source a user means: a folder, a list, tars, or a data set; and which split of it."""
+"""Opens a source, which is a folder, a list, tars or a data set, and chooses its split."""
 
 import glob
 import os
@@ -18,25 +18,25 @@ from datasets import Dataset, IterableDataset
 from modeling_prismer.processing.labels import KEY_COLUMNS, TAR_SUFFIXES
 from modeling_prismer.processing.tasks import Task
 
+from .images import is_image, undecoded
 from .lists import LIST_SUFFIXES, columns_in, fits, is_list
-from .pictures import is_image, undecoded
 from .rows import ROW_NUMBER
 from .tables import SPLIT, is_packed, open_packed
 
 
-# the names of `datasets` for splits
+# split names of `datasets`
 SPLITS = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 
-Tables = dict[str, Callable[[], Dataset | IterableDataset]]  # what opens each split
+Tables = dict[str, Callable[[], Dataset | IterableDataset]]  # a function for each split that opens it
 
 
 def open_tables(
     source: Any, task: Task, image_folder: str | Path | None, columns: dict[str, str], streaming: bool
 ) -> tuple[Tables, str]:
-    """The splits of a source, as far as possible not yet read, and the folder that its pictures' paths start from."""
+    """The splits of a source, read as late as possible, and the folder that image paths are relative to."""
     if isinstance(source, dict) and not all(isinstance(one, Dataset | IterableDataset) for one in source.values()):
         raise ValueError(
-            f"the data are a dict of {', '.join(map(str, source))}; make it a data set: Dataset.from_list"
+            f"the data are a dict with {', '.join(map(str, source))}; make a data set of it with Dataset.from_list"
         )
     if isinstance(source, Dataset | IterableDataset | dict):
         return _opened(source, streaming), os.path.abspath(image_folder or ".")
@@ -57,14 +57,14 @@ def open_tables(
     is_path = suffix in (*LIST_SUFFIXES, *TAR_SUFFIXES, ".parquet") or source.startswith((".", "/", "~"))
     if files or is_path or source.count("/") > 1:
         raise FileNotFoundError(
-            f"{source} is no file that can be read; accepted are a folder, lists ({', '.join(LIST_SUFFIXES)}), "
+            f"{source} is not a readable file; accepted are a folder, lists ({', '.join(LIST_SUFFIXES)}), "
             "webdataset tars, Parquet files, and the name of a data set"
         )
     name, _, configuration = source.partition(":")
     try:
         splits = load(name, None, streaming, name=configuration or None)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise FileNotFoundError(f"there is no file or folder {source}, and no such data set: {error}") from error
+        raise FileNotFoundError(f"{source} is neither a file or folder, nor a data set: {error}") from error
     return _opened(splits), os.path.abspath(image_folder or ".")
 
 
@@ -84,12 +84,12 @@ def _open_folder(
     if fitting:
         by_split = _by_split(map(str, fitting))
         for split, paths in by_split.items():
-            if len(paths) > 1:  # one of tests may be among them
+            if len(paths) > 1:  # a list without texts, for testing, may be among them
                 by_split[split] = [path for path in paths if fits(Path(path), task, columns, with_texts=True)] or paths
         return _packed(by_split, root, columns, streaming), root
     has_classes = "class" in task.columns
     if glob.has_magic(folder) and not (lists and not has_classes):
-        raise ValueError(f"{folder} has one of * ? [ in its name, which `datasets` takes for a pattern; rename it")
+        raise ValueError(f"{folder} has * ? or [ in its name, which `datasets` reads as a pattern; rename it")
     if has_classes:
         options = {"data_dir": folder, "drop_labels": False, "drop_metadata": True}
         return _opened(load("imagefolder", None, streaming, **options)), root
@@ -97,7 +97,7 @@ def _open_folder(
         there = "; ".join(f"{path.name} {_describe(path)}" for path in lists)
         needed = [role for role in ("image", *task.columns) if role != "answer"]
         remedy = ", ".join(f"{role}_column" for role in needed)
-        raise ValueError(f"no list in {folder} has columns known as {', '.join(needed)}: {there}. Name them: {remedy}")
+        raise ValueError(f"no list in {folder} has columns known as {', '.join(needed)}: {there}. Pass {remedy}")
     return _opened(load(folder, None, streaming)), root
 
 
@@ -109,7 +109,7 @@ def _describe(path: Path) -> str:
 
 
 def load(builder: str, files: dict[str, list[str]] | None, streaming: bool, **options: Any) -> dict:
-    """`datasets.load_dataset`, all splits, whose errors name the file that cannot be read and why."""
+    """`datasets.load_dataset` for all splits, with errors that name the file and the reason."""
     if files is not None:
         files = {split: [path if "://" in path else glob.escape(path) for path in files[split]] for split in files}
     try:
@@ -137,19 +137,19 @@ def _packed(
 ) -> Tables:
     def read(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
         if len(paths) > 1 and not join:
-            raise ValueError(f"several lists could be meant: {', '.join(paths)}; give one of them")
+            raise ValueError(f"several lists fit: {', '.join(paths)}; pass one of them")
         return open_packed(paths, root, streaming, columns.get("split"))
 
     if len(by_split) == 1:
         (paths,) = by_split.values()
         first, column = Path(paths[0]), columns.get("split", "split")
         if first.suffix.lower() in LIST_SUFFIXES and column in columns_in(first):
-            streaming = False  # which splits there are is known when all has been read
+            streaming = False  # the splits are known only after reading everything
     return {split: partial(read, paths, streaming) for split, paths in by_split.items()}
 
 
 def _by_split(files: Any) -> dict[str, list[str]]:
-    """Files by the split that their names say: {"train": ["a_train.csv"], "validation": ["a_val.csv"]}."""
+    """Files by the split in their names: {"train": ["a_train.csv"], "validation": ["a_val.csv"]}."""
     words = r"(?<![a-z])(training|train|validation|valid|val|test-dev|dev|testing|test)(?![a-z])"
     splits = defaultdict(list)
     for file in files:
@@ -163,8 +163,7 @@ def choose_split(
     tables: Tables, split: str | None, train: bool, source: str, split_column: str | None, streaming: bool
 ) -> tuple[Dataset | IterableDataset, str | None]:
     """
-    The records of a split as `datasets` writes it, `train+validation` or `train[:90%]`, and the column that tells the
-    splits apart, if one does.
+    The records of a split such as `train+validation` or `train[:90%]`, and the column with the split, if there is one.
     """
     column = None
     if len(tables) == 1:
@@ -175,23 +174,23 @@ def choose_split(
         if by_column is not None:
             tables, column = by_column, split_column or "split"
     if split is None and not train and isinstance(tables, _StreamSplits):
-        raise ValueError(f"{source} is a stream with a column of splits; say by split which rows to evaluate with")
+        raise ValueError(f"{source} is a stream with a column of splits; pass the split to evaluate on")
     if split is None:
         usual = [name for name in (("train",) if train else ("validation", "test")) if name in tables]
         if not usual and len(tables) > 1:
-            raise ValueError(f"{source} has the splits {', '.join(tables)}; say which is meant")
+            raise ValueError(f"{source} has the splits {', '.join(tables)}; pass one as split")
         split = (usual or list(tables))[0]
     parts = [part.strip().partition("[") for part in split.split("+")]
     parts = [(SPLITS.get(name, name), bracket + slice_) for name, bracket, slice_ in parts]
     for name, _ in parts:
         if name not in tables:
             raise ValueError(
-                f"{source} has no split '{name}'; there are {', '.join(tables)} ('train[90%:]' is a part)"
+                f"{source} has no split '{name}'; accepted are {', '.join(tables)}, and parts such as 'train[90%:]'"
             )
     records = {name: tables[name]() for name, _ in parts}
     if any(isinstance(table, IterableDataset) for table in records.values()):
         if any(slice_ for _, slice_ in parts):
-            raise ValueError(f"split is '{split}'; a stream has no parts, only whole splits: {', '.join(tables)}")
+            raise ValueError(f"split is '{split}'; a stream has whole splits only: {', '.join(tables)}")
         return _joined([records[name] for name, _ in parts]), column
     start = 0
     for name, table in records.items():
@@ -202,7 +201,7 @@ def choose_split(
 
 
 def _numbered(table: Dataset, start: int = 0) -> Dataset:
-    """The table with the numbers of its rows, by which images that have no names go."""
+    """The table with a column of row numbers, the keys of images without names."""
     if is_packed(table) or {ROW_NUMBER, *KEY_COLUMNS} & set(table.column_names):
         return table
     numbers = np.arange(start, start + len(table)).astype(str)
@@ -210,7 +209,7 @@ def _numbered(table: Dataset, start: int = 0) -> Dataset:
 
 
 def _by_column(table: Dataset | IterableDataset, split_column: str | None, source: str) -> Tables | None:
-    """The splits that a column tells apart, if one does; a row without a split is in each, to be reported."""
+    """The splits in the column of splits, if it exists. A row without a split is in each, so that it is reported."""
     features = table.features or {}
     column = SPLIT if is_packed(table) else split_column or "split"
     feature = features.get(column)
@@ -226,7 +225,7 @@ def _by_column(table: Dataset | IterableDataset, split_column: str | None, sourc
     given = [value for value in pc.unique(values).to_pylist() if value is not None]
     if not given:
         if split_column is not None:
-            raise ValueError(f"{source} has no column '{split_column}', or nothing in it")
+            raise ValueError(f"{source} has no column '{split_column}', or the column is empty")
         return None
     by_split = defaultdict(list)
     for value in given:
@@ -246,7 +245,7 @@ def _split_name(value: Any, names: list[str] | None) -> str:
 
 
 class _StreamSplits(dict):
-    """The splits that a column of a stream tells apart. Which there are shows when all has been read."""
+    """The splits in a column of a stream. Their names are unknown until the whole stream has been read."""
 
     def __init__(self, table: IterableDataset, column: str, names: list[str] | None):
         super().__init__(train=None)
@@ -268,7 +267,7 @@ def _belong(values: list, split: str, names: list[str] | None) -> list[bool]:
 
 
 def _slice(table: Dataset, slice_: str) -> Dataset:
-    """What `[:90%]` means of a table."""
+    """The part of a table that `[:90%]` names."""
     if not slice_:
         return table
     (part,) = datasets.ReadInstruction.from_spec(f"all{slice_}").to_absolute({"all": len(table)})

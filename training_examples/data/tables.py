@@ -1,6 +1,6 @@
 """
-Lists and tars as data sets: one column with the record as JSON, whose cells are then as they were written, and a few
-that say where it is from. They lie on the disk, in `datasets`' cache, or are read while training.
+Opens lists and tars as data sets. One column has the record as JSON, which keeps the text of its cells; the other
+columns tell its origin. The data set is in the cache of `datasets` on disk, or is a stream.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from datasets import Dataset, Features, Image, IterableDataset, Value
 from modeling_prismer.processing.labels import TAR_SUFFIXES
 
 from .faults import BadRecord
+from .images import place_of
 from .lists import forget_json, read_list
-from .pictures import place_of
 from .tars import read_tar
 
 
 FILE, NUMBER, SPLIT, RECORD, FAULT = "__file__", "__number__", "__split__", "__record__", "__fault__"
 _PACKED = {FILE: Value("string"), NUMBER: Value("int64"), SPLIT: Value("string"), RECORD: Value("string")}
 _PACKED |= {FAULT: Value("string")}
-# `datasets` keeps what was made by the same code: changed code must differ in what it looks at.
+# `datasets` reuses cached results of equal arguments; this one differs as soon as the code does.
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
@@ -33,10 +33,10 @@ def open_packed(
     paths: list[str], root: str, streaming: bool, split_column: str | None = None
 ) -> Dataset | IterableDataset:
     """
-    The records of lists or of tars, one after another.
+    The records of lists or of tars, joined in order.
 
     Raises:
-        ValueError: if nothing of a file can be read.
+        ValueError: A whole file cannot be read.
     """
     is_tar = paths[0].lower().endswith(TAR_SUFFIXES)
     features = Features(_PACKED | ({"image": Image(decode=False)} if is_tar else {}))
@@ -61,10 +61,10 @@ def is_packed(records: Dataset | IterableDataset) -> bool:
 
 def unpack(packed: dict[str, Any]) -> dict[str, Any]:
     """
-    The record, as a dict from its columns to its cells.
+    The record as a dict of cells by column.
 
     Raises:
-        BadRecord: if it could not be read.
+        BadRecord: The record could not be read.
     """
     if packed[FAULT] is not None:
         raise BadRecord(packed[FAULT])
@@ -73,14 +73,14 @@ def unpack(packed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stamp(path: str, root: str) -> tuple:
-    """What a file's records depend on, beside itself."""
+    """Everything that the records of a file depend on, so that the cache notices changes."""
     if "://" in path:
         return ()
     status = os.stat(path)
     stamp = (status.st_mtime_ns, status.st_size)
     if not path.lower().endswith(".json") or not os.path.isdir(root):
         return stamp
-    # published lists look for the folders of their images, and for files beside them
+    # published lists look for folders of images, and for files next to them
     folders = sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(root) if entry.is_dir())
     return (*stamp, os.stat(os.path.dirname(path) or ".").st_mtime_ns, *folders)
 
@@ -104,8 +104,8 @@ def _pack(files: list[tuple], root: str, split_column: str, code: str) -> Iterat
                         packed["image"] = {"bytes": record.pop("image"), "path": None}
                     packed[RECORD] = json.dumps(record)
                 yield packed
-        except (KeyError, TypeError, AttributeError) as error:  # of a published list, that is not as it was published
+        except (KeyError, TypeError, AttributeError) as error:  # a published list was changed
             what = f"an entry has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is not as it was published: {what}") from error
+            raise ValueError(f"{path} differs from the published list: {what}") from error
         if not number:
             yield {**empty, NUMBER: 1, FAULT: "the file has no records"}

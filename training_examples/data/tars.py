@@ -1,4 +1,4 @@
-"""Webdataset tars: samples of an image and the files that say something about it, which follow each other."""
+"""Reads webdataset tars. A sample is an image and its text files, which follow each other in the tar."""
 
 import re
 import tarfile
@@ -15,17 +15,17 @@ from .lists import parse_json
 
 
 TEXT_SUFFIXES = ("txt", "caption", "cls", "text", "question", "answer")
-MAX_BYTES = 1 << 30  # of a member; it is read into memory
-MAX_IMAGES = 16  # of a sample; more of them are samples of their own
+MAX_BYTES = 1 << 30  # largest member; it is read into memory
+MAX_IMAGES = 16  # in a sample; further images are samples of their own
 
 Record = dict[str, Any] | BadRecord
 
 
 def read_tar(path: str) -> Iterator[Record]:
     """
-    The samples of a tar, `{"__key__": "0001", "image": b"…", "txt": "a cat", "json": {…}}`, under the names that
-    `prismer label` gives: as in webdataset a name ends at its first dot, and its first image counts. Where it has
-    none, images called `NAME.MORE.jpg` are samples `NAME.MORE`.
+    The samples of a tar, `{"__key__": "0001", "image": b"…", "txt": "a cat", "json": {…}}`, with the same keys as in
+    `prismer label`. As in webdataset, the key is the file name up to its first dot, and a sample has its first image.
+    If there are only images named `KEY.MORE.jpg`, each is a sample with the key `KEY.MORE`.
     """
     last = None
     try:
@@ -42,11 +42,11 @@ def read_tar(path: str) -> Iterator[Record]:
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError) or last is None:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        yield BadRecord(f"the tar cannot be read beyond sample {last}: {error}")
+        yield BadRecord(f"the tar cannot be read after sample {last}: {error}")
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """The name of its sample, its kind and the member, of each file that belongs to one."""
+    """The key, the rest of the name and the member, for each file that belongs to a sample."""
     for member in tar:
         named = re.fullmatch(r"((?:.*/)?(?!__)[^./][^./]*)\.([^/]+)", member.name, re.DOTALL)
         if named is not None and member.isreg():
@@ -54,7 +54,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]
 
 
 class _Sample:
-    """The members with one name: those called NAME.jpg, and the parts NAME.MORE.jpg."""
+    """The members with one key: those named KEY.jpg, and the parts named KEY.MORE.jpg."""
 
     def __init__(self, name: str):
         self.name = name
@@ -65,7 +65,7 @@ class _Sample:
     def add(self, kind: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
         self.members.append(kind)
         more, _, suffix = kind.lower().rpartition(".")
-        more = kind[: len(more)]  # as it is spelled
+        more = kind[: len(more)]  # in its own case
         is_image = f".{suffix}" in IMAGE_SUFFIXES
         fields = self.parts.setdefault(more, {})
         if not is_image and suffix != "json" and suffix not in TEXT_SUFFIXES or (is_image and "image" in fields):
@@ -77,7 +77,7 @@ class _Sample:
         if is_image:
             fields["image"] = content
             return
-        # bytes that are no UTF-8 become faults where they are used
+        # bytes that are not UTF-8 become faults of the rows that use them
         text = content.decode("utf-8-sig", "surrogateescape")
         try:
             fields[suffix] = parse_json(text, kind) if suffix == "json" else text
@@ -96,7 +96,7 @@ class _Sample:
         elif not samples:
             there = ", ".join(self.members)
             yield BadRecord(
-                f"sample {self.name} has no image, but {there}; members of a sample must follow each other"
+                f"sample {self.name} has no image, only {there}; the members of a sample must follow each other"
             )
         else:
             yield from ({"__key__": name, **fields} for name, fields in samples.items())

@@ -1,4 +1,4 @@
-"""The texts in the cells of a data set, as they were written."""
+"""Reads the texts in the cells of a data set without changing them."""
 
 import re
 from typing import Any
@@ -8,11 +8,11 @@ from datasets import ClassLabel
 from .faults import BadRecord, checked
 
 
-IS_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}").fullmatch  # 007 is a text
+IS_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}").fullmatch  # 007 is not a number
 
 
 def named(value: Any, feature: Any) -> Any:
-    """A value, with class numbers as their names, at any depth."""
+    """Replaces class numbers by class names, at any depth of the value."""
     if isinstance(feature, ClassLabel) and isinstance(value, int):
         return feature.names[value] if 0 <= value < len(feature.names) else None
     if isinstance(feature, dict) and isinstance(value, dict):
@@ -24,7 +24,7 @@ def named(value: Any, feature: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A value as it was written."""
+    """A value as text, as in the data: `true` rather than `True`."""
     if isinstance(value, bytes):
         return value.decode(errors="surrogateescape")
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -35,7 +35,7 @@ def texts_of(value: Any, role: str) -> list[str]:
 
     def inner(value: Any) -> Any:
         if isinstance(value, dict) and not {"answer", "raw"} & value.keys():
-            raise BadRecord(f"the {role} is an object with {', '.join(value) or 'nothing'}; a text is needed")
+            raise BadRecord(f"the {role} is an object with {', '.join(value) or 'nothing'}; accepted are texts")
         return value.get("answer", value.get("raw")) if isinstance(value, dict) else value
 
     value = inner(value)
@@ -49,5 +49,5 @@ def texts_of(value: Any, role: str) -> list[str]:
 def one_text_of(value: Any, role: str) -> str:
     texts = texts_of(value, role)
     if len(texts) > 1:
-        raise BadRecord(f"the cell has {len(texts)} texts as its {role}; a row takes one, so write a row for each")
+        raise BadRecord(f"the cell has {len(texts)} texts for the {role}; accepted is one per row")
     return texts[0]

@@ -1,4 +1,4 @@
-"""The images of rows: what a cell of a data set holds, where files are, and whether they can be opened."""
+"""The images of rows: reads the cells of a data set, finds files and checks that they can be opened."""
 
 import base64
 import hashlib
@@ -31,24 +31,24 @@ logger = logging.getLogger(__name__)
 ACCEPTED_CELLS = (
     "a path, a URL, the bytes of an image file, base64, a data: URI, or {'bytes': …, 'path': …}; a list of one of them"
 )
-SHORTEST_BASE64 = 60  # letters; no image file is shorter
+SHORTEST_BASE64 = 60  # characters; no image file is shorter
 
 
 def image_in(cell: Any) -> bytes | str:
     """
-    The bytes or the path that a cell of a data set holds, whichever way it was written.
+    The image in a cell of a data set: the bytes of a file, or a path. `ACCEPTED_CELLS` lists the accepted forms.
 
     Raises:
-        BadRecord: if there is none, or more than one.
+        BadRecord: The cell has no image, or more than one.
     """
-    if isinstance(cell, PIL.Image.Image | np.ndarray):  # a stream that decodes by itself
+    if isinstance(cell, PIL.Image.Image | np.ndarray):  # from a stream that decodes images itself
         return image_in(Image().encode_example(cell))
     if isinstance(cell, list | tuple):
         if len(cell) == 1:
             return image_in(cell[0])
         if all(isinstance(value, int | float | list) for value in cell) and cell:
             raise BadRecord(f"the image is a list of numbers; accepted are {ACCEPTED_CELLS}")
-        raise BadRecord(f"the cell has {len(cell)} images; a row takes one, so write a row for each")
+        raise BadRecord(f"the cell has {len(cell)} images; accepted is one per row")
     if isinstance(cell, Mapping):
         content = cell.get("bytes") or cell.get("path")
         if content is None and cell.keys() - {"bytes", "path"}:
@@ -75,7 +75,7 @@ def image_in(cell: Any) -> bytes | str:
         if content is None:
             raise BadRecord("the data: URI of the image holds damaged base64")
         return content
-    # a path can consist of the letters of base64 as well, but does not decode to an image
+    # a path can consist of base64 characters too, but it does not decode to an image
     content = _from_base64(text) if len(text) >= SHORTEST_BASE64 else None
     return text if content is None or not _begins_as_image(content) else content
 
@@ -94,12 +94,12 @@ def _begins_as_image(content: bytes) -> bool:
 
 
 def is_image(feature: Any) -> bool:
-    """Whether a data set says of a column that it holds images, or lists of them."""
+    """Whether a column holds images or lists of images, according to its feature."""
     return isinstance(feature, Image) or (isinstance(feature, datasets.List) and is_image(feature.feature))
 
 
 def undecoded(feature: Any) -> Any:
-    """The same feature, whose images come as bytes or paths."""
+    """The same feature with `decode=False`: its images come as bytes or paths."""
     if isinstance(feature, Image):
         return Image(decode=False)
     return datasets.List(undecoded(feature.feature)) if isinstance(feature, datasets.List) else feature
@@ -110,8 +110,8 @@ def undecoded(feature: Any) -> Any:
 
 def place_of(path: str, root: str) -> tuple[str, str]:
     """
-    A picture's file, and its name: the path relative to the root, with /, as `prismer label` has it. Names of files
-    outside of the root and of URLs are their whole paths.
+    The file of an image, and the image's name: the path relative to the root, with /, as in `prismer label`. For URLs
+    and for files outside the root the name is the whole path.
     """
     if "://" in path:
         return path, path
@@ -122,17 +122,17 @@ def place_of(path: str, root: str) -> tuple[str, str]:
 
 
 def is_there(path: str) -> bool:
-    """Whether there is such a file, and something in it; URLs are believed."""
+    """Whether the file exists and is not empty. URLs are not checked."""
     try:
         return "://" in path or os.stat(path).st_size > 0
-    except (OSError, ValueError):  # ValueError: a name with a zero byte
+    except (OSError, ValueError):  # ValueError: the name has a zero byte
         return False
 
 
 def find_file(path: str, root: str) -> str | None:
     """
-    The file that is meant where `path` is not there: the only one in `root` whose name differs in nothing but case or
-    Unicode's normal form, as `A.JPG` and `a.jpg`.
+    Finds the file for a `path` that does not exist: the only file in `root` whose name differs in case or Unicode
+    normalisation alone, such as `a.jpg` for `A.JPG`. `None` if there is no such file, or more than one.
     """
     folder = root.rstrip(os.sep)
     if not path.startswith(folder + os.sep):
@@ -163,44 +163,44 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-# ---- are they there, and whole ----
+# ---- checks ----
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL of another kind than http(s), such as hf://."""
+    """Whether a path is a URL other than http(s), such as hf://."""
     return "://" in path and not path.startswith(("http://", "https://"))
 
 
 def fault_of(cell: Any, name: str | None = None, streamed: bool = False) -> BadRecord | None:
-    """Why the image of a cell cannot be used, or `None`. It is opened as in the training; URLs are believed."""
+    """The reason why the image in a cell cannot be used, or `None`. Opens it as training does; skips http(s) URLs."""
     try:
         image = image_in(cell)
     except BadRecord as problem:
         return problem
     if isinstance(image, str):
         if "://" in image:
-            not_here = f"{image} cannot be opened; accepted are files and http(s) URLs, and streams read others"
+            not_here = f"{image} cannot be opened; accepted are files and http(s) URLs. Other URLs need streaming=True"
             return None if streamed or not is_remote(image) else BadRecord(not_here)
         if not is_there(image):
             return MissingFile(f"image {image} is missing or empty")
     try:
         load_image(image, name=name)
-    except Exception as error:  # every format fails in its own way
+    except Exception as error:  # each format raises errors of its own
         return BadRecord(str(error))
     return None
 
 
 def faults_of(images: Dataset, names: Sequence[str | None] | None = None) -> dict[int, BadRecord]:
     """
-    What is wrong with images, by their rows. A file that several rows name is opened once.
+    Opens all images and returns the faults by row number. A file that several rows name is opened once.
 
     Args:
-        images (`Dataset`): With a column `image`.
-        names (`Sequence[str]`, *optional*): What images that come as bytes are called.
+        images (`Dataset`): Has a column `image`.
+        names (`Sequence[str]`, *optional*): Names of the images, for those that come as bytes.
     """
     images = images.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
     _, first, same_as = np.unique(_identities(images), return_index=True, return_inverse=True)
-    order = np.argsort(first)  # as they lie on the disk
+    order = np.argsort(first)  # the order on disk
     faulty: dict[int, BadRecord] = {}
     distinct = images.select(first[order])
     in_bytes = images.data.nbytes > 1024 * len(images)
@@ -227,12 +227,12 @@ def faults_of(images: Dataset, names: Sequence[str | None] | None = None) -> dic
             progress.update(len(called))
     if doubled:
         shown = ", ".join(map(repr, list(dict.fromkeys(doubled))[:SHOWN]))
-        logger.warning("%d images have the name of another one, whose labels they get: %s", len(doubled), shown)
+        logger.warning("%d images share their name with a different image, and so its labels: %s", len(doubled), shown)
     return {int(row): faulty[int(same_as[row])] for row in np.flatnonzero(np.isin(same_as, list(faulty)))}
 
 
 def _identities(images: Dataset) -> np.ndarray:
-    """(rows,) int: the same for rows that name the same file."""
+    """(rows,) int: equal for rows that name the same file."""
     parts, start = [np.zeros(0, np.int64)], 0
     for batch in images.select_columns("image").with_format("arrow").iter(10_000):
         column = batch.column("image").combine_chunks()
@@ -246,7 +246,7 @@ def _identities(images: Dataset) -> np.ndarray:
 def refuse_doubled_names(parts: Sequence[Dataset | IterableDataset]) -> None:
     """
     Raises:
-        ValueError: if data sets call different images alike: a label store would mix them up.
+        ValueError: Two data sets use one name for different images, which a label store would mix up.
     """
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     for part in parts if len(parts) > 1 else []:
@@ -254,8 +254,8 @@ def refuse_doubled_names(parts: Sequence[Dataset | IterableDataset]) -> None:
             continue
         ids = part.with_format(None).select_columns("image_id")
         names = _hashes_of(ids, lambda batch: batch.column("image_id").to_pylist())
-        files = np.zeros(0, np.int64)  # bytes are in this data set alone
-        if "image" in part.column_names and not _pictures_behind(part):
+        files = np.zeros(0, np.int64)  # stays empty for bytes, which belong to one data set only
+        if "image" in part.column_names and not _images_behind(part):
             pairs = _hashes_of(
                 part.cast_column("image", Image(decode=False)),
                 lambda batch: zip(
@@ -283,62 +283,62 @@ def _hashes_of(rows: Dataset, values_of: Callable[[pa.Table], Iterable]) -> np.n
 
 
 def hint_about(name: str, root: str) -> str | None:
-    """Where a picture that is not in the root was found: in a folder next to it."""
+    """A hint for an image that is missing in the root but exists in a folder inside the root."""
     folders = sorted(entry.path for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
     found = next((folder for folder in folders if is_there(os.path.join(folder, name))), None)
     return f"{name} is in {found}: give that as image_folder (--image_folder)" if found else None
 
 
-# ---- rows that look their images up ----
+# ---- rows that refer to their images ----
 
 
-class WithPictures:
+class WithImages:
     """
-    A transform for rows: puts the picture of record number `picture` in their place. The bytes stay in the data set
-    that brings them, however many texts there are about a picture.
+    A transform for rows: replaces the column `image_row` by the image in that row of `images`. So the bytes of an
+    image are stored once, however many texts it has.
     """
 
-    def __init__(self, pictures: Dataset):
-        self.pictures = pictures
+    def __init__(self, images: Dataset):
+        self.images = images
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        if "picture" not in batch:  # another column is read
+        if "image_row" not in batch:  # another column is read
             return batch
-        others = {name: values for name, values in batch.items() if name != "picture"}
-        return {"image": self.pictures[batch["picture"]]["image"], **others}
+        others = {name: values for name, values in batch.items() if name != "image_row"}
+        return {"image": self.images[batch["image_row"]]["image"], **others}
 
 
-def with_pictures(rows: Dataset, pictures: Dataset) -> Dataset:
-    """Rows whose column `picture` counts the `pictures`, with a column `image`, or else a transform that gives it."""
-    if pictures._indices is None and np.array_equal(rows["picture"][:], np.arange(len(pictures))):
-        return datasets.concatenate_datasets([pictures, rows.remove_columns("picture")], axis=1)
-    return rows.with_transform(WithPictures(pictures))
+def with_images(rows: Dataset, images: Dataset) -> Dataset:
+    """Replaces `image_row` by the images it refers to: by a column if the order is the same, else by a transform."""
+    if images._indices is None and np.array_equal(rows["image_row"][:], np.arange(len(images))):
+        return datasets.concatenate_datasets([images, rows.remove_columns("image_row")], axis=1)
+    return rows.with_transform(WithImages(images))
 
 
-def _pictures_behind(rows: Dataset | IterableDataset) -> Dataset | None:
+def _images_behind(rows: Dataset | IterableDataset) -> Dataset | None:
     transform = rows.format["format_kwargs"].get("transform") if isinstance(rows, Dataset) else None
-    return transform.pictures if isinstance(transform, WithPictures) else None
+    return transform.images if isinstance(transform, WithImages) else None
 
 
-def pictures_of(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+def images_of(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """
-    The pictures of rows, not decoded, and their `image_id`, some perhaps several times: for `label_images`, with
-    `key_column="image_id"`.
+    The columns `image` (not decoded) and `image_id` of rows, for `label_images(…, key_column="image_id")`. An image
+    can occur more than once.
     """
-    pictures = _pictures_behind(rows)
-    if pictures is not None:
+    images = _images_behind(rows)
+    if images is not None:
         rows = rows.with_format(None)
-        names = dict(zip(rows["picture"][:], rows["image_id"][:]))
-        pictures = pictures.add_column("image_id", [names.get(number) for number in range(len(pictures))])
-        rows = pictures.select(sorted(names))
+        names = dict(zip(rows["image_row"][:], rows["image_id"][:]))
+        images = images.add_column("image_id", [names.get(number) for number in range(len(images))])
+        rows = images.select(sorted(names))
     return rows.select_columns(["image_id", "image"]).cast_column("image", Image(decode=False))
 
 
 def leave_undecoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows, with images as bytes or paths: the collator opens them, and its errors name them."""
-    pictures = _pictures_behind(rows)
-    if pictures is not None:
-        return rows.with_transform(WithPictures(pictures.cast_column("image", Image(decode=False))))
+    """The same rows with images as bytes or paths, so that the collator opens them and its errors name them."""
+    images = _images_behind(rows)
+    if images is not None:
+        return rows.with_transform(WithImages(images.cast_column("image", Image(decode=False))))
     own_transform = isinstance(rows, Dataset) and rows.format["type"] is not None
     if own_transform or rows.features is None or not isinstance(rows.features.get("image"), Image):
         return rows
