@@ -331,7 +331,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         inputs = pop_expert_inputs(tensors, self.config.expert_names)
         names = ["expert_mask"]
         if not self.config.has_vision_language_model:
-            names += pixel_names(max(1, len(self.vision_encoders)))
+            names += ["patch_features", *pixel_names(max(1, len(self.vision_encoders)))]
         inputs |= {name: tensors.pop(name) for name in names if name in tensors}
         return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
@@ -359,7 +359,11 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor | None = None, expert_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor | None = None,
+        expert_mask: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> PrismerLMImageFeatures:
         r"""
         Encodes images and the experts' maps. Give the result to `forward` or `generate` as `encoder_outputs` to ask
@@ -371,6 +375,9 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
                 `pixel_values_1`, `pixel_values_2`, …
             expert_mask (`torch.BoolTensor` of shape `(num_images, number of experts)`, *optional*):
                 Which experts each image has.
+            patch_features (`torch.FloatTensor` of shape `(num_images, num_patches, channels)`, *optional*):
+                `last_hidden_state` of an earlier call, in place of `pixel_values` and of what an encoder that is a
+                Prismer's needs of the experts: frozen encoders then run once for each image of a training.
             kwargs:
                 The experts' tensors; see [`PrismerModel.forward`].
 
@@ -380,12 +387,16 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         Raises:
             ValueError: if an input of an encoder or expert is missing, or has another number of images.
         """
-        expert_inputs = gather_expert_inputs(
-            kwargs, expert_mask, self.config.expert_names, strict=self.config.strict_experts
-        )
+        is_encoded = patch_features is not None
+        strict = self.config.strict_experts and not (is_encoded and self.config.has_prismer_encoder)
+        expert_inputs = gather_expert_inputs(kwargs, expert_mask, self.config.expert_names, strict=strict)
         names = pixel_names(len(self.vision_encoders))
         pixels = {name: pixel_values if name == "pixel_values" else kwargs.pop(name, None) for name in names}
-        if missing := [name for name, tensor in pixels.items() if tensor is None]:
+        missing = [name for name, tensor in pixels.items() if tensor is None]
+        if is_encoded:
+            self.check_patch_features(patch_features, [name for name in names if name not in missing])
+            pixels = {"patch_features": patch_features}
+        elif missing:
             raise ValueError(f"{', '.join(missing)} missing; the model has {len(names)} vision encoders")
         images: dict[str, Any] = pixels or {
             f"{name}_{key}": tensor for name, own in expert_inputs.items() for key, tensor in own.items()
@@ -400,8 +411,11 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         outputs = PrismerLMImageFeatures()
         features = []
         if pixels:
-            outputs.last_hidden_state = self.encode_patches(list(pixels.values()), expert_inputs, expert_mask)
-            features.append(self.vision_projection(outputs.last_hidden_state))
+            patches = patch_features
+            if patches is None:
+                patches = self.encode_patches(list(pixels.values()), expert_inputs, expert_mask)
+            outputs.last_hidden_state = patches
+            features.append(self.vision_projection(patches))
         if self.experts is not None:
             device = self.experts.position_embedding.device
             mask = None if expert_mask is None else expert_mask.to(device=device, dtype=torch.bool)
@@ -414,6 +428,19 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         if features:
             outputs.pooler_output = torch.cat([part.to(features[0].device) for part in features], dim=1)
         return outputs
+
+    def check_patch_features(self, patch_features: torch.Tensor, pixels: list[str]) -> None:
+        if not self.vision_encoders or pixels:
+            reason = f"{', '.join(pixels)} is given too" if pixels else "the model has no vision encoder"
+            raise ValueError(f"patch_features is given, but {reason}")
+        experts_config = self.config.experts_config
+        num_latents = 0 if experts_config is None else experts_config.num_latents
+        shape = (self.config.num_features - num_latents, self.vision_projection.fc1.in_features)
+        if tuple(patch_features.shape[1:]) != shape:
+            raise ValueError(
+                f"patch_features has the shape {tuple(patch_features.shape)}; (num_images, {shape[0]}, {shape[1]}) is "
+                "needed"
+            )
 
     def condition(
         self, images: PrismerLMImageFeatures, rows: list[list[int]], questions: torch.Tensor, mask: torch.Tensor
@@ -860,7 +887,7 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
                 0 for padding, on either side; or which token attends to which, for packed rows.
             position_ids, cache, inputs_embeds, use_cache, logits_to_keep:
                 As in the language model.
-            pixel_values, pixel_values_1, expert_mask and the experts' tensors:
+            pixel_values, pixel_values_1, expert_mask, the experts' tensors, and patch_features:
                 See [`PrismerLMForConditionalGeneration.get_image_features`]. A vision-language model gets its own
                 `pixel_values`. Without any of them, the text runs alone.
             encoder_outputs ([`PrismerLMImageFeatures`], *optional*):
