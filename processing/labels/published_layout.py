@@ -1,4 +1,4 @@
-"""Labels in the layout of the published checkpoints, `<folder>/<expert>/<image>.png` and more, read and written."""
+"""Reads and writes labels in the layout of the published checkpoints, `<folder>/<expert>/<image>.png`."""
 
 import io
 import json
@@ -18,10 +18,10 @@ from .tars import IMAGE_SUFFIXES
 
 logger = logging.get_logger(__name__)
 
-# the published folders whose names are not those of the experts
+# the published folders that are not named after their experts
 PUBLISHED_FOLDERS = {"segmentation": "seg_coco", "detection": "obj_detection", "ocr": "ocr_detection"}
 _REBUILDERS: tuple[Any, ...] = (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0])
-# what torch.load needs for NumPy's arrays and numbers, whose functions NumPy 2 has moved
+# torch.load needs these for NumPy's arrays and numbers; NumPy 2 has moved the functions
 _NUMPY_ARRAYS = [
     np.ndarray,
     np.dtype,
@@ -41,30 +41,30 @@ def read_published_layout(
     folders: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Reads labels as they were published: `<folder>/<expert>/<data set>/<image path>.png`, for instances also `.json`
-    with the class of each, for words also `.pt` with their texts and features.
+    Reads labels in the published layout: `<folder>/<expert>/<data set>/<image path>.png`. Instances also have a
+    `.json` with their classes, and words a `.pt` with their texts and features.
 
     Args:
         folder (`str` or `Path`): the folder that contains the experts' folders.
         experts (`list[dict]`, *optional*):
-            The experts' entries as in `PrismerConfig.experts`. By default those of the six published ones that have
-            a folder; a warning names the folders that are not read.
+            The experts, as in `PrismerConfig.experts`. By default the published experts that have a folder; a warning
+            names the folders that are not read.
         keys (`Iterable[str]`, *optional*):
-            Images, `<data set>/<image path>`, with their suffixes or without. By default every image for which any
-            expert has a file, without suffixes.
+            Images, `<data set>/<image path>`, with or without suffixes. By default every image that has a file of any
+            expert, without suffixes.
         folders (`dict[str, str]`, *optional*):
-            Folders by the expert's name. By default they are called like the expert, or as published: `seg_coco` for
-            segmentation, `obj_detection` for detection and `ocr_detection` for OCR.
+            Folders by the expert's name. By default they have the name of the expert, or the published one: `seg_coco`
+            for segmentation, `obj_detection` for detection and `ocr_detection` for OCR.
 
     Returns:
         `Iterator[tuple[str, dict]]`: key and labels, as [`LabelWriter.write`] takes them.
 
-        - A map without a file, or with one of zero bytes, is `None`: its label is missing.
-        - OCR has no file for an image without words. If another expert has one, the label of OCR is an empty map.
+        - The label is `None` if the map has no file or an empty file.
+        - OCR has no file for an image without words. If another expert has a file, the label of OCR is an empty map.
 
     Raises:
         FileNotFoundError: if a folder of the experts does not exist.
-        ValueError: if a file is damaged, or does not fit the expert's entry; it names the file.
+        ValueError: if a file is damaged or does not fit its expert; it names the file.
 
     Example:
 
@@ -87,7 +87,7 @@ def read_published_layout(
         raise FileNotFoundError(f"{folder} has no folder {', '.join(lacking)}; it has {_listed(folder, ())}")
     if experts is None and (others := _listed(folder, [place.name for place in places.values()])):
         logger.warning(
-            f"{folder} has folders that are no published expert's and are not read: {others}. Name the experts' "
+            f"{folder} has folders that belong to no published expert and are not read: {others}. Name the experts' "
             "folders by the argument folders, or give the argument experts"
         )
     specs = [spec for spec in specs if places[spec.name].is_dir()]
@@ -96,7 +96,7 @@ def read_published_layout(
 
 
 def _place(folder: Path, name: str, folders: Mapping[str, str] | None) -> Path:
-    """The folder of an expert: as given, as published, or called like the expert."""
+    """The folder of an expert: the given one, the published one, or one with the name of the expert."""
     if folders and name in folders:
         return folder / folders[name]
     published = folder / PUBLISHED_FOLDERS.get(name, name)
@@ -202,7 +202,7 @@ def _read_classes(path: Path, num_classes: int | None) -> list[int]:
 def _number(value: Any, end: int | None) -> int:
     number = int(value)
     if number != float(value) or number < 0 or (end is not None and number >= end):
-        raise ValueError(f"{value} is no whole number from 0 to {'…' if end is None else end - 1}")
+        raise ValueError(f"{value} is not a whole number from 0 to {'…' if end is None else end - 1}")
     return number
 
 
@@ -232,14 +232,14 @@ def write_published_layout(
     folders: Mapping[str, str] | None = None,
 ) -> int:
     """
-    Writes labels as they were published; see [`read_published_layout`]. A missing label becomes a PNG of zero bytes.
+    Writes labels in the published layout; see [`read_published_layout`]. A missing label becomes an empty PNG file.
 
     Args:
         labels (`Iterable[tuple[str, dict]]`):
             Keys, `<data set>/<image path>`, and labels as experts return them; `store.items()` of a [`LabelStore`].
-            `.png` takes the place of an image's suffix.
-        folder (`str` or `Path`): made if it does not exist.
-        experts (`list[dict]`): the experts' entries as in `PrismerConfig.experts`; `store.descriptions`.
+            `.png` replaces an image's suffix.
+        folder (`str` or `Path`): created if it does not exist.
+        experts (`list[dict]`): the experts, as in `PrismerConfig.experts`; for a store `store.descriptions`.
         folders (`dict[str, str]`, *optional*): as in [`read_published_layout`].
 
     Returns:
@@ -303,7 +303,7 @@ def _write(path: Path, label: Any, spec: ExpertSpec) -> None:
         words.unlink(missing_ok=True)
     file = io.BytesIO()
     Image.fromarray(values).save(file, "PNG")
-    _write_file(path, file.getvalue())  # the last: a new map is never there without its words
+    _write_file(path, file.getvalue())  # last, so that a new map always has its words
 
 
 def _write_file(path: Path, content: bytes) -> None:
