@@ -1,14 +1,14 @@
 """
-Predictions in the files that the evaluation servers take.
+Writes predictions as the evaluation servers take them.
 
-| server | function | a row |
+| server | function | fields of a row |
 | --- | --- | --- |
 | COCO captions, https://cocodataset.org/#format-results | write_caption_results | image_id, caption |
 | NoCaps, https://nocaps.org | write_caption_results | image_id, caption |
 | VQAv2, https://visualqa.org/evaluation.html | write_vqa_results | question_id, answer |
 
-`image_id` is the picture's `id` in the published list, not its file name. A server scores a whole split: with
-`expected_ids` a file that lacks an image or a question is refused here.
+`image_id` is the image's `id` in the published list, not its file name. A server scores a whole split. With
+`expected_ids`, an error reports a missing image or question before you upload the file.
 """
 
 import json
@@ -30,18 +30,18 @@ def write_caption_results(
     Writes captions as the COCO and NoCaps servers take them: `[{"image_id": 42, "caption": "a dog"}, ...]`.
 
     Args:
-        path: The file to write; its folder is made where needed. A file that is there is replaced, at once and whole.
-        image_ids: The images' numbers, each once. Strings are taken for data of your own; one that spells a number,
-            "42", is written as that number, as the servers take numbers only.
-        captions: One caption an image.
-        expected_ids: All images of the split; with it, a missing or a foreign one is an error.
+        path: The file to write. Its folder is made if it does not exist. An existing file is replaced.
+        image_ids: The numbers of the images, each once. Strings are accepted for your own data. A string such as "42"
+            is written as a number, because the servers take numbers only.
+        captions: One caption for each image.
+        expected_ids: All images of the split. With it, a missing or an unknown image is an error.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: The lengths differ, an id occurs twice, or ids differ from the expected ones.
-        TypeError: An id is neither an integer nor a string, or a caption is no string.
+        ValueError: if the lengths differ, an id occurs twice, or the ids differ from the expected ones.
+        TypeError: if an id is neither an integer nor a string, or a caption is not a string.
     """
     return _write(path, "image_id", image_ids, "caption", captions, expected_ids)
 
@@ -56,24 +56,24 @@ def write_vqa_results(
     Writes answers as the VQAv2 server takes them: `[{"question_id": 42000, "answer": "yes"}, ...]`.
 
     Args:
-        path: The file to write; its folder is made where needed. A file that is there is replaced, at once and whole.
-        question_ids: The questions' numbers, each once. Strings as in `write_caption_results`.
-        answers: One answer a question.
-        expected_ids: All questions of the split; with it, a missing or a foreign one is an error.
+        path: The file to write. Its folder is made if it does not exist. An existing file is replaced.
+        question_ids: The numbers of the questions, each once. Strings as in `write_caption_results`.
+        answers: One answer for each question.
+        expected_ids: All questions of the split. With it, a missing or an unknown question is an error.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: The lengths differ, an id occurs twice, or ids differ from the expected ones.
-        TypeError: An id is neither an integer nor a string, or an answer is no string.
+        ValueError: if the lengths differ, an id occurs twice, or the ids differ from the expected ones.
+        TypeError: if an id is neither an integer nor a string, or an answer is not a string.
     """
     return _write(path, "question_id", question_ids, "answer", answers, expected_ids)
 
 
 def _write(path, id_name, ids, text_name, texts, expected_ids) -> Path:
     if len(ids) != len(texts):
-        raise ValueError(f"There are {len(ids)} {id_name}s and {len(texts)} {text_name}s; each needs the other")
+        raise ValueError(f"There are {len(ids)} {id_name}s and {len(texts)} {text_name}s; the numbers must be equal")
     ids = [_plain_id(value, id_name) for value in ids]
     repeated = [value for value, count in Counter(ids).items() if count > 1]
     if repeated:
@@ -94,7 +94,7 @@ def _write(path, id_name, ids, text_name, texts, expected_ids) -> Path:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own: several processes may write at once
+    # an own name, because several processes may write at once
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "x", encoding="utf-8") as file:
@@ -111,7 +111,7 @@ def _plain_id(value, id_name: str) -> int | str:
     if isinstance(value, bool):
         raise TypeError(f"{id_name} is {value!r}; it must be an integer or a str")
     try:
-        return operator.index(value)  # numpy's integers and integer tensors of one element too
+        return operator.index(value)  # also integers of NumPy, and integer tensors with one element
     except TypeError:
         raise TypeError(f"{id_name} is {value!r}; it must be an integer or a str") from None
 

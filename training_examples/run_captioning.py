@@ -1,19 +1,19 @@
 """
-Captioning: trains a checkpoint to describe pictures, measures it by CIDEr, BLEU, METEOR and ROUGE, and writes result
-files for the servers of COCO and NoCaps.
+Trains a checkpoint to caption images, measures CIDEr, BLEU, METEOR and ROUGE, and writes result files for the servers
+of COCO and NoCaps.
 
-    python training_examples/run_captioning.py --model CHECKPOINT --train_data my_pictures --eval_data my_pictures \\
+    python training_examples/run_captioning.py --model CHECKPOINT --train_data my_images --eval_data my_images \\
         --do_train --do_eval --output_dir runs/captions --total_batch_size 32
 
-takes a folder of pictures with a file of captions (docs/own_data.md). The paper's fine-tuning on COCO, from the
-annotation list of Karpathy's splits:
+This command takes a folder of images with a file of captions (docs/own_data.md). The next one repeats the paper's
+fine-tuning on COCO, from the annotation list of Karpathy's splits:
 
     accelerate launch training_examples/run_captioning.py --model CHECKPOINT --image_folder coco \\
         --train_data dataset_coco.json --train_split train --eval_data dataset_coco.json --eval_split test \\
         --do_train --do_eval --output_dir runs/coco --bf16
 
 The defaults are the paper's: 3 epochs, batches of 256, learning rate 5e-5 with a cosine to 0, weight decay 0.05,
-480×480 pixels, the vision backbone frozen. `--predict_only` writes the captions of pictures that have none.
+480×480 pixels, the vision backbone frozen. `--predict_only` writes captions for images without captions.
 """
 
 import shutil
@@ -37,7 +37,7 @@ PAPER = {
 
 def score_captions(captions, rows):
     metrics = evaluate.load(str(Path(__file__).with_name("metrics") / "caption_metrics"))
-    # without Java (it warns) what can do without, approximately: not to lose a training over it
+    # without Java, measure approximately what is possible (with a warning), so that no training is lost
     options = {} if shutil.which("java") else {"metrics": ["cider", "bleu", "rouge_l"], "tokenizer": "regex"}
     return metrics.compute(predictions=captions, references=rows["references"], **options)
 

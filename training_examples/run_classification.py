@@ -1,13 +1,13 @@
 """
-Few-shot classification: trains a checkpoint on k pictures of each class, classifies by ranking the classes' names, and
-measures the top-1 accuracy.
+Few-shot classification: trains a checkpoint on k images of each class, classifies by ranking the names of the classes,
+and measures the top-1 accuracy.
 
     python training_examples/run_classification.py --model CHECKPOINT --train_data imagenet/train \\
         --eval_data imagenet/val --class_names classes.json --shots 4 --do_train --do_eval --output_dir runs/4-shot
 
-takes folders with a folder of pictures for each class. The class names are the folders', or those of a JSON file
-{folder: name}. The defaults are the paper's: 20 epochs, batches of 64, learning rate 5e-5, 384×384 pixels, the caption
-`A photo of a <class>`, the vision backbone frozen, 32 candidates scored in full.
+This command takes folders with a folder of images for each class. The names of the classes are those of the folders,
+or come from a JSON file {folder: name}. The defaults are the paper's: 20 epochs, batches of 64, learning rate 5e-5,
+384×384 pixels, the caption `A photo of a <class>`, the vision backbone frozen, 32 candidates scored in full.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ NUM_RANKED = 32
 @dataclass
 class ClassificationArguments(RecipeArguments):
     shots: int | None = field(
-        default=None, metadata={"help": "Train on this many pictures of each class, drawn by --seed; default all."}
+        default=None, metadata={"help": "Train on this many images of each class, drawn by --seed; by default all."}
     )
     class_names: str | None = field(default=None, metadata={"help": "JSON file {folder: name of the class}."})
 

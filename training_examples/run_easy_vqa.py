@@ -1,12 +1,12 @@
 """
-Trains Prismer from scratch to answer questions about images on real data that need no download, and measures it.
+Trains Prismer from scratch to answer questions about images, on real data that needs no download, and measures it.
 
     python training_examples/run_easy_vqa.py --do_train --do_eval --output_dir runs/easy-vqa
 
-trains a small model on easy-VQA (4,000 images of one shape, 38,575 questions; the package `easy-vqa` brings the data)
-with two experts that need no download either, edges and text, and measures it on the official test split by open
-generation and by ranking the 13 answers. With `--model FOLDER` an existing checkpoint is trained on or, with
-`--do_eval` alone, only measured.
+This command trains a small model on easy-VQA (4,000 images of one shape, 38,575 questions; the package `easy-vqa`
+contains the data) with two experts that need no download, edges and text. It measures the model on the official test
+split, by open generation and by ranking the 13 answers. `--model FOLDER` continues the training of a checkpoint, or
+only measures it with `--do_eval` alone.
 """
 
 import json
@@ -36,16 +36,16 @@ DEFAULTS = {
     "save_strategy": "epoch",
     "dataloader_num_workers": 1,
     "freeze": "none",
-    # the shapes are all that is to be seen, and their colours what is asked for: flips alone
+    # only flips: crops would lose the shapes, and other operations would change their colors
     "crop_scale": (1.0, 1.0),
     "randaugment": 0,
 }
-QUESTIONS_PER_IMAGE = 8  # drawn for an image each time it is seen; it is encoded once for all
+QUESTIONS_PER_IMAGE = 8  # drawn for an image in each epoch; the image is encoded once for all
 GENERATION = {"max_new_tokens": 6}  # greedy: an answer is one word
 HELD_OUT_IMAGES = 200  # of the training images, to watch the training
 
 
-# ---- data: rows of an image with its questions and answers, or of one question ----
+# ---- data: a row is an image with its questions and answers, or one question ----
 
 
 def load_easy_vqa(split: str, max_images: int | None = None) -> datasets.Dataset:
@@ -86,11 +86,11 @@ def train_tokenizer(texts: list[str], folder: Path) -> RobertaTokenizer:
 
 
 def new_processor(images: datasets.Dataset, output_dir: Path) -> PrismerProcessor:
-    # Every question and answer in the form in which the processor hands it to the tokenizer.
+    # questions and answers as the processor gives them to the tokenizer
     texts = {question.capitalize() for questions in images["text"] for question in questions}
     texts |= {" " + answer.capitalize() for answers in images["suffix"] for answer in answers}
     tokenizer = train_tokenizer(sorted(texts), output_dir / "tokenizer")
-    # Lower thresholds than Canny's usual ones: a yellow shape on a pale ground has little contrast.
+    # lower thresholds than usual, because a yellow shape on a pale background has little contrast
     experts = ExpertSuite([CannyEdges(low_threshold=0.03, high_threshold=0.08), RapidOcrText()])
     image_processor = PrismerImageProcessor(
         size={"height": 64, "width": 64}, expert_size=64, experts=experts.descriptions, max_words=16
@@ -100,8 +100,8 @@ def new_processor(images: datasets.Dataset, output_dir: Path) -> PrismerProcesso
 
 def new_model(processor: PrismerProcessor) -> PrismerForConditionalGeneration:
     """
-    A Prismer of 2.8 million parameters, on backbones that have not been trained either. So narrow a network learns
-    far slower from the customary initializer_range of 0.02, which is made for a width of 768.
+    Builds a Prismer with 2.8 million parameters on untrained backbones. The usual initializer_range of 0.02 is for a
+    width of 768; a network as narrow as this one learns far more slowly with it.
     """
     vision = CLIPVisionConfig(
         hidden_size=128,
@@ -143,7 +143,7 @@ def question_type(answer: str) -> str:
 
 
 def exact_match(predictions: list[str], rows: Rows) -> dict[str, float]:
-    """Share of the questions that are answered exactly, in all and by type."""
+    """The share of questions with an exact answer, of all and by type."""
     hits = defaultdict(list)
     for answer, prediction in zip(rows["suffix"], predictions, strict=True):
         hits["exact_match"].append(prediction == answer)

@@ -1,19 +1,19 @@
 """
-Parameter-efficient fine-tuning: LoRA, DoRA or (IA)³ on the decoder, the encoder or the resampler, for captions or
-questions. The experts stay frozen, as does everything else: what is trained and saved is a few megabytes.
+Parameter-efficient fine-tuning with LoRA, DoRA or (IA)³ on the decoder, the encoder or the resampler, for captions or
+questions. Experts and all other weights stay frozen. The trained weights are a few megabytes.
 
-    python training_examples/run_peft.py --model CHECKPOINT --task caption --train_data my_pictures --do_train \\
+    python training_examples/run_peft.py --model CHECKPOINT --task caption --train_data my_images --do_train \\
         --method lora --parts decoder,resampler --output_dir runs/lora
 
-takes a folder of pictures with a file of captions, or with `--task vqa` one of questions and answers
-(docs/own_data.md), and writes the adapter with its processor. Load it again, to evaluate it, to train it further or
-to make it one with its model:
+This command takes a folder of images with a file of captions, or with `--task vqa` a file of questions and answers
+(docs/own_data.md). It writes the adapter with its processor. Load the adapter again to evaluate it, to train it
+further, or to merge it into its model:
 
-    python training_examples/run_peft.py --adapter runs/lora --task caption --eval_data my_pictures --do_eval \\
+    python training_examples/run_peft.py --adapter runs/lora --task caption --eval_data my_images --do_eval \\
         --output_dir runs/lora --merge_to runs/merged
 
-`PrismerForConditionalGeneration.from_pretrained` loads either folder. docs/peft.md has more: peft's other methods,
-what to adapt, and what to do without this script.
+`PrismerForConditionalGeneration.from_pretrained` loads both folders. docs/peft.md describes peft's other methods, the
+choice of modules, and training without this script.
 """
 
 from dataclasses import dataclass, field
@@ -45,25 +45,27 @@ PARTS = {"decoder": "text_model", "encoder": "vision_model", "resampler": "resam
 
 @dataclass
 class PeftArguments(RecipeArguments):
-    task: Literal["caption", "vqa"] = field(default="caption", metadata={"help": "What to learn."})
+    task: Literal["caption", "vqa"] = field(default="caption", metadata={"help": "The task to learn."})
     method: Literal["lora", "dora", "ia3"] = field(
-        default="lora", metadata={"help": "What to train; (IA)³ wants a larger --learning_rate (3e-3 in its paper)."}
+        default="lora", metadata={"help": "The method. (IA)³ needs a larger --learning_rate (3e-3 in its paper)."}
     )
-    parts: str = field(default="decoder", metadata={"help": "Any of decoder, encoder and resampler."})
+    parts: str = field(
+        default="decoder", metadata={"help": "Any of decoder, encoder, resampler, with commas between."}
+    )
     rank: int = field(default=16, metadata={"help": "Rank of LoRA and DoRA."})
     dropout: float = field(default=0.05, metadata={"help": "Dropout in LoRA and DoRA."})
     train_whole: str | None = field(
         default=None,
-        metadata={"help": "Modules to train whole and save beside the adapter, such as `depth`, an expert's stem."},
+        metadata={"help": "Modules to train in full and save with the adapter, such as `depth`, an expert's stem."},
     )
-    adapter: str | None = field(default=None, metadata={"help": "A saved adapter to go on with."})
+    adapter: str | None = field(default=None, metadata={"help": "A saved adapter to evaluate or to train further."})
     merge_to: str | None = field(
-        default=None, metadata={"help": "Write the model here with the adapter merged into it, and its processor."}
+        default=None, metadata={"help": "Write the model with the merged adapter, and its processor, to this folder."}
     )
 
 
 def adapter_config(args):
-    """What peft is to adapt: the names of modules are matched whole, `…layers.3.cross_attn.q_proj`."""
+    """The configuration of the adapter. Its patterns match whole names of modules, `…layers.3.cross_attn.q_proj`."""
     if unknown := set(args.parts.split(",")) - set(PARTS):
         raise SystemExit(f"--parts {args.parts}: {', '.join(unknown)} is none of {', '.join(PARTS)}")
     parts = "|".join(PARTS[part] for part in args.parts.split(","))
@@ -86,14 +88,14 @@ def adapter_config(args):
 
 
 def load_model(args, do_train):
-    """The model with a new adapter, or with that of `--adapter`, at the resolution that it was trained at."""
+    """Loads the model with a new adapter, or with `--adapter` at the resolution of its training."""
     if args.adapter:
         args.model = args.model or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
         size = PrismerProcessor.from_pretrained(args.adapter).image_processor.size
         args.image_size = args.image_size or size["height"]
     model, processor = load_checkpoint(args, args.task, processor_path=args.adapter)
     if args.adapter:
-        if len(processor.tokenizer) > model.config.vocab_size:  # tokens were added: the adapter brings their rows
+        if len(processor.tokenizer) > model.config.vocab_size:  # the adapter has the rows of added tokens
             model.resize_token_embeddings(len(processor.tokenizer))
         return PeftModel.from_pretrained(model, args.adapter, is_trainable=do_train), processor
     return get_peft_model(model, adapter_config(args)), processor

@@ -1,15 +1,15 @@
 """
-Pre-training: puts the experts between a CLIP vision tower and a RoBERTa, both frozen, and trains what is new to
-describe pictures.
+Pre-training: puts the experts between a frozen CLIP vision encoder and a frozen RoBERTa, and trains the new weights on
+captions.
 
     accelerate launch training_examples/run_pretraining.py --vision openai/clip-vit-base-patch16 \\
         --text FacebookAI/roberta-base --expert_suite published --train_data 'cc12m/*.tar' --image_folder . \\
         --do_train --output_dir runs/pretraining --bf16 --dataloader_num_workers 8
 
-reads any list of pictures with captions (docs/own_data.md). With `--model CHECKPOINT` an existing model is trained on.
-The defaults are the paper's: 20 epochs, batches of 1024, learning rate 3e-4 (give 1e-4 to large models) after 2000
-steps from 1e-6, with a cosine to 1e-6, weight decay 0.05, 224×224 pixels, both backbones frozen, crops of up to 1.5
-times the picture's area (those above 1 fall back to the whole picture). Evaluation is zero-shot captioning.
+This command reads any list of images with captions (docs/own_data.md). `--model CHECKPOINT` continues the training of
+a model. The defaults are the paper's: 20 epochs, batches of 1024, learning rate 3e-4 (use 1e-4 for large models) after
+2000 steps from 1e-6, with a cosine to 1e-6, weight decay 0.05, 224×224 pixels, both backbones frozen, crops of up to
+1.5 times the image's area (crops above 1 become the whole image). Evaluation is zero-shot captioning.
 """
 
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ PAPER = {
 @dataclass
 class PretrainingArguments(RecipeArguments):
     vision: str = field(
-        default="openai/clip-vit-base-patch16", metadata={"help": "CLIP vision tower: a folder or a Hub id."}
+        default="openai/clip-vit-base-patch16", metadata={"help": "CLIP vision encoder: a folder or a Hub id."}
     )
     text: str = field(default="FacebookAI/roberta-base", metadata={"help": "RoBERTa: a folder or a Hub id."})
     expert_suite: str = field(
@@ -48,19 +48,19 @@ class PretrainingArguments(RecipeArguments):
     text_encoder: str = field(
         default="openai/clip-vit-large-patch14",
         metadata={
-            "help": "CLIP whose text embeddings, reduced to 64 dimensions, are the classes' and words' features."
+            "help": "CLIP whose text embeddings, reduced to 64 dimensions, become the features of classes and words."
         },
     )
     pca: str | None = field(
         default=None,
-        metadata={"help": "The reduction (`prismer features` makes it); else made of the classes' names."},
+        metadata={"help": "The reduction, from `prismer features`. By default it is made from the class names."},
     )
-    num_latents: int = field(default=64, metadata={"help": "Latents to which the resampler condenses the experts."})
-    resampler_layers: int = field(default=4, metadata={"help": "Layers of the resampler."})
+    num_latents: int = field(default=64, metadata={"help": "Number of latents of the resampler."})
+    resampler_layers: int = field(default=4, metadata={"help": "Number of layers of the resampler."})
 
 
 def new_model(args: PretrainingArguments, output_dir: str) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
-    """A model on the two backbones, and a processor with its experts."""
+    """Builds a model on the two backbones, and a processor with the experts."""
     suite = ExpertSuite() if args.expert_suite == "none" else ExpertSuite.from_name(args.expert_suite)
     model = PrismerForConditionalGeneration.from_backbones(
         vision=args.vision,

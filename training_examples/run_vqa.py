@@ -1,12 +1,13 @@
 """
-Visual question answering: trains a checkpoint to answer questions about pictures, measures it by the VQA challenge's
-accuracy, and writes result files for its server.
+Trains a checkpoint to answer questions about images, measures the accuracy of the VQA challenge, and writes result
+files for its server.
 
-    python training_examples/run_vqa.py --model CHECKPOINT --train_data my_pictures --eval_data my_pictures \\
+    python training_examples/run_vqa.py --model CHECKPOINT --train_data my_images --eval_data my_images \\
         --do_train --do_eval --output_dir runs/answers --total_batch_size 32
 
-takes a folder of pictures with a file of questions and answers (docs/own_data.md). The paper's fine-tuning on VQAv2
-(annotations beside the questions) and Visual Genome, an answer weighted by its share among the annotators:
+This command takes a folder of images with a file of questions and answers (docs/own_data.md). The next one repeats
+the paper's fine-tuning on VQAv2 (annotations next to the questions) and Visual Genome. The weight of an answer is its
+share among the annotators:
 
     accelerate launch training_examples/run_vqa.py --model CHECKPOINT --do_train --bf16 --output_dir runs/vqa \\
         --train_data v2_OpenEnded_mscoco_{train,val}2014_questions.json visual_genome/question_answers.json \\
@@ -15,9 +16,9 @@ takes a folder of pictures with a file of questions and answers (docs/own_data.m
         --eval_data v2_OpenEnded_mscoco_test-dev2015_questions.json
 
 The defaults are the paper's: 10 epochs, batches of 512, learning rate 5e-5 with a cosine to 0, weight decay 0.05,
-480×480 pixels, the vision backbone frozen. Answers are generated; `--candidates answers.txt` ranks the answers of a
-file instead, one a line or a JSON list. run_easy_vqa.py does the same on a real data set that is a package, from
-scratch, in half an hour.
+480×480 pixels, the vision backbone frozen. Answers are generated. `--candidates answers.txt` ranks the answers of a
+file instead, one per line or as a JSON list. run_easy_vqa.py trains from scratch on a real data set that comes as a
+package, in half an hour.
 """
 
 from dataclasses import dataclass, field
@@ -44,13 +45,13 @@ PAPER = {
 class VqaArguments(RecipeArguments):
     candidates: str | None = field(
         default=None,
-        metadata={"help": "Choose among the answers in this file, a JSON list or one a line, instead of generating."},
+        metadata={"help": "Rank the answers in this file (a JSON list, or one per line) instead of generating."},
     )
     questions_per_image: int | None = field(
         default=None,
         metadata={
-            "help": "Make a training sample of a picture and this many of its questions, drawn anew each epoch: the "
-            "picture is encoded once for all of them."
+            "help": "A training sample is an image with this many of its questions, drawn in each epoch. The image is "
+            "encoded once for all of them."
         },
     )
 
