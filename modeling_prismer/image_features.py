@@ -103,17 +103,17 @@ class VisibleImages:
         return VisibleImages(self.features, rows, mask, sees_image, self.projected)
 
 
-def see_images(features: torch.Tensor, rows: list[list[int]], mask: torch.Tensor | None) -> VisibleImages:
+def see_images(features: torch.Tensor, rows: list[list[int]], mask: torch.Tensor) -> VisibleImages:
     """
     What each token cross-attends to: its last image.
 
     Args:
         features (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`)
         rows (`list[list[int]]`): images of each row of text.
-        mask (`torch.BoolTensor` of shape `(rows, length)`, *optional*):
-            Placeholders, one for each image. Without it, every token sees the one image of its row.
+        mask (`torch.BoolTensor` of shape `(rows, length)`):
+            Placeholders, one for each image. Without any, every token sees the one image of its row.
     """
-    if mask is None:
+    if not mask.any():
         return VisibleImages(features)
     seen = mask.cumsum(dim=1)  # (rows, length): images so far
     sees_image = (seen > 0)[..., None]

@@ -7,6 +7,7 @@ belong to in image_features.py, and building from backbones in lm_backbones.py.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -134,11 +136,10 @@ class PrismerLMGatedBlock(nn.Module):
             attention_mask=None if images.mask is None else images.mask.to(hidden_states),
             keys_values=images.keys_values(self.cross_attn),
         )
-        if images.sees_image is not None:
-            attn_output = attn_output * images.sees_image.to(attn_output)
         hidden_states = hidden_states + self.attn_gate.tanh() * attn_output
         hidden_states = hidden_states + self.mlp_gate.tanh() * self.mlp(self.mlp_layer_norm(hidden_states))
-        return hidden_states.to(residual)
+        hidden_states = hidden_states.to(residual)
+        return hidden_states if images.sees_image is None else torch.where(images.sees_image, hidden_states, residual)
 
 
 class CrossAttend:
@@ -183,6 +184,11 @@ class PrismerLMCausalLMOutput(CausalLMOutputWithPast):
 def shared_fields(output_class: type, outputs: Any) -> dict[str, Any]:
     """The fields of a language model's output that `output_class` has too."""
     return {own.name: getattr(outputs, own.name, None) for own in fields(output_class) if own.name != "image_outputs"}
+
+
+def pad_types(mm_token_type_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The tokens that `mm_token_type_ids` lacks at the end are text."""
+    return F.pad(mm_token_type_ids, (0, max(0, length - mm_token_type_ids.shape[1])))
 
 
 # ---- the model ----
@@ -479,7 +485,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
     ) -> torch.Tensor:
         """Which tokens stand for images: `(rows, length)`, bool."""
         if mm_token_type_ids is not None and not self.config.has_vision_language_model:
-            return mm_token_type_ids == 1
+            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            return pad_types(mm_token_type_ids, length) == 1
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if inputs_embeds is None or self.config.has_vision_language_model:
@@ -527,7 +534,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             features = images.pooler_output[order].flatten(0, 1).to(embeddings)
             return embeddings.masked_scatter(mask[..., None], features), None
         embeddings = torch.where(mask[..., None], self.image_embedding.to(embeddings), embeddings)
-        return embeddings, see_images(images.pooler_output, rows, mask if bool(mask.any()) else None)
+        return embeddings, see_images(images.pooler_output, rows, mask)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return look_up(self.get_input_embeddings(), input_ids, "input_ids", self.config.vocab_size)
@@ -601,7 +608,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             return language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs), None
 
         attention_mask = kwargs.get("attention_mask")
-        if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool:
+        if getattr(attention_mask, "ndim", None) == 4 and attention_mask.dtype == torch.bool:
             kwargs["attention_mask"] = self.packed_mask(attention_mask)
         mask = self.placeholders(input_ids, inputs_embeds, mm_token_type_ids)
         if inputs_embeds is None and not is_vlm:
@@ -959,8 +966,11 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
         inputs_embeds = kwargs.get("inputs_embeds")
         mask = self.model.placeholders(input_ids, inputs_embeds, kwargs.get("mm_token_type_ids"))
         images = self.model.ask(replace(images), input_ids, inputs_embeds, mask, kwargs.get("attention_mask"))
+        rows = self.model.assign(images, mask)
         if images.num_prompts is None:  # before beams multiply the rows
-            images.num_prompts = count_prompts(self.model.assign(images, mask))
+            images.num_prompts = count_prompts(rows)
+        if kwargs.get(CACHE_NAME) is not None and self.config.fusion == "cross_attention":
+            images.visible = see_images(images.pooler_output, rows, mask)  # the cache has the prompt already
         prompts = input_ids
         if input_ids is not None:
             input_ids = self.model.without_placeholders(input_ids, mask)
@@ -976,6 +986,13 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
             repeats = sequences.shape[0] // prompts.shape[0]
             sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(repeats, dim=0).to(sequences)
         return generated
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads its signature
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Assisted decoding adds drafts to `input_ids` alone.
+        if kwargs.get("mm_token_type_ids") is not None:
+            kwargs["mm_token_type_ids"] = pad_types(kwargs["mm_token_type_ids"], input_ids.shape[1])
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         # An assistant has other encoders, so it encodes the images itself, once. An assistant for text gets none.
