@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from .configuration_prismer_lm import PrismerLMConfig
 from .expert_spec import ExpertSpec
 from .image_features import patch_features
+from .pretrained import find_checkpoint
 
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
@@ -99,18 +100,20 @@ def load_language_model(language: Backbone, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedModel]:
-    """The vision encoders. Of a CLIP or SigLIP with two towers, or of a Prismer, the encoder of images."""
+    """
+    The vision encoders. Of a CLIP or SigLIP with two towers, or of a Prismer, the encoder of images. A Prismer may be
+    the name of a shipped one.
+    """
     sources = [] if vision is None else vision if isinstance(vision, list | tuple) else [vision]
     encoders = []
     for source in sources:
-        encoder: Any = source
+        whole: Any = source
         if not isinstance(source, PreTrainedModel):
-            encoder = AutoModel.from_pretrained(source, trust_remote_code=False)
-        encoder = getattr(
-            getattr(encoder, "model", encoder), "vision_model", getattr(encoder, "vision_model", encoder)
-        )
+            whole = AutoModel.from_pretrained(find_checkpoint(source), trust_remote_code=False)
+        encoder = getattr(getattr(whole, "model", whole), "vision_model", getattr(whole, "vision_model", whole))
         if encoder.main_input_name != "pixel_values":
             raise ValueError(f"vision has a {type(encoder).__name__}; a vision encoder is needed")
+        encoder.name_or_path = source if isinstance(source, str) else whole.name_or_path  # of the whole checkpoint
         encoders.append(encoder)
     return encoders
 
@@ -163,7 +166,8 @@ def fingerprint(backbone: PreTrainedModel) -> dict[str, Any]:
     fields = {name: getattr(config, name, None) for name in _FINGERPRINT_FIELDS}
     weights = {}
     for name, parameter in backbone.named_parameters():
-        if parameter.ndim == 1 and parameter.is_floating_point() and "bias" not in name:
+        is_own = "bias" not in name and "lora_" not in name  # adapters have vectors, too
+        if parameter.ndim == 1 and parameter.is_floating_point() and is_own:
             weights[name] = [round(float(value), 4) for value in parameter.flatten()[:4].float()]
     chosen = sorted(weights)[:: max(1, len(weights) // 8)][:8]
     return {"config": fields, "weights": {name: weights[name] for name in chosen}}
@@ -194,6 +198,7 @@ def save_trained(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -> N
     language, *vision = (
         entry or {"id": backbone.name_or_path, **fingerprint(backbone)} for entry, backbone in zip(entries, backbones)
     )
+    language = {**language, "adapter": describe_adapter(core.language_model)}
     model.config.backbones = {"language": language, "vision": vision, "trained_only": True}
     try:
         PreTrainedModel.save_pretrained(model, folder, state_dict=trained_state(model), **kwargs)
@@ -220,6 +225,10 @@ def load_trained(
     backbones: dict[str, Any] = config.backbones or {}
     language_model = load_language_model(language or backbones["language"]["id"], **language_kwargs)
     check_fingerprint(language_model, backbones["language"], "language model")
+    if adapter := backbones["language"].get("adapter"):
+        from peft import get_peft_config, inject_adapter_in_model
+
+        inject_adapter_in_model(get_peft_config(adapter), language_model)
     encoders = load_encoders(vision if vision is not None else [entry["id"] for entry in backbones["vision"]])
     if len(encoders) != len(backbones["vision"]):
         raise ValueError(f"{len(encoders)} vision encoders given; the checkpoint needs {len(backbones['vision'])}")
@@ -235,7 +244,30 @@ def load_trained(
             f"{folder} does not fit its configuration: {len(missing)} weights are missing {missing[:3]} and "
             f"{len(unexpected)} are unknown {unexpected[:3]}"
         )
+    for name, parameter in model.named_parameters():
+        if name.startswith(_FROZEN) and name in weights:  # an adapter's, or a backbone's that was trained
+            parameter.requires_grad_(True)
     return model.to(language_model.device).eval()
+
+
+def describe_adapter(language_model: PreTrainedModel) -> dict[str, Any] | None:
+    """
+    The settings of an adapter in the language model, as far as they are not peft's defaults.
+
+    Raises:
+        ValueError: if there are several adapters.
+    """
+    adapters = list(getattr(language_model, "peft_config", {}).values())
+    if not adapters:
+        return None
+    if len(adapters) > 1:
+        raise ValueError(f"the language model has {len(adapters)} adapters; one can be saved with the trained weights")
+    (adapter,) = adapters
+    defaults = type(adapter)().to_dict()
+    settings = {name: value for name, value in adapter.to_dict().items() if value != defaults[name]}
+    settings.pop("base_model_name_or_path", None)
+    settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    return {**settings, "peft_type": adapter.peft_type.value}
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedCon
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .encoder_settings import read_encoder_settings
+from .encoder_settings import find_checkpoint, read_encoder_settings
 from .experts_processor import as_suite
 
 
@@ -20,6 +20,21 @@ def read_suite(experts: Any) -> tuple[Any, list[dict[str, Any]]]:
         return None, [dict(own) if isinstance(own, Mapping) else own.to_dict() for own in experts]
     suite = as_suite(experts)
     return suite, list(suite.descriptions)
+
+
+def read_prismer_suite(vision: Any, config: Any) -> Any:
+    """The live experts of the Prismer whose encoder is that of a `PrismerLMConfig`, `config`, if it has them."""
+    (source,) = as_list(vision) or [entry["id"] for entry in (config.backbones or {}).get("vision", [])] or [None]
+    if isinstance(source, PreTrainedModel):
+        source = source.name_or_path
+    if not isinstance(source, str) or not source:
+        return None
+    try:
+        from modeling_prismer.processing.experts import ExpertSuite
+
+        return ExpertSuite.from_pretrained(find_checkpoint(source))
+    except (ImportError, OSError):  # only live experts need the package; or the Prismer was saved without experts
+        return None
 
 
 def with_class_names(descriptions: list[dict[str, Any]], suite: Any) -> list[dict[str, Any]]:
@@ -88,7 +103,7 @@ def as_list(value: Any) -> list[Any]:
 def _config_of(source: Any, part: str) -> Any:
     """The configuration of a backbone; `None` of a tokenizer, a processor or settings."""
     if isinstance(source, str):
-        source = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        source = AutoConfig.from_pretrained(find_checkpoint(source), trust_remote_code=False)
     elif isinstance(source, PreTrainedModel):
         source = source.config
     if not isinstance(source, PreTrainedConfig):

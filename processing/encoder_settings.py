@@ -36,7 +36,8 @@ def read_encoder_settings(source: Any, config: Any = None) -> dict[str, Any]:
         config (`PreTrainedConfig`, *optional*): the encoder's configuration. Its image size has priority.
 
     Returns:
-        `dict`: `size`, `image_mean`, `image_std` and `resample`.
+        `dict`: `size`, `image_mean`, `image_std` and `resample`. For a Prismer's encoder, which reads the experts'
+        maps, also `expert_size`, `max_instances` and `max_words`.
 
     Raises:
         TypeError: if the source is none of these.
@@ -68,17 +69,32 @@ def read_encoder_settings(source: Any, config: Any = None) -> dict[str, Any]:
         (values for name, values in _NORMALISATION.items() if family.startswith(name)),
         (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     )
-    return _settings(
+    settings = _settings(
         side,
         getattr(image_processor, "image_mean", None) or mean,
         getattr(image_processor, "image_std", None) or std,
         getattr(image_processor, "resample", None) or Image.Resampling.BICUBIC,
     )
+    if family == "prismer_vision_model":
+        settings["expert_size"] = getattr(image_processor, "expert_size", side)
+        for name in ("max_instances", "max_words"):
+            if hasattr(image_processor, name):
+                settings[name] = getattr(image_processor, name)
+    return settings
+
+
+def find_checkpoint(source: str) -> str:
+    """The folder of a Prismer that the package ships, for its name; other ids and folders as they are."""
+    try:  # without the package, in a saved folder alone (trust_remote_code), there is none
+        from modeling_prismer.pretrained import find_checkpoint as find
+    except ImportError:
+        return source
+    return find(source)
 
 
 def _load(source: str) -> Any:
     try:
-        return AutoImageProcessor.from_pretrained(source) if source else None
+        return AutoImageProcessor.from_pretrained(find_checkpoint(source)) if source else None
     except (OSError, ValueError):  # a folder with the model alone
         return None
 

@@ -21,6 +21,7 @@ from .backbone_parts import (
     load_text_processor,
     new_config,
     read_encoders,
+    read_prismer_suite,
     read_suite,
     with_class_names,
 )
@@ -102,18 +103,18 @@ class PrismerLMProcessor(ExpertsProcessor):
     Example:
 
     ```python
-    >>> from transformers import SiglipVisionConfig
+    >>> from transformers import AutoTokenizer, SiglipVisionConfig
     >>> from modeling_prismer import PrismerLMProcessor
 
     >>> lm_processor = PrismerLMProcessor.from_backbones(
-    ...     language=processor.tokenizer,  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ...     language=AutoTokenizer.from_pretrained(path),  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
     ...     vision=SiglipVisionConfig(image_size=64),  # or ["google/siglip2-base-patch16-224", …]
     ...     experts="offline",
     ...     experts_as="both",
     ... )
     >>> inputs = lm_processor(image, "What shape is it?")
     >>> {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-    {'input_ids': (1, 105), 'attention_mask': (1, 105), 'pixel_values': (1, 3, 64, 64),
+    {'input_ids': (1, 108), 'attention_mask': (1, 108), 'pixel_values': (1, 3, 64, 64),
      'edge_values': (1, 1, 224, 224), 'ocr_ids': (1, 224, 224), 'ocr_features': (1, 128, 64), 'expert_mask': (1, 2)}
     >>> lm_processor.decode(inputs["input_ids"][0], skip_special_tokens=True)
     'Text: "▲" (center).\nWhat shape is it?'
@@ -224,7 +225,7 @@ class PrismerLMProcessor(ExpertsProcessor):
                 processors, or settings such as `{"size": 224}`. By default those of `config`.
             experts (`ExpertSuite`, `list[Expert]`, `str` or `list[dict]`, *optional*):
                 The experts that run live, such as `"offline"`. A list of descriptions if labels come as
-                `expert_labels`.
+                `expert_labels`. By default those of the Prismer whose encoder is `vision`.
             fusion, experts_as, experts_config: as for the model. `config` has priority.
             config ([`PrismerLMConfig`], *optional*):
                 `model.config`, so that the numbers of placeholders and the names of the experts agree. Without it, it
@@ -238,9 +239,11 @@ class PrismerLMProcessor(ExpertsProcessor):
         Example:
 
         ```python
+        >>> from transformers import AutoTokenizer
         >>> from modeling_prismer import PrismerLMProcessor
 
-        >>> lm_processor = PrismerLMProcessor.from_backbones(processor.tokenizer, experts="offline")  # no encoder
+        >>> tokenizer = AutoTokenizer.from_pretrained(path)  # of your language model
+        >>> lm_processor = PrismerLMProcessor.from_backbones(tokenizer, experts="offline")  # no encoder
         >>> lm_processor.image_seq_length, lm_processor.image_token
         (64, '<image>')
         ```
@@ -256,11 +259,13 @@ class PrismerLMProcessor(ExpertsProcessor):
         tokenizer, vlm_processor = load_text_processor(language, config.has_vision_language_model)
         settings = read_encoders(vision, config)
         first = settings[0] if settings else {}
+        expert_size = 224 if config.experts_config is None else config.experts_config.image_size
+        if config.has_prismer_encoder and experts is None:
+            suite = read_prismer_suite(vision, config)
         processor = cls(
             PrismerImageProcessor(
                 experts=with_class_names(config.experts or descriptions, suite),
-                expert_size=224 if config.experts_config is None else config.experts_config.image_size,
-                **first,
+                **{"expert_size": expert_size, **first},
             ),
             tokenizer,
             experts=suite,
@@ -342,16 +347,18 @@ class PrismerLMProcessor(ExpertsProcessor):
         Example:
 
         ```python
+        >>> from transformers import AutoTokenizer
         >>> from modeling_prismer import PrismerLMProcessor
 
-        >>> lm_processor = PrismerLMProcessor.from_backbones(processor.tokenizer, experts="offline")
+        >>> tokenizer = AutoTokenizer.from_pretrained(path)  # of your language model
+        >>> lm_processor = PrismerLMProcessor.from_backbones(tokenizer, experts="offline")
         >>> few_shot = "<image>It is a circle. <image>It is a"
         >>> inputs = lm_processor([image, image], few_shot, experts=["edge"])
         >>> inputs["input_ids"].shape, inputs["edge_values"].shape
-        (torch.Size([1, 142]), torch.Size([2, 1, 224, 224]))
+        (torch.Size([1, 141]), torch.Size([2, 1, 224, 224]))
         >>> inputs = lm_processor(image, [["Is it red?", "What shape is it?"]], suffix=[["no", "triangle"]])
         >>> inputs["input_ids"].shape, inputs["edge_values"].shape  # two rows, one image
-        (torch.Size([2, 73]), torch.Size([1, 1, 224, 224]))
+        (torch.Size([2, 75]), torch.Size([1, 1, 224, 224]))
         ```
         """
         merged = self._merge_kwargs(**kwargs)
@@ -422,9 +429,11 @@ class PrismerLMProcessor(ExpertsProcessor):
         Example:
 
         ```python
+        >>> from transformers import AutoTokenizer
         >>> from modeling_prismer import PrismerLMProcessor
 
-        >>> lm_processor = PrismerLMProcessor.from_backbones(processor.tokenizer, experts="offline")
+        >>> tokenizer = AutoTokenizer.from_pretrained(path)  # of your language model
+        >>> lm_processor = PrismerLMProcessor.from_backbones(tokenizer, experts="offline")
         >>> lm_processor.chat_template = (
         ...     "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
         ...     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -580,9 +589,11 @@ class PrismerLMProcessor(ExpertsProcessor):
         Example:
 
         ```python
+        >>> from transformers import AutoTokenizer
         >>> from modeling_prismer import PrismerLMProcessor
 
-        >>> lm_processor = PrismerLMProcessor.from_backbones(processor.tokenizer, experts="offline")
+        >>> tokenizer = AutoTokenizer.from_pretrained(path)  # of your language model
+        >>> lm_processor = PrismerLMProcessor.from_backbones(tokenizer, experts="offline")
         >>> lm_processor.write_experts(lm_processor.run_experts(image))
         ['Text: "▲" (center).']
         ```
