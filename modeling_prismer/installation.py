@@ -49,7 +49,9 @@ def check_one_checkout() -> None:
                 f"from {folder}. {remedy}"
             )
     script = _script()
-    if not is_checkout or script is None or script.is_relative_to(Path(sys.prefix).resolve()):
+    if not is_checkout or script is None or "site-packages" in script.parts:
+        return
+    if script.is_relative_to(Path(sys.prefix).resolve()):
         return
     for folder in script.parents:
         if (folder / "setup.cfg").is_file() and (folder / "modeling_prismer" / "__init__.py").is_file():
