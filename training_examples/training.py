@@ -1,4 +1,4 @@
-"""What the recipes share: their arguments, the trainer, and how a run goes."""
+"""The recipes' common parts: arguments, the trainer, and the course of a run."""
 
 import copy
 import json
@@ -38,6 +38,7 @@ from modeling_prismer import (
     keep_freed_memory,
     optimize_for_cpu,
 )
+from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing import JointAugmentation
 from modeling_prismer.processing.labels import label_images, label_source
@@ -52,7 +53,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass
 class RecipeArguments:
-    """Arguments of every recipe, beside those of `transformers.TrainingArguments`."""
+    """The arguments of every recipe, in addition to those of `transformers.TrainingArguments`."""
 
     model: str | None = field(
         default=None, metadata={"help": "Checkpoint: a folder, a Hub id, or the name of a shipped one."}
@@ -60,20 +61,22 @@ class RecipeArguments:
     train_data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "A folder of pictures with a CSV or JSONL file, an annotation list, a data set of the Hub or on "
-            "disk, webdataset tars; or several, one after another. See docs/own_data.md."
+            "help": "A folder of images with a CSV or JSONL file, an annotation list, a data set of the Hub or on "
+            "disk, or webdataset tars; one or several. See docs/own_data.md."
         },
     )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "As --train_data, to evaluate or predict."})
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "The data to evaluate or predict, as --train_data."}
+    )
     train_split: str | None = field(default=None, metadata={"help": "Split of --train_data."})
     eval_split: str | None = field(default=None, metadata={"help": "Split of --eval_data."})
     image_folder: list[str] = field(
         default_factory=list,
-        metadata={"help": "Where the pictures of annotation lists are: one for all, or one for each list."},
+        metadata={"help": "The folder with the images of annotation lists: one for all, or one for each list."},
     )
     image_column: str | None = field(
         default=None,
-        metadata={"help": "Column of the images, or a path made of columns: '{folder}/{name}.png'."},
+        metadata={"help": "Column of the images, or a path from columns: '{folder}/{name}.png'."},
     )
     text_column: str | None = field(
         default=None,
@@ -89,76 +92,82 @@ class RecipeArguments:
     id_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column that names the images of a data set that brings them, as in a label store.",
+            "help": "Column with the ids of images that are in the data set itself, as in a label store.",
             "aliases": ["--key_column"],
         },
     )
     split_column: str | None = field(
-        default=None, metadata={"help": "Column that tells the splits apart; by default `split`, if there is one."}
+        default=None, metadata={"help": "Column with the name of the split; by default `split`, if it exists."}
     )
     bad_rows: Literal["error", "skip"] | None = field(
         default=None,
         metadata={
-            "help": "What to do about rows whose image or text is missing, empty or damaged: name them and end "
-            "(error), or leave them out with a warning (skip). By default error, and skip if streamed."
+            "help": "What to do with rows whose image or text is missing, empty or damaged: stop and name them "
+            "(error), or leave them out with a warning (skip). By default error, and skip for streams."
         },
     )
     check_images: bool = field(
         default=True,
         metadata={"help": "Whether to open all images before the training (--no_check_images)."},
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the training data as they come (--max_steps)."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training data during the training (needs --max_steps)."}
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on this many rows only."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate this many rows only."})
     labels: str = field(
         default="precomputed",
         metadata={
-            "help": "What the experts see: `precomputed` runs them over all pictures once, before the training, and "
-            "keeps it in a label store in the output folder; `live` runs them on every batch; else a label store."
+            "help": "The source of the experts' labels: `precomputed` runs the experts over all images once before "
+            "the training and stores the labels in the output folder, `live` runs them on every batch, or the path of "
+            "a label store."
         },
     )
     experts: str | None = field(
-        default=None, metadata={"help": "Use these experts only, such as `depth,ocr`; `none` masks out all of them."}
+        default=None, metadata={"help": "The experts to use, such as `depth,ocr`; `none` masks out all."}
     )
     expert_dropout: float = field(
-        default=0.0, metadata={"help": "Probability with which a training sample lacks an expert, for each expert."}
+        default=0.0, metadata={"help": "Probability with which each expert is missing in a training sample."}
     )
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side of the pictures that the network sees; by default the paper's to train, the checkpoint's to "
-            "evaluate."
+            "help": "Side of the images in pixels; by default the paper's for training and the checkpoint's for "
+            "evaluation."
         },
     )
-    freeze: str = field(
-        default="vision", metadata={"help": "Backbones to leave as they are: none, vision, language or both."}
+    freeze: str = field(default="vision", metadata={"help": "Frozen backbones: none, vision, language or both."})
+    label_smoothing: float = field(
+        default=0.1, metadata={"help": "Label smoothing of the loss, also for ranking candidates."}
     )
-    label_smoothing: float = field(default=0.1, metadata={"help": "Of the loss; in evaluation of candidates too."})
     total_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Samples an optimizer step: gradients are accumulated until all devices have seen as many. "
-            "Left out, as --per_device_train_batch_size and --gradient_accumulation_steps say."
+            "help": "Number of samples per optimizer step. Gradients are accumulated to reach it. By default "
+            "--per_device_train_batch_size and --gradient_accumulation_steps decide."
         },
     )
     crop_scale: tuple[float, float] = field(
-        default=(0.5, 1.0), metadata={"help": "Share of the picture's area that a random crop takes, from and to."}
+        default=(0.5, 1.0), metadata={"help": "Bounds of a random crop's share of the image's area."}
     )
-    randaugment: int = field(default=2, metadata={"help": "Operations of RandAugment a sample, magnitude 5 of 10."})
+    randaugment: int = field(default=2, metadata={"help": "RandAugment operations per sample, magnitude 5 of 10."})
     flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
-    augment: bool = field(default=True, metadata={"help": "Whether to augment at all (--no_augment)."})
+    augment: bool = field(default=True, metadata={"help": "Whether to augment (--no_augment)."})
     predict_only: bool = field(
-        default=False, metadata={"help": "Write the predictions for --eval_data; no references are needed."}
+        default=False, metadata={"help": "Write predictions for --eval_data, which needs no references."}
     )
     publish_to: str | None = field(
-        default=None, metadata={"help": "Write the model here in half precision, with its processor."}
+        default=None, metadata={"help": "Write the model in half precision, with its processor, to this folder."}
     )
 
 
 def parse_arguments(
     arguments_class: type[RecipeArguments] = RecipeArguments, image_size: int | None = None, **defaults
 ) -> tuple[RecipeArguments, TrainingArguments]:
-    """The command line's arguments; `defaults` are the recipe's, of both classes, and `image_size` is to train."""
+    """
+    Parses the command line. `defaults` are the recipe's defaults for both classes, and `image_size` is the default for
+    training.
+    """
     parser = HfArgumentParser((arguments_class, TrainingArguments))
     shared = {"weight_decay": 0.05, "logging_steps": 10, "save_total_limit": 2, "ddp_find_unused_parameters": False}
     shared |= {"dataloader_pin_memory": torch.cuda.is_available(), "report_to": "none"}
@@ -170,7 +179,7 @@ def parse_arguments(
     if args.freeze not in ("none", "vision", "language", "both"):
         parser.error(f"--freeze {args.freeze}: accepted are none, vision, language and both")
     if training_args.label_smoothing_factor:
-        parser.error("--label_smoothing_factor is another loss than the paper's; use --label_smoothing")
+        parser.error("--label_smoothing_factor changes the paper's loss; use --label_smoothing")
     if args.predict_only and (training_args.do_train or training_args.do_eval):
         parser.error("--predict_only neither trains nor evaluates: leave out --do_train and --do_eval")
     if not (training_args.do_train or training_args.do_eval or args.predict_only):
@@ -180,16 +189,16 @@ def parse_arguments(
     if (training_args.do_eval or args.predict_only) and not args.eval_data:
         parser.error("--do_eval and --predict_only need --eval_data")
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not training_args.do_train:
-        parser.error("FSDP shares out a model that is trained; evaluate and predict with accelerate_configs/ddp.yaml")
-    if training_args.n_gpu > 1:  # DataParallel, whose shares of a batch are unlike
-        logger.warning("of %d GPUs one is used; `accelerate launch` uses all", training_args.n_gpu)
+        parser.error("FSDP is for training; evaluate and predict with accelerate_configs/ddp.yaml")
+    if training_args.n_gpu > 1:  # instead of DataParallel, which divides a batch unevenly
+        logger.warning("one of %d GPUs is used; `accelerate launch` uses all", training_args.n_gpu)
         training_args._n_gpu = 1
     if args.total_batch_size and training_args.do_train:
         at_once = training_args.train_batch_size * training_args.world_size
         if args.total_batch_size % at_once:
             parser.error(
-                f"--total_batch_size {args.total_batch_size} is no multiple of the {at_once} samples that the devices "
-                "take at once (--per_device_train_batch_size)"
+                f"--total_batch_size {args.total_batch_size} is not a multiple of the {at_once} samples that the "
+                "devices take at once (--per_device_train_batch_size)"
             )
         training_args.gradient_accumulation_steps = args.total_batch_size // at_once
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
@@ -198,7 +207,7 @@ def parse_arguments(
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that is complete: one that was being written when the training was killed is not."""
+    """The newest complete checkpoint. A checkpoint is incomplete if the training was killed while writing it."""
     for folder in reversed(sort_checkpoints(output_dir)):
         try:
             TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))  # written last
@@ -212,8 +221,8 @@ def load_checkpoint(
     args: RecipeArguments, task: str, processor_path: str | None = None
 ) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
     """
-    The checkpoint of `--model` for a task, at the resolution of `--image_size`. Its processor may come from another
-    folder.
+    Loads the checkpoint of `--model` for a task, at the resolution of `--image_size`. The processor can come from
+    another folder.
     """
     if args.model is None:
         raise SystemExit("--model is missing: a folder, a Hub id or the name of a shipped checkpoint")
@@ -231,7 +240,7 @@ def load_checkpoint(
 def load_data(
     args: RecipeArguments, training_args: TrainingArguments, task: str, **options
 ) -> tuple[Rows | None, Rows | None]:
-    """The rows to train on and those to evaluate or predict, where the arguments ask for them."""
+    """Loads the rows for training and those for evaluation or prediction; `None` if the arguments need none."""
     folders = args.image_folder[0] if len(args.image_folder) == 1 else args.image_folder or None
     options = {"image_folder": folders, "bad_rows": args.bad_rows, "check_images": args.check_images, **options}
     options |= {"image_column": args.image_column, "key_column": args.id_column, "split_column": args.split_column}
@@ -240,7 +249,7 @@ def load_data(
     }
     options["class_column"] = args.label_column
     train_rows = eval_rows = None
-    problems = []  # of both, which are reported together
+    problems = []  # of both data sets, reported together
     if training_args.do_train:
         try:
             train_rows = load_rows(
@@ -265,12 +274,12 @@ def load_data(
 
 
 def without_adapters(model: torch.nn.Module) -> PrismerForConditionalGeneration:
-    """The model itself, be it wrapped by peft or not."""
+    """The model without the wrapper of peft."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def replace_generation_settings(model: torch.nn.Module, settings: dict[str, Any]) -> None:
-    """Gives the model these settings for `generate`, and none of those it had but the ids of special tokens."""
+    """Replaces the model's settings for `generate`, except the ids of special tokens."""
     model = without_adapters(model)
     tokens = {name: getattr(model.generation_config, name) for name in SPECIAL_TOKENS}
     model.generation_config = GenerationConfig(**(tokens | settings))
@@ -278,14 +287,14 @@ def replace_generation_settings(model: torch.nn.Module, settings: dict[str, Any]
 
 class PrismerTrainer(Trainer):
     """
-    Trainer that keeps the paper's loss, a mean over samples, whatever the sizes of the micro-batches, and that
-    evaluates by what the model says.
+    A Trainer with the paper's loss, which is a mean over samples for any sizes of the micro-batches. It evaluates the
+    texts that the model generates.
 
     Args:
-        eval_collator ([`DataCollatorForPrismer`]): makes the batches of prompts to evaluate.
-        score (`Callable`): from the texts that the model gave and the rows of the data set to a dict of metrics.
-        candidates (`list[str]`, *optional*): the answers to choose from; without them the model generates.
-        num_ranked (`int`): how many candidates, those with the most probable first tokens, are scored in full.
+        eval_collator ([`DataCollatorForPrismer`]): makes the batches for evaluation.
+        score (`Callable`): returns a dict of metrics from the model's texts and the rows of the data set.
+        candidates (`list[str]`, *optional*): the answers to rank. Without them, the model generates.
+        num_ranked (`int`): the number of candidates to score in full, those with the most probable first tokens.
         generation (`dict`, *optional*): the generation settings of the model, for evaluation and for its
             generation_config.json. They replace all settings of the task that it was trained for before.
         args, kwargs: as those of `transformers.Trainer`.
@@ -310,10 +319,10 @@ class PrismerTrainer(Trainer):
             replace_generation_settings(self.model, generation)
         self.loss_is_scaled_for_ga = True  # by compute_loss
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            # else one process would read for all, and batches of unlike lengths cannot be handed out
+            # otherwise one process reads for all, and cannot distribute batches of different lengths
             self.accelerator.dataloader_config.dispatch_batches = False
         if self.is_fsdp_enabled:
-            # By autocast instead: BatchNorm takes no bf16 weights beside float32 statistics, and losses stay exact.
+            # Autocast instead: BatchNorm does not accept bf16 weights with float32 statistics, and losses stay exact.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if isinstance(self.data_collator, DataCollatorForPrismer):
             self.add_callback(_CountEpochs(self.data_collator))
@@ -327,7 +336,7 @@ class PrismerTrainer(Trainer):
         for i, batch in enumerate(batch_samples):
             sizes[0, i] = len(batch["input_ids"])
         sizes = self.accelerator.gather(sizes)  # (processes, micro-batches)
-        # Streams may end at unlike times: a micro-batch that not all processes have would leave some waiting for ever.
+        # Streams can end at different times. A micro-batch that some processes lack would make the others wait.
         common = int((sizes > 0).all(dim=0).sum())
         del batch_samples[common:]
         return sizes[:, :common].sum()
@@ -342,7 +351,7 @@ class PrismerTrainer(Trainer):
             loss = loss * len(inputs["input_ids"]) * self.accelerator.num_processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    # ---- evaluation: what the model says ----
+    # ---- evaluation of the model's texts ----
 
     def get_eval_dataloader(self, eval_dataset=None):
         collator, self.data_collator = self.data_collator, self.eval_collator or self.data_collator
@@ -367,7 +376,7 @@ class PrismerTrainer(Trainer):
         return None, generated[:, inputs["input_ids"].shape[1] :].contiguous(), None
 
     def predict_texts(self, dataset: Rows) -> list[str]:
-        """What the model says to each row, in their order."""
+        """The model's text for each row, in their order."""
         output: EvalLoopOutput = self.evaluation_loop(
             self.get_eval_dataloader(dataset), "Prediction", prediction_loss_only=False
         )
@@ -391,7 +400,7 @@ class PrismerTrainer(Trainer):
 
 
 class _CountEpochs(TrainerCallback):
-    """Tells the collator which epoch it is, on which its random numbers depend."""
+    """Sets the epoch of the collator, which changes its random choices."""
 
     def __init__(self, collator: DataCollatorForPrismer):
         self.collator = collator
@@ -400,20 +409,20 @@ class _CountEpochs(TrainerCallback):
         self.epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = self.epoch  # a stream's epochs end before state.epoch is a whole number
+        self.collator.epoch = self.epoch  # for streams, state.epoch is not a whole number yet
         self.epoch += 1
 
 
 def require_live_experts(processor: PrismerProcessor, wanted: list[str]) -> None:
-    """Ends the program with a remedy, unless the processor can run all of these experts."""
+    """Ends the program with a remedy if the processor cannot run all of these experts."""
     live = processor.experts or ()
     if missing := ", ".join(name for name in wanted if name not in live):
         others = ",".join(name for name in wanted if name in live) or "none"
         raise SystemExit(
-            f"the model's processor cannot run its experts {missing}: it was saved without them. Choose one of:\n"
-            "- give the processor its experts, and save it: docs/new_model.md\n"
-            "- give what they saw: --labels STORE, written by `prismer label`\n"
-            f"- do without them: --experts {others}"
+            f"the model's processor cannot run its experts {missing}, because it was saved without them. Either:\n"
+            "- give the processor its experts and save it again: docs/new_model.md\n"
+            "- pass stored labels: --labels STORE, written by `prismer label`\n"
+            f"- leave the experts out: --experts {others}"
         )
 
 
@@ -425,12 +434,12 @@ def label_rows(
     wanted: list[str] | None = None,
 ) -> Callable[[list[str]], list[dict] | None]:
     """
-    The function from images' ids to what the experts saw in them. `labels` is `live`, a label store, or `precomputed`:
-    then the experts run now over all pictures that are not in `store` from an earlier run. `wanted` names the experts
-    that are needed, by default all.
+    Returns a function from ids of images to their labels. `labels` is `live`, the path of a label store, or
+    `precomputed`. With `precomputed`, the experts run now over all images that are not yet in `store`. `wanted` has
+    the names of the needed experts, by default all.
     """
     experts = processor.image_processor.experts
-    names = [expert["name"] for expert in experts]
+    names = [spec.name for spec in read_specs(experts)]
     wanted = names if wanted is None else wanted
     if unknown := ", ".join(name for name in wanted if name not in names):
         raise SystemExit(f"--experts: {unknown}; the model's experts are {', '.join(names) or 'none'}")
@@ -440,12 +449,14 @@ def label_rows(
     if labels != "precomputed":
         return label_source(labels, experts)
     if not wanted or not parts:
-        return label_source("live", experts)  # there is nothing to see
+        return label_source("live", experts)  # nothing to label
     for rows in parts:
         if not isinstance(rows, datasets.Dataset):
-            raise SystemExit("streamed rows cannot be labelled beforehand: --labels live, or a label store")
+            raise SystemExit(
+                "streamed rows cannot be labelled before the training; use --labels live or a label store"
+            )
         images = images_of(rows)
-        first = np.unique(np.asarray(images["image_id"]), return_index=True)[1]  # some are there several times
+        first = np.unique(np.asarray(images["image_id"]), return_index=True)[1]  # each image once
         label_images(images.select(np.sort(first)), processor.experts, store, key_column="image_id")
         PartialState().wait_for_everyone()  # each process has labelled its share
     return label_source(store, experts)
@@ -465,20 +476,21 @@ def make_trainer(
     **kwargs,
 ) -> PrismerTrainer:
     """
-    The trainer of a recipe: backbones frozen, pictures labelled, augmentation and collators as the arguments say.
+    Makes the trainer of a recipe: freezes backbones, labels the images, and makes augmentation and collators from the
+    arguments.
 
     Args:
-        train_rows, eval_rows: the data; either may be missing.
-        other_rows: further rows that `trainer.predict_texts` will be given.
-        labels_for (`Callable`, *optional*): from images' ids to what experts saw, instead of what `--labels` says.
-        texts_per_image (`int`, *optional*): how many texts to draw of a training row that has several.
+        train_rows, eval_rows: the data; either can be missing.
+        other_rows: further rows for `trainer.predict_texts`.
+        labels_for (`Callable`, *optional*): a function from ids of images to labels, in place of `--labels`.
+        texts_per_image (`int`, *optional*): the number of texts to draw from a training row with several.
         generation (`dict`, *optional*): the generation settings of the model, by default those of the task.
         kwargs: passed on to [`PrismerTrainer`].
     """
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     model.config.label_smoothing = args.label_smoothing
-    if not getattr(model, "peft_config", None):  # adapters have frozen everything but themselves
+    if not getattr(model, "peft_config", None):  # peft has frozen all weights except the adapter's
         model.freeze_backbones(vision=args.freeze in ("vision", "both"), language=args.freeze in ("language", "both"))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("%.1f of %.1f million parameters are trained", trained / 1e6, model.num_parameters() / 1e6)
@@ -489,7 +501,7 @@ def make_trainer(
         eval_rows = leave_undecoded(eval_rows)
     experts = args.experts and [name for name in args.experts.split(",") if name != "none"]
     train_labels = eval_labels = labels_for
-    if labels_for is None:  # stores of their own: different pictures may have one name in two folders
+    if labels_for is None:  # separate stores, because an id can name different images in two folders
         store = output_dir / "expert_labels"
         train_labels = label_rows([train_rows], processor, args.labels, store / "train", experts)
         eval_labels = label_rows([eval_rows, *other_rows], processor, args.labels, store / "eval", experts)
@@ -531,8 +543,8 @@ def run(
     write_results: Callable[[Path, list[str], Rows], None] | None = None,
 ) -> None:
     """
-    Trains, evaluates, predicts and publishes, as the arguments say. In the output folder are then the model with its
-    processor and model card, `train_results.json`, `eval_results.json` and `predictions.json`.
+    Trains, evaluates, predicts and publishes, depending on the arguments. Writes the model with its processor and
+    model card, `train_results.json`, `eval_results.json` and `predictions.json` to the output folder.
     """
     training_args = trainer.args
     if training_args.device.type == "cpu" and not training_args.do_train:
@@ -541,13 +553,13 @@ def run(
         if training_args.device.type == "cpu":
             keep_freed_memory()
         checkpoint = training_args.resume_from_checkpoint
-        if checkpoint == "last":  # from the beginning, if there is none
+        if checkpoint == "last":  # without a checkpoint, the training starts from the beginning
             checkpoint = last_checkpoint(training_args.output_dir)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.is_fsdp_enabled:  # checkpoints are in pieces, the model that others load is whole
+        if trainer.is_fsdp_enabled:  # checkpoints are sharded, the final model is not
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
-        if trainer.is_world_process_zero() and getattr(trainer.model, "peft_config", None):  # peft leaves it out
+        if trainer.is_world_process_zero() and getattr(trainer.model, "peft_config", None):  # peft does not save it
             without_adapters(trainer.model).generation_config.save_pretrained(training_args.output_dir)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)

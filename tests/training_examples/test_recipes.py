@@ -250,7 +250,7 @@ def test_paper_defaults_of_the_schedules(monkeypatch):
         (["--do_eval"], "need --eval_data"),
         (["--do_train", "--train_data", "x", "--freeze", "all"], "accepted are none, vision, language and both"),
         (["--do_train", "--train_data", "x", "--label_smoothing_factor", "0.1"], "use --label_smoothing"),
-        (["--do_train", "--train_data", "x", "--total_batch_size", "9"], "is no multiple of the 8 samples"),
+        (["--do_train", "--train_data", "x", "--total_batch_size", "9"], "is not a multiple of the 8 samples"),
         (["--do_train", "--train_data", "x", "--predict_only"], "neither trains nor evaluates"),
     ],
 )
