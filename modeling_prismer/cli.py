@@ -270,6 +270,7 @@ def experts(
         if output.exists() and not output.is_dir():
             raise ValueError(f"--out {output} is a file; a folder is needed")
         _start(image, model, device)
+        from modeling_prismer.expert_spec import read_specs
         from modeling_prismer.processing.image_loading import load_image
         from modeling_prismer.processing.visualization import experts_panel
 
@@ -288,16 +289,16 @@ def experts(
         output.mkdir(parents=True, exist_ok=True)
         path = output / f"{Path(image).stem}_experts.png"
         temporary = path.with_suffix(".tmp")
-        names = [expert["name"] for expert in descriptions]
+        specs = read_specs(descriptions)
         panel = experts_panel(
             opened,
-            {name: labels.get(name) for name in names},
-            descriptions=descriptions,
+            {spec.name: labels.get(spec.name) for spec in specs},
+            descriptions=specs,
             class_names=live.class_names if live is not None else None,
         )
         panel.save(temporary, format="PNG")
         temporary.replace(path)
-        err.print(f"{', '.join(names)} in {seconds:.1f} s", highlight=False)
+        err.print(f"{', '.join(spec.name for spec in specs)} in {seconds:.1f} s", highlight=False)
         print(path)
 
 

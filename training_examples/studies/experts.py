@@ -1,27 +1,27 @@
 """
-What do experts give? Trains many small Prismers on Scenes, each a little different, and compares what they say.
+Measures how much a Prismer gains from its experts: trains many small models on Scenes and compares them.
 
     export PYTHONPATH=training_examples
     python -m studies.experts --backbones runs/scenes/backbones --suite runs/scenes/experts \\
         --labels runs/scenes/labels --data_dir runs/scenes-data --output_dir runs/study
     python -m studies.experts --output_dir runs/study --report docs/study
 
-The first trains and evaluates what is not there yet, each model in a process of its own, and writes a JSON file for
-each into runs/study/runs. It can be stopped and started again, and several may work on one folder at the same time.
-`--only` names the studies to run: number_of_experts, quality, noise, missing, freezing, resampler, single, adaptation,
-transfer (design.py). The second makes a figure of each study, and results.md with their tables, from the files
-that there are; what is missing is said.
+The first command trains and evaluates the models that have no results yet, each in its own process, and writes a JSON
+file for each into runs/study/runs. You can stop and restart it, and several processes can work on one folder at the
+same time. `--only` selects studies: number_of_experts, quality, noise, missing, freezing, resampler, single,
+adaptation, transfer (see design.py). The second command makes a figure of each study, and results.md with the tables,
+from the results that exist. It lists the missing ones.
 
-All models start from the backbones of scenes/train_backbones.py and see the same scenes; they are trained as in the
-first stage of run_scenes.py, but shorter. With `--start` they also have the weights of a model that run_scenes.py
-trained with six experts, as far as they have the same parts, and each learns in less time to make do with what it is
-given. One model, with six experts, their predicted labels, both backbones frozen and no expert dropout, is what all
-others are compared with: each differs from it in one thing. A seed decides about the new weights, the order of the
-scenes, which of their texts are drawn, and about what is random in a study.
+All models start from the backbones of scenes/train_backbones.py and use the same scenes. Their training is a shorter
+version of the first stage in run_scenes.py. With `--start`, they also start with the weights of a model that
+run_scenes.py trained with six experts, for the parts that they share, and need less training. One model is the
+reference: it has six experts with predicted labels, frozen backbones and no expert dropout. Each other model differs
+from it in one setting. The seed decides the new weights, the order of the scenes, the choice of texts, and the random
+choices of a study.
 
-Labels are `predicted`, what the trained experts see, from `--labels`; or `true`; or `coarse`, predicted ones spoilt:
-maps are reduced to 8x8 and enlarged again, so that what is smaller than a sixteenth of the picture's width mostly
-goes, and one letter of each word, of a place and to another one that are drawn for each picture, is wrong.
+Labels are of three kinds. `predicted` labels are those of the trained experts, from `--labels`. `true` labels come
+from the data set. `coarse` labels are predicted ones, degraded: maps are reduced to 8x8 and enlarged again, which
+removes most details smaller than a sixteenth of the image, and each word has one random wrong letter.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from torch import nn
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_prismer import PrismerForConditionalGeneration
+from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
 from modeling_prismer.processing.labels import label_images, label_source
 from muon import muon_with
@@ -69,16 +70,16 @@ from .report import report
 
 SETTINGS = ("train_rows", "epochs", "batch_size", "texts_per_image", "learning_rate", "eval_rows")
 COARSE_SIZE = 8
-Labels = dict[str, dict[str, Any]]  # of each picture, by its image_id
+Labels = dict[str, dict[str, Any]]  # the labels of each image, by its image_id
 
 
 # ---- labels ----
 
 
 def coarse(labels: dict[str, Any], image_id: str) -> dict[str, Any]:
-    """Labels of a picture, spoilt as the head of this file says."""
+    """Degrades the labels of an image, as the docstring of this file describes."""
     random = np.random.default_rng(zlib.crc32(image_id.encode()))
-    spoilt = {}
+    degraded = {}
     for name, label in labels.items():
         if isinstance(label, dict):
             label = {**label, "ids": _blocks(label["ids"], Image.Resampling.NEAREST)}
@@ -86,10 +87,10 @@ def coarse(labels: dict[str, Any], image_id: str) -> dict[str, Any]:
                 label["words"] = [_misspelt(word, random) for word in label["words"]]
                 label["features"] = HashedNgrams()(label["words"])
         elif label is not None:
-            is_map_of_ids = name == "segmentation"  # as true labels have it
+            is_map_of_ids = name == "segmentation"  # true labels are not dicts
             label = _blocks(label, Image.Resampling.NEAREST if is_map_of_ids else Image.Resampling.BOX)
-        spoilt[name] = label
-    return spoilt
+        degraded[name] = label
+    return degraded
 
 
 def _blocks(values: np.ndarray, resample: Image.Resampling) -> np.ndarray:
@@ -106,8 +107,8 @@ def _misspelt(word: str, random: np.random.Generator) -> str:
 
 def noisy(labels: Labels, share: float, seed: int) -> Labels:
     """
-    Replaces a share of the experts' labels by those of the same expert in another picture of `labels`. What a smaller
-    share replaces, a larger one replaces alike.
+    Replaces a random share of the experts' labels by those of the same expert for another image of `labels`. A larger
+    share also makes all the replacements of a smaller one.
     """
     random = np.random.default_rng(seed)
     image_ids = list(labels)
@@ -124,14 +125,14 @@ def noisy(labels: Labels, share: float, seed: int) -> Labels:
 
 
 def labels_for(rows: Dataset, run: Run, kind: str, store: Path | str) -> Labels:
-    """What a run's experts are to see in the pictures of `rows`; a `store` of `true` stands for true labels."""
+    """The expert labels of a run for the images of `rows`. `store` is a label store, or `"true"` for true labels."""
     image_ids = rows["image_id"][:]
     if not run.experts:
         return {image_id: {} for image_id in image_ids}
     if kind == "true" or store == "true":
         known = TrueLabels(rows)
     else:
-        known = label_source(store, [expert for expert in DESCRIPTIONS if expert["name"] in run.experts])
+        known = label_source(store, [spec for spec in read_specs(DESCRIPTIONS) if spec.name in run.experts])
     labels = dict(zip(image_ids, known(image_ids)))
     return {image_id: coarse(label, image_id) for image_id, label in labels.items()} if kind == "coarse" else labels
 
@@ -140,11 +141,11 @@ def labels_for(rows: Dataset, run: Run, kind: str, store: Path | str) -> Labels:
 
 
 class AllTokens(nn.Module):
-    """In place of the resampler: hands on the tokens of all experts, none of which may be missing."""
+    """Replaces the resampler: returns the tokens of all experts unchanged. No expert may be missing."""
 
     def forward(self, tokens: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         if token_mask is not None and not token_mask.all():
-            raise ValueError("an expert is missing; without a resampler the network needs all of them")
+            raise ValueError("an expert is missing; a model without a resampler needs all of them")
         return tokens
 
 
@@ -160,8 +161,9 @@ def backbone_layers(model: PrismerForConditionalGeneration) -> dict[str, nn.Line
 
 def put_lora_in_place_of_adaptors(model: PrismerForConditionalGeneration, use_dora: bool) -> None:
     """
-    Freezes the backbones, and the adaptors as they are: new ones do nothing, but for the layer norm of those of the
-    decoder. LoRA in the backbones' linear layers has the rank that gives it about as many weights as they have.
+    Freezes the backbones and the adaptors, and adds LoRA to the linear layers of the backbones. New adaptors have no
+    effect, except for the layer norm in those of the decoder. The rank of LoRA is chosen so that it has about as many
+    weights as the adaptors.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -176,15 +178,15 @@ def put_lora_in_place_of_adaptors(model: PrismerForConditionalGeneration, use_do
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers), use_dora=use_dora), model
     )
-    for name, parameter in model.named_parameters():  # peft has frozen all but its own
+    for name, parameter in model.named_parameters():  # peft has frozen all other weights
         parameter.requires_grad_(parameter.requires_grad or name in trained)
 
 
-PARTS = {"adaptors": ".adaptor.", "resampler": ".resampler."}  # what a run may renew, and names of weights
+PARTS = {"adaptors": ".adaptor.", "resampler": ".resampler."}  # Run.renewed: a part of the names of weights
 
 
 def start_from(model: PrismerForConditionalGeneration, folder: Path, renewed: str | None) -> None:
-    """Takes over the weights of a trained model, of all parts that both have but the one that is renewed."""
+    """Loads the weights of a trained model into all shared parts, except the renewed one."""
     trained = PrismerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
     if renewed:
         trained = {name: weights for name, weights in trained.items() if PARTS[renewed] not in name}
@@ -196,7 +198,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
         **DEFAULTS,
         "output_dir": str(args.output_dir),
         "backbones": str(args.backbones),
-        "suite": "true" if run.experts else "none",  # no live experts: labels come from elsewhere
+        "suite": "true" if run.experts else "none",  # no live experts: labels_for gives the labels
         "experts": ",".join(run.experts) or None,
         "expert_dropout": run.expert_dropout,
         "freeze": run.freeze,
@@ -240,7 +242,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
 
 
 class StepTimes(TrainerCallback):
-    """Computing time of the steps in seconds, without that of making batches."""
+    """Records the computing time of the training steps in seconds, without making the batches."""
 
     def __init__(self):
         self.seconds = []
@@ -253,11 +255,11 @@ class StepTimes(TrainerCallback):
 
 
 def peak_memory() -> float:
-    """Of the GPU if there is one, else of this process; in MB."""
+    """The peak memory in MB, of the GPU if there is one, otherwise of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss begins with what the process held that started this one
+    if status.exists():  # ru_maxrss includes memory of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / 1e6
     import resource
@@ -268,10 +270,12 @@ def peak_memory() -> float:
 
 def train_and_evaluate(run: Run, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """
+    Trains a model and evaluates it under all conditions.
+
     Returns:
-        `dict`: `run`, `seed` and `settings`; `training`, with the share of the weights that are trained, computing
-        time of a step in seconds, and by how many MB memory grew at its peak, beyond what the process held before;
-        `evaluations`, from the names of conditions to what [`run_scenes.measure`] returns.
+        `dict` with `run`, `seed`, `settings` and `minutes`; `training`, with the share of trained weights, the
+        computing time of a step in seconds, the growth of memory at its peak in MB, the number of steps and the loss;
+        and `evaluations`, the results of [`run_scenes.measure`] by the name of the condition.
     """
     start = time.process_time()
     splits = Scenes(cache_dir=args.data_dir, config_name="scenes").as_dataset()
@@ -302,7 +306,7 @@ def train_and_evaluate(run: Run, seed: int, args: argparse.Namespace) -> dict[st
         scenes = first(scenes, args.eval_rows)
         kind = condition.labels or run.labels
         if run.experts and kind != "true" and store is None:
-            print(f"{condition.name}: left out, there is no --suite to label the pictures")
+            print(f"{condition.name}: skipped; it needs --suite to label the images")
             continue
         labels = labels_for(scenes, run, kind, store)
         if condition.noise:
@@ -329,14 +333,14 @@ def first(rows: Dataset, number: int) -> Dataset:
 
 
 def shifted_store(args: argparse.Namespace) -> Path | str | None:
-    """Where labels of the shifted domain are."""
+    """The label store of the shifted domain."""
     if args.labels == "true":
         return "true"
     return args.output_dir / "shifted-labels" if args.suite else None
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same in all runs that are compared."""
+    """The settings that all compared runs must share."""
     return {
         **{name: getattr(args, name) for name in SETTINGS},
         "start": "a Prismer that was trained with six experts" if args.start else "the backbones",
@@ -353,7 +357,7 @@ def file_of(output_dir: Path, run: Run, seed: int) -> Path:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Makes the data if need be, and labels the shifted domain."""
+    """Makes the data sets if they do not exist, and labels the shifted domain."""
     with FileLock(args.output_dir / "prepare.lock"):
         for name in ("scenes", "shifted"):
             builder = Scenes(cache_dir=args.data_dir, config_name=name)
@@ -366,16 +370,16 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def in_own_process(run: Run, seed: int, args: argparse.Namespace) -> None:
-    """This script again, for one run: what memory it takes is its own then."""
+    """Starts this script for one run in a new process, so that its memory can be measured."""
     log = args.output_dir / "runs" / f"{run.name}-seed{seed}.log"
     with log.open("w") as output:
         command = [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--run", f"{run.name}-seed{seed}"]
         if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode:
-            raise SystemExit(f"{run.name}-seed{seed} failed: {log} says why")
+            raise SystemExit(f"{run.name}-seed{seed} failed; see {log}")
 
 
 def work(args: argparse.Namespace, start: Callable[[Run, int, argparse.Namespace], None] = in_own_process) -> None:
-    """Does the runs that are neither there nor being done by another process."""
+    """Starts all runs that have no results yet and are not in progress in another process."""
     wanted = [(run, seed) for seed in range(args.seeds) for run in runs_of(args.only, seed)]
     for number, (run, seed) in enumerate(wanted, 1):
         path = file_of(args.output_dir, run, seed)
@@ -384,38 +388,38 @@ def work(args: argparse.Namespace, start: Callable[[Run, int, argparse.Namespace
                 if not path.exists():
                     start(run, seed, args)
         except Timeout:
-            print(f"{number} of {len(wanted)}: {path.stem} is another process's", flush=True)
+            print(f"{number} of {len(wanted)}: {path.stem} is in progress in another process", flush=True)
             continue
         result = json.loads(path.read_text())
         if result["settings"] != settings_of(args):
-            raise SystemExit(f"{path} was made with {result['settings']}, not {settings_of(args)}: use another folder")
+            raise SystemExit(f"{path} was made with {result['settings']}, not {settings_of(args)}; use another folder")
         score = result["evaluations"]["test"]["answers"]["all"]
-        print(f"{number} of {len(wanted)}: {path.stem}, {100 * score:.1f} % of the answers right", flush=True)
+        print(f"{number} of {len(wanted)}: {path.stem}, {100 * score:.1f} % of the answers correct", flush=True)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the results are")
-    parser.add_argument("--backbones", type=Path, help="folder that scenes/train_backbones.py wrote")
-    parser.add_argument("--suite", type=Path, help="folder that scenes/train_experts.py wrote, for the shifted domain")
-    parser.add_argument("--labels", help="label store of scenes/train_experts.py; `true` to try this without")
-    parser.add_argument("--data_dir", help="where the data set is or is made")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--backbones", type=Path, help="output folder of scenes/train_backbones.py")
+    parser.add_argument("--suite", type=Path, help="output folder of scenes/train_experts.py, for the shifted domain")
+    parser.add_argument("--labels", help="label store of scenes/train_experts.py; or `true`, for a trial run")
+    parser.add_argument("--data_dir", help="folder of the data set; made if missing")
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="studies to run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--start", type=Path, help="a trained model, whose weights all start with")
+    parser.add_argument("--start", type=Path, help="a trained model that all runs start from")
     parser.add_argument("--train_rows", type=int, default=1600, help="scenes to train on")
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures in a step")
-    parser.add_argument("--texts_per_image", type=int, default=8, help="many: a text costs less than its picture")
+    parser.add_argument("--batch_size", type=int, default=16, help="images per step")
+    parser.add_argument("--texts_per_image", type=int, default=8, help="texts drawn for an image in each epoch")
     parser.add_argument("--learning_rate", type=float, default=DEFAULTS["learning_rate"])
-    parser.add_argument("--eval_rows", type=int, default=200, help="scenes of an evaluation")
+    parser.add_argument("--eval_rows", type=int, default=200, help="scenes to evaluate on")
     parser.add_argument("--report", type=Path, help="only write tables and figures here")
     parser.add_argument("--run", help="do this run only, such as all-seed0, in this process")
     args = parser.parse_args(arguments)
     if not args.report and not (args.backbones and args.labels):
-        parser.error("--backbones and --labels are missing: they are needed to train (or --report)")
+        parser.error("--backbones and --labels are missing; training needs them (or pass --report)")
     if args.start and not args.start.is_dir():
-        parser.error(f"--start {args.start}: there is no such folder")
+        parser.error(f"--start {args.start} is not a folder")
     return args
 
 
@@ -432,7 +436,7 @@ def main() -> None:
         }
         path = args.output_dir / "runs" / f"{args.run}.json"
         if path not in runs:
-            raise SystemExit(f"--run {args.run} is none of {', '.join(sorted(each.stem for each in runs))}")
+            raise SystemExit(f"--run is {args.run}; accepted are {', '.join(sorted(each.stem for each in runs))}")
         write_json(path, train_and_evaluate(*runs[path], args))
         return
     (args.output_dir / "runs").mkdir(parents=True, exist_ok=True)
