@@ -7,9 +7,9 @@ from typing import Any
 import gradio as gr
 from checks import Refused
 from inputs import guarded
-from page import opened
 from PIL import Image
 from reader import MAX_LABEL_LETTERS, Reader, parse_labels
+from uploads import open_upload
 
 from modeling_prismer.processing.visualization import label_in_words
 
@@ -101,7 +101,7 @@ class Endpoints:
 
 
 def _required(payload: Any) -> Image.Image:
-    image = opened(payload)
+    image = open_upload(payload)
     if image is None:
         raise Refused("image: an uploaded file is needed.")
     return image

@@ -13,12 +13,13 @@ import edits
 import gradio as gr
 import links
 from checks import Refused, as_text
-from images import MAX_BYTES, data_uri, escape, open_image
+from endpoints import GUIDE
+from images import MAX_BYTES, data_uri, escape
 from inputs import event_value, guarded
 from PIL import Image
 from reader import MAX_LABEL_LETTERS, MAX_LETTERS, Reader, parse_labels
 from sessions import MAX_TURNS, Session, Sessions
-from uploads import find_upload, keep
+from uploads import keep, open_upload
 
 
 HERE = Path(__file__).parent
@@ -58,18 +59,6 @@ def load_examples(folder: Path, name: str = "") -> list[Example]:
     folder = own if name and (own / "examples.json").is_file() else folder
     content = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     return [Example(folder / file, entry["alt"], entry["questions"]) for file, entry in content.items()]
-
-
-def opened(payload: Any) -> Image.Image | None:
-    """
-    Opens the image of an image component, for events with `preprocess=False`. gradio itself would open it without
-    limits, and would answer a broken one with a traceback.
-
-    Raises:
-        Refused: if the file was not uploaded, or as [`open_image`] raises it.
-    """
-    path = payload.get("path") if isinstance(payload, dict) else None
-    return None if not path else open_image(find_upload(path, "image"))
 
 
 class Page:
@@ -236,8 +225,6 @@ class Page:
                 gr.HTML(drawings.figure(image.convert("RGB"), title, escape(FINDINGS[file.stem]), "study"))
 
     def _build_programs(self) -> None:
-        from endpoints import GUIDE
-
         gr.Markdown(GUIDE)
 
     def _thumbs(self) -> str:
@@ -404,7 +391,7 @@ class Page:
 
     def _take_image(self, payload: Any, request: gr.Request) -> Iterator[dict]:
         self._session(request).take(None)
-        image = opened(payload)
+        image = open_upload(payload)
         if image is None:
             yield self._nothing()
             return

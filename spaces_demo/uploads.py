@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checks import Refused
+from images import open_image
 from PIL import Image
 
 
@@ -42,6 +43,18 @@ def find_upload(path: Any, name: str) -> str:
     raise Refused(
         f"{name}: this is not an uploaded file, or it was deleted. Please upload it (POST /gradio_api/upload)."
     )
+
+
+def open_upload(payload: Any) -> Image.Image | None:
+    """
+    Opens the image of an image component, for events with `preprocess=False`. gradio itself would open it without
+    limits, and would answer a broken one with a traceback.
+
+    Raises:
+        Refused: if the file was not uploaded, or as [`open_image`] raises it.
+    """
+    path = payload.get("path") if isinstance(payload, dict) else None
+    return None if not path else open_image(find_upload(path, "image"))
 
 
 def keep(image: Image.Image) -> str:
