@@ -17,4 +17,5 @@ from .modeling_prismer import (
 from .modeling_prismer_lm import PrismerLMForConditionalGeneration, PrismerLMModel, PrismerLMPreTrainedModel
 from .pretrained import pretrained_path, sample_image
 from .processing.data_collator import DataCollatorForPrismer
+from .processing.data_collator_lm import DataCollatorForPrismerLM
 from .processing.tasks import TASKS, Task, register_task

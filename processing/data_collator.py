@@ -137,6 +137,22 @@ class DataCollatorForPrismer:
             number = sum(row.get(column) is not None for row in rows)
             if number not in (0, len(rows)):
                 raise ValueError(f"{number} of {len(rows)} rows have '{column}'; all or none of a batch must")
+        images, labels, keep = self._open(rows)
+        texts = {"text": _column(rows, "text"), "task": _column(rows, "task")}
+        if self.with_suffix:
+            texts["suffix"] = _column(rows, "suffix")
+        inputs = dict(self.processor(images, expert_labels=labels, experts=self.experts, return_tensors="pt", **texts))
+        if "expert_mask" in inputs:
+            inputs["expert_mask"] &= keep
+        if self.with_suffix and rows[0].get("weight") is not None:
+            weights = [weight for i, row in enumerate(rows) for weight in _weights(row, i)]
+            inputs["sample_weight"] = torch.tensor(weights, dtype=torch.float32)
+        return inputs
+
+    def _open(self, rows: list[dict[str, Any]]) -> tuple[list[Any], list[Any], torch.Tensor]:
+        """
+        The images and labels of rows, augmented, and which experts are kept: `(rows, number of experts)`. Draws texts.
+        """
         for row in rows:
             if "image" not in row:
                 raise ValueError(
@@ -156,16 +172,7 @@ class DataCollatorForPrismer:
                     images[i], labels[i] = self.augmentation(images[i], labels[i])
                 if self.expert_dropout:
                     keep[i] = torch.rand(keep.shape[1]) >= self.expert_dropout
-        texts = {"text": _column(rows, "text"), "task": _column(rows, "task")}
-        if self.with_suffix:
-            texts["suffix"] = _column(rows, "suffix")
-        inputs = dict(self.processor(images, expert_labels=labels, experts=self.experts, return_tensors="pt", **texts))
-        if "expert_mask" in inputs:
-            inputs["expert_mask"] &= keep
-        if self.with_suffix and rows[0].get("weight") is not None:
-            weights = [weight for i, row in enumerate(rows) for weight in _weights(row, i)]
-            inputs["sample_weight"] = torch.tensor(weights, dtype=torch.float32)
-        return inputs
+        return images, labels, keep
 
     def _labels(self, rows: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
         labels = None
