@@ -285,18 +285,13 @@ def replace_generation_settings(model: torch.nn.Module, settings: dict[str, Any]
     model.generation_config = GenerationConfig(**(tokens | settings))
 
 
-class PrismerTrainer(Trainer):
+class TextTrainer(Trainer):
     """
-    A Trainer with the paper's loss, which is a mean over samples for any sizes of the micro-batches. It evaluates the
-    texts that the model generates.
+    A Trainer that evaluates the texts that the model generates.
 
     Args:
         eval_collator ([`DataCollatorForPrismer`]): makes the batches for evaluation.
         score (`Callable`): returns a dict of metrics from the model's texts and the rows of the data set.
-        candidates (`list[str]`, *optional*): the answers to rank. Without them, the model generates.
-        num_ranked (`int`): the number of candidates to score in full, those with the most probable first tokens.
-        generation (`dict`, *optional*): the generation settings of the model, for evaluation and for its
-            generation_config.json. They replace all settings of the task that it was trained for before.
         args, kwargs: as those of `transformers.Trainer`.
     """
 
@@ -305,29 +300,70 @@ class PrismerTrainer(Trainer):
         *args,
         eval_collator: DataCollatorForPrismer | None = None,
         score: Callable[[list[str], Rows], dict[str, float]] | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.eval_collator = eval_collator
+        self.score = score
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            # otherwise one process reads for all, and cannot distribute batches of different lengths
+            self.accelerator.dataloader_config.dispatch_batches = False
+        if isinstance(self.data_collator, DataCollatorForPrismer):
+            self.add_callback(_CountEpochs(self.data_collator))
+        if self.args.world_size > 1 and self.args.device.type == "cuda":
+            self.model = self.model_wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+
+    def predict_texts(self, dataset: Rows) -> list[str]:
+        """The model's text for each row, in order."""
+        raise NotImplementedError
+
+    def publish(self, folder: str) -> None:
+        """Writes the model in half precision, with its processor."""
+        raise NotImplementedError
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.score is None or isinstance(dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start = time.time()
+        predictions = self.predict_texts(dataset)
+        scores = [self.score(predictions, dataset) if self.is_world_process_zero() else None]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in broadcast_object_list(scores)[0].items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(predictions))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class PrismerTrainer(TextTrainer):
+    """
+    A [`TextTrainer`] with the paper's loss, which is a mean over samples for any sizes of the micro-batches.
+
+    Args:
+        candidates (`list[str]`, *optional*): the answers to rank. Without them, the model generates.
+        num_ranked (`int`): the number of candidates to score in full, those with the most probable first tokens.
+        generation (`dict`, *optional*): the generation settings of the model, for evaluation and for its
+            generation_config.json. They replace all settings of the task that it was trained for before.
+        args, kwargs: as those of [`TextTrainer`].
+    """
+
+    def __init__(
+        self,
+        *args,
         candidates: list[str] | None = None,
         num_ranked: int = 16,
         generation: dict[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.eval_collator = eval_collator
-        self.score = score
         self.candidates = candidates
         self.num_ranked = num_ranked
         if generation is not None:
             replace_generation_settings(self.model, generation)
         self.loss_is_scaled_for_ga = True  # by compute_loss
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            # otherwise one process reads for all, and cannot distribute batches of different lengths
-            self.accelerator.dataloader_config.dispatch_batches = False
         if self.is_fsdp_enabled:
             # Autocast instead: BatchNorm does not accept bf16 weights with float32 statistics, and losses stay exact.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        if isinstance(self.data_collator, DataCollatorForPrismer):
-            self.add_callback(_CountEpochs(self.data_collator))
-        if self.args.world_size > 1 and self.args.device.type == "cuda":
-            self.model = self.model_wrapped = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
 
     # ---- the loss: a mean over the samples of an optimizer step ----
 
@@ -385,18 +421,12 @@ class PrismerTrainer(Trainer):
         padded = np.where(output.predictions < 0, self.processing_class.tokenizer.pad_token_id, output.predictions)
         return self.processing_class.post_process_generation(padded)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.score is None or isinstance(dataset, dict):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        start = time.time()
-        predictions = self.predict_texts(dataset)
-        scores = [self.score(predictions, dataset) if self.is_world_process_zero() else None]
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in broadcast_object_list(scores)[0].items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(predictions))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def publish(self, folder: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, FSDPModule):
+            model = PrismerForConditionalGeneration.from_pretrained(self.args.output_dir)
+        copy.deepcopy(model).half().save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
 
 
 class _CountEpochs(TrainerCallback):
@@ -538,7 +568,7 @@ def make_trainer(
 
 
 def run(
-    trainer: PrismerTrainer,
+    trainer: TextTrainer,
     args: RecipeArguments,
     write_results: Callable[[Path, list[str], Rows], None] | None = None,
 ) -> None:
@@ -577,11 +607,7 @@ def run(
             write_results(path, predictions, trainer.eval_dataset)
             logger.info("%d predictions in %s", len(predictions), path)
     if args.publish_to and trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if isinstance(model, FSDPModule):
-            model = PrismerForConditionalGeneration.from_pretrained(training_args.output_dir)
-        copy.deepcopy(model).half().save_pretrained(args.publish_to)
-        trainer.processing_class.save_pretrained(args.publish_to)
+        trainer.publish(args.publish_to)
 
 
 def write_json(path: Path, content: Any) -> None:
