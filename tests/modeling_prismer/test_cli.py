@@ -1,4 +1,4 @@
-"""The command line: the bundled checkpoint answers, experts are drawn, bad input gets one clear line."""
+"""The command line answers, draws experts and labels images; bad input gets one clear line."""
 
 import pickle
 from pathlib import Path
@@ -22,11 +22,11 @@ LABEL = {"kind": "label", "channels": 64, "num_classes": 80}
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    """A red circle, as in the data that the bundled checkpoint was trained on."""
+def circle(tmp_path_factory):
+    """A red circle, as in the training data of the shipped checkpoint."""
     image = Image.new("RGB", (64, 64), (240, 244, 250))
     ImageDraw.Draw(image).ellipse((16, 18, 46, 48), fill=(255, 0, 0))
-    path = tmp_path_factory.mktemp("pictures") / "circle.png"
+    path = tmp_path_factory.mktemp("images") / "circle.png"
     image.save(path)
     return str(path)
 
@@ -39,13 +39,13 @@ def run(*arguments):
     "question, answer",
     [("what color is the shape?", "red"), ("what shape is in the image?", "circle"), ("is there a blue shape?", "no")],
 )
-def test_ask_answers_with_the_bundled_checkpoint(picture, question, answer):
-    result = run("ask", picture, question, "--model", EASY_VQA)
+def test_ask_answers_with_the_bundled_checkpoint(circle, question, answer):
+    result = run("ask", circle, question, "--model", EASY_VQA)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == answer
 
 
-def test_caption_is_the_one_that_a_script_gets(tmp_path):
+def test_caption_equals_that_of_a_script(tmp_path):
     path = tmp_path / "scene.png"
     sample_image("scene").save(path)
     processor = PrismerProcessor.from_pretrained(pretrained_path())
@@ -57,22 +57,22 @@ def test_caption_is_the_one_that_a_script_gets(tmp_path):
     assert run("caption", path, "--beams", 1).stdout.strip() != caption
 
 
-def test_a_shipped_checkpoint_is_known_by_its_name(picture):
-    result = run("ask", picture, "what color is the shape?", "--model", "prismer-easy-vqa")
+def test_shipped_checkpoint_is_found_by_its_name(circle):
+    result = run("ask", circle, "what color is the shape?", "--model", "prismer-easy-vqa")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == "red"
 
 
-def test_classify_ranks_the_labels_best_first(picture):
+def test_classify_ranks_labels_best_first(circle):
     labels = ("triangle", "circle", "rectangle")
-    result = run("classify", picture, *labels, "--question", "what shape is in the image?", "--model", EASY_VQA)
+    result = run("classify", circle, *labels, "--question", "what shape is in the image?", "--model", EASY_VQA)
     assert result.exit_code == 0, result.output
     positions = [result.stdout.index(label) for label in ("circle", "triangle", "rectangle")]
     assert positions[0] == min(positions)
 
 
-def test_experts_writes_a_panel_and_prints_where_it_is(picture, tmp_path):
-    result = run("experts", picture, "--out", tmp_path / "new" / "folder", "--model", EASY_VQA)
+def test_experts_writes_a_panel_and_prints_its_path(circle, tmp_path):
+    result = run("experts", circle, "--out", tmp_path / "new" / "folder", "--model", EASY_VQA)
     assert result.exit_code == 0, result.output
     path = tmp_path / "new" / "folder" / "circle_experts.png"
     assert result.stdout.replace("\n", "") == str(path)
@@ -80,8 +80,8 @@ def test_experts_writes_a_panel_and_prints_where_it_is(picture, tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_label_keeps_what_the_experts_saw_and_goes_on_where_it_was(picture, tmp_path):
-    arguments = ("label", Path(picture).parent, "--out", tmp_path / "store")
+def test_label_continues_its_store(circle, tmp_path):
+    arguments = ("label", Path(circle).parent, "--out", tmp_path / "store")
     assert run(*arguments).exit_code == 0
     again = run(*arguments)
     assert again.exit_code == 0 and again.stderr.strip().splitlines()[-1].startswith("0 images labelled")
@@ -95,12 +95,12 @@ def test_features_makes_a_table_that_conversion_reads(clip_folder, tmp_path):
     assert result.exit_code == 0, result.output
     tables = read_feature_tables(tmp_path / "tables.safetensors", [{"name": "segmentation", **LABEL}])
     assert tables["segmentation"].shape == (80, 64) and tables["background"].shape == (64,)
-    # the analysis that was fitted gives the same table again
+    # the fitted analysis gives the same table again
     again = ("--out", tmp_path / "again.safetensors", "--pca", tmp_path / "tables_pca.safetensors")
     assert run("features", names, *again, "--text-encoder", clip_folder).exit_code == 0
     same = read_feature_tables(tmp_path / "again.safetensors", [{"name": "segmentation", **LABEL}])
     torch.testing.assert_close(same["segmentation"], tables["segmentation"])
-    # and so does the same one as the authors published theirs
+    # and so does the same analysis in the published format
     analysis = PCA()
     fitted = load_file(tmp_path / "tables_pca.safetensors")
     analysis.mean_, analysis.components_ = fitted["mean"].double().numpy(), fitted["components"].double().numpy()
@@ -110,7 +110,7 @@ def test_features_makes_a_table_that_conversion_reads(clip_folder, tmp_path):
     assert (tmp_path / "published.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
 
 
-def test_features_of_too_few_names_ask_for_an_analysis(clip_folder, tmp_path):
+def test_features_of_few_names_need_an_analysis(clip_folder, tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     output = tmp_path / "t.safetensors"
     result = run("features", tmp_path / "names.txt", "--out", output, "--text-encoder", clip_folder)
@@ -122,25 +122,25 @@ def test_features_of_too_few_names_ask_for_an_analysis(clip_folder, tmp_path):
     "arguments, message",
     [
         (("ask", "missing.png", "what color?"), "missing.png"),
-        (("ask", "{picture}", "what color?", "--model", "no/such/folder"), "no/such/folder"),
-        (("ask", "{picture}", "what color?", "--device", "cuda:99"), "cuda:99"),
-        (("ask", "{picture}", " "), "a question is empty"),
-        (("caption", "{picture}", "--model", EASY_VQA), "made for vqa"),
-        (("classify", "{picture}", "circle", "--model", EASY_VQA), "needs a question"),
-        (("experts", "{picture}", "--out", "{picture}", "--model", EASY_VQA), "is a file; a folder is needed"),
+        (("ask", "{circle}", "what color?", "--model", "no/such/folder"), "no/such/folder"),
+        (("ask", "{circle}", "what color?", "--device", "cuda:99"), "cuda:99"),
+        (("ask", "{circle}", " "), "a question is empty"),
+        (("caption", "{circle}", "--model", EASY_VQA), "made for vqa"),
+        (("classify", "{circle}", "circle", "--model", EASY_VQA), "needs a question"),
+        (("experts", "{circle}", "--out", "{circle}", "--model", EASY_VQA), "is a file; a folder is needed"),
         (("convert", "missing.bin", "out", "--variant", "prismer_tiny"), "prismer_tiny"),
     ],
 )
-def test_bad_input_gets_one_clear_line(picture, arguments, message):
-    result = run(*(part.format(picture=picture) for part in arguments))
+def test_bad_input_gets_one_clear_line(circle, arguments, message):
+    result = run(*(part.format(circle=circle) for part in arguments))
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path):
+def test_file_that_is_not_an_image_is_named(tmp_path):
     path = tmp_path / "notes.png"
-    path.write_text("no picture")
+    path.write_text("not an image")
     result = run("ask", path, "what color?")
     assert result.exit_code == 1 and "notes.png" in result.stderr
 
@@ -151,15 +151,15 @@ def test_pretrained_path_names_the_shipped_checkpoints():
         pretrained_path("prismer")
 
 
-def test_experts_of_a_suite_by_name(picture, tmp_path):
-    result = run("experts", str(picture), "--out", str(tmp_path), "--experts", "offline")
+def test_experts_runs_a_suite_by_name(circle, tmp_path):
+    result = run("experts", str(circle), "--out", str(tmp_path), "--experts", "offline")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "circle_experts.png").is_file()
-    result = run("experts", str(picture), "--out", str(tmp_path), "--experts", "best")
+    result = run("experts", str(circle), "--out", str(tmp_path), "--experts", "best")
     assert result.exit_code == 1 and "no suite of experts 'best'" in result.stderr
 
 
-def test_a_folder_comes_before_a_shipped_checkpoint_of_its_name(tmp_path, monkeypatch):
+def test_folder_comes_before_a_shipped_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("prismer-easy-vqa") == EASY_VQA and find_checkpoint("me/mine") == "me/mine"
     (tmp_path / "prismer-easy-vqa").mkdir()
