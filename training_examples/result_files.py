@@ -27,7 +27,7 @@ def write_caption_results(
     expected_ids: Iterable[int | str] | None = None,
 ) -> Path:
     """
-    Writes captions as the COCO and NoCaps servers take them: `[{"image_id": 42, "caption": "a dog"}, ...]`.
+    Writes captions for the COCO and NoCaps servers: `[{"image_id": 42, "caption": "a dog"}, ...]`.
 
     Args:
         path: The file to write. Its folder is made if it does not exist. An existing file is replaced.
@@ -53,7 +53,7 @@ def write_vqa_results(
     expected_ids: Iterable[int | str] | None = None,
 ) -> Path:
     """
-    Writes answers as the VQAv2 server takes them: `[{"question_id": 42000, "answer": "yes"}, ...]`.
+    Writes answers for the VQAv2 server: `[{"question_id": 42000, "answer": "yes"}, ...]`.
 
     Args:
         path: The file to write. Its folder is made if it does not exist. An existing file is replaced.
@@ -85,7 +85,7 @@ def _write(path, id_name, ids, text_name, texts, expected_ids) -> Path:
         foreign = [value for value in given if value not in expected]
         if missing or foreign:
             raise ValueError(
-                f"The {id_name}s are not those of the split: {len(missing)} are missing{_some(missing, ': ')}, "
+                f"The {id_name}s differ from expected_ids: {len(missing)} are missing{_some(missing, ': ')}, "
                 f"{len(foreign)} do not belong{_some(foreign, ': ')}"
             )
     for value, text in zip(ids, texts):

@@ -1,4 +1,4 @@
-"""The metrics load from their folders without the network, and give hand-computed and the original tools' figures."""
+"""The metrics load from their folders offline, and agree with hand-computed scores and the original programs."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from training_examples.metrics.vqa_accuracy.vqa_accuracy import normalize_answer
 METRICS = Path(__file__).parents[2] / "training_examples" / "metrics"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
-# The first is the image shown in coco-caption's cocoEvalCapDemo.ipynb; the others have what a tokeniser stumbles on.
+# The first is the example in cocoEvalCapDemo.ipynb of coco-caption; the others are difficult for a tokeniser.
 PREDICTIONS = [
     "train traveling down a track in front of a road",
     "a white cake isn't on the table.",
@@ -41,7 +41,7 @@ REFERENCES = [
     ["A baker's cake, half-eaten, isn't on the table.", 'The "wedding" cake sits on a plate (white).'],
     ["Two dogs run; one doesn't.\n", "A dog's ball -- it's red!", "The dogs play near a 2.5 m fence at 10:30 a.m."],
 ]
-# What pycocoevalcap 1.2's own COCOEvalCap, without SPICE, gives for them.
+# from COCOEvalCap of pycocoevalcap 1.2, without SPICE
 COCO_SCORES = {
     "cider": 1.5052149592778292,
     "bleu_1": 0.7015684231977176,
@@ -55,7 +55,7 @@ COCO_SCORES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def own_caches(tmp_path_factory):
-    """evaluate's caches in a folder of the tests; what it imported from elsewhere is put back afterwards."""
+    """Moves the caches of evaluate into a temporary folder, and restores its imported modules afterwards."""
     folder = tmp_path_factory.mktemp("huggingface")
     imported = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "evaluate_modules"}
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -69,7 +69,7 @@ def own_caches(tmp_path_factory):
 
 
 def load(name, keep_in_memory=True):
-    """In memory, as after a refusal evaluate keeps its file locked and waits for it a second."""
+    """Loads a metric. In memory, since evaluate keeps its file locked after an error, which costs a second."""
     return evaluate.load(str(METRICS / name), keep_in_memory=keep_in_memory)
 
 
@@ -90,7 +90,7 @@ def top_accuracy():
 
 @pytest.fixture
 def program_instead_of_java(tmp_path, monkeypatch):
-    """Puts a Python program on the PATH, alone, under the name `java`."""
+    """Puts a Python program named `java` on the PATH, and nothing else."""
 
     def put(source):
         path = tmp_path / "bin" / "java"
@@ -107,7 +107,7 @@ def no_java(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
-# ---- what a user of evaluate expects ----
+# ---- all metrics ----
 
 
 @pytest.mark.parametrize("name", ["caption_metrics", "vqa_accuracy", "top_accuracy"])
@@ -121,11 +121,11 @@ def test_metric_describes_itself(name, request):
     assert all(set(feature) == {"predictions", "references"} for feature in features)
 
 
-def test_module_runs_from_evaluates_cache_without_the_files_beside_it(caption_metrics, own_caches):
+def test_metric_needs_no_other_files(caption_metrics, own_caches):
     assert Path(sys.modules[type(caption_metrics).__module__].__file__).is_relative_to(own_caches)
 
 
-def test_batches_give_what_one_call_gives(vqa_accuracy):
+def test_batches_give_the_result_of_one_call(vqa_accuracy):
     answers = [["red", "red", "red", "blue"], ["no"] * 4, ["two", "2", "3", "4"]]
     predictions = ["blue", "no", "2"]
     vqa_accuracy.add_batch(predictions=predictions[:2], references=answers[:2])
@@ -133,7 +133,7 @@ def test_batches_give_what_one_call_gives(vqa_accuracy):
     assert vqa_accuracy.compute() == vqa_accuracy.compute(predictions=predictions, references=answers)
 
 
-def test_evaluations_at_the_same_time_do_not_meet(caption_metrics):
+def test_parallel_evaluations_are_independent(caption_metrics):
     def score(number):
         metric = load("caption_metrics", keep_in_memory=False)
         for prediction, texts in zip(PREDICTIONS, REFERENCES):
@@ -149,8 +149,8 @@ def test_evaluations_at_the_same_time_do_not_meet(caption_metrics):
 
 
 def test_caption_scores_agree_with_hand_computed_ones(caption_metrics):
-    # No word is shared between the images: each n-gram has the same idf, so that the cosine of the 1-, 2-, 3- and
-    # 4-grams is 3/4, 2/3, 1/2 and 0 for the first, 1 for the second.
+    # The images share no word, so each n-gram has the same idf. The cosines of the 1-, 2-, 3- and 4-grams are 3/4,
+    # 2/3, 1/2 and 0 for the first image, and 1 for the second.
     scores = caption_metrics.compute(
         predictions=["a red bus waits", "one dog runs fast"],
         references=[["a red bus stops"], ["one dog runs fast"]],
@@ -160,14 +160,14 @@ def test_caption_scores_agree_with_hand_computed_ones(caption_metrics):
     )
     assert scores["cider_per_caption"] == pytest.approx([10 * (3 / 4 + 2 / 3 + 1 / 2) / 4, 10])
     assert scores["cider"] == pytest.approx(np.mean(scores["cider_per_caption"]))
-    precisions = [7 / 8, 5 / 6, 3 / 4, 1 / 2]  # over both together
+    precisions = [7 / 8, 5 / 6, 3 / 4, 1 / 2]  # over both captions
     for n in range(1, 5):
         assert scores[f"bleu_{n}"] == pytest.approx(math.prod(precisions[:n]) ** (1 / n))
     assert scores["bleu_1_per_caption"] == pytest.approx([3 / 4, 1])
     assert scores["rouge_l_per_caption"] == pytest.approx([3 / 4, 1])
 
 
-def test_bleu_shortens_and_cider_dampens_captions_of_another_length(caption_metrics):
+def test_bleu_and_cider_lower_scores_of_other_lengths(caption_metrics):
     scores = caption_metrics.compute(
         predictions=["a red bus", "one dog runs fast"],
         references=[["a red bus waits here"], ["one dog runs fast"]],
@@ -177,12 +177,12 @@ def test_bleu_shortens_and_cider_dampens_captions_of_another_length(caption_metr
     )
     assert scores["bleu_1_per_caption"][0] == pytest.approx(math.exp(1 - 5 / 3))
     cosines = [math.sqrt(3 / 5), math.sqrt(2 / 4), math.sqrt(1 / 3), 0]
-    # the length is counted in 2-grams, the Gaussian's sigma is 6
+    # the length is the number of 2-grams; sigma is 6
     assert scores["cider_per_caption"][0] == pytest.approx(10 * sum(cosines) / 4 * math.exp(-((2 - 4) ** 2) / 72))
 
 
 @needs_java
-def test_scores_are_those_of_the_coco_evaluation(caption_metrics):
+def test_scores_equal_those_of_the_coco_evaluation(caption_metrics):
     before = set(Path(ptbtokenizer.__file__).parent.iterdir())
     scores = caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES)
     assert scores == pytest.approx(COCO_SCORES, rel=1e-9)
@@ -190,7 +190,7 @@ def test_scores_are_those_of_the_coco_evaluation(caption_metrics):
 
 
 @needs_java
-def test_texts_stay_apart_whatever_they_hold(caption_metrics):
+def test_any_characters_keep_texts_separate(caption_metrics):
     predictions = ["", "a\u2028red\x0cbus\n", ".", "a red bus", ""]
     scores = caption_metrics.compute(
         predictions=predictions, references=[["a red bus"]] * 5, metrics="rouge_l", per_caption=True
@@ -198,7 +198,7 @@ def test_texts_stay_apart_whatever_they_hold(caption_metrics):
     assert scores["rouge_l_per_caption"] == [0, 1, 0, 1, 0]
 
 
-def test_regex_tokens_are_ptbs_for_plain_captions():
+def test_regex_and_ptb_agree_on_plain_captions():
     texts = ["A baker's cake, half-eaten, isn't on the table.", 'The "old" cake -- it\'s 2.5 m; a/b & $ 3!', "I can't"]
     assert tokenize_regex(texts) == [
         "a baker 's cake half-eaten is n't on the table",
@@ -207,26 +207,26 @@ def test_regex_tokens_are_ptbs_for_plain_captions():
     ]
 
 
-def test_missing_java_is_said_when_the_metric_loads(no_java, caplog):
+def test_loading_without_java_warns(no_java, caplog):
     with caplog.at_level(logging.WARNING):
         load("caption_metrics")
     assert "no `java` on the PATH" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("options", "what"),
+    ("options", "program"),
     [
         ({"metrics": ["cider"]}, "The PTB tokeniser"),
         ({"metrics": ["cider", "meteor"], "tokenizer": "regex"}, "METEOR"),
         ({"metrics": ["spice"], "tokenizer": "regex"}, "SPICE"),
     ],
 )
-def test_missing_java_is_an_error_that_says_what_needs_it(caption_metrics, no_java, options, what):
-    with pytest.raises(RuntimeError, match=f'{what} cannot run: .*default-jre-headless.*tokenizer="regex"'):
+def test_missing_java_names_the_program(caption_metrics, no_java, options, program):
+    with pytest.raises(RuntimeError, match=f'{program} cannot run: .*default-jre-headless.*tokenizer="regex"'):
         caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES, **options)
 
 
-def test_no_java_is_needed_without_the_java_programs(caption_metrics, no_java):
+def test_regex_tokenizer_needs_no_java(caption_metrics, no_java):
     metrics = ["rouge_l", "bleu", "cider"]
     scores = caption_metrics.compute(
         predictions=PREDICTIONS, references=REFERENCES, metrics=metrics, tokenizer="regex"
@@ -236,7 +236,7 @@ def test_no_java_is_needed_without_the_java_programs(caption_metrics, no_java):
 
 
 @pytest.mark.parametrize("options", [{"metrics": ["bleu"]}, {"metrics": ["meteor"], "tokenizer": "regex"}])
-def test_failure_of_a_java_program_is_told_in_its_own_words(caption_metrics, program_instead_of_java, options):
+def test_failure_of_a_java_program_shows_its_message(caption_metrics, program_instead_of_java, options):
     program_instead_of_java('import sys; sys.exit("no memory left")')
     with pytest.raises(RuntimeError, match="no memory left"):
         caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES, **options)
@@ -251,10 +251,10 @@ def test_missing_files_of_spice_are_named(caption_metrics, program_instead_of_ja
         caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES, metrics=["spice"])
 
 
-def test_spice_runs_where_its_files_are_and_writes_nothing_beside_them(
+def test_spice_runs_and_writes_nothing_next_to_its_files(
     caption_metrics, program_instead_of_java, tmp_path, monkeypatch
 ):
-    # in Java's place a program that reads and writes as SPICE does, and scores 1 if the caption is a reference
+    # this program reads and writes like SPICE, and scores 1 if the caption is a reference
     program_instead_of_java(
         "import json, sys\n"
         "rows = json.load(open(sys.argv[4]))\n"
@@ -289,7 +289,7 @@ def test_spice_runs_where_its_files_are_and_writes_nothing_beside_them(
         ({"predictions": ["a", "b", None]}, r"predictions\[2\] is None"),
     ],
 )
-def test_captions_that_cannot_be_scored_are_refused(caption_metrics, arguments, message):
+def test_invalid_captions_and_options_are_refused(caption_metrics, arguments, message):
     texts = {"predictions": PREDICTIONS, "references": REFERENCES, "metrics": ["bleu"], "tokenizer": "regex"}
     with pytest.raises(ValueError, match=message):
         caption_metrics.compute(**(texts | arguments))
@@ -300,7 +300,7 @@ def test_captions_that_cannot_be_scored_are_refused(caption_metrics, arguments, 
 
 @pytest.mark.parametrize(("people", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
 def test_soft_accuracy_of_ten_answers(people, accuracy):
-    # 1: 9 of the 10 sets of nine still hold the answer, once, so 9/10 * 1/3; 3: 3/10 * 2/3 + 7/10 * 1
+    # one person: 9 of the 10 sets of nine have the answer, once: 9/10 * 1/3; three: 3/10 * 2/3 + 7/10 * 1
     assert soft_accuracy("red", ["red"] * people + ["blue"] * (10 - people)) == pytest.approx(accuracy)
 
 
@@ -308,7 +308,7 @@ def test_soft_accuracy_of_ten_answers(people, accuracy):
     ("answers", "accuracy"),
     [(["red"], 1), (["blue"], 0), (["red", "red"], 1), (["red", "blue"], 0.5), (["red"] * 3, 1), (["red"] * 4, 1)],
 )
-def test_soft_accuracy_of_fewer_answers_is_1_where_all_agree(answers, accuracy):
+def test_soft_accuracy_of_few_answers_needs_agreement(answers, accuracy):
     assert soft_accuracy("red", answers) == pytest.approx(accuracy)
 
 
@@ -354,7 +354,7 @@ def test_vqa_accuracy_averages_over_questions_and_types(vqa_accuracy):
         ({"answer_types": ["other"]}, "answer_types has 1 entries; there are 2 predictions"),
     ],
 )
-def test_answers_that_cannot_be_scored_are_refused(vqa_accuracy, arguments, message):
+def test_invalid_answers_are_refused(vqa_accuracy, arguments, message):
     with pytest.raises(ValueError, match=message):
         vqa_accuracy.compute(**({"predictions": ["a", "b"], "references": [["a"], ["b"]]} | arguments))
 
@@ -362,13 +362,13 @@ def test_answers_that_cannot_be_scored_are_refused(vqa_accuracy, arguments, mess
 # ---- rankings ----
 
 
-def test_top_accuracy_counts_classes_among_the_first_k(top_accuracy):
+def test_top_accuracy_counts_the_first_k_classes(top_accuracy):
     rankings = np.array([[3, 1, 7], [5, 4, 1], [0, 2, 9], [8, 6, 4]])
     scores = top_accuracy.compute(predictions=rankings, references=[3, 4, 9, 1], k=(1, 2, 3))
     assert scores == {"top_1": 0.25, "top_2": 0.5, "top_3": 0.75}
 
 
-def test_top_accuracy_takes_names_of_classes(top_accuracy):
+def test_top_accuracy_accepts_class_names(top_accuracy):
     assert top_accuracy.compute(predictions=[["tench", "eel"], ["eel", "tench"]], references=["eel", "eel"]) == {
         "top_1": 0.5
     }

@@ -1,4 +1,4 @@
-"""Result files have the servers' format, hold each id once and all of them, and appear whole or not at all."""
+"""Result files have the format of the servers, are complete, and are written in one step."""
 
 import json
 
@@ -16,7 +16,7 @@ WRITERS = pytest.mark.parametrize(
 
 
 @WRITERS
-def test_rows_have_the_servers_keys_and_the_given_order(tmp_path, write, id_name, text_name):
+def test_rows_have_keys_of_the_servers_and_keep_their_order(tmp_path, write, id_name, text_name):
     path = write(tmp_path / "new" / "results.json", [42, 7], ["yes", "a café"])
     assert json.loads(path.read_text()) == [
         {id_name: 42, text_name: "yes"},
@@ -24,7 +24,7 @@ def test_rows_have_the_servers_keys_and_the_given_order(tmp_path, write, id_name
     ]
 
 
-def test_coco_reads_the_captions_as_it_reads_its_own_example(tmp_path, capsys):
+def test_coco_api_reads_the_captions(tmp_path, capsys):
     COCO = pytest.importorskip("pycocotools.coco").COCO
     # two rows of captions_val2014_fakecap_results.json, the example of the COCO API
     example = [
@@ -50,7 +50,7 @@ def test_coco_reads_the_captions_as_it_reads_its_own_example(tmp_path, capsys):
         (["cats/1.png", "007"], ["cats/1.png", "007"]),
     ],
 )
-def test_ids_are_written_as_numbers_where_they_are_numbers(tmp_path, ids, written):
+def test_numeric_ids_are_written_as_numbers(tmp_path, ids, written):
     path = write_vqa_results(tmp_path / "results.json", ids, ["yes", "no"])
     assert [row["question_id"] for row in json.loads(path.read_text())] == written
 
@@ -64,14 +64,12 @@ def test_ids_are_written_as_numbers_where_they_are_numbers(tmp_path, ids, writte
         ({"ids": [1, None]}, TypeError, "{id} is None; it must be"),
         ({"ids": [1, True]}, TypeError, "{id} is True; it must be"),
         ({"texts": ["yes", None]}, TypeError, "The {text} of {id} 2 is None; it must be a str"),
-        ({"expected_ids": [1, 2, 3]}, ValueError, "not those of the split: 1 are missing: 3, 0 do not belong"),
+        ({"expected_ids": [1, 2, 3]}, ValueError, "differ from expected_ids: 1 are missing: 3, 0 do not belong"),
         ({"expected_ids": [1]}, ValueError, "0 are missing, 1 do not belong: 2"),
     ],
 )
 @WRITERS
-def test_bad_results_are_refused_and_no_file_is_touched(
-    tmp_path, write, id_name, text_name, arguments, error, message
-):
+def test_bad_results_leave_the_file_unchanged(tmp_path, write, id_name, text_name, arguments, error, message):
     path = tmp_path / "results.json"
     path.write_text("before")
     arguments = {"ids": [1, 2], "texts": ["yes", "no"], "expected_ids": None} | arguments
@@ -80,12 +78,12 @@ def test_bad_results_are_refused_and_no_file_is_touched(
     assert path.read_text() == "before"
 
 
-def test_expected_ids_may_come_in_any_order_and_form(tmp_path):
+def test_expected_ids_can_have_any_order_and_form(tmp_path):
     path = write_vqa_results(tmp_path / "results.json", [1, 2], ["yes", "no"], expected_ids=iter(["2", "1"]))
     assert len(json.loads(path.read_text())) == 2
 
 
-def test_interrupted_writing_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_interrupted_writing_keeps_the_old_file(tmp_path, monkeypatch):
     path = write_vqa_results(tmp_path / "results.json", [1], ["yes"])
     before = path.read_text()
 

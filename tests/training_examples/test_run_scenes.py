@@ -1,4 +1,4 @@
-"""run_scenes.py trains on backbones of train_backbones.py, with true labels, without experts, and blind."""
+"""run_scenes.py trains on the backbones of train_backbones.py, with true labels, without experts, and blind."""
 
 import json
 import sys
@@ -17,9 +17,8 @@ from scenes.scenes import Scenes
 
 
 def run(script, data_dir, output_dir, *arguments):
-    few = partial(
-        Scenes, train=26, validation=2, test=2
-    )  # more than features, of which Familiarity has the covariance
+    # Familiarity needs more scenes than features for the covariance
+    few = partial(Scenes, train=26, validation=2, test=2)
     command = [script.__name__, "--data_dir", data_dir, "--output_dir", output_dir, *arguments]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(script, "Scenes", few)
@@ -42,20 +41,20 @@ def backbones(data_dir, tmp_path_factory):
         return run(train_backbones, data_dir, folder, "--clip_epochs", 1, "--roberta_epochs", 1)
 
 
-def test_a_region_is_the_patches_that_hold_most_of_its_object():
+def test_region_has_the_patches_with_most_of_its_object():
     shares = train_backbones.patches_of([12, 32, 48, 47]).view(8, 8)
-    assert shares.nonzero().tolist() == [[2, 1], [2, 2]]  # a quarter of a patch to the left is left out
+    assert shares.nonzero().tolist() == [[2, 1], [2, 2]]  # a quarter of a patch on the left does not count
     torch.testing.assert_close(shares[2, 1:3], torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(train_backbones.patches_of([100, 100, 128, 128]).sum(), torch.tensor(1.0))
 
 
-def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir, tmp_path):
+def test_regions_have_the_phrases_of_their_objects(backbones, data_dir, tmp_path):
     tokenizer = RobertaTokenizer.from_pretrained(backbones / "tokenizer")
     rows = list(Scenes(cache_dir=data_dir, train=26, validation=2, test=2).as_dataset(split="train").select(range(4)))
-    batch = train_backbones.CaptionedPictures(tokenizer)(rows)
+    batch = train_backbones.CaptionedImages(tokenizer)(rows)
     things = [(i, thing) for i, row in enumerate(rows) for thing in row["facts"]["objects"]]
     things = [(i, thing) for i, thing in things if thing["visible_share"] > 0.5]
-    assert batch["region_pictures"].tolist() == [i for i, _ in things]
+    assert batch["region_images"].tolist() == [i for i, _ in things]
     said = tokenizer.batch_decode(batch["phrase_input_ids"].clamp(max=len(tokenizer) - 1), skip_special_tokens=True)
     for (_, thing), index in zip(things, batch["region_phrases"], strict=True):
         assert f"{thing['size']} {thing['material']} {thing['color']} {thing['shape']}" in said[index]
@@ -66,7 +65,7 @@ def test_regions_are_told_apart_by_what_their_phrases_say(backbones, data_dir, t
     assert loss != trainer.compute_loss(clip, batch)
 
 
-def test_the_layers_of_the_frozen_clip_add_little(backbones):
+def test_weakened_layers_of_clip_add_little(backbones):
     clip = CLIPModel.from_pretrained(backbones / "clip-strong").vision_model.eval()
     pixel_values = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 
@@ -80,7 +79,7 @@ def test_the_layers_of_the_frozen_clip_add_little(backbones):
     assert CLIPModel.from_pretrained(backbones / "clip").config.vision_config.num_hidden_layers == 1
 
 
-def test_signs_come_with_two_other_texts_and_weigh_more(data_dir):
+def test_sign_questions_have_two_other_texts_and_more_weight(data_dir):
     scenes = Scenes(cache_dir=data_dir, train=26, validation=2, test=2)
     scenes.download_and_prepare()
     scenes = scenes.as_dataset(split="train")
@@ -105,7 +104,7 @@ def test_signs_come_with_two_other_texts_and_weigh_more(data_dir):
         (("--suite", "none", "--texts", "signs"), 0),
     ],
 )
-def test_each_way_trains_and_is_measured_by_type_of_question(backbones, data_dir, tmp_path, way, experts):
+def test_every_variant_is_trained_and_evaluated(backbones, data_dir, tmp_path, way, experts):
     arguments = ("--backbones", backbones, "--do_train", "--do_eval", "--max_steps", 1, "--dataloader_num_workers", 0)
     run(run_scenes, data_dir, tmp_path, *arguments, "--per_device_train_batch_size", 4, *way)
     results = json.loads((tmp_path / "scenes_results.json").read_text())
@@ -118,7 +117,7 @@ def test_each_way_trains_and_is_measured_by_type_of_question(backbones, data_dir
     assert processor.tasks == ["caption", "vqa"] and processor.task == "vqa"
 
 
-def test_what_is_published_knows_scenes_when_it_sees_them(backbones, data_dir, tmp_path):
+def test_published_model_has_a_familiarity(backbones, data_dir, tmp_path):
     arguments = ("--backbones", backbones, "--suite", "true", "--labels", "true", "--do_train", "--max_steps", 1)
     arguments += ("--per_device_train_batch_size", 4, "--dataloader_num_workers", 0)
     run(run_scenes, data_dir, tmp_path / "run", *arguments, "--publish_to", tmp_path / "published")
@@ -129,14 +128,14 @@ def test_what_is_published_knows_scenes_when_it_sees_them(backbones, data_dir, t
     assert familiarity.distance(familiarity.mean[None] + 100).item() > familiarity.limit
 
 
-def test_photographs_are_told_from_scenes(backbones, data_dir, tmp_path):
+def test_photographs_are_unfamiliar(backbones, data_dir, tmp_path):
     arguments = ("--backbones", backbones, "--do_train", "--max_steps", 1, "--per_device_train_batch_size", 4)
     run(run_scenes, data_dir, tmp_path / "run", *arguments, "--publish_to", tmp_path / "published")
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for name, color in (("a.png", (255, 0, 255)), ("b.jpg", (0, 255, 0))):
         Image.new("RGB", (40, 30), color).save(photographs / name)
-    (photographs / "text.txt").write_text("no picture")
+    (photographs / "text.txt").write_text("not an image")
     arguments = ("--model", tmp_path / "published", "--do_eval", "--photographs", photographs)
     run(run_scenes, data_dir, tmp_path / "evaluation", *arguments)
     found = json.loads((tmp_path / "evaluation" / "scenes_results.json").read_text())["familiarity"]
@@ -144,12 +143,12 @@ def test_photographs_are_told_from_scenes(backbones, data_dir, tmp_path):
     assert found["test"].keys() == found["photographs"].keys() == {"warned", "nearest", "median", "farthest"}
 
 
-def test_other_texts_are_refused(backbones, data_dir, tmp_path):
-    with pytest.raises(SystemExit, match="--texts words: all or signs is needed"):
+def test_unknown_texts_argument_is_refused(backbones, data_dir, tmp_path):
+    with pytest.raises(SystemExit, match="--texts is 'words'; accepted are all, signs"):
         run(run_scenes, data_dir, tmp_path, "--backbones", backbones, "--do_train", "--texts", "words")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--backbones", "nowhere")])
-def test_a_new_model_without_backbones_is_refused(arguments, data_dir, tmp_path):
-    with pytest.raises(SystemExit, match="a new model needs the folder that scenes/train_backbones.py wrote"):
+def test_new_model_without_backbones_is_refused(arguments, data_dir, tmp_path):
+    with pytest.raises(SystemExit, match="a new model needs the output folder of scenes/train_backbones.py"):
         run(run_scenes, data_dir, tmp_path, "--do_train", "--max_steps", 1, *arguments)

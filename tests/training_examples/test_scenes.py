@@ -1,4 +1,4 @@
-"""Scenes: the pictures, labels, questions and captions agree with what is there, and are the same every time."""
+"""Images, labels, questions and captions of Scenes agree with the scene, and are reproducible."""
 
 import hashlib
 import os
@@ -27,8 +27,8 @@ from scenes.words import WORDS
 
 
 ROOT = Path(__file__).parents[2]
-DRAWN = 10  # scenes with pictures
-TOLD = 80  # scenes without
+DRAWN = 10  # scenes with images
+TOLD = 80  # scenes without images
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def examples():
 
 @pytest.fixture(scope="module")
 def views():
-    """The scenes of `examples`, and what is seen of them."""
+    """The scenes of `examples`, with their views."""
     scenes = [make_scene(np.random.default_rng([0, 0, 0, index])) for index in range(DRAWN)]
     return [(scene, look(scene, 128)) for scene in scenes]
 
@@ -55,7 +55,7 @@ def told(held_out: bool = False, domain: str = "scenes"):
     return found
 
 
-# ---- the same every time ----
+# ---- reproducible ----
 
 
 def digest(split, index, **arguments):
@@ -63,52 +63,53 @@ def digest(split, index, **arguments):
     return hashlib.sha256(repr(sorted(row.items())).encode()).hexdigest()
 
 
-def test_the_same_seed_gives_the_same_bytes_in_another_process():
+def test_same_seed_gives_same_bytes_in_another_process():
     script = "from tests.training_examples.test_scenes import digest; print(digest('train', 3), digest('test', 1))"
     environment = {**os.environ, "PYTHONPATH": "training_examples"}
     printed = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=environment, text=True).split()
     assert printed == [digest("train", 3), digest("test", 1)]
 
 
-def test_split_seed_index_and_domain_make_other_scenes():
+def test_scene_depends_on_split_seed_index_and_domain():
     small = {"image_size": 32}
     found = [digest("train", 0, **small), digest("validation", 0, **small), digest("train", 1, **small)]
     found += [digest("train", 0, seed=1, **small), digest("train", 0, domain="shifted", **small)]
     assert len(set(found)) == len(found)
 
 
-def test_the_resolution_changes_neither_what_is_there_nor_what_is_shown():
+def test_scene_does_not_depend_on_the_resolution():
     small, large = (make_example("train", 2, image_size=size) for size in (64, 128))
     assert [o["position"] for o in small["facts"]["objects"]] == [o["position"] for o in large["facts"]["objects"]]
     reduced = large["image"].reshape(64, 2, 64, 2, 3).mean((1, 3))
     assert np.abs(reduced - small["image"]).mean() < 4
 
 
-# ---- what is seen ----
+# ---- images ----
 
 
-def test_pictures_are_neither_dark_nor_blown_out(examples):
+def test_images_are_neither_dark_nor_overexposed(examples):
     for example in examples:
         assert example["image"].shape == (128, 128, 3) and example["image"].dtype == np.uint8
         assert 60 < example["image"].mean() < 200
         assert (example["image"] == 255).all(-1).mean() < 0.05
 
 
-def test_every_ray_hits_something_and_normals_have_length_one(views):
+def test_every_ray_hits_a_part_and_normals_are_unit_vectors(views):
     for _, view in views:
         assert (view.part >= 0).all() and np.isfinite(view.depth).all() and (view.depth > 0).all()
         assert np.abs(np.linalg.norm(view.normal, axis=-1) - 1).max() < 1e-4
 
 
-def test_surfaces_show_the_camera_their_front(views):
+def test_visible_surfaces_face_the_camera(views):
     for scene, view in views:
         across = ((np.arange(128) + 0.5) / 128 - 0.5) / scene.camera.focal_length
         rays = np.stack(np.broadcast_arrays(across, -across[:, None], -1.0), axis=-1)
         facing = -(rays * view.normal).sum(-1)
-        assert facing.min() > -0.15 and (facing < 0).mean() < 1e-3  # a ring's outline is found by walking up to it
+        # sphere tracing is inexact at the outline of a ring
+        assert facing.min() > -0.15 and (facing < 0).mean() < 1e-3
 
 
-def test_each_object_is_at_its_middle_as_seen_by_the_camera(views):
+def test_each_object_is_at_its_projected_center(views):
     for scene, view in views:
         for number, thing in enumerate(scene.things):
             x, y, depth = scene.camera.project(thing.center)[0]
@@ -116,13 +117,14 @@ def test_each_object_is_at_its_middle_as_seen_by_the_camera(views):
             rows, columns = np.nonzero(mask)
             assert columns.min() - 1 <= x * 128 <= columns.max() + 1 or mask.sum() < view.whole.max()
             near = np.hypot(rows - y * 128, columns - x * 128).min()
-            assert near < 0.8 * thing.radius * scene.camera.focal_length * 128 / depth  # a ring has a hole there
-            # and its surface is within its radius of the middle
+            # the center of a ring is a hole
+            assert near < 0.8 * thing.radius * scene.camera.focal_length * 128 / depth
+            # the surface is near the center
             assert np.abs(view.depth[mask] - depth).max() < 1.5 * thing.radius
 
 
-def test_depth_order_is_the_order_of_occlusion(views):
-    """A part alone is as far away, where it is seen, as in the scene; where something hides it, that is nearer."""
+def test_hidden_parts_are_behind_visible_ones(views):
+    """A part rendered alone has the same depth where it is visible; where it is hidden, the scene is nearer."""
     hidden = 0
     for scene, view in views[:5]:
         for number, part in enumerate(view.parts):
@@ -138,7 +140,7 @@ def test_depth_order_is_the_order_of_occlusion(views):
     assert hidden > 100
 
 
-def test_spheres_and_planes_have_the_normals_that_their_depth_implies(views):
+def test_normals_of_balls_and_planes_match_their_depth(views):
     for scene, view in views:
         right, up, forward = scene.camera.axes
         floor = np.isin(view.part, [k for k, part in enumerate(view.parts) if part.label == "floor"])
@@ -154,7 +156,7 @@ def test_spheres_and_planes_have_the_normals_that_their_depth_implies(views):
 # ---- labels ----
 
 
-def test_labels_have_the_form_that_experts_give(examples):
+def test_labels_have_the_form_of_the_experts(examples):
     for example in examples:
         labels = example["labels"]
         assert tuple(labels) == EXPERTS
@@ -168,14 +170,14 @@ def test_labels_have_the_form_that_experts_give(examples):
             assert numbers <= set(range(len(label[ids]))) and len(label[ids]) == len(label[entries])
 
 
-def test_depth_is_bright_where_it_is_near(examples, views):
+def test_depth_label_is_bright_at_the_nearest_point(examples, views):
     for example, (_, view) in zip(examples, views):
         depth = example["labels"]["depth"]
         assert depth.min() == 0 and depth.max() == 255
         assert depth.flat[view.depth.argmin()] == 255 and depth.flat[view.depth.argmax()] == 0
 
 
-def test_edges_are_dark_lines_on_white_and_follow_outlines(examples):
+def test_edges_are_dark_lines_along_outlines(examples):
     for example in examples:
         edge, segments = example["labels"]["edge"], example["labels"]["segmentation"]
         assert edge.min() == 0 and edge.max() == 255 and np.median(edge) > 200
@@ -184,7 +186,7 @@ def test_edges_are_dark_lines_on_white_and_follow_outlines(examples):
         assert edge[outline].mean() < 70
 
 
-def test_segments_and_boxes_are_those_of_the_objects(examples):
+def test_segments_and_boxes_match_the_objects(examples):
     for example in examples:
         labels, objects = example["labels"], example["facts"]["objects"]
         count = Counter(DETECTION_CLASSES[number] for number in labels["detection"]["classes"])
@@ -196,7 +198,7 @@ def test_segments_and_boxes_are_those_of_the_objects(examples):
             assert own[top:bottom, left:right].sum() >= thing["visible_pixels"]
 
 
-def test_words_lie_on_their_boards(examples):
+def test_words_are_on_their_boards(examples):
     for example in examples:
         label = example["labels"]["ocr"]
         assert set(label["words"]) == {sign["word"] for sign in example["facts"]["signs"]} <= set(WORDS)
@@ -208,7 +210,7 @@ def test_words_lie_on_their_boards(examples):
 
 
 @pytest.mark.parametrize("size", [64, 192])
-def test_labels_fill_pictures_of_any_size(size):
+def test_labels_have_the_size_of_the_image(size):
     example = make_example("test", 1, image_size=size, domain="shifted")
     assert example["image"].shape == (size, size, 3)
     assert {example["labels"][name].shape[:2] for name in ("depth", "normal", "segmentation", "edge")} == {
@@ -226,7 +228,7 @@ def test_ocr_reads_signs(examples):
     assert sum(word in words for word, words in signs) >= len(signs) - 1
 
 
-# ---- questions, checked by reading them ----
+# ---- questions, answered again from their words ----
 
 ATTRIBUTES = "|".join([*SIZES, *MATERIALS, *COLORS])
 NAME = rf"the ((?:(?:{ATTRIBUTES}) )+object|(?:(?:{ATTRIBUTES}) )*(?:{'|'.join(SHAPES)}))"
@@ -234,7 +236,7 @@ NAME_OR_SIGN = NAME[:-1] + "|sign)"
 
 
 def called(name: str, facts: dict) -> dict:
-    """The one object, or sign, that has this name."""
+    """The only object or sign with this name."""
     if name == "sign":
         (found,) = facts["signs"]
         return found
@@ -244,7 +246,7 @@ def called(name: str, facts: dict) -> dict:
 
 
 def correct_answer(question: str, facts: dict) -> str:
-    """Worked out from the question's words and the facts alone."""
+    """Finds the answer from the words of the question and the facts."""
     objects, signs = facts["objects"], facts["signs"]
 
     def match(pattern):
@@ -306,7 +308,7 @@ def correct_answer(question: str, facts: dict) -> str:
         return yes(more > fewer)
     if found := match(rf"Are {NAME} and {NAME} the same color\?"):
         return yes(found[0]["color"] == found[1]["color"])
-    raise AssertionError(f"nobody knows how to answer {question!r}")
+    raise AssertionError(f"unknown form of question: {question!r}")
 
 
 @pytest.mark.parametrize("held_out, domain", [(False, "scenes"), (True, "scenes"), (False, "shifted")])
@@ -320,7 +322,7 @@ def test_answers_follow_from_the_facts(held_out, domain):
     assert kinds == set(TYPES)
 
 
-def test_what_is_asked_about_is_seen_well_and_apart():
+def test_objects_in_questions_are_visible_and_apart():
     for facts, questions in told(False, "scenes"):
         for thing in facts["objects"]:
             assert thing["visible_pixels"] >= 64 and thing["visible_share"] >= 0.55
@@ -338,20 +340,21 @@ def test_what_is_asked_about_is_seen_well_and_apart():
                 assert abs(one["distance"] - other["distance"]) > 0.5
 
 
-def test_a_relation_that_is_too_close_to_call_is_not_asked():
+def test_close_objects_have_no_relation():
     place = {"position": [0.0, 0.0, 0.5], "center": [0.5, 0.5], "depth": 6.0, "distance": 6.2}
     close = {**place, "position": [0.4, 0.3, 0.5], "center": [0.56, 0.45], "depth": 6.3, "distance": 6.5}
     apart = {**place, "position": [1.0, 0.9, 0.5], "center": [0.66, 0.4], "depth": 6.8, "distance": 7.0}
     for holds in (truth.is_left, truth.is_in_front, truth.is_nearer):
         assert not holds(place, close) and not holds(close, place)
         assert holds(place, apart) and not holds(apart, place)
-    raised = {**place, "position": [0.0, 0.8, 1.7], "depth": 6.1, "distance": 6.3}  # farther back, but as near
+    # farther back, but not farther away
+    raised = {**place, "position": [0.0, 0.8, 1.7], "depth": 6.1, "distance": 6.3}
     assert not truth.is_in_front(place, raised) and not truth.is_nearer(place, raised)
     assert truth.nearest_to_camera([place, close, apart]) is None
     assert truth.nearest_to_camera([place, apart]) is place
 
 
-# the largest share that one answer may have, over a sample of scenes
+# the largest allowed share of one answer, over a sample of scenes
 BOUNDS = {"color": 0.2, "shape": 0.25, "material": 0.42, "size": 0.57, "count": 0.36, "relation": 0.33}
 BOUNDS |= {"nearest": 0.19, "sign": 0.05, "yes/no": 0.54}
 
@@ -362,7 +365,7 @@ def asked_again():
     return [each for facts, _ in told(False, "scenes") for _ in range(4) for each in ask(facts, random)]
 
 
-def test_no_answer_is_much_more_frequent_than_the_others():
+def test_no_answer_is_much_more_frequent_than_others():
     answers = defaultdict(Counter)
     for each in asked_again():
         answers[each["type"]][each["answer"]] += 1
@@ -370,7 +373,7 @@ def test_no_answer_is_much_more_frequent_than_the_others():
         assert answers[kind].most_common(1)[0][1] / answers[kind].total() < bound, (kind, answers[kind])
 
 
-def test_each_kind_of_yes_or_no_question_is_balanced_by_itself():
+def test_each_form_of_yes_no_question_is_balanced():
     answers = defaultdict(Counter)
     for each in asked_again():
         if each["type"] == "yes/no":
@@ -392,12 +395,12 @@ def pairs_in(facts, questions, captions=()):
     return pairs
 
 
-def test_held_out_pairs_are_neither_shown_nor_mentioned_in_training():
+def test_held_out_pairs_do_not_occur_in_training():
     for facts, questions in told(False, "scenes"):
         assert not pairs_in(facts, questions, captions_of(facts)) & set(HELD_OUT)
 
 
-def test_every_held_out_pair_is_in_the_test_scenes_that_promise_one():
+def test_every_held_out_pair_occurs_in_held_out_scenes():
     seen = Counter()
     for facts, _ in told(True, "scenes"):
         own = {(o["color"], o["shape"]) for o in facts["objects"]} & set(HELD_OUT)
@@ -407,7 +410,7 @@ def test_every_held_out_pair_is_in_the_test_scenes_that_promise_one():
     assert {color for color, _ in HELD_OUT} == set(COLORS) and {shape for _, shape in HELD_OUT} == set(SHAPES)
 
 
-def test_every_second_scene_of_the_test_split_is_held_out():
+def test_every_second_test_scene_is_held_out():
     found = [make_example("test", index, image_size=32) for index in range(4)]
     assert [example["held_out"] for example in found] == [False, True, False, True]
     for example in found:
@@ -457,7 +460,7 @@ def built(tmp_path_factory):
     return builder.as_dataset()
 
 
-def test_rows_read_back_what_was_made(built):
+def test_stored_rows_equal_the_examples(built):
     assert {split: len(rows) for split, rows in built.items()} == {"train": 3, "validation": 1, "test": 2}
     row, example = built["train"][2], make_example("train", 2, seed=4, image_size=64)
     assert row["image_id"] == "scenes/train/000002"
@@ -477,7 +480,7 @@ def test_rows_read_back_what_was_made(built):
     assert labels["ocr"]["features"].shape == (len(labels["ocr"]["words"]), 64)
 
 
-def test_the_processor_takes_the_labels_of_a_row(built):
+def test_processor_accepts_the_labels_of_a_row(built):
     row = built["test"][0]
     size = {"height": 64, "width": 64}
     processor = PrismerImageProcessor(size=size, experts=run_scenes.DESCRIPTIONS)
@@ -485,12 +488,12 @@ def test_the_processor_takes_the_labels_of_a_row(built):
     assert inputs["expert_mask"].all()
 
 
-def test_a_data_set_without_scenes_is_refused(tmp_path):
+def test_data_set_without_scenes_is_refused(tmp_path):
     builder = Scenes(cache_dir=str(tmp_path), train=0, validation=0, test=0)
     with pytest.raises(ValueError, match="at least one split"):
         builder.download_and_prepare()
 
 
-def test_both_configurations_are_known_by_name():
+def test_each_domain_has_a_configuration():
     assert set(Scenes.builder_configs) == {"scenes", "shifted"} == set(DOMAINS)
     assert Scenes.builder_configs["shifted"].image_size != Scenes.builder_configs["scenes"].image_size

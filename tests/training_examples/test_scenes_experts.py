@@ -1,4 +1,4 @@
-"""The experts of Scenes: trained in a few steps, saved, loaded, asked, measured."""
+"""The experts of Scenes are trained in a few steps, saved, loaded and evaluated."""
 
 import json
 
@@ -28,13 +28,13 @@ def splits(tmp_path_factory) -> DatasetDict:
 
 @pytest.fixture(scope="module")
 def trained(splits, tmp_path_factory):
-    """The folder of a suite whose networks made two steps."""
+    """The folder of a suite whose networks were trained for two steps."""
     folder = tmp_path_factory.mktemp("experts")
     train_experts.train_experts(splits, folder, max_steps=2)
     return folder
 
 
-def test_the_saved_suite_labels_a_scene(trained, splits):
+def test_saved_suite_labels_a_scene(trained, splits):
     suite = ExpertSuite.from_pretrained(trained)
     (labels,) = suite([splits["validation"][0]["image"]])
     assert tuple(labels) == EXPERTS
@@ -43,13 +43,13 @@ def test_the_saved_suite_labels_a_scene(trained, splits):
     assert labels["detection"]["ids"].shape == labels["ocr"]["ids"].shape == (128, 128)
 
 
-def test_the_suite_is_what_the_model_is_made_for(trained):
+def test_suite_has_the_descriptions_of_the_model(trained):
     suite = ExpertSuite.from_pretrained(trained)
     assert suite.descriptions == run_scenes.DESCRIPTIONS
     assert suite.class_names == {"segmentation": list(CLASSES), "detection": list(DETECTION_CLASSES)}
 
 
-def test_networks_see_pictures_at_the_size_of_scenes(trained):
+def test_networks_resize_images_to_the_size_of_scenes(trained):
     suite = ExpertSuite.from_pretrained(trained)
     for name in train_experts.NETWORKS:
         suite[name].load()
@@ -63,14 +63,14 @@ def test_weights_are_small_and_in_half_precision(trained):
     assert sum(file.stat().st_size for file in files) < 12_000_000
 
 
-def test_every_expert_is_measured_beside_a_guess(trained):
+def test_results_have_every_expert_and_a_guess(trained):
     results = json.loads((trained / "results.json").read_text())
     assert tuple(results) == EXPERTS
     for measures in results.values():
         assert set(measures["guess"]) <= set(measures) and measures["seconds_per_image"] > 0
 
 
-def test_what_is_there_is_left_alone_and_the_rest_is_trained_again(trained, splits):
+def test_only_missing_networks_are_trained_again(trained, splits):
     kept = trained / "experts" / "depth" / "network" / "model.safetensors"
     again = trained / "experts" / "segmentation" / "network"
     written = kept.stat().st_mtime_ns
@@ -80,7 +80,7 @@ def test_what_is_there_is_left_alone_and_the_rest_is_trained_again(trained, spli
     assert (again / "model.safetensors").is_file()
 
 
-def test_detection_begins_with_the_backbone_of_segmentation(trained):
+def test_detection_starts_with_the_backbone_of_segmentation(trained):
     model, _ = train_experts.new_detection(trained)
     suite = ExpertSuite.from_pretrained(trained)
     suite["segmentation"].load()
@@ -89,7 +89,7 @@ def test_detection_begins_with_the_backbone_of_segmentation(trained):
     assert taken and all(torch.equal(value, backbone[name]) for name, value in taken.items())
 
 
-def test_a_mirrored_row_keeps_picture_and_targets_together(splits):
+def test_mirrored_image_and_targets_agree(splits):
     row = splits["train"][0]
     classes = train_experts.segmentation_target(row, mirrored=True)
     assert torch.equal(classes.flip(1), train_experts.segmentation_target(row, mirrored=False))
@@ -103,7 +103,7 @@ def test_a_mirrored_row_keeps_picture_and_targets_together(splits):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_the_truth_measures_as_perfect(splits, name):
+def test_true_labels_have_perfect_scores(splits, name):
     true = train_experts.true_labels(splits["train"], name)
     measures = train_experts.MEASURES[name](true, true)
     wrong = {"absolute_error": 0.0, "mean_angle": 0.0}
@@ -111,28 +111,28 @@ def test_the_truth_measures_as_perfect(splits, name):
         assert value == pytest.approx(wrong.get(measure, 1.0), abs=0.05), measure
 
 
-def test_an_instance_is_right_only_with_its_class_and_place():
+def test_right_instance_needs_its_class_and_place():
     ids = np.full((128, 128), 255, np.uint8)
     ids[10:30, 10:30], ids[50:90, 50:90] = 0, 1
     true = {"ids": ids, "classes": [0, 3]}
     moved = {"ids": np.roll(ids, 5, axis=1), "classes": [0, 3]}
     renamed = {"ids": ids, "classes": [1, 3]}
-    # 15 of 25 columns are shared by the small one: an IoU of 0.6
+    # the small one shares 15 of 25 columns: an IoU of 0.6
     assert train_experts.measure_detection([moved], [true])["recall"] == 1
     assert train_experts.measure_detection([renamed], [true])["precision"] == 0.5
     nothing = {"ids": np.full((128, 128), 255, np.uint8), "classes": []}
     assert train_experts.measure_detection([nothing], [true])["recall"] == 0
 
 
-def test_all_scenes_are_labelled_by_their_image_id(trained, splits, tmp_path):
+def test_labels_of_scenes_have_their_image_id_as_key(trained, splits, tmp_path):
     suite = ExpertSuite.from_pretrained(trained)
-    with pytest.raises(ValueError, match="train the others first"):
+    with pytest.raises(ValueError, match="Train the others first"):
         train_experts.label_scenes(splits, suite.without("depth"), tmp_path / "labels")
     train_experts.label_scenes(splits, suite, tmp_path / "labels")
     store = LabelStore(tmp_path / "labels")
     assert set(store) == {*splits["train"]["image_id"], *splits["validation"]["image_id"]}
     label = store["scenes/validation/000001"]
     (expected,) = suite([splits["validation"][1]["image"]])
-    # labelled in a batch: rounded differently, by one of 255 at most
+    # labels made in a batch can differ by one of 255
     assert np.abs(label["depth"].astype(int) - expected["depth"]).max() <= 1
     assert label["ocr"]["words"] == expected["ocr"]["words"]

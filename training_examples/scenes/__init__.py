@@ -1,6 +1,6 @@
 """
-Scenes: the data set, and the trainings of experts, backbones and a Prismer on it.
+The Scenes data set, and scripts that train experts, backbones and a Prismer on it.
 
-Its scripts import what the recipes share (training.py, muon.py) from the folder above. They run as modules of that
-folder: `PYTHONPATH=training_examples python -m scenes.run_scenes` from the root of the repository.
+The scripts import training.py and muon.py from the folder above. Run them as modules from the root of the repository:
+`PYTHONPATH=training_examples python -m scenes.run_scenes`.
 """

@@ -1,4 +1,4 @@
-"""What is true of a scene, as plain data: what questions, captions and their checks are made from."""
+"""The facts of a scene as plain data. Questions, captions and their checks are made from them."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from .render import View, text_corners
 from .scene import Scene
 
 
-# An object, or the board of a sign, that does not show this much is no part of a scene.
-LEAST_PIXELS = 0.004  # of the picture
-LEAST_SHARE = 0.55  # of the object
+# Each object, and each board of a sign, must show at least this much.
+LEAST_PIXELS = 0.004  # share of the image
+LEAST_SHARE = 0.55  # share of the object
 LEAST_SHARE_OF_BOARD = 0.985
 
-# What lies closer together than this is not called left or right, in front or behind, nearer or farther.
-MARGIN_SIDE = 0.09  # of the picture's width
+# Smaller differences are not called left or right, in front or behind, nearer or farther.
+MARGIN_SIDE = 0.09  # in image widths
 MARGIN_DEPTH = 0.55
 MARGIN_DISTANCE = 0.5
 
 
 def is_clear(scene: Scene, view: View) -> bool:
-    """Whether every object is seen well enough to be asked about, and every sign can be read."""
+    """Whether every object is visible enough for questions, and every sign can be read."""
     size = view.depth.shape[0]
     for number, part in enumerate(view.parts):
         if part.thing is None and not part.board:
@@ -37,18 +37,18 @@ def describe(scene: Scene, view: View) -> dict[str, Any]:
     """
     Args:
         scene (`Scene`): the scene.
-        view (`View`): what is seen of it, at the picture's size.
+        view (`View`): the view of the scene, at the size of the image.
 
     Returns:
         `dict` with
 
         - `place`: `"table"` or `"room"`.
-        - `objects`: for each its `shape`, `color`, `material`, `size`; its middle's `position` (x, y, z) in the scene;
-          the `center` (x, y) of what is seen of it, in picture widths; `depth` along the camera's axis and `distance`
-          from the camera, of its middle; whether it is `on_stand`; `visible_pixels`, `visible_share`, and `box` (left,
-          top, right, bottom in pixels) around what is seen of it.
-        - `signs`: for each its `word`, `on_wall`, `position`, `center`, `depth`, `distance`, `box`, as above, of its
-          board, and the `corners` of its word in pixels, from its first letter's top clockwise.
+        - `objects`: a dict for each object. `shape`, `color`, `material`, `size` and `on_stand` describe it.
+          `position` (x, y, z) is its middle in the scene; `depth` (along the camera's axis) and `distance` (from the
+          camera) belong to its middle. `center` (x, y, in image widths), `box` (left, top, right, bottom in pixels),
+          `visible_pixels` and `visible_share` belong to its visible part.
+        - `signs`: a dict for each sign with `word` and `on_wall`; `position`, `center`, `depth`, `distance` and `box`
+          of its board, as above; and the `corners` of its word in pixels, clockwise from the top of the first letter.
     """
     size = view.depth.shape[0]
     objects = []
@@ -95,19 +95,19 @@ def _place(scene: Scene, center: np.ndarray, mask: np.ndarray, size: int) -> dic
 
 
 def is_left(one: dict, other: dict) -> bool:
-    """Whether one object or sign is clearly to the left of another in the picture."""
+    """Whether one object or sign is clearly to the left of another in the image."""
     return other["center"][0] - one["center"][0] > MARGIN_SIDE
 
 
 def is_in_front(one: dict, other: dict) -> bool:
-    """Whether one stands clearly nearer to the camera's side of the room: on the ground, and by depth."""
+    """Whether one is clearly closer to the camera's side of the room, both on the ground and by depth."""
     return (
         other["position"][1] - one["position"][1] > MARGIN_DEPTH and other["depth"] - one["depth"] > MARGIN_DEPTH / 2
     )
 
 
 def is_nearer(one: dict, other: dict) -> bool:
-    """Whether one is clearly nearer to the camera, as the crow flies and on the ground."""
+    """Whether one is clearly nearer to the camera, both in a straight line and on the ground."""
     return other["distance"] - one["distance"] > MARGIN_DISTANCE and other["position"][1] > one["position"][1]
 
 
@@ -116,7 +116,7 @@ def ground_distance(one: dict, other: dict) -> float:
 
 
 def nearest_to_camera(objects: list[dict]) -> dict | None:
-    """The object that is clearly nearer than all others."""
+    """The object that is clearly nearer than all others, or `None`."""
     return _first_by(objects, is_nearer)
 
 
@@ -125,7 +125,7 @@ def farthest_from_camera(objects: list[dict]) -> dict | None:
 
 
 def nearest_to_sign(objects: list[dict], sign: dict) -> dict | None:
-    """The object that stands clearly nearer to the sign, on the ground, than all others."""
+    """The object that is clearly nearest to the sign on the ground, or `None`."""
 
     def closer(one: dict, other: dict) -> bool:
         near, far = ground_distance(one, sign), ground_distance(other, sign)

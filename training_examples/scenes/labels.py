@@ -1,4 +1,4 @@
-"""What perfect experts would say of a scene: true labels in the form that the package's experts give theirs."""
+"""The true labels of a scene, in the same form as the predictions of the package's experts."""
 
 from typing import Any
 
@@ -14,23 +14,23 @@ DETECTION_CLASSES = ("ball", "cube", "cylinder", "cone", "ring", "pyramid", "sig
 EXPERTS = ("depth", "normal", "segmentation", "edge", "detection", "ocr")
 
 
-def true_labels(view: View, picture: np.ndarray, facts: dict[str, Any]) -> dict[str, Any]:
+def true_labels(view: View, image: np.ndarray, facts: dict[str, Any]) -> dict[str, Any]:
     """
     Args:
-        view (`View`): what is seen of the scene.
-        picture (`np.ndarray` of shape `(height, width, 3)`, uint8): its picture.
-        facts (`dict`): what [`describe`] says of it.
+        view (`View`): the view of the scene.
+        image (`np.ndarray` of shape `(height, width, 3)`, uint8): the image of the scene.
+        facts (`dict`): the result of [`describe`].
 
     Returns:
-        `dict`, the labels by expert; maps are uint8 of the picture's size:
+        `dict`, the labels by expert. Maps are uint8 and have the size of the image:
 
-        - `depth`: inverse depth, 255 the nearest point of the picture and 0 the farthest.
+        - `depth`: inverse depth, from 0 at the farthest to 255 at the nearest point of the image.
         - `normal`: (n + 1) / 2 of the components to the right, up and towards the camera.
         - `segmentation`: indices of `CLASSES`.
-        - `edge`: dark lines on white, where depth, surface, direction or color change at once.
-        - `detection`: boxes of objects and signs, painted as [`ObjectDetector`] does; `classes` are indices of
-          `DETECTION_CLASSES`; `boxes` is (left, top, right, bottom) of each instance.
-        - `ocr`: `ids` of words, line by line from the top, and `words` in lower case. There are no features.
+        - `edge`: dark lines on white, where depth, object, direction or color changes suddenly.
+        - `detection`: boxes of objects and signs, painted as in [`ObjectDetector`]. `classes` are indices of
+          `DETECTION_CLASSES`; `boxes` has (left, top, right, bottom) of each instance.
+        - `ocr`: `ids` of the words, from top to bottom, and `words` in lower case. There are no features.
     """
     depth = depth_label(view)
     seen = [
@@ -38,15 +38,15 @@ def true_labels(view: View, picture: np.ndarray, facts: dict[str, Any]) -> dict[
         *(("sign", s["box"]) for s in facts["signs"]),
     ]
     boxes = np.array([box for _, box in seen], np.float64).reshape(-1, 4)
-    size = (picture.shape[1], picture.shape[0])
-    # no detection is surer than another, and none is left out
+    size = (image.shape[1], image.shape[0])
+    # almost equal scores, so that no instance is left out
     ids, rows = paint_boxes(boxes, np.linspace(1, 0.9, len(boxes)), size, depth, max_overlap=1.0)
     signs = sorted(facts["signs"], key=lambda sign: sign["corners"][0][1])
     return {
         "depth": depth,
         "normal": np.clip((view.normal + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8),
         "segmentation": np.array([CLASSES.index(part.label) for part in view.parts], np.uint8)[view.part],
-        "edge": edge_label(view, picture),
+        "edge": edge_label(view, image),
         "detection": {
             "ids": ids,
             "classes": [DETECTION_CLASSES.index(seen[row][0]) for row in rows],
@@ -65,17 +65,17 @@ def depth_label(view: View) -> np.ndarray:
     return ((inverse - low) / max(high - low, 1e-12) * 255 + 0.5).astype(np.uint8)
 
 
-def edge_label(view: View, picture: np.ndarray) -> np.ndarray:
-    """Lines about two pixels wide; outlines are the strongest, then folds, then patterns."""
-    inverse = (view.depth.min() / view.depth).astype(np.float32)  # linear in the picture on any plane
-    colors = picture.astype(np.float32) / 255
+def edge_label(view: View, image: np.ndarray) -> np.ndarray:
+    """Lines about two pixels wide. Outlines are darkest, then folds, then patterns."""
+    inverse = (view.depth.min() / view.depth).astype(np.float32)  # linear in the image on any plane
+    colors = image.astype(np.float32) / 255
     strength = np.zeros(view.depth.shape, np.float32)
     for axis in (0, 1):
         first, second = _neighbors(view.part, axis)
         outline = (first != second) & (_labels(view)[first] != _labels(view)[second])
         first, second = _neighbors(view.normal, axis)
         fold = 0.8 * _ramp(1 - (first * second).sum(-1), 0.06, 0.4)
-        # how much the inverse depth bends, compared to a plane through its neighbors
+        # how far the inverse depth is from a plane through its neighbors
         bend = np.zeros_like(inverse)
         inner, before, after = ((slice(None),) * axis + (slice(*ends),) for ends in ((1, -1), (None, -2), (2, None)))
         bend[inner] = np.abs(inverse[before] + inverse[after] - 2 * inverse[inner])
@@ -92,7 +92,7 @@ def edge_label(view: View, picture: np.ndarray) -> np.ndarray:
 
 
 def _labels(view: View) -> np.ndarray:
-    """A number for each part, the same for parts of one thing: a table's top and legs, a sign."""
+    """A number for each part; equal for parts of one thing, such as the top and the legs of a table."""
     names = [(part.label, part.thing, part.sign) for part in view.parts]
     return np.array([names.index(name) for name in names])
 

@@ -1,9 +1,9 @@
 """
-What is said about a scene: questions with their answers, and captions, from the facts of [`describe`].
+Writes questions with answers, and captions, from the facts of [`describe`].
 
-A question is only asked if its answer follows from the picture: what it speaks of is there once, and relations hold
-by the margins of facts.py. So that answers cannot be guessed from questions, the answer is drawn first and then a
-question that has it; where that is not enough, `KEPT` thins out what would come too often.
+The answer of every question follows from the image: each object in it is unique, and relations hold by the margins of
+facts.py. Answers cannot be guessed from questions, since the answer is drawn first, and then a question for it. Where
+this does not balance the answers, `KEPT` leaves out some of the too frequent questions.
 """
 
 import re
@@ -29,7 +29,7 @@ COUNTS = ("0", "1", "2", "3", "4")
 TYPES = ("color", "shape", "material", "size", "count", "relation", "nearest", "sign", "yes/no")
 CAPTIONS = 5
 
-# How often a question of this form with this answer is kept, where answers are not equally often to be had.
+# Share of questions to keep, by form and answer. It balances answers that are not equally frequent.
 KEPT: dict[tuple[str, str], float] = {
     **{(f"count {kind}", "0"): 0.5 for kind in ("shape", "color", "size and shape")},
     **{(f"count {kind}", "1"): 0.52 for kind in ("shape", "color", "size and shape")},
@@ -53,7 +53,7 @@ def plural(shape: str) -> str:
 
 
 def phrase(thing: dict, attributes: tuple[str, ...] = ("color",), noun: str | None = None) -> str:
-    """The words for an object, as `large shiny red ball`, without an article."""
+    """The words for an object without an article, such as `large shiny red ball`."""
     words = [thing[name] for name in ("size", "material", "color") if name in attributes]
     return " ".join([*words, noun or thing["shape"]])
 
@@ -64,8 +64,8 @@ def article(words: str) -> str:
 
 def names_of(thing: dict, objects: list[dict], without: str | None = None) -> list[str]:
     """
-    Shortest names that fit this object alone, with one attribute more than needed too: `the cone`, `the red cone`,
-    `the shiny object`. They do not use the attribute `without`.
+    Short names that fit this object alone: `the cone`, `the red cone`, `the shiny object`. Names with three attributes
+    are used only if there is no shorter one. No name uses the attribute `without`.
     """
     found: list[tuple[int, str]] = []
     choices = [
@@ -92,7 +92,7 @@ def names_of(thing: dict, objects: list[dict], without: str | None = None) -> li
 
 
 class _Asker:
-    """Draws for one scene. Each form yields its questions, by answer."""
+    """Draws the questions about one scene. Each form of question is a method."""
 
     def __init__(self, facts: Facts, random: np.random.Generator, held_out: bool):
         self.facts, self.random, self.held_out = facts, random, held_out
@@ -113,7 +113,7 @@ class _Asker:
         return [items[k] for k in self.random.permutation(len(items))]
 
     def pairs(self, holds: Callable[[dict, dict], bool]) -> Iterator[tuple[str, str, dict, dict]]:
-        """Pairs of objects, in random order, for which `holds`, with their names."""
+        """Pairs of objects for which `holds` is true, in random order: their names, and the objects."""
         pairs = [(a, b) for a in self.objects for b in self.objects if a is not b and holds(a, b)]
         for one, other in self.shuffled(pairs):
             first, second = self.name(one), self.name(other)
@@ -121,13 +121,13 @@ class _Asker:
                 yield first, second, one, other
 
     def by_answer(self, form: str, choices: dict[str, list[str]], answers: tuple[str, ...], tries: int):
-        """A question, of `choices` by answer: the answer is drawn first, and again, up to `tries`, if it has none."""
+        """Draws an answer, then one of its `choices`. If the answer has none, draws another, `tries` times in all."""
         for answer in self.shuffled(list(answers))[:tries]:
             if choices.get(answer) and self.random.random() < KEPT.get((form, answer), 1.0):
                 return self.pick(choices[answer]), answer
         return None
 
-    # Each form returns (question, answer), or None.
+    # Each method below returns (question, answer), or None.
 
     def attribute(self, name: str, answers: tuple[str, ...], templates: tuple[str, ...], tries: int):
         choices: dict[str, list[str]] = {}
@@ -203,7 +203,7 @@ class _Asker:
         return self.by_answer(f"sign {answers[0]}", choices, answers, 1)
 
     def extreme(self):
-        """The object nearest to the camera, to the sign, or farthest away."""
+        """Asks for the object nearest to the camera or to the sign, or farthest from the camera."""
         posts = [sign for sign in self.signs if not sign["on_wall"]]
         ways = [
             ("nearest to the camera", nearest_to_camera(self.objects)),
@@ -214,7 +214,7 @@ class _Asker:
         where, thing = self.pick(ways)
         if thing is None:
             return None
-        # nobody shall wonder whether the sign is meant
+        # the sign must not be the nearest or farthest thing
         if where.startswith("nearest to the camera") and any(sign["distance"] < thing["distance"] for sign in posts):
             return None
         if where.startswith("farthest") and any(sign["distance"] > thing["distance"] for sign in posts):
@@ -253,7 +253,7 @@ class _Asker:
             return f"Does the sign say {self.pick([other for other in WORDS if other != word])}?", "no"
 
     def exists(self):
-        """Is there such an object? Where there is none, its color and its shape are there if possible, but apart."""
+        """Asks whether an object exists. If not, its color and its shape exist, but on different objects."""
         present = {(thing["color"], thing["shape"]) for thing in self.objects}
         if self.coin():
             color, shape = self.pick(sorted(present))
@@ -322,7 +322,7 @@ class _Asker:
                 return None
 
 
-# Questions of each type: the forms, and how many are drawn of each.
+# The forms of questions: method, type, number of draws.
 FORMS: tuple[tuple[str, str, int], ...] = (
     ("color", "color", 2),
     ("shape", "shape", 1),
@@ -349,13 +349,15 @@ FORMS: tuple[tuple[str, str, int], ...] = (
 
 def ask(facts: Facts, random: np.random.Generator, held_out: bool = False) -> list[dict[str, str]]:
     """
+    Draws the questions about a scene.
+
     Args:
-        facts (`dict`): what [`describe`] says of a scene.
-        random (`np.random.Generator`): what is drawn.
-        held_out (`bool`, *optional*, defaults to `False`): whether pairs of `HELD_OUT` may be mentioned.
+        facts (`dict`): the facts of the scene, from [`describe`].
+        random (`np.random.Generator`): the source of random numbers.
+        held_out (`bool`, *optional*, defaults to `False`): whether questions may name pairs of `HELD_OUT`.
 
     Returns:
-        `list[dict]`: `question`, `answer`, `type` (one of `TYPES`); each question once.
+        `list[dict]` with `question`, `answer` and `type` (one of `TYPES`), without duplicates.
     """
     asker = _Asker(facts, random, held_out)
     questions: dict[str, dict[str, str]] = {}
@@ -371,7 +373,7 @@ def ask(facts: Facts, random: np.random.Generator, held_out: bool = False) -> li
 
 
 def captions_of(facts: Facts) -> list[str]:
-    """Five captions, in lower case, to follow "a picture of": what there is, where, and what the sign says."""
+    """Five captions in lower case, to continue "a picture of": the objects, their places, and the word on the sign."""
     objects = sorted(facts["objects"], key=lambda thing: thing["center"][0])
     signs, place = facts["signs"], facts["place"]
     where = "on a table" if place == "table" else "in a room"
@@ -390,7 +392,7 @@ def _number_of_objects(objects: list[dict]) -> str:
 
 
 def _groups(objects: list[dict]) -> list[str]:
-    """Objects of one color and shape together, from the left: `a red ball`, `two blue cubes`."""
+    """Groups objects by color and shape, from left to right: `a red ball`, `two blue cubes`."""
     counts: dict[tuple[str, str], int] = {}
     for thing in objects:
         pair = (thing["color"], thing["shape"])
@@ -415,7 +417,7 @@ def _sign_words(signs: list[dict]) -> str:
 
 
 def _front_caption(objects: list[dict], where: str) -> str:
-    """The largest object that has another behind it, and the largest that is behind it."""
+    """The largest object that is in front of another, and the largest object behind it."""
     by_area = sorted(objects, key=lambda thing: -thing["visible_pixels"])
     for one in by_area:
         for other in by_area:
@@ -453,11 +455,11 @@ _MENTION = re.compile(
 
 def mentions(caption: str) -> dict[str, list]:
     """
-    What a caption claims, for measuring how much of it is true.
+    Parses the claims of a caption, to check whether they are true.
 
     Returns:
-        `dict` with `objects`: for each object that is named, a dict with its `shape` and those of `size`, `material`
-        and `color` that are said; and `words`: what signs are claimed to say.
+        `dict` with `objects`, a dict for each named object with its `shape` and, if named, `size`, `material` and
+        `color`; and `words`, the words on signs.
     """
     caption = caption.lower()
     found = [
@@ -469,7 +471,7 @@ def mentions(caption: str) -> dict[str, list]:
 
 
 def true_share(caption: str, facts: Facts) -> tuple[int, int]:
-    """How many of a caption's claims hold, and how many it makes: each named object and each word of a sign is one."""
+    """The number of true claims of a caption, and of all its claims. Each named object and each word is a claim."""
     claims = mentions(caption)
     right = sum(
         any(all(thing[name] == value for name, value in claim.items()) for thing in facts["objects"])

@@ -1,4 +1,4 @@
-"""Words on boards, written with the font that Pillow brings (Aileron)."""
+"""Draws words on boards, with the font that Pillow contains (Aileron)."""
 
 from functools import lru_cache
 
@@ -7,9 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 FONT_SIZE = 96
-STROKE = 2  # the font is regular; signs are bold
-MARGIN = 0.55  # at both sides, in heights of a capital letter
-BOARD_HEIGHT = 2.0  # the same
+STROKE = 2  # makes the regular font bold
+MARGIN = 0.55  # left and right, in heights of a capital letter
+BOARD_HEIGHT = 2.0  # in heights of a capital letter
 
 
 @lru_cache
@@ -26,19 +26,19 @@ def _letters() -> tuple[float, float]:
 
 @lru_cache(maxsize=1024)
 def text_width(text: str) -> float:
-    """In heights of a capital letter."""
+    """The width of a text, in heights of a capital letter."""
     top, bottom = _letters()
     left, _, right, _ = _font().getbbox(text, stroke_width=STROKE)
     return (right - left) / (bottom - top)
 
 
 def board_size(text: str, letter_height: float) -> tuple[float, float]:
-    """Width and height of the board for a text whose capitals have this height."""
+    """Width and height of the board for a text with capital letters of this height."""
     return (text_width(text) + 2 * MARGIN) * letter_height, BOARD_HEIGHT * letter_height
 
 
 def text_box(text: str) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the letters on their board, in board widths and heights from its top left."""
+    """Left, top, right and bottom of the letters, in widths and heights of the board from its top left corner."""
     width, height = board_size(text, 1.0)
     _, cap_top, _, cap_bottom = _font().getbbox("H", stroke_width=STROKE)
     _, top, _, bottom = _font().getbbox(text, stroke_width=STROKE)
@@ -53,7 +53,7 @@ def text_box(text: str) -> tuple[float, float, float, float]:
 
 
 def board_texture(text: str, height: int) -> np.ndarray:
-    """How much ink there is at each point of a board of this height in pixels: float32 (height, width) in 0..1."""
+    """The ink on a board of this height in pixels: float32 (height, width) in 0..1."""
     cap_top, cap_bottom = _letters()
     left = _font().getbbox(text, stroke_width=STROKE)[0]
     letter = cap_bottom - cap_top

@@ -1,4 +1,4 @@
-"""What surfaces look like: colors at many points of a pattern."""
+"""Patterns of surfaces: computes their colors at many points at once."""
 
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ def _table(seed: int) -> np.ndarray:
 
 
 def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Smooth random values in 0..1, different every 1 of u and v."""
+    """Smooth random values in 0..1, which change over distances of 1 in u and v."""
     table = _table(seed)
     column, row = np.floor(u), np.floor(v)
     right, down = u - column, v - row
@@ -27,12 +27,12 @@ def noise(seed: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _each(seed: int, number: np.ndarray) -> np.ndarray:
-    """A random value in 0..1 for each whole number."""
+    """A random value in 0..1 for each integer."""
     return _table(seed).reshape(-1)[number.astype(np.int64) * 7 & 4095]
 
 
 def _share(surface: Surface, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """How much of the second color there is, 0..1."""
+    """The share of the second color, 0..1."""
     u, v, seed, pattern = u / surface.scale, v / surface.scale, surface.seed, surface.pattern
     if pattern == "checker":
         return ((np.floor(u / 0.8) + np.floor(v / 0.8)) % 2).astype(np.float32)
@@ -76,7 +76,7 @@ def _share(surface: Surface, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return ((v + 0.25 * np.abs(u / 0.5 % 2 - 1)) / 0.4 % 1 < 0.4) * 1.0
     if pattern == "plain":
         return 0.35 * noise(seed, u * 0.8, v * 0.8)
-    raise ValueError(f"there is no pattern '{pattern}'")
+    raise ValueError(f"unknown pattern '{pattern}'")
 
 
 def flat_color(surface: Surface, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -87,7 +87,7 @@ def flat_color(surface: Surface, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def striped_color(surface: Surface, points: np.ndarray, radius: float) -> np.ndarray:
-    """Linear RGB (3, points) with wavy dark stripes: points in the object's own frame (3, points)."""
+    """Linear RGB (3, points) with wavy dark stripes. The points (3, points) are in the object's own frame."""
     x, y, z = points / radius
     bend = noise(surface.seed, x * 1.3 + 20, y * 1.3 + 20) + 0.5 * noise(surface.seed, x * 2 + 9, z + 9)
     wave = np.sin((z * 2.1 + 0.7 * x + 0.3 * bend) * 2 * np.pi / surface.scale)

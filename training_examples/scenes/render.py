@@ -1,8 +1,8 @@
 """
-A small ray-caster: the picture of a scene, and what is where in it.
+A small ray-caster. It renders the image of a scene, and finds the part of the scene at each pixel.
 
-Every pixel's ray is met with every part of the scene that it can reach; what is hit is lit by one soft light with
-shadows and by the sky, darker in corners. Shiny things mirror the ground and the walls.
+Each ray is intersected with every part of the scene that it can reach. One soft light with shadows and an ambient
+light, darker in corners, light the scene. Shiny objects mirror the ground and the walls.
 """
 
 import math
@@ -34,29 +34,29 @@ CLASSES = (
 
 @dataclass
 class Part:
-    """A solid, what it is, and how it looks."""
+    """A solid with its class and its surface."""
 
     solid: Solid
     label: str  # one of CLASSES
     surface: Surface
     thing: int | None = None
     sign: int | None = None
-    board: bool = False  # the part of a sign with the word
-    shades: bool = True  # whether it throws a shadow
+    board: bool = False  # whether it is the part of a sign with the word
+    shades: bool = True  # whether it casts a shadow
 
 
 @dataclass
 class View:
     """
-    What the rays of a picture hit; arrays are (height, width).
+    The surfaces that the rays of an image hit. Arrays are (height, width) unless stated otherwise.
 
     Attributes:
-        depth: along the camera's axis.
-        part: number of the part.
-        normal: (height, width, 3): right, up, towards the camera; length 1.
-        whole: for each part, the number of its pixels if nothing were in front of it.
-        touches_border: for each part, whether it reaches the border of the picture, if nothing were in front of it.
-        parts: what the numbers stand for.
+        depth: depth along the camera's axis.
+        part: index of the part in `parts`.
+        normal: (height, width, 3) unit normal: right, up, towards the camera.
+        whole: (parts,) number of pixels that each part would have if nothing were in front of it.
+        touches_border: (parts,) whether each part reaches the border of the image, visible or not.
+        parts: the parts of the scene.
     """
 
     depth: np.ndarray
@@ -67,7 +67,7 @@ class View:
     parts: list[Part]
 
     def mask(self, thing: int | None = None, sign: int | None = None) -> np.ndarray:
-        """Where an object, or the board of a sign, is seen."""
+        """The mask of the visible part of an object, or of the board of a sign."""
         chosen = [
             number
             for number, part in enumerate(self.parts)
@@ -77,7 +77,7 @@ class View:
 
 
 def look(scene: Scene, size: int) -> View:
-    """One ray through the middle of each pixel."""
+    """The view of a scene, from one ray through the middle of each pixel."""
     parts = make_parts(scene)
     depth, part, whole, touches, _ = _trace(scene.camera, parts, size)
     points, normals = _surface_points(scene.camera, parts, depth, part)
@@ -87,7 +87,7 @@ def look(scene: Scene, size: int) -> View:
 
 
 def render(scene: Scene, size: int, samples: int = 2) -> np.ndarray:
-    """The picture: uint8 (size, size, 3), from `samples`² rays a pixel."""
+    """The image of a scene, uint8 (size, size, 3), from `samples`² rays per pixel."""
     parts = make_parts(scene)
     rays = size * samples
     depth, part, _, _, directions = _trace(scene.camera, parts, rays)
@@ -124,7 +124,7 @@ def render(scene: Scene, size: int, samples: int = 2) -> np.ndarray:
         mirrored = _mirrored(scene, points[:, members], normals[:, members], directions[:, members])
         tint = 0.06 + 0.94 * color[:, members]
         mirrored = mirrored + 1.1 * glare[members]
-        # where little sky reaches, little is mirrored
+        # mirrors less where little ambient light arrives
         shaded[:, members] = 0.38 * shaded[:, members] + 1.1 * tint * mirrored * (0.35 + 0.65 * ambient[members])
         spark = np.maximum(dot(halfway[:, members], normals[:, members]), 0) ** 90
         shaded[:, members] += 1.4 * key * spark * (lit[members] > 0)
@@ -137,7 +137,7 @@ def render(scene: Scene, size: int, samples: int = 2) -> np.ndarray:
 
 
 def text_corners(scene: Scene, number: int) -> np.ndarray:
-    """Corners of a sign's word in the picture, in image widths: (4, 2), from its first letter's top, clockwise."""
+    """Corners of a sign's word in image widths, (4, 2), clockwise from the top of the first letter."""
     sign = scene.signs[number]
     left, top, right, bottom = text_box(sign.text)
     across = np.array([left, right, right, left]) - 0.5
@@ -146,7 +146,7 @@ def text_corners(scene: Scene, number: int) -> np.ndarray:
     return scene.camera.project(own @ rotation(sign.yaw, sign.tilt) + sign.center)[:, :2]
 
 
-# ---- what a scene is made of ----
+# ---- parts of a scene ----
 
 BOARD_THICKNESS = 0.06
 
@@ -226,7 +226,7 @@ def _sign_parts(sign: Sign, number: int) -> list[Part]:
 
 
 def _trace(camera: Camera, parts: list[Part], rays: int):
-    """Depth and part per ray of a square grid; whole silhouettes; directions (3, rays, rays) with a depth of 1."""
+    """Depth and part per ray of a square grid; `whole` and `touches_border`; directions (3, rays, rays) of depth 1."""
     axes, origin = camera.axes.astype(np.float32), camera.position.astype(np.float32)[:, None]
     across = (((np.arange(rays) + 0.5) / rays - 0.5) / camera.focal_length).astype(np.float32)
     directions = axes[2][:, None, None] + axes[0][:, None, None] * across + axes[1][:, None, None] * -across[:, None]
@@ -270,7 +270,7 @@ def _window(camera: Camera, solid: Solid, rays: int) -> tuple[int, int, int, int
 
 
 def _members(parts: list[Part], part: np.ndarray):
-    """Each part that is seen, with the places of its rays."""
+    """Each visible part, with the indices of its rays."""
     flat = part.reshape(-1)
     order = np.argsort(flat, kind="stable")
     numbers, starts = np.unique(flat[order], return_index=True)
@@ -280,7 +280,7 @@ def _members(parts: list[Part], part: np.ndarray):
 
 
 def _surface_points(camera: Camera, parts: list[Part], depth: np.ndarray, part: np.ndarray):
-    """World points and normals, (3, rays)."""
+    """Points and normals in the world, (3, rays)."""
     rays = depth.shape[0]
     across = (((np.arange(rays) + 0.5) / rays - 0.5) / camera.focal_length).astype(np.float32)
     seen = np.stack([np.broadcast_to(across, depth.shape), np.broadcast_to(-across[:, None], depth.shape)])
@@ -297,7 +297,7 @@ def _surface_points(camera: Camera, parts: list[Part], depth: np.ndarray, part: 
 
 
 def _albedo(scene: Scene, part: Part, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """The surface's own color, linear RGB (3, points)."""
+    """The color of the surface without light, linear RGB (3, points)."""
     surface, solid = part.surface, part.solid
     own = solid.to_own(points)
     if surface.pattern in ("matte", "shiny"):
@@ -330,7 +330,7 @@ def _board_color(scene: Scene, part: Part, own: np.ndarray) -> np.ndarray:
 def _unshadowed(
     scene: Scene, parts: list[Part], points: np.ndarray, normals: np.ndarray, lit: np.ndarray, samples: int
 ) -> np.ndarray:
-    """1 where the light reaches a point, else 0. Each of a pixel's rays asks for another point of the light."""
+    """1 where the light reaches a point, else 0. Each ray of a pixel tests another point of the light."""
     rays = round(math.sqrt(points.shape[1]))
     grid = np.arange(rays * rays).reshape(rays, rays)
     reaches = np.ones(points.shape[1], np.float32)
@@ -353,7 +353,7 @@ def _unshadowed(
             members = grid[row::samples, column::samples].reshape(-1)
             members = members[lit[members] > 0]
             start = points[:, members] + 0.004 * normals[:, members]
-            # how near to each center each ray passes
+            # squared distance from each center to each ray
             squared = dot(start, start) - 2 * (centers @ start) + (centers**2).sum(1, keepdims=True)
             along = centers @ towards - (towards.T @ start)
             passes = (squared - along**2 < reach**2) & (along > -reach)
@@ -368,7 +368,7 @@ def _unshadowed(
 
 
 def _openness(parts: list[Part], part: np.ndarray, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
-    """How much of the sky reaches a point, 0..1: objects are taken as balls that hide a part of it."""
+    """The share of ambient light that reaches a point, 0..1. Objects hide a part of it as if they were balls."""
     openness = np.ones(points.shape[1], np.float32)
     flat = part.reshape(-1)
     far = dot(points, points)
@@ -389,8 +389,8 @@ def _openness(parts: list[Part], part: np.ndarray, points: np.ndarray, normals: 
 
 def _glare(part: Part, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
     """
-    A soft streak as from a bright window, on solids whose mirror image alone would leave them dull: slanted on flat
-    sides, upright on a cylinder. (points,) in 0..1.
+    A soft reflection of a bright window, (points,) in 0..1: slanted on flat sides, upright on a cylinder. Without it,
+    these solids would hardly look shiny.
     """
     if isinstance(part.solid, Cylinder):
         return np.clip(1.5 - np.abs(normals[0] + 0.3) / 0.14, 0, 1) * (np.abs(normals[2]) < 0.5)
@@ -401,11 +401,11 @@ def _glare(part: Part, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
 
 
 def _mirrored(scene: Scene, points: np.ndarray, normals: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """The light that shiny things mirror: the ground's pattern, and walls all around with bright windows."""
+    """The light that shiny objects mirror: the pattern of the ground, and walls on all sides with bright windows."""
     room = scene.room
     away = directions - 2 * dot(directions, normals) * normals
     wall = np.array(room.wall.color, np.float32)[:, None]
-    # walls 4 units around the middle, so that what a flat side mirrors changes along it
+    # walls only 4 units from the middle, so that the mirror image changes along a flat side
     with np.errstate(divide="ignore"):
         to_wall = ((np.copysign(4, away[:2]) - points[:2]) / away[:2]).min(0)
     hit = points + np.minimum(to_wall, 20) * away

@@ -1,5 +1,5 @@
 """
-Trains a Prismer on Scenes, and measures what it takes from its experts.
+Trains a Prismer on Scenes and evaluates it.
 
     export PYTHONPATH=training_examples
     python -m scenes.run_scenes --backbones runs/scenes/backbones --suite runs/scenes/experts \\
@@ -11,10 +11,11 @@ Trains a Prismer on Scenes, and measures what it takes from its experts.
         --data_dir runs/scenes-data --freeze vision --max_steps 1000 --learning_rate 5e-4 --do_train --do_eval \\
         --output_dir runs/scenes/stage-2
 
-The first command puts the experts of train_experts.py between the frozen backbones of train_backbones.py, and trains
-the new weights to read signs. The second trains them on all captions and questions, the third trains the language
-backbone too. `--labels true` gives the model true labels instead of the experts' predictions. `--suite none` makes a
-PrismerZ. `--blind` shows a gray image and no expert, to measure what the questions alone give.
+The first command builds a model from the frozen backbones of train_backbones.py and the experts of train_experts.py,
+and trains its new weights to read signs. The second command trains them on all captions and questions. The third also
+trains the language backbone. With `--labels true` the model gets true labels instead of the experts' predictions.
+`--suite none` makes a PrismerZ. With `--blind` the model gets a gray image and no experts, to measure how much the
+questions alone reveal.
 """
 
 import json
@@ -75,34 +76,34 @@ DEFAULTS = {
     "save_steps": 200,
     "dataloader_num_workers": 1,
     "freeze": "both",
-    # Left and right, and how many there are, would not be what the texts say.
+    # flips and crops would make the texts wrong about left and right, and about numbers of objects
     "augment": False,
 }
-GENERATION = {"num_beams": 3, "max_new_tokens": 30}  # captions are longer than COCO's
-TEXTS_PER_IMAGE = {"all": 20, "signs": 3}  # drawn of a picture's captions and questions each time it is seen
-WEIGHTS = {"sign": 3.0}  # of a question's loss, by type: one question a picture is all that asks for one of 200 words
+GENERATION = {"num_beams": 3, "max_new_tokens": 30}  # captions are longer than in COCO
+TEXTS_PER_IMAGE = {"all": 20, "signs": 3}  # texts drawn for an image in each epoch
+WEIGHTS = {"sign": 3.0}  # loss weights by type; 200 words are learned from one question per image
 CAPTION_PROMPT = "A picture of"
-FAMILIAR = 3000  # scenes by which the published checkpoint tells what is unlike them
+FAMILIAR = 3000  # scenes that the published checkpoint compares images with
 
 
 @dataclass
 class ScenesArguments(RecipeArguments):
-    data_dir: str | None = field(default=None, metadata={"help": "Where the data set is or is made."})
-    data_config: str = field(default="scenes", metadata={"help": "scenes, or shifted for other looks."})
-    backbones: str | None = field(default=None, metadata={"help": "Folder that scenes/train_backbones.py wrote."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set; made if missing."})
+    data_config: str = field(default="scenes", metadata={"help": "scenes; or shifted, with another appearance."})
+    backbones: str | None = field(default=None, metadata={"help": "Output folder of scenes/train_backbones.py."})
     suite: str = field(
         default="none",
-        metadata={"help": "Folder of scenes/train_experts.py; `true` without live experts; `none`."},
+        metadata={"help": "Output folder of scenes/train_experts.py; true (experts without live networks); or none."},
     )
     texts: str = field(
         default="all",
-        metadata={"help": "all; or signs: of scenes with a sign the question what it says, and two other texts."},
+        metadata={"help": "all; or signs (scenes with a sign: the question for its word, and two other texts)."},
     )
     photographs: str | None = field(
         default=None,
-        metadata={"help": "Folder of pictures that are no scenes: how many of them a published --model warns of."},
+        metadata={"help": "Folder of images that are not scenes; counts those that a published --model warns about."},
     )
-    blind: bool = field(default=False, metadata={"help": "Show a grey picture and no expert."})
+    blind: bool = field(default=False, metadata={"help": "Replace images by gray ones, without experts."})
 
 
 # ---- data ----
@@ -110,8 +111,8 @@ class ScenesArguments(RecipeArguments):
 
 def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
     """
-    A row is a picture with all its questions and captions; or, of `signs` only, of a picture with a sign, with the
-    question what it says and two other texts.
+    Makes one row per image with all its questions and captions. With `only="signs"`, rows are images with a sign, and
+    have the question for its word and two other texts.
     """
     random = np.random.default_rng(0)
 
@@ -137,7 +138,7 @@ def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
 
 
 class TrueLabels:
-    """From images' ids to true labels."""
+    """Returns the true labels for the ids of images."""
 
     def __init__(self, *parts: Dataset):
         self.parts = parts
@@ -159,8 +160,8 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     folder = Path(args.backbones or "")
     if args.backbones is None or not all((folder / part).is_dir() for part in ("clip", "roberta", "tokenizer")):
         raise SystemExit(
-            f"--backbones {args.backbones}: a new model needs the folder that scenes/train_backbones.py wrote, with "
-            "clip, roberta and tokenizer; or give --model, a trained one"
+            f"--backbones {args.backbones}: a new model needs the output folder of scenes/train_backbones.py, with "
+            "clip, roberta and tokenizer; or pass a trained model as --model"
         )
     suite = None
     if args.suite not in ("none", "true"):
@@ -168,7 +169,7 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     descriptions = [] if args.suite == "none" else DESCRIPTIONS
     model = PrismerForConditionalGeneration.from_backbones(
         vision=CLIPModel.from_pretrained(folder / "clip"),
-        # no dropout: a network as small as this one does not overfit on as many texts
+        # no dropout: this small network does not overfit on so many texts
         text=RobertaForMaskedLM.from_pretrained(
             folder / "roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ),
@@ -194,7 +195,7 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
 
 def choose_attention(model: PrismerForConditionalGeneration) -> None:
     if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # sdpa's backward pass is slow on CPUs for sequences this short
+        model.set_attn_implementation("eager")  # the backward pass of sdpa is slow on CPUs for such short sequences
 
 
 # ---- evaluation ----
@@ -202,13 +203,13 @@ def choose_attention(model: PrismerForConditionalGeneration) -> None:
 
 @torch.no_grad()
 def say(model, processor, scenes, collator, texts, task, batch_size=64, **generation) -> list[list[str]]:
-    """What the model says to each of the texts, a list for each scene; the scene is encoded once for all."""
+    """The outputs of the model for the texts of each scene. Each scene is encoded once for all its texts."""
     model.eval()
     said = []
     for start in tqdm(range(0, len(scenes), batch_size), desc=task, leave=False):
         batch = texts[start : start + batch_size]
         rows = [scenes[i] for i in range(start, start + len(batch))]
-        most = max(map(len, batch))  # every picture takes the same number of texts: repeat, and cut later
+        most = max(map(len, batch))  # each image needs the same number of texts: repeat them, and cut the outputs
         for row, asked in zip(rows, batch):
             row.update(text=(asked * most)[:most], task=[task] * most)
         inputs = {name: tensor.to(model.device) for name, tensor in collator(rows).items()}
@@ -219,7 +220,7 @@ def say(model, processor, scenes, collator, texts, task, batch_size=64, **genera
 
 
 def score_answers(said: list[list[str]], scenes: Dataset) -> dict[str, float]:
-    """Share of the questions that are answered exactly, in all and by type."""
+    """The share of exact answers, of all questions and by type."""
     hits = defaultdict(list)
     for answers, questions in zip(said, scenes["questions"], strict=True):
         for answer, question in zip(answers, questions, strict=True):
@@ -229,7 +230,7 @@ def score_answers(said: list[list[str]], scenes: Dataset) -> dict[str, float]:
 
 
 def score_captions(captions: list[str], scenes: Dataset) -> dict[str, float]:
-    """CIDEr, and the share of what is said of an object that is true of one in the picture, all attributes at once."""
+    """CIDEr; the share of named objects that exist with all their attributes; the number of named objects."""
     metrics = evaluate.load(str(Path(__file__).parents[1] / "metrics" / "caption_metrics"))
     scores = metrics.compute(predictions=captions, references=scenes["captions"], metrics=["cider"], tokenizer="regex")
     right, said = np.sum([true_share(caption, facts) for caption, facts in zip(captions, scenes["facts"])], axis=0)
@@ -242,8 +243,8 @@ def score_captions(captions: list[str], scenes: Dataset) -> dict[str, float]:
 
 def evaluation_splits(splits: dict[str, Dataset], max_rows: int | None = None) -> dict[str, Dataset]:
     """
-    `validation`; `test`, like it; `held_out`, the scenes of the split `test` that have colors on shapes which the
-    training data never show. Each with its first `max_rows` scenes.
+    The splits to evaluate on, each with its first `max_rows` scenes: `validation`; `test`, which is like `validation`;
+    and `held_out`, the scenes of the split `test` with pairs of color and shape that never occur in training.
     """
     found = {"validation": splits["validation"]} if "validation" in splits else {}
     held_out = np.array(splits["test"]["held_out"])
@@ -268,7 +269,7 @@ def measure(model, processor, scenes, collator, num_beams: int = 3) -> dict[str,
 
 @torch.no_grad()
 def features_of(model, scenes, collator, batch_size=64) -> torch.Tensor:
-    """What [`Familiarity`] knows pictures by, `(scenes, width)`."""
+    """The features that [`Familiarity`] compares, `(scenes, width)`."""
     model.eval()
     features = []
     for start in tqdm(range(0, len(scenes), batch_size), desc="features", leave=False):
@@ -282,18 +283,18 @@ def features_of(model, scenes, collator, batch_size=64) -> torch.Tensor:
 
 def measure_familiarity(args: ScenesArguments, model, processor, scenes: dict[str, Dataset], collator) -> dict:
     """
-    Of `test`, `held_out` and `--photographs` the share of the pictures that `prismer` warns of, and how far they are:
-    the nearest, the median, the farthest.
+    The share of images that `prismer` warns about, for `test`, `held_out` and `--photographs`, and the smallest, the
+    median and the largest distance.
     """
     familiarity = args.model and Familiarity.from_pretrained(args.model)
     if not familiarity:
-        raise SystemExit("--photographs: it needs a --model that says what it knows, as --publish_to writes it")
+        raise SystemExit("--photographs needs a --model that knows its training images, as --publish_to saves it")
     found = open_source(args.photographs)
     photographs = Dataset.from_list([{"image_id": key, "image": image} for key, image in found])
-    pictures = {name: (scenes[name], collator) for name in ("test", "held_out") if name in scenes}
-    pictures["photographs"] = photographs, DataCollatorForPrismer(processor, with_suffix=False)
+    images = {name: (scenes[name], collator) for name in ("test", "held_out") if name in scenes}
+    images["photographs"] = photographs, DataCollatorForPrismer(processor, with_suffix=False)
     results = {}
-    for name, (rows, labelled) in pictures.items():
+    for name, (rows, labelled) in images.items():
         distance = familiarity.distance(features_of(model, rows, labelled))
         spread = torch.quantile(distance, torch.tensor([0.0, 0.5, 1.0])).tolist()
         warned = (distance > familiarity.limit).float().mean().item()
@@ -304,7 +305,7 @@ def measure_familiarity(args: ScenesArguments, model, processor, scenes: dict[st
 def main() -> None:
     args, training_args = parse_arguments(ScenesArguments, **DEFAULTS)
     if args.texts not in TEXTS_PER_IMAGE:
-        raise SystemExit(f"--texts {args.texts}: {' or '.join(TEXTS_PER_IMAGE)} is needed")
+        raise SystemExit(f"--texts is {args.texts!r}; accepted are {', '.join(TEXTS_PER_IMAGE)}")
     output_dir = Path(training_args.output_dir)
     builder = Scenes(cache_dir=args.data_dir, config_name=args.data_config)
     builder.download_and_prepare()

@@ -1,9 +1,9 @@
 """
-What is in a scene: drawn at random, to be rendered.
+Draws the contents of a scene at random.
 
-Lengths are in units of which a large object is about 1.3 high. x points right, y away from the camera, z up; objects
-stand on z = 0, the floor of a room or the top of a table. The camera looks along y, from above. All numbers come
-from one random generator, so that a scene is a function of its seed.
+A large object is about 1.3 units high. x points right, y away from the camera, z up. Objects stand on z = 0, which is
+the floor of a room or the top of a table. The camera looks along y, from above. All numbers come from one random
+generator, so that a scene depends on its seed alone.
 """
 
 import colorsys
@@ -21,7 +21,7 @@ SHAPES = ("ball", "cube", "cylinder", "cone", "ring", "pyramid")
 MATERIALS = ("matte", "shiny", "striped")
 SIZES = ("small", "large")
 
-# Pairs that training and validation never show, nor mention: each color once, each shape at least once.
+# Pairs that never appear in images or texts of training and validation: each color once, each shape at least once.
 HELD_OUT = (
     ("red", "cone"),
     ("orange", "ring"),
@@ -38,13 +38,13 @@ RADII = {"small": (0.34, 0.39), "large": (0.60, 0.68)}
 
 @dataclass(frozen=True)
 class Domain:
-    """The looks of a data set. Names, sizes and questions are the same in each."""
+    """The appearance of a data set. Names, sizes and questions do not depend on it."""
 
     # hue in degrees, saturation, value
     shades: dict[str, tuple[float, float, float]]
     floors: tuple[str, ...]
     walls: tuple[str, ...]
-    ground_hues: tuple[float, float] = (20.0, 45.0)  # degrees; floors, tables
+    ground_hues: tuple[float, float] = (20.0, 45.0)  # degrees; of floors and tables
     ground_values: tuple[float, float] = (0.45, 0.85)
     wall_hues: tuple[float, float] = (0.0, 360.0)
     wall_values: tuple[float, float] = (0.7, 0.95)
@@ -98,7 +98,7 @@ DOMAINS = {"scenes": SCENES, "shifted": SHIFTED}
 
 @dataclass(frozen=True)
 class Surface:
-    """How a surface looks: a pattern of two colors (linear RGB), and the seed of its irregularities."""
+    """The appearance of a surface: a pattern of two colors (linear RGB), and the seed of its irregularities."""
 
     pattern: str
     color: tuple[float, float, float]
@@ -109,7 +109,7 @@ class Surface:
 
 @dataclass(frozen=True)
 class Thing:
-    """One of the objects that questions are about."""
+    """An object that questions can ask about."""
 
     shape: str
     color: str
@@ -118,9 +118,9 @@ class Thing:
     radius: float
     x: float
     y: float
-    z: float  # of its lowest point: 0, or the height of its stand
+    z: float  # lowest point: 0, or the height of its stand
     yaw: float
-    upright: bool  # a ring that stands like a wheel
+    upright: bool  # whether a ring stands like a wheel
     surface: Surface
     stand: Surface | None = None
 
@@ -137,13 +137,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A board with a word: on a post, or on the back wall."""
+    """A board with a word, on a post or on the back wall."""
 
     word: str
-    text: str  # as it is written: upper case, or as a name
+    text: str  # the word in upper case or capitalized
     x: float
     y: float
-    z: float  # of the board's middle
+    z: float  # middle of the board
     width: float
     height: float
     letter_height: float
@@ -176,7 +176,7 @@ class Camera:
         return 0.5 / math.tan(self.field_of_view / 2)
 
     def project(self, points: np.ndarray) -> np.ndarray:
-        """World points (n, 3) to (n, 3): x and y in image widths from the top left corner, and depth."""
+        """Projects world points (n, 3) to (n, 3): x and y in image widths from the top left corner, and depth."""
         seen = (np.atleast_2d(points) - self.position) @ self.axes.T
         depth = np.maximum(seen[:, 2:], 1e-6)
         place = 0.5 + self.focal_length * seen[:, :2] * [1, -1] / depth
@@ -185,16 +185,17 @@ class Camera:
 
 @dataclass(frozen=True)
 class Room:
-    """The surroundings: a floor and two walls, and perhaps a table that everything stands on."""
+    """The surroundings: a floor, two walls, and optionally a table that everything stands on."""
 
     yaw: float
     floor: Surface
     wall: Surface
     back: float  # distance of the back wall from the middle
-    side: float  # of the side wall; negative: it is at the left
+    side: float  # distance of the side wall; negative if it is on the left
     table: Surface | None = None
     table_size: tuple[float, float] = (2.6, 2.1)  # half sides
-    pictures: tuple[tuple[float, float, float, float, Surface], ...] = ()  # along the wall, height, half sides
+    # on the back wall: position along it, height, half width, half height, surface
+    pictures: tuple[tuple[float, float, float, float, Surface], ...] = ()
 
     @property
     def floor_height(self) -> float:
@@ -203,9 +204,9 @@ class Room:
 
 @dataclass(frozen=True)
 class Light:
-    direction: np.ndarray  # towards it
+    direction: np.ndarray  # towards the light
     color: np.ndarray
-    sky: np.ndarray  # the light from everywhere
+    sky: np.ndarray  # color of the ambient light
     softness: float
 
 
@@ -221,21 +222,21 @@ class Scene:
 
 
 def to_linear(color) -> tuple[float, float, float]:
-    """sRGB in 0..1 to linear light."""
+    """Converts sRGB in 0..1 to linear RGB."""
     return tuple(float(value) ** 2.2 for value in color)
 
 
 def hsv(hue: float, saturation: float, value: float) -> tuple[float, float, float]:
-    """Hue in degrees; to linear RGB."""
+    """Converts HSV to linear RGB; the hue is in degrees."""
     return to_linear(colorsys.hsv_to_rgb(hue / 360 % 1, min(1, max(0, saturation)), min(1, max(0, value))))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a scene shall hold, before it is known where: drawn once, so that crowded scenes are not rarer."""
+    """The contents of a scene without positions. Drawn first and kept, so that crowded scenes do not become rarer."""
 
     kinds: tuple[tuple[str, str, str, str], ...]  # shape, color, material, size of each object
-    words: tuple[str, ...]  # of the signs
+    words: tuple[str, ...]  # on the signs
     table: bool
     domain: str = "scenes"
     held_out: bool = False
@@ -243,11 +244,13 @@ class Plan:
 
 def plan_scene(random: np.random.Generator, domain: str = "scenes", held_out: bool = False) -> Plan:
     """
+    Draws the contents of a scene.
+
     Args:
-        random (`np.random.Generator`): all that the plan depends on.
+        random (`np.random.Generator`): the source of all random numbers.
         domain (`str`, *optional*, defaults to `"scenes"`): a key of `DOMAINS`.
         held_out (`bool`, *optional*, defaults to `False`):
-            Whether at least one object is of the `HELD_OUT` pairs, and all may be; else none is.
+            Whether at least one object has a color and a shape of `HELD_OUT`. If `False`, no object has.
     """
     number = int(random.choice([3, 4, 5, 6, 7], p=[0.14, 0.27, 0.29, 0.2, 0.1]))
     signs = int(random.choice([0, 1, 2], p=[0.1, 0.75, 0.15]))
@@ -262,10 +265,10 @@ def plan_scene(random: np.random.Generator, domain: str = "scenes", held_out: bo
 
 def propose_scene(random: np.random.Generator, plan: Plan) -> Scene | None:
     """
-    One draw of a scene. Whether everything in it can be seen well enough is for the caller to judge.
+    Draws positions for the contents of a scene. The caller checks whether everything is visible enough.
 
     Returns:
-        `Scene`, or `None` where the objects found no room.
+        `Scene`, or `None` if the objects do not fit.
     """
     looks = DOMAINS[plan.domain]
     camera = _camera(random, looks)
@@ -285,7 +288,7 @@ def propose_scene(random: np.random.Generator, plan: Plan) -> Scene | None:
 
 @dataclass(frozen=True)
 class _Taken:
-    """Ground, as a disc of radius `reach`, and a part of the picture: left, top, right, bottom in picture widths."""
+    """Occupied ground, a disc of radius `reach`, and a box in the image: left, top, right, bottom in image widths."""
 
     x: float
     y: float
@@ -293,19 +296,19 @@ class _Taken:
     outline: tuple[float, float, float, float]
 
 
-def _outline(camera: Camera, what: Thing | Sign) -> tuple[float, float, float, float]:
-    """About where an object, or a sign's board, is in the picture."""
-    x, y, depth = camera.project(what.center)[0]
-    if isinstance(what, Sign):
-        half_width, half_height = what.width / 2, what.height / 2
+def _outline(camera: Camera, item: Thing | Sign) -> tuple[float, float, float, float]:
+    """The approximate box of an object, or of a sign's board, in the image."""
+    x, y, depth = camera.project(item.center)[0]
+    if isinstance(item, Sign):
+        half_width, half_height = item.width / 2, item.height / 2
     else:
-        half_width, half_height = 0.8 * what.radius, max(0.4 * what.radius, 0.42 * what.height)
+        half_width, half_height = 0.8 * item.radius, max(0.4 * item.radius, 0.42 * item.height)
     half_width, half_height = (camera.focal_length * half / depth for half in (half_width, half_height))
     return x - half_width, y - half_height, x + half_width, y + half_height
 
 
 def _shared(one: tuple, other: tuple) -> float:
-    """The area that two outlines share, as a part of the smaller one."""
+    """The area that two outlines share, relative to the smaller one."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     areas = [(each[2] - each[0]) * (each[3] - each[1]) for each in (one, other)]
@@ -314,14 +317,14 @@ def _shared(one: tuple, other: tuple) -> float:
 
 def _camera(random: np.random.Generator, looks: Domain) -> Camera:
     pitch, view = math.radians(random.uniform(*looks.pitch)), math.radians(random.uniform(*looks.field_of_view))
-    # so far that the same stretch of ground fills the picture
+    # at this distance the same area of ground fills the image
     distance = 2.55 / math.tan(view / 2) * random.uniform(0.94, 1.06)
     target = np.array([random.uniform(-0.15, 0.15), random.uniform(-0.1, 0.1), random.uniform(0.25, 0.45)])
     return Camera(target - distance * np.array([0, math.cos(pitch), -math.sin(pitch)]), pitch, view)
 
 
 def _ground(random: np.random.Generator, looks: Domain, patterns: tuple[str, ...]) -> Surface:
-    """A floor or a table: two quiet colors, not far apart."""
+    """A floor or a table: two similar colors of low saturation."""
     hue, saturation = random.uniform(*looks.ground_hues), random.uniform(0.05, 0.35)
     value = random.uniform(*looks.ground_values)
     contrast = random.uniform(0.68, 0.88)
@@ -378,7 +381,7 @@ def _room(random: np.random.Generator, looks: Domain, on_table: bool) -> Room:
 
 
 def _light(random: np.random.Generator, looks: Domain) -> Light:
-    # from the left or the right, and from the camera's side: what is seen is mostly lit
+    # from the left or right on the camera's side, so that visible surfaces are mostly lit
     azimuth = math.radians(random.uniform(20, 75)) * random.choice([-1, 1])
     elevation = math.radians(random.uniform(*looks.elevation))
     warmth = random.uniform(*looks.warmth)
@@ -395,7 +398,7 @@ def _light(random: np.random.Generator, looks: Domain) -> Light:
 
 
 def _kinds(random: np.random.Generator, number: int, held_out: bool) -> list[tuple[str, str, str, str]]:
-    """Shape, color, material and size of each object: one shape or color often several times, three kinds at least."""
+    """Shape, color, material and size of each object: at least three kinds, often with repeated shapes or colors."""
     shape, color = str(random.choice(SHAPES)), str(random.choice(COLORS))
     repeated_shape = 0.5 if random.random() < 0.5 else 0.0
     repeated_color = 0.5 if random.random() < 0.4 else 0.0
@@ -416,7 +419,7 @@ def _kinds(random: np.random.Generator, number: int, held_out: bool) -> list[tup
 
 
 def _free_ground(random: np.random.Generator, room: Room, reach: float) -> tuple[float, float]:
-    """A place on the ground that the camera sees, `reach` from the table's edge."""
+    """A place on the ground in view of the camera, at least `reach` from the edge of the table."""
     while True:
         y = random.uniform(-1.75, 1.9)
         x = random.uniform(-1, 1) * (1.75 + 0.28 * (y + 1.75) - 0.3 * reach)
@@ -436,7 +439,7 @@ def _place(
     room: Room,
     taken: list[_Taken],
 ) -> Thing | None:
-    """The object at a free place, which is added to `taken`; `None` where there is none."""
+    """The object at a free place, which is added to `taken`; `None` if there is no free place."""
     shape, color, material, size = kind
     hue, saturation, value = looks.shades[color]
     rgb = hsv(hue + random.uniform(-4, 4), saturation * random.uniform(0.9, 1.06), value * random.uniform(0.92, 1.04))
@@ -447,7 +450,7 @@ def _place(
         stand_height = random.uniform(0.35, 0.95)
     surface = Surface(material, rgb, scale=random.uniform(0.85, 1.2), seed=int(random.integers(2**31)))
     upright = bool(shape == "ring" and random.random() < 0.5)
-    if shape == "ring":  # a wheel shows its hole
+    if shape == "ring":  # so that the hole of an upright ring is visible
         yaw = math.radians(random.uniform(-40, 40))
     else:
         yaw = math.radians(random.uniform(0, 90))
@@ -474,7 +477,7 @@ BOARDS = (  # board and ink, sRGB
 
 
 def _signs(random: np.random.Generator, camera: Camera, room: Room, words: tuple[str, ...]) -> list[Sign] | None:
-    """Signs with these words, all in the picture and apart; `None` if that failed."""
+    """Signs with these words, inside the image and apart from each other; `None` if they do not fit."""
     boards = random.choice(len(BOARDS), size=len(words), replace=False)
     signs: list[Sign] = []
     for word, board in zip(words, boards):
@@ -493,7 +496,7 @@ def _signs(random: np.random.Generator, camera: Camera, room: Room, words: tuple
 
 def _sign(random: np.random.Generator, camera: Camera, room: Room, word: str, on_wall: bool, board: int) -> Sign:
     text = word.upper() if random.random() < 0.65 else word.capitalize()
-    letters = random.uniform(0.062, 0.086)  # their height in image heights
+    letters = random.uniform(0.062, 0.086)  # letter height in image heights
     tilt = math.radians(random.uniform(4, 16))
     if on_wall:
         along = random.uniform(-1.6, 1.6)
@@ -503,11 +506,11 @@ def _sign(random: np.random.Generator, camera: Camera, room: Room, word: str, on
         yaw, tilt, z = room.yaw, 0.0, random.uniform(0.6, 1.2) - (0.8 if room.table else 0.0)
     else:
         x, y = _free_ground(random, room, 0.3)
-        y = 0.5 * y + 0.6 if random.random() < 0.6 else y  # rather further back, where it hides less
+        y = 0.5 * y + 0.6 if random.random() < 0.6 else y  # further back, where it hides less
         yaw = math.radians(random.uniform(-14, 14)) - 0.35 * math.atan2(x, y - camera.position[1])
         z = random.uniform(0.75, 1.3)
     depth = camera.project(np.array([[x, y, z]]))[0, 2]
-    # letters stand up, the camera looks down at them
+    # corrects the letters for the pitch of the camera
     letter_height = letters * depth / camera.focal_length / math.cos(camera.pitch - tilt)
     width, height = board_size(text, letter_height)
     if not on_wall:

@@ -1,14 +1,14 @@
 """
-Scenes: rendered rooms and tables with objects and signs, what perfect experts would see in them, captions, and
-questions with answers.
+The Scenes data set: rendered rooms and tables with objects and signs, true expert labels, captions, and questions with
+answers.
 
     export PYTHONPATH=training_examples
     python -m scenes.scenes --preview 50 preview.png
     python -m scenes.scenes --scene 7 scene.png
     python -m scenes.scenes --generate --cache_dir runs/scenes-data --num_proc 2
 
-draws a sheet of fifty scenes; one scene, enlarged, with its six labels, captions and questions; and makes the whole
-data set. In a program:
+The first command draws a sheet of fifty scenes. The second draws one enlarged scene with its six labels, and prints
+its captions and questions. The third makes the data set. In a program:
 
     from scenes.scenes import Scenes, expert_labels
 
@@ -36,12 +36,12 @@ from .scene import DOMAINS, Scene, plan_scene, propose_scene
 
 
 SPLITS = ("train", "validation", "test")
-SAMPLES = 2  # rays a pixel, along each side
-PROPOSALS = 25  # of one plan, before another is drawn
+SAMPLES = 2  # rays per pixel, along each side
+PROPOSALS = 25  # tries for one plan, before another plan is drawn
 
 
 def make_scene(random: np.random.Generator, domain: str = "scenes", held_out: bool = False) -> Scene:
-    """A scene in which everything can be seen and told, by the margins of facts.py, whatever the picture's size."""
+    """Draws a scene in which every object and sign is visible by the margins of facts.py, for any image size."""
     while True:
         plan = plan_scene(random, domain, held_out)
         for _ in range(PROPOSALS):
@@ -54,24 +54,24 @@ def make_example(
     split: str, index: int, seed: int = 0, image_size: int = 128, domain: str = "scenes"
 ) -> dict[str, Any]:
     """
-    One example; it depends on its arguments alone.
+    Makes one example, which depends on the arguments alone.
 
-    Every second scene of the split `test`, the odd ones, has colors on shapes that training and validation never show
-    (`HELD_OUT`); the even ones are like those of training.
+    The scenes of the split `test` with an odd index have pairs of color and shape that never occur in training and
+    validation (`HELD_OUT`). Those with an even index are like the training scenes.
 
     Returns:
-        `dict` with `image`, uint8 (size, size, 3); `labels`, as [`true_labels`] gives them; `captions`; `questions`;
-        `facts`, as [`describe`] gives them; `held_out`.
+        `dict` with `image`, uint8 (size, size, 3); `labels`, see [`true_labels`]; `captions`; `questions`; `facts`,
+        see [`describe`]; `held_out`.
     """
     random = np.random.default_rng([seed, list(DOMAINS).index(domain), SPLITS.index(split), index])
     held_out = split == "test" and index % 2 == 1
     scene = make_scene(random, domain, held_out)
     view = look(scene, image_size)
-    picture = render(scene, image_size, SAMPLES)
+    image = render(scene, image_size, SAMPLES)
     facts = describe(scene, view)
     return {
-        "image": picture,
-        "labels": true_labels(view, picture, facts),
+        "image": image,
+        "labels": true_labels(view, image, facts),
         "captions": captions_of(facts),
         "questions": ask(facts, random, held_out),
         "facts": facts,
@@ -86,10 +86,10 @@ def make_example(
 class ScenesConfig(datasets.BuilderConfig):
     """
     Args:
-        domain (`str`): the looks: `"scenes"` or `"shifted"`.
-        image_size (`int`): width and height of pictures and maps, in pixels.
-        train, validation, test (`int`): numbers of scenes; a split of 0 is left out.
-        seed (`int`): another one makes other scenes.
+        domain (`str`): the appearance: `"scenes"` or `"shifted"`.
+        image_size (`int`): width and height of images and maps, in pixels.
+        train, validation, test (`int`): numbers of scenes; a split without scenes is left out.
+        seed (`int`): the seed of all scenes.
     """
 
     domain: str = "scenes"
@@ -102,13 +102,13 @@ class ScenesConfig(datasets.BuilderConfig):
 
 class Scenes(datasets.GeneratorBasedBuilder):
     """
-    The data set. `Scenes(cache_dir=…, config_name="scenes")` is what models are trained on; `"shifted"` has other
-    shades of the same colors, other textures, light, camera and resolution, for studies of transfer. Any field of
-    [`ScenesConfig`] may be given too.
+    The data set. `Scenes(cache_dir=…, config_name="scenes")` is for training; `"shifted"`, for studies of transfer,
+    has other shades of the same colors, and other textures, light, camera and resolution. The fields of
+    [`ScenesConfig`] are accepted as arguments.
 
-    Columns: `image_id`; `image`; a map for each of `depth`, `normal`, `segmentation`, `edge`, `detection`, `ocr`, as
-    pictures; `detection_classes` and `detection_boxes`; `ocr_words`; `captions`, five; `questions`, a list of
-    {question, answer, type}; `held_out`; `facts`, see [`describe`]. [`expert_labels`] makes labels from a row.
+    Columns: `image_id`; `image`; `depth`, `normal`, `segmentation`, `edge`, `detection` and `ocr`, maps as images;
+    `detection_classes` and `detection_boxes`; `ocr_words`; `captions`, five; `questions`, a list of {question, answer,
+    type}; `held_out`; `facts`, see [`describe`]. [`expert_labels`] makes expert labels from a row.
     """
 
     VERSION = datasets.Version("1.0.0")
@@ -127,7 +127,7 @@ class Scenes(datasets.GeneratorBasedBuilder):
         ),
     ]
     DEFAULT_CONFIG_NAME = "scenes"
-    SHARD = 50  # scenes that one process makes at a time
+    SHARD = 50  # scenes that a process makes at a time
 
     def _info(self) -> datasets.DatasetInfo:
         text, number = datasets.Value("string"), datasets.Value("float32")
@@ -185,7 +185,7 @@ class Scenes(datasets.GeneratorBasedBuilder):
 
 
 def as_row(example: dict[str, Any], image_id: str) -> dict[str, Any]:
-    """An example as it is stored: pictures and maps as PNG."""
+    """Converts an example to a row of the data set, with images and maps as PNG."""
     labels = example["labels"]
     maps = {name: labels[name]["ids"] if isinstance(labels[name], dict) else labels[name] for name in EXPERTS}
     return {
@@ -213,7 +213,7 @@ def expert_labels(row: dict[str, Any], word_features=None, names: tuple[str, ...
 
     Args:
         row (`dict`): a row of the data set, with its images decoded.
-        word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]): what words are painted with.
+        word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]): the features of words.
         names (`tuple[str]`, *optional*): the experts.
     """
     labels: dict[str, Any] = {name: np.asarray(row[name]) for name in names if name not in ("detection", "ocr")}
@@ -229,7 +229,7 @@ def expert_labels(row: dict[str, Any], word_features=None, names: tuple[str, ...
     return {name: labels[name] for name in names}
 
 
-# ---- looking at it ----
+# ---- preview ----
 
 
 def preview(number: int, config: ScenesConfig, split: str, columns: int = 10) -> Image.Image:
@@ -246,7 +246,7 @@ def preview(number: int, config: ScenesConfig, split: str, columns: int = 10) ->
 
 
 def panel(example: dict[str, Any]) -> Image.Image:
-    """The picture of one example and its six labels."""
+    """The image of one example and its six labels."""
     from modeling_prismer.processing.visualization import experts_panel
 
     names = {"segmentation": CLASSES, "detection": DETECTION_CLASSES}
@@ -255,13 +255,13 @@ def panel(example: dict[str, Any]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--preview", nargs=2, metavar=("NUMBER", "PNG"), help="a sheet of that many scenes")
-    what.add_argument("--scene", nargs=2, metavar=("INDEX", "PNG"), help="one scene, its labels, captions, questions")
-    what.add_argument("--generate", action="store_true", help="make the data set")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--preview", nargs=2, metavar=("NUMBER", "PNG"), help="draw a sheet of NUMBER scenes")
+    action.add_argument("--scene", nargs=2, metavar=("INDEX", "PNG"), help="draw one scene with its labels")
+    action.add_argument("--generate", action="store_true", help="make the data set")
     parser.add_argument("--config", default="scenes", choices=list(Scenes.builder_configs))
-    parser.add_argument("--split", default="test", choices=SPLITS, help="of --preview and --scene")
-    parser.add_argument("--cache_dir", help="where --generate writes; by default the cache of datasets")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="split for --preview and --scene")
+    parser.add_argument("--cache_dir", help="folder for --generate; by default the cache of datasets")
     parser.add_argument("--num_proc", type=int, default=1)
     for name in ("train", "validation", "test", "image_size", "seed"):
         parser.add_argument(f"--{name}", type=int, default=None)
@@ -280,7 +280,7 @@ def main() -> None:
         for each in example["questions"]:
             print(f"{each['type']:10}{each['question']}  {each['answer']}")
     else:
-        from .scenes import Scenes as Builder  # by the name that other processes find it under
+        from .scenes import Scenes as Builder  # the name by which other processes can import it
 
         builder = Builder(cache_dir=arguments.cache_dir, config_name=arguments.config, **chosen)
         builder.download_and_prepare(num_proc=arguments.num_proc if arguments.num_proc > 1 else None)

@@ -1,19 +1,19 @@
 """
-Where rays meet solids, for many rays at once.
+Intersects many rays with a solid at once.
 
-A solid lies in its own frame around its center; rays and points there are float32 arrays (3, rays). A ray is
-origin + t·direction; directions need not have length 1.
+Each solid has its own frame around its center. Rays and points are float32 arrays (3, rays). A ray is
+origin + t·direction; its direction can have any length.
 """
 
 import numpy as np
 
 
 NOWHERE = np.float32(np.inf)
-LEAST = 1e-3  # nearer hits are those of the surface that a ray leaves
+LEAST = 1e-3  # ignores nearer hits, on the surface where the ray starts
 
 
 def rotation(yaw: float = 0.0, tilt: float = 0.0) -> np.ndarray:
-    """World to own frame of what was first tilted backwards (its top moves away along y), then turned around z."""
+    """From the world to the frame of a solid that is tilted backwards (its top along y), then turned around z."""
     cosine, sine = np.cos(yaw), np.sin(yaw)
     around_z = np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]])
     cosine, sine = np.cos(tilt), np.sin(tilt)
@@ -22,18 +22,18 @@ def rotation(yaw: float = 0.0, tilt: float = 0.0) -> np.ndarray:
 
 
 def dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of vectors (3, n); much quicker than a sum over so short an axis."""
+    """The dot product of vectors (3, n). Much faster than a sum over such a short axis."""
     return one[0] * other[0] + one[1] * other[1] + one[2] * other[2]
 
 
 class Solid:
     """
     Args:
-        center: in the world.
-        frame: (3, 3), world to own frame; by default they are parallel.
+        center: position in the world.
+        frame: (3, 3) rotation from the world to the own frame; none by default.
 
     Attributes:
-        reach (`float`): radius of a ball around the center that holds the solid.
+        reach (`float`): radius of a ball around the center that contains the solid.
     """
 
     reach = 0.0
@@ -46,11 +46,11 @@ class Solid:
         return self.frame @ (points - self.center[:, None])
 
     def hit(self, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
-        """`t` of the first hit of each ray from outside, infinite where there is none."""
+        """`t` of the first hit of each ray from outside, or infinity."""
         return self.own_hit(self.to_own(origin), self.frame @ direction)
 
     def normal(self, points: np.ndarray) -> np.ndarray:
-        """The normal, in the world, at points of the surface in the own frame."""
+        """The normals in the world, at points of the surface in the own frame."""
         return self.frame.T @ self.own_normal(points)
 
     def own_hit(self, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class Solid:
 
 
 class Plane(Solid):
-    """The half space under z = 0 of its own frame."""
+    """The half space below z = 0 of its own frame."""
 
     reach = np.inf
 
@@ -118,7 +118,7 @@ class Box(Solid):
 
 
 class Pyramid(Solid):
-    """On a square base with half side `half`, centered at half its height."""
+    """A pyramid on a square base with half side `half`, centered at half its height."""
 
     def __init__(self, center, half: float, height: float, frame=None):
         super().__init__(center, frame)
@@ -142,7 +142,7 @@ class Pyramid(Solid):
 
 
 class Cylinder(Solid):
-    """Upright."""
+    """An upright cylinder."""
 
     def __init__(self, center, radius: float, height: float, frame=None):
         super().__init__(center, frame)
@@ -170,7 +170,7 @@ class Cylinder(Solid):
 
 
 class Cone(Solid):
-    """Upright, centered at half its height."""
+    """An upright cone, centered at half its height."""
 
     def __init__(self, center, radius: float, height: float, frame=None):
         super().__init__(center, frame)
@@ -200,7 +200,7 @@ class Cone(Solid):
         distance = np.hypot(points[0], points[1]) + 1e-9
         normal = points / distance * (self.height / length)
         normal[2] = self.radius / length
-        # on the base, the height above it is smaller than the distance to the slanted side
+        # a point belongs to the base if the base is nearer than the slanted side
         above = points[2] + self.height / 2
         side = ((self.height / 2 - points[2]) * self.radius / self.height - distance) * self.height / length
         base = above < side
@@ -210,13 +210,13 @@ class Cone(Solid):
 
 
 class Ring(Solid):
-    """A torus around its own z axis, found by walking along the ray as far as the distance to it allows."""
+    """A torus around its own z axis. Rays are followed in steps of the distance to the torus (sphere tracing)."""
 
     steps = 60
 
     def __init__(self, center, radius: float, thickness: float, frame=None):
         super().__init__(center, frame)
-        self.radius, self.thickness = radius, thickness  # of the circle, and of the tube around it
+        self.radius, self.thickness = radius, thickness  # of the circle, of the tube
         self.reach = radius + thickness
 
     def distance(self, points: np.ndarray) -> np.ndarray:

@@ -1,12 +1,12 @@
 """
-Trains small backbones on Scenes, so that there is something to freeze: a CLIP on pictures and their captions, and a
-RoBERTa that fills masked words of captions and questions.
+Trains small backbones on Scenes: a CLIP on images and captions, and a RoBERTa that fills in masked words of captions
+and questions.
 
     export PYTHONPATH=training_examples
     python -m scenes.train_backbones --data_dir runs/scenes-data --output_dir runs/scenes/backbones
 
-writes `clip/`, `roberta/` and the tokenizer of both, `tokenizer/` (and `clip-strong/`, which `clip/` is made from).
-Each part that is there already is left as it is; a training that was stopped goes on from its last checkpoint.
+This writes `clip/`, `roberta/`, their tokenizer `tokenizer/`, and `clip-strong/`, from which `clip/` is made. Parts
+that exist are not trained again. An interrupted training resumes from its last checkpoint.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from .scenes import Scenes
 
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16
-WIDTH, HEADS, INITIALIZER_RANGE = 192, 6, 0.04  # 0.02 is made for a width of 768
+WIDTH, HEADS, INITIALIZER_RANGE = 192, 6, 0.04  # the usual 0.02 fits a width of 768
 VISION_LAYERS, TEXT_LAYERS = 6, 4
-SPOKEN = 3  # captions in one text for CLIP
-BRANCHES = 0.2  # by how much CLIP's layers are weakened after its training, before it is trained a little more
+CAPTIONS_PER_TEXT = 3  # for CLIP
+BRANCHES = 0.2  # factor that weakens the layers of CLIP after its training, before a short second training
 
 
 def texts_of(rows: Dataset) -> list[str]:
-    """All captions and questions, as the processor hands them to the tokenizer."""
+    """All captions and questions, in the form in which the processor tokenizes them."""
     texts = {f"A picture of {clean_caption(text).lower()}" for texts in rows["captions"] for text in texts}
     for questions in rows["questions"]:
         texts |= {f"{clean_question(each['question'])} {each['answer'].capitalize()}" for each in questions}
@@ -61,28 +61,28 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
     RobertaTokenizer.from_pretrained(folder, model_max_length=64).save_pretrained(folder)
 
 
-class CaptionedPictures:
+class CaptionedImages:
     """
-    Batches for CLIP: pictures with their captions, and regions with their phrases, `a large shiny red cone`.
+    Makes batches for CLIP: images with their captions, and regions with phrases such as `a large shiny red cone`.
 
-    In `regions`, `(number of regions, number of patches)`, are the shares of a region's object in the patches that
-    show most of it; `region_pictures` and `region_phrases` say which picture of the batch each region is of, and which
-    of the phrases it has. CLIP's text tower knows the end of a text by a token of its own, the last of the vocabulary.
+    `regions`, `(number of regions, number of patches)`, has the share of a region in each patch that shows much of it.
+    `region_images` and `region_phrases` are the indices of the image and of the phrase of each region. The text tower
+    of CLIP needs a token of its own for the end of a text, the last one of the vocabulary.
     """
 
     def __init__(self, tokenizer: RobertaTokenizer):
         self.tokenizer = tokenizer
         self.image_processor = PrismerImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-        # no flips, no crops: captions say what is on the left, and how many there are
+        # no flips and no crops, since captions name left and right, and numbers of objects
         self.jitter = v2.ColorJitter(brightness=0.1, contrast=0.1)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        # several captions in one text tell a picture from others better than one does
-        orders = [torch.randperm(len(row["captions"]))[:SPOKEN] for row in rows]
+        # several captions identify an image better than one
+        orders = [torch.randperm(len(row["captions"]))[:CAPTIONS_PER_TEXT] for row in rows]
         captions = [". ".join(clean_caption(row["captions"][i]) for i in order) for row, order in zip(rows, orders)]
         seen = [
-            (picture, thing)
-            for picture, row in enumerate(rows)
+            (number, thing)
+            for number, row in enumerate(rows)
             for thing in row["facts"]["objects"]
             if thing["visible_share"] > 0.5
         ]
@@ -93,7 +93,7 @@ class CaptionedPictures:
             **self._tokens([each.lower() for each in captions]),
             **{f"phrase_{name}": tensor for name, tensor in self._tokens(phrases).items()},
             "regions": torch.stack([patches_of(thing["box"]) for _, thing in seen]),
-            "region_pictures": torch.tensor([picture for picture, _ in seen]),
+            "region_images": torch.tensor([number for number, _ in seen]),
             "region_phrases": torch.tensor([phrases.index(name) for name in named]),
         }
 
@@ -105,7 +105,7 @@ class CaptionedPictures:
 
 
 def patches_of(box: list[int]) -> torch.Tensor:
-    """Shares of a box `(left, top, right, bottom)` in the patches, in sum 1; none in those that hold little of it."""
+    """The share of a box `(left, top, right, bottom)` in each patch, in sum 1; 0 for patches with little of it."""
     edges = torch.arange(0, IMAGE_SIZE, PATCH_SIZE)
 
     def covered(start: int, end: int) -> torch.Tensor:
@@ -141,7 +141,7 @@ def new_clip(tokenizer: RobertaTokenizer) -> CLIPModel:
         },
         projection_dim=WIDTH,
     )
-    # sdpa's backward pass is slow on CPUs for sequences as short as these
+    # the backward pass of sdpa is slow on CPUs for such short sequences
     return CLIPModel._from_config(config, attn_implementation="eager")
 
 
@@ -162,10 +162,10 @@ def new_roberta(tokenizer: RobertaTokenizer) -> RobertaForMaskedLM:
 @torch.no_grad()
 def weaken_branches(clip: CLIPModel) -> None:
     """
-    Makes what each layer of the vision tower adds to a token small against the token.
+    Scales down the contribution of each layer of the vision tower to a token.
 
-    A CLIP as small as this one ends up with tokens of which nine tenths were added on the way. Frozen, it would do so
-    to a Prismer's latents as well, and drown what the experts saw. A few more epochs bring its loss down again.
+    In such a small CLIP, the layers contribute nine tenths of each final token. The frozen layers would do the same to
+    the latents of a Prismer, and hide the features of the experts. A short second training lowers the loss again.
     """
     for layer in clip.vision_model.encoder.layers:
         for projection in (layer.self_attn.out_proj, layer.mlp.fc2):
@@ -175,14 +175,14 @@ def weaken_branches(clip: CLIPModel) -> None:
 
 class ClipTrainer(Trainer):
     """
-    Trainer for CLIP on pictures and captions, and on regions and phrases, as in RegionCLIP (arXiv 2112.09106): from
-    captions alone so few pictures teach it colors, but next to nothing of shapes. Either loss is the whole batch's.
+    Trainer for CLIP on images and captions, and on regions and phrases, as in RegionCLIP (arXiv 2112.09106). With so
+    few images, captions alone teach colors, but hardly any shapes. Both losses compare the whole batch.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         names = ("pixel_values", "input_ids", "attention_mask")
         outputs = model(**{name: inputs[name] for name in names}, return_loss=True)
-        patches = outputs.vision_model_output.last_hidden_state[inputs["region_pictures"], 1:]
+        patches = outputs.vision_model_output.last_hidden_state[inputs["region_images"], 1:]
         patches = model.vision_model.post_layernorm(patches)
         regions = model.visual_projection((inputs["regions"][..., None] * patches).sum(1))
         phrases = model.text_model(inputs["phrase_input_ids"], inputs["phrase_attention_mask"]).pooler_output
@@ -200,9 +200,9 @@ def train(trainer: Trainer, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", help="where the data set is or is made")
+    parser.add_argument("--data_dir", help="folder of the data set; made if missing")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--clip_epochs", type=float, default=24, help="and a sixteenth of it once weakened")
+    parser.add_argument("--clip_epochs", type=float, default=24, help="the second training has a sixteenth")
     parser.add_argument("--roberta_epochs", type=float, default=1)
     parser.add_argument("--max_rows", type=int, help="use this many scenes only")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
@@ -256,7 +256,7 @@ def main() -> None:
         trainer = ClipTrainer(
             clip,
             arguments,
-            CaptionedPictures(tokenizer),
+            CaptionedImages(tokenizer),
             train_dataset=rows.select_columns(["image", "captions", "facts"]),
             optimizer_cls_and_kwargs=muon_with(learning_rate, arguments.weight_decay) if muon else None,
         )
@@ -267,7 +267,7 @@ def main() -> None:
             train_clip(new_clip(tokenizer), "clip-strong", args.clip_epochs, 1e-3, muon=True)
         clip = CLIPModel.from_pretrained(args.output_dir / "clip-strong", attn_implementation="eager")
         weaken_branches(clip)
-        # little, and gently: what was weakened grows again
+        # short, with a small learning rate: longer training would undo the weakening
         train_clip(clip, "clip", args.clip_epochs / 16, 1.5e-4, muon=False)
 
 

@@ -1,5 +1,5 @@
 """
-Trains small experts on Scenes and measures what they see.
+Trains small experts on Scenes and evaluates them.
 
     export PYTHONPATH=training_examples
     python -m scenes.train_experts --data_dir runs/scenes-data --output_dir runs/scenes/experts
@@ -8,14 +8,13 @@ Trains small experts on Scenes and measures what they see.
     python -m scenes.train_experts --data_dir runs/scenes-data --output_dir runs/scenes/experts \\
         --labels runs/scenes/labels
 
-writes a suite of six experts, `ExpertSuite.from_pretrained("runs/scenes/experts")`: networks of transformers for
-segmentation, depth, detection and normals, trained here; Canny's edges and RapidOCR, whose settings fit these
-pictures. `results.json` says how well each does on the validation split, beside a guess that does not look at the
-picture. A network that is there already is left as it is; a training that was stopped goes on from its last
-checkpoint.
+This writes a suite of six experts, `ExpertSuite.from_pretrained("runs/scenes/experts")`: networks of transformers for
+segmentation, depth, detection and normals, which are trained here; Canny edges and RapidOCR, with settings for these
+images. `results.json` has the scores of each expert on the validation split, next to those of a guess without the
+image. Networks that exist are not trained again. An interrupted training resumes from its last checkpoint.
 
-`--bf16` computes in bfloat16 where that is safe: up to three times as fast on processors and GPUs that have it.
-`--labels` writes what the experts see in all scenes into one label store, for run_scenes.py.
+`--bf16` computes in bfloat16 where that is safe, up to three times as fast on processors and GPUs that support it.
+`--labels` writes the experts' labels for all scenes into one label store, for run_scenes.py.
 """
 
 import argparse
@@ -66,7 +65,7 @@ def class_names(names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def backbone(stages: list[int]) -> transformers.ResNetConfig:
-    """The convolutions that segmentation and detection share; strides are 4, 8, 16, 32."""
+    """The convolutional backbone of segmentation and detection, with strides 4, 8, 16 and 32."""
     return transformers.ResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 96, 128],
@@ -97,7 +96,7 @@ def new_depth(output_dir: Path) -> tuple[transformers.PreTrainedModel, Any]:
         mlp_ratios=[3, 3, 3, 3],
         decoder_hidden_size=32,
         drop_path_rate=0.0,
-        initializer_range=0.05,  # 0.02 is made for wider networks
+        initializer_range=0.05,  # the usual 0.02 fits wider networks
         max_depth=1,
     )
     processor = transformers.DPTImageProcessor(size=SIZE)
@@ -105,7 +104,7 @@ def new_depth(output_dir: Path) -> tuple[transformers.PreTrainedModel, Any]:
 
 
 def new_detection(output_dir: Path) -> tuple[transformers.PreTrainedModel, Any]:
-    """It begins with the backbone of the network for segmentation, if that is there."""
+    """A new detector. It starts with the backbone of the segmentation network, if that exists."""
     config = transformers.RTDetrV2Config(
         backbone_config=backbone([2, 3, 4]),
         freeze_backbone_batch_norms=False,
@@ -151,7 +150,7 @@ def new_normal(output_dir: Path) -> tuple[transformers.PreTrainedModel, Any]:
     return transformers.Tipsv2DptForNormalEstimation(config), transformers.Tipsv2DptImageProcessor(size=SIZE)
 
 
-# ---- from rows to batches: half of the pictures are mirrored ----
+# ---- from rows to batches; half of the images are mirrored ----
 
 
 def segmentation_target(row: dict[str, Any], mirrored: bool) -> torch.Tensor:
@@ -170,7 +169,7 @@ def normal_target(row: dict[str, Any], mirrored: bool) -> torch.Tensor:
 
 
 def detection_target(row: dict[str, Any], mirrored: bool) -> dict[str, torch.Tensor]:
-    """Boxes as middle, width and height, in picture widths."""
+    """Boxes as middle, width and height, in image widths."""
     boxes = torch.tensor(row["detection_boxes"], dtype=torch.float32).reshape(-1, 4) / IMAGE_SIZE
     start, end = boxes[:, :2], boxes[:, 2:]
     boxes = torch.cat([(start + end) / 2, end - start], dim=1)
@@ -184,7 +183,7 @@ def mirror(image: Image.Image, mirrored: bool) -> np.ndarray:
 
 
 class Collator:
-    """Batches of pictures, some mirrored and of other brightness and color, with what the network shall say."""
+    """Makes batches of images, randomly mirrored and with random brightness and color, with their targets."""
 
     def __init__(self, image_processor: Any, target: Callable[[dict[str, Any], bool], Any]):
         self.image_processor = image_processor
@@ -193,8 +192,8 @@ class Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         mirrored = (torch.rand(len(rows)) < 0.5).tolist()
-        pictures = [Image.fromarray(mirror(row["image"], own)) for row, own in zip(rows, mirrored)]
-        inputs = self.image_processor([self.jitter(picture) for picture in pictures], return_tensors="pt")
+        images = [Image.fromarray(mirror(row["image"], own)) for row, own in zip(rows, mirrored)]
+        inputs = self.image_processor([self.jitter(image) for image in images], return_tensors="pt")
         labels: Any = [self.target(row, own) for row, own in zip(rows, mirrored)]
         if isinstance(labels[0], torch.Tensor):
             labels = torch.stack(labels)
@@ -203,7 +202,7 @@ class Collator:
 
 
 def depth_loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    """How far the values are off, and the steps between neighbors."""
+    """The absolute error of the depth, plus that of its differences between neighboring pixels."""
     error = outputs.predicted_depth.float() - labels  # (batch, 128, 128)
     return error.abs().mean() + error.diff(dim=1).abs().mean() + error.diff(dim=2).abs().mean()
 
@@ -219,14 +218,14 @@ def normal_loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Network:
     """
-    How one of the experts is made.
+    The recipe for one expert.
 
     Args:
         new: makes the network and its image processor.
-        expert: the class that runs it, with `settings`.
-        columns: what is read of a row.
-        target: from a row, and whether it is mirrored, to what the network shall say.
-        loss: from the network's output and a batch of targets; `None` if the network knows it.
+        expert: the class of the expert, with its `settings`.
+        columns: the columns of a row that `target` needs.
+        target: makes the target from a row and whether it is mirrored.
+        loss: computes the loss from the network's output and a batch of targets. `None` if the network does that.
     """
 
     new: Callable[[Path], tuple[transformers.PreTrainedModel, Any]]
@@ -248,7 +247,7 @@ NETWORKS = {
         steps=2500,
         learning_rate=1.5e-3,
     ),
-    # what it learns is relative inverse depth; else the expert would take it for distances, as of its family
+    # the network predicts relative inverse depth; networks of its family predict distances by default
     "depth": Network(
         new_depth, DepthEstimator, ("depth",), depth_target, depth_loss, steps=2000, settings={"metric": False}
     ),
@@ -265,7 +264,7 @@ NETWORKS = {
 
 
 class NetworkTrainer(Trainer):
-    """Trainer for networks whose loss transformers does not know."""
+    """Trainer for networks that do not compute their loss themselves."""
 
     def __init__(self, *args, loss: Callable[[Any, Any], torch.Tensor] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -280,12 +279,12 @@ class NetworkTrainer(Trainer):
 
 
 def network_folder(output_dir: Path, name: str) -> Path:
-    """Where a suite that is saved in `output_dir` keeps an expert's own weights."""
+    """The folder of an expert's own weights in a suite that is saved in `output_dir`."""
     return output_dir / "experts" / name / "network"
 
 
 def train(name: str, rows: Dataset, output_dir: Path, max_steps: int | None = None, bf16: bool = False) -> None:
-    """Trains one of `NETWORKS` on rows of the data set; writes it, in half precision, into the suite's folder."""
+    """Trains one of `NETWORKS` on rows of the data set, and saves it in half precision in the folder of the suite."""
     network = NETWORKS[name]
     set_seed(0)
     model, image_processor = network.new(output_dir)
@@ -325,7 +324,7 @@ def train(name: str, rows: Dataset, output_dir: Path, max_steps: int | None = No
 
 
 def make_suite(output_dir: Path) -> ExpertSuite:
-    """The experts of Scenes, without those whose network is not there yet."""
+    """The experts of Scenes, without those whose network does not exist yet."""
     experts: dict[str, Expert] = {
         "edge": CannyEdges(low_threshold=0.1, high_threshold=0.3),
         "ocr": RapidOcrText(min_score=0.65, num_threads=1),
@@ -337,11 +336,11 @@ def make_suite(output_dir: Path) -> ExpertSuite:
     return ExpertSuite(experts[name] for name in EXPERTS if name in experts)
 
 
-# ---- how well they see ----
+# ---- evaluation ----
 
 
 def measure_depth(said: list[np.ndarray], true: list[np.ndarray]) -> dict[str, float]:
-    """Both are stretched from 0 to 1 over each picture."""
+    """Both depths are scaled to 0..1 in each image."""
     pairs = [(np.float32(one) / 255, np.float32(other) / 255) for one, other in zip(said, true)]
     return {
         "absolute_error": float(np.mean([np.abs(one - other).mean() for one, other in pairs])),
@@ -364,7 +363,7 @@ def unit(normals: np.ndarray) -> np.ndarray:
 
 
 def measure_segmentation(said: list[np.ndarray], true: list[np.ndarray]) -> dict[str, float]:
-    """Pixels that are seen as background are left out."""
+    """Pixels predicted as background are left out."""
     from sklearn.metrics import accuracy_score, jaccard_score
 
     said_ids, true_ids = (np.concatenate([ids.ravel() for ids in maps]) for maps in (said, true))
@@ -376,7 +375,7 @@ def measure_segmentation(said: list[np.ndarray], true: list[np.ndarray]) -> dict
 
 
 def measure_edge(said: list[np.ndarray], true: list[np.ndarray], tolerance: int = 2) -> dict[str, float]:
-    """An edge counts where the other map has one at most `tolerance` pixels away."""
+    """An edge pixel is right if the other map has one at most `tolerance` pixels away."""
 
     def near(lines: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.max_pool2d(lines.float(), 2 * tolerance + 1, 1, tolerance) > 0
@@ -388,7 +387,7 @@ def measure_edge(said: list[np.ndarray], true: list[np.ndarray], tolerance: int 
 
 
 def measure_detection(said: list[dict[str, Any]], true: list[dict[str, Any]]) -> dict[str, float]:
-    """Instances by the boxes around what is painted of them: right are those of the same class and an IoU of 0.5."""
+    """An instance is right if its class is and the boxes around the painted pixels have an IoU of at least 0.5."""
     from torchvision.ops import box_iou
 
     right = found = wanted = 0
@@ -404,7 +403,7 @@ def measure_detection(said: list[dict[str, Any]], true: list[dict[str, Any]]) ->
 
 
 def painted(label: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boxes (instances, 4) around what is seen of the instances of a label, and their classes."""
+    """Boxes (instances, 4) around the painted pixels of each instance of a label, and their classes."""
     from torchvision.ops import masks_to_boxes
 
     numbers = [number for number in np.unique(label["ids"]).tolist() if number < len(label["classes"])]
@@ -415,7 +414,7 @@ def painted(label: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure_ocr(said: list[dict[str, Any]], true: list[dict[str, Any]]) -> dict[str, float]:
-    """Words are right that are the same, letter by letter."""
+    """A word is right if all its letters are."""
     counts = [(Counter(own["words"]), Counter(other["words"])) for own, other in zip(said, true)]
     right, found, wanted = (sum(part.total() for part in parts) for parts in zip(*((a & b, a, b) for a, b in counts)))
     return rates(right / max(1, found), right / max(1, wanted))
@@ -441,8 +440,8 @@ MEASURES = {
 
 def guess(name: str, labels: list[Any], number: int) -> list[Any]:
     """
-    Labels that do not look at the picture: of depth and normals the mean of `labels`, of segmentation the most
-    frequent class of each pixel; else the labels of other pictures.
+    Labels that do not depend on the image: the mean of `labels` for depth and normals, the most frequent class of each
+    pixel for segmentation, and otherwise the labels of other images.
     """
     if name in ("depth", "normal"):
         return [np.mean(labels, axis=0).round().astype(np.uint8)] * number
@@ -459,19 +458,19 @@ def true_labels(rows: Dataset, name: str) -> list[Any]:
 
 def measure(expert: Expert, rows: Dataset, others: Dataset) -> dict[str, Any]:
     """
-    Compares what an expert says of the pictures of `rows` with the truth.
+    Compares the labels of an expert with the true labels.
 
     Args:
         expert (`Expert`): the expert, from a saved suite.
-        rows (`Dataset`): pictures with true labels.
-        others (`Dataset`): other pictures, whose labels are the guess to compare with.
+        rows (`Dataset`): images with true labels.
+        others (`Dataset`): other images, whose true labels make the guess.
 
     Returns:
-        `dict`: the expert's measures; those of the `guess`; processor time in `seconds_per_image`.
+        `dict`: the scores of the expert; those of the `guess`; `seconds_per_image`, processor time; `size_in_bytes`.
     """
     true = true_labels(rows, expert.name)
     expert.load()
-    expert([rows[0]["image"]])  # the first is slower
+    expert([rows[0]["image"]])  # the first call is slower
     start = time.process_time()
     said = []
     for row in rows.select_columns(["image"]):
@@ -496,18 +495,18 @@ def train_experts(
     bf16: bool = False,
 ) -> ExpertSuite:
     """
-    Trains what is not there yet, saves the suite, and measures those experts that `results.json` does not know.
+    Trains the networks that do not exist yet, saves the suite, and evaluates the experts that `results.json` lacks.
 
     Args:
         splits (`dict`): Scenes, with `train` and `validation`.
-        output_dir (`Path`): the suite's folder; checkpoints of trainings are in its `training/`.
+        output_dir (`Path`): the folder of the suite; checkpoints of the trainings are in `training/`.
         only (`tuple[str]`, *optional*): the networks to train, by default all.
-        max_steps (`int`, *optional*): steps of each training, by default those of `NETWORKS`.
-        max_eval_rows (`int`, *optional*, defaults to 500): scenes to measure on.
-        bf16 (`bool`, *optional*, defaults to `False`): compute in bfloat16 where that is safe.
+        max_steps (`int`, *optional*): steps of each training, by default those in `NETWORKS`.
+        max_eval_rows (`int`, *optional*, defaults to 500): number of scenes for the evaluation.
+        bf16 (`bool`, *optional*, defaults to `False`): whether to compute in bfloat16 where that is safe.
 
     Returns:
-        [`ExpertSuite`] as it is saved.
+        The saved [`ExpertSuite`].
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in NETWORKS:
@@ -523,7 +522,7 @@ def train_experts(
         results = json.loads(path.read_text()) if path.exists() else {}
         if name not in results:
             found = measure(suite[name], rows, others)
-            results = json.loads(path.read_text()) if path.exists() else {}  # another process may have written
+            results = json.loads(path.read_text()) if path.exists() else {}  # it can have changed meanwhile
             results[name] = found
             write_json(path, {each: results[each] for each in EXPERTS if each in results})
             print(name, json.dumps(results[name], indent=2), flush=True)
@@ -531,9 +530,9 @@ def train_experts(
 
 
 def label_scenes(splits: Mapping[str, Dataset], suite: ExpertSuite, folder: Path) -> None:
-    """Writes what the experts see in the pictures of all splits into one store, whose keys are their `image_id`."""
+    """Writes the experts' labels for the images of all splits into one store, with their `image_id` as keys."""
     if tuple(suite) != EXPERTS:
-        raise ValueError(f"the suite has {', '.join(suite)}; labels need {', '.join(EXPERTS)}: train the others first")
+        raise ValueError(f"the suite has {', '.join(suite)}; labels need {', '.join(EXPERTS)}. Train the others first")
     for rows in splits.values():
         images = rows.select_columns(["image_id", "image"])
         label_images(images, suite, folder, image_column="image", key_column="image_id")
@@ -541,19 +540,19 @@ def label_scenes(splits: Mapping[str, Dataset], suite: ExpertSuite, folder: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", help="where the data set is or is made")
+    parser.add_argument("--data_dir", help="folder of the data set; made if missing")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks to train, separated by commas")
     parser.add_argument("--max_rows", type=int, help="train on this many scenes only")
     parser.add_argument("--max_steps", type=int, help="steps of each training")
     parser.add_argument("--max_eval_rows", type=int, default=500, help="measure on this many scenes")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
-    parser.add_argument("--labels", type=Path, help="label all scenes, too, into this store")
+    parser.add_argument("--labels", type=Path, help="write labels for all scenes into this store")
     args = parser.parse_args()
     only = tuple(args.only.split(","))
     unknown = sorted(set(only) - set(NETWORKS))
     if unknown:
-        parser.error(f"--only has {', '.join(unknown)}; there are {', '.join(NETWORKS)}")
+        parser.error(f"--only has {', '.join(unknown)}; accepted are {', '.join(NETWORKS)}")
     builder = Scenes(cache_dir=args.data_dir)
     builder.download_and_prepare()
     splits = builder.as_dataset()

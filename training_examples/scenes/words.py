@@ -1,4 +1,4 @@
-"""The 200 words that signs say. The list is closed: every split draws from all of it, each word as often."""
+"""The 200 words on signs. Every split draws from all of them, each with the same probability."""
 
 WORDS = tuple(
     """

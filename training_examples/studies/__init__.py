@@ -1,6 +1,6 @@
 """
-Studies: many short trainings on Scenes that differ in one thing each.
+Studies: many short trainings on Scenes, each of which differs from a common one in a single setting.
 
-They import what the recipes share, and scenes/, from the folder above: `PYTHONPATH=training_examples python -m
-studies.experts` from the root of the repository.
+The scripts import training.py, muon.py and scenes/ from the folder above. Run them from the root of the repository:
+`PYTHONPATH=training_examples python -m studies.experts`.
 """

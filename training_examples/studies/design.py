@@ -1,6 +1,5 @@
 """
-What experts.py compares: trainings that differ in one thing each, and the conditions that they are evaluated
-under.
+The design of the studies: the trainings that experts.py compares, and the conditions of their evaluations.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ NOISE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def _name(plain: str, settings: Any, skip: tuple[str, ...] = ()) -> str:
-    """`plain`, or what is not as by default: `labels=true`."""
+    """A name from `plain` and the settings that differ from their defaults, such as `all,labels=true`."""
     others = [
         f"{field.name}={getattr(settings, field.name)}"
         for field in fields(settings)
@@ -33,14 +32,16 @@ class Run:
     A training.
 
     Args:
-        experts (`tuple[str]`): in the order of `EXPERTS`.
-        labels (`str`): `"predicted"`, `"true"` or `"coarse"`, to train and to evaluate with.
-        expert_dropout (`float`): probability with which a training sample lacks an expert, for each expert.
-        freeze (`str`): backbones that stay as they are: `"both"`, `"vision"` or `"none"`.
-        resampler (`bool`): `False` hands all tokens of the experts on, 64 of each, instead of 64 latents.
-        adaptation (`str`): what adapts frozen backbones: the paper's `"adaptors"`, or peft's `"lora"` or `"dora"`.
-        renewed (`str`, *optional*): part that starts anew where all else starts as it was trained: `"adaptors"` or
-            `"resampler"`.
+        experts (`tuple[str]`): the experts of the model, in the order of `EXPERTS`.
+        labels (`str`): the expert labels for training and evaluation: `"predicted"`, `"true"` or `"coarse"`.
+        expert_dropout (`float`): probability that a training sample lacks an expert, for each expert.
+        freeze (`str`): the frozen backbones: `"both"`, `"vision"` or `"none"`.
+        resampler (`bool`): whether the model has a resampler. Without it, the encoder gets all tokens of the experts,
+            64 of each, instead of 64 latents.
+        adaptation (`str`): how frozen backbones are adapted: by the paper's `"adaptors"`, or peft's `"lora"` or
+            `"dora"`.
+        renewed (`str`, *optional*): the part that starts with new weights if all others start with trained ones:
+            `"adaptors"` or `"resampler"`.
     """
 
     experts: tuple[str, ...] = EXPERTS
@@ -63,10 +64,10 @@ class Condition:
     An evaluation.
 
     Args:
-        data (`str`): scenes like those of the training, `"scenes"`, or the other domain, `"shifted"`.
-        labels (`str`, *optional*): other ones than the run's: `"true"`.
+        data (`str`): `"scenes"`, which are like the training scenes, or `"shifted"`, another domain.
+        labels (`str`, *optional*): `"true"` to evaluate with true labels. By default those of the run.
         noise (`float`): share of the experts' labels that come from another image.
-        missing (`str`, *optional*): an expert that is missing.
+        missing (`str`, *optional*): the missing expert.
     """
 
     data: str = "scenes"
@@ -81,7 +82,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in a study's table and figure. Without a label it stands for the whole series, as a line."""
+    """A row in the table and a point in the figure of a study. A cell without a label is a line across the figure."""
 
     label: str | int | None
     run: Run
@@ -93,12 +94,12 @@ class Cell:
 class Study:
     """
     Args:
-        title (`str`): of table and figure.
-        text (`str`): what is compared.
-        axis (`str`): what the labels are.
-        cells (`Callable`): from a seed to the study's cells.
-        panels (`tuple[str]`): six of `METRICS` for the figure.
-        columns (`tuple[str]`): of `METRICS`, for the table.
+        title (`str`): the title of table and figure.
+        text (`str`): a description of the comparison.
+        axis (`str`): a name for the labels.
+        cells (`Callable`): returns the cells of the study for a seed.
+        panels (`tuple[str]`): six of `METRICS`, for the figure.
+        columns (`tuple[str]`): some of `METRICS`, for the table.
     """
 
     title: str
@@ -110,7 +111,7 @@ class Study:
 
 
 def expert_order(seed: int) -> list[str]:
-    """In which order a seed adds the experts."""
+    """The order in which the models of a seed get their experts."""
     return np.random.default_rng(seed).permutation(EXPERTS).tolist()
 
 
@@ -251,11 +252,11 @@ STUDIES = {
 
 
 def runs_of(studies: Sequence[str], seed: int) -> list[Run]:
-    """The runs that studies need, each once."""
+    """The runs that studies need, without duplicates."""
     return list(dict.fromkeys(cell.run for study in studies for cell in STUDIES[study].cells(seed)))
 
 
 def conditions_of(run: Run, seed: int) -> list[Condition]:
-    """Those under which any study wants a run, whichever studies are run."""
+    """The conditions of a run in any study, also in those that are not selected."""
     cells = [cell for study in STUDIES.values() for cell in study.cells(seed) if cell.run == run]
     return list(dict.fromkeys([Condition(), *(cell.condition for cell in cells)]))

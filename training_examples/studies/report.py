@@ -1,4 +1,4 @@
-"""Tables and figures of what experts.py measured."""
+"""Makes the tables and figures of the studies from the results of experts.py."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .design import STUDIES, Condition, Study, expert_order, number_of_experts
 
 @dataclass(frozen=True)
 class Metric:
-    """`head` is for tables, `title` for figures, `path` where it is in a result."""
+    """A metric: `head` is its title in tables, `title` that in figures, and `path` its place in a result."""
 
     head: str
     title: str
@@ -44,15 +44,15 @@ Rows = dict[tuple[str, Any], dict[str, list[float]]]  # (series, label) -> metri
 def load_results(output_dir: Path) -> dict[str, dict[str, Any]]:
     results = {path.stem: json.loads(path.read_text()) for path in sorted((output_dir / "runs").glob("*.json"))}
     if not results:
-        raise SystemExit(f"{output_dir / 'runs'} has no results; without --report this script makes them")
+        raise SystemExit(f"{output_dir / 'runs'} has no results; run this script without --report first")
     settings = {json.dumps(result["settings"]) for result in results.values()}
     if len(settings) > 1:
-        raise SystemExit(f"results in {output_dir / 'runs'} were made with unlike settings: {'; '.join(settings)}")
+        raise SystemExit(f"results in {output_dir / 'runs'} were made with different settings: {'; '.join(settings)}")
     return results
 
 
 def collect(study: Study, results: dict[str, dict[str, Any]], seeds: int) -> tuple[Rows, list[str]]:
-    """The values of all cells, and the names of what is missing."""
+    """The values of all cells, and the names of missing results."""
     rows: Rows = {}
     missing = []
     for seed in range(seeds):
@@ -77,7 +77,7 @@ def spread(values: list[float]) -> float:
 
 
 def table(study: Study, rows: Rows) -> str:
-    """A Markdown table of mean ± standard deviation, with the number of seeds."""
+    """A Markdown table with mean ± standard deviation over the seeds."""
     several = any(series for series, _ in rows)
     head = [*["", study.axis][not several :], "seeds", *(METRICS[name].head for name in study.columns)]
     lines = [head, ["---"] * len(head)]
@@ -92,14 +92,14 @@ def table(study: Study, rows: Rows) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-COLORS = ("#0072B2", "#D55E00", "#009E73")  # of Okabe and Ito, for all eyes
+COLORS = ("#0072B2", "#D55E00", "#009E73")  # from Okabe and Ito's palette, which suits color blindness
 MARKERS = ("o", "s", "^")
 
 
 def figure(study: Study, rows: Rows, path: Path) -> None:
     """
-    Six panels. White marks are the seeds, full ones their mean, bars the standard deviation. Where the labels are
-    numbers they are on the horizontal axis, else one below the other.
+    Draws six panels. White marks are single seeds, full marks their mean, bars the standard deviation. Labels are on
+    the horizontal axis if they are numbers, otherwise on the vertical axis.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -108,13 +108,13 @@ def figure(study: Study, rows: Rows, path: Path) -> None:
     series = list(dict.fromkeys(name for name, label in rows if label is not None))
     numeric = all(isinstance(label, int) for label in labels)
     places = labels if numeric else range(len(labels))
-    apart = 0.02 * max(places) if numeric else 0.28  # of several series
+    apart = 0.02 * max(places) if numeric else 0.28  # distance between series
 
     def points(at: list[float], values: list[float]) -> tuple[list[float], list[float]]:
         return (at, values) if numeric else (values, at)
 
-    picture = Figure(figsize=(9, 5.2 if numeric else 2.4 + 0.4 * len(labels)), layout="constrained")
-    panels = picture.subplots(2, 3, sharex=numeric)
+    drawing = Figure(figsize=(9, 5.2 if numeric else 2.4 + 0.4 * len(labels)), layout="constrained")
+    panels = drawing.subplots(2, 3, sharex=numeric)
     for number, (axis, name) in enumerate(zip(panels.flat, study.panels)):
         for (each, label), row in rows.items():
             if label is None and row[name]:
@@ -155,10 +155,10 @@ def figure(study: Study, rows: Rows, path: Path) -> None:
                 axis.set_xlim(0, 1.08 * axis.dataLim.x1)
     handles, names = panels[0, 0].get_legend_handles_labels()
     if len(names) > 1:
-        picture.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-    picture.suptitle(study.title)
-    picture.set_dpi(130)
-    canvas = FigureCanvasAgg(picture)
+        drawing.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    drawing.suptitle(study.title)
+    drawing.set_dpi(130)
+    canvas = FigureCanvasAgg(drawing)
     canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(48).save(path, optimize=True)
 
@@ -188,7 +188,7 @@ seeds. In the figures, full marks are means, bars are standard deviations, and w
 
 
 def report(output_dir: Path, folder: Path, seeds: int) -> None:
-    """Writes results.md and a figure of each study that has results."""
+    """Writes results.md, and a figure of each study with results."""
     results = load_results(output_dir)
     settings = next(iter(results.values()))["settings"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 """
-The scores of the COCO caption evaluation, by pycocoevalcap: CIDEr, BLEU-1 to BLEU-4, METEOR, ROUGE-L and SPICE.
+Computes the scores of the COCO caption evaluation with pycocoevalcap: CIDEr, BLEU, METEOR, ROUGE-L and SPICE.
 
     caption_metrics = evaluate.load("training_examples/metrics/caption_metrics")
     caption_metrics.compute(predictions=["a dog runs"], references=[["a dog is running", "the dog runs"]])
@@ -66,30 +66,31 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-The scores by which captions of images are compared, exactly as the COCO evaluation computes them: CIDEr (its variant
-CIDEr-D), BLEU-1 to BLEU-4, METEOR, ROUGE-L and, on demand, SPICE. Before that Stanford's PTBTokenizer splits the texts
-and puts them in lower case, and punctuation is dropped. The tokeniser, METEOR and SPICE are Java programs.
+The usual scores of image captions, exactly as in the COCO evaluation: CIDEr (in its variant CIDEr-D), BLEU-1 to
+BLEU-4, METEOR, ROUGE-L and, on request, SPICE. Before scoring, Stanford's PTBTokenizer splits the texts and puts them
+in lower case, and punctuation is removed. The tokeniser, METEOR and SPICE are Java programs.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[str]`): one caption an image.
-    references (`list[list[str]]`): the captions that people wrote for each image, one or more; raw text.
-    metrics (`list[str]`, *optional*): which of "cider", "bleu", "meteor", "rouge_l" and "spice" to compute. Left out:
-        all but SPICE, which needs files that pycocoevalcap downloads separately.
-    tokenizer (`str`, defaults to "ptb"): "ptb" is the tokeniser behind all published figures; it needs Java.
-        "regex" approximates it in Python: with it, "cider", "bleu" and "rouge_l" need no Java. That is for following a
-        training on a machine without Java; the figures are close to the real ones but not comparable with them.
-    per_caption (`bool`, defaults to `False`): also return each image's own scores.
+    predictions (`list[str]`): one caption per image.
+    references (`list[list[str]]`): the captions that people wrote for each image, at least one; raw text.
+    metrics (`list[str]`, *optional*): some of "cider", "bleu", "meteor", "rouge_l" and "spice". By default all except
+        SPICE, which needs files that pycocoevalcap downloads separately.
+    tokenizer (`str`, defaults to "ptb"): "ptb" is the tokeniser of all published scores; it needs Java. "regex"
+        approximates it in Python, so that "cider", "bleu" and "rouge_l" need no Java. Its scores are close enough to
+        follow a training, but not comparable with published ones.
+    per_caption (`bool`, defaults to `False`): whether to return the scores of each image as well.
 Returns:
     `dict` with a `float` for each of
-    - cider: 0 to 10; papers print it times 100, so that 1.351 here is "135.1" there. It weighs words by how rare they
-      are among the references given, so it means something only over many images: it is 0 for a single one.
-    - bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_l, spice: 0 to 1; papers print them times 100.
-    With `per_caption=True`, `<score>_per_caption` for each of them, a `list[float]` in the order of the predictions.
+    - cider: 0 to 10. Papers print it times 100: 1.351 is printed as 135.1. It weights words by how rare they are in
+      the given references, so it is only meaningful for many images. It is 0 for a single image.
+    - bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_l, spice: 0 to 1. Papers print them times 100.
+    With `per_caption=True`, also `<score>_per_caption` for each of them, a `list[float]` in the order of the
+    predictions.
 Raises:
-    `ValueError` for an unknown metric or tokenizer, or an image without references; `RuntimeError` where Java is
-    missing or fails; `FileNotFoundError` where the files of SPICE are.
+    `ValueError` for an unknown metric or tokenizer, or an image without references; `RuntimeError` if Java is missing
+    or fails; `FileNotFoundError` if the files of SPICE are missing.
 Examples:
     >>> caption_metrics = evaluate.load("training_examples/metrics/caption_metrics")
     >>> predictions = ["a red bus waits here", "a dog runs on grass"]
@@ -102,7 +103,7 @@ DEFAULT_METRICS = ("cider", "bleu", "meteor", "rouge_l")
 TOKENIZERS = ("ptb", "regex")
 SPICE_FILES = (f"{get_stanford_models.JAR}.jar", f"{get_stanford_models.JAR}-models.jar")
 
-# A word before n't; a clitic; a word, also one such as t-shirt or 2.5; any other character.
+# a word before n't; a clitic; a word, which may be t-shirt or 2.5; any other character
 TOKEN = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|m|d|ll|re|ve)\b|\w+(?:[-.,:&/]\w+)*|[^\w\s]")
 
 
@@ -125,7 +126,7 @@ class CaptionMetrics(evaluate.Metric):
         )
 
     def _download_and_prepare(self, dl_manager):
-        # said when the metric is loaded, not only after hours of captioning
+        # warn when the metric is loaded, not after hours of captioning
         if shutil.which("java") is None:
             logger.warning(no_java("The tokeniser, METEOR and SPICE"))
 
@@ -137,7 +138,7 @@ class CaptionMetrics(evaluate.Metric):
             tokenize = tokenize_ptb
         else:
             tokenize = tokenize_regex
-        # Predictions and references are tokenised apart, as in the COCO evaluation: the tokeniser looks past a line.
+        # As in the COCO evaluation, tokenise predictions and references separately: lines influence each other.
         flat = iter(tokenize([text for texts in references for text in texts]))
         references = {i: [next(flat) for _ in texts] for i, texts in enumerate(references)}
         predictions = {i: [text] for i, text in enumerate(tokenize(predictions))}
@@ -151,7 +152,7 @@ class CaptionMetrics(evaluate.Metric):
         return results
 
 
-# ---- what is asked for, and with what ----
+# ---- checks ----
 
 
 def check_options(metrics, tokenizer):
@@ -175,22 +176,22 @@ def check_options(metrics, tokenizer):
 def check_texts(predictions, references):
     for i, (prediction, texts) in enumerate(zip(predictions, references)):
         if prediction is None:
-            raise ValueError(f"predictions[{i}] is None; a caption is a str, and may be empty")
+            raise ValueError(f"predictions[{i}] is None; a caption must be a str, which may be empty")
         if not texts or None in texts:
-            raise ValueError(f"references[{i}] is {texts}; each image needs one reference caption or more")
+            raise ValueError(f"references[{i}] is {texts}; each image needs at least one reference caption")
 
 
-def no_java(what):
+def no_java(program):
     return (
-        f"{what} cannot run: there is no `java` on the PATH. Install a Java runtime, such as Debian's "
+        f"{program} cannot run: there is no `java` on the PATH. Install a Java runtime, such as Debian's "
         "`default-jre-headless` or conda-forge's `openjdk`. Without Java, "
-        '`compute(..., metrics=["cider", "bleu", "rouge_l"], tokenizer="regex")` gives approximate figures.'
+        '`compute(..., metrics=["cider", "bleu", "rouge_l"], tokenizer="regex")` gives approximate scores.'
     )
 
 
-def require_java(what):
+def require_java(program):
     if shutil.which("java") is None:
-        raise RuntimeError(no_java(what))
+        raise RuntimeError(no_java(program))
 
 
 def require_spice_files():
@@ -198,41 +199,41 @@ def require_spice_files():
     missing = [name for name in SPICE_FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"SPICE needs {' and '.join(missing)} of Stanford CoreNLP 3.6.0 in {folder}; pycocoevalcap comes without "
-            "them. `python -m pycocoevalcap.spice.get_stanford_models` downloads them from nlp.stanford.edu; or leave "
+            f"SPICE needs {' and '.join(missing)} of Stanford CoreNLP 3.6.0 in {folder}. "
+            "`python -m pycocoevalcap.spice.get_stanford_models` downloads them from nlp.stanford.edu. Or leave "
             '"spice" out of metrics.'
         )
 
 
-# ---- tokens: (n texts) -> (n texts of lower-case tokens, a space between two) ----
+# ---- tokens: n texts -> n texts of lower-case tokens, separated by spaces ----
 
 
 def tokenize_ptb(texts):
     """
-    What pycocoevalcap's PTBTokenizer gives, without the file that it writes beside itself, in site-packages: the texts
-    go through the Java program's standard input, so any number of processes can do this at once.
+    Tokenises like PTBTokenizer of pycocoevalcap, but without writing a file into site-packages. The texts go through
+    the standard input of the Java program, so that several processes can run at once.
     """
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    # One line a text: a form feed or U+2028 would begin another as well.
+    # One line per text: a form feed or U+2028 would start a new line as well.
     lines = "".join(" ".join(text.split()) + "\n" for text in texts)
     result = subprocess.run(command, input=lines, capture_output=True, encoding="utf-8")
     tokenized = result.stdout.split("\n")[:-1]
     if result.returncode != 0 or len(tokenized) != len(texts):
         raise RuntimeError(
-            f"The PTB tokeniser (`{' '.join(command)}`) ended with status {result.returncode} and gave "
-            f"{len(tokenized)} lines for {len(texts)} texts. It said: {result.stderr.strip()}"
+            f"The PTB tokeniser (`{' '.join(command)}`) exited with status {result.returncode} and returned "
+            f"{len(tokenized)} lines for {len(texts)} texts: {result.stderr.strip()}"
         )
     dropped = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(token for token in line.split() if token not in dropped) for line in tokenized]
 
 
 def tokenize_regex(texts):
-    """An approximation of `tokenize_ptb` without Java: the same on plain captions, not on rarer spellings."""
+    """Approximates `tokenize_ptb` without Java: equal for plain captions, but not for rare spellings."""
     return [" ".join(t for t in TOKEN.findall(text.lower()) if t not in "'`\"().?!,:;-–—…[]{}") for text in texts]
 
 
-# ---- scorers: references {image: [texts]}, predictions {image: [text]} -> {name: (score, [score of an image])} ----
+# ---- scorers: references {image: [texts]}, predictions {image: [text]} -> {name: (score, [score per image])} ----
 
 
 def score_bleu(references, predictions):
@@ -252,27 +253,27 @@ def score_meteor(references, predictions):
     scorer = Meteor()
     try:
         return {"meteor": scorer.compute_score(references, predictions)}
-    except (OSError, ValueError) as error:  # the Java program went away, or what it said is no number
+    except (OSError, ValueError) as error:  # the Java program ended, or its output is not a number
         scorer.meteor_p.kill()
         said = scorer.meteor_p.stderr.read().decode(errors="replace").strip()
         with suppress(OSError):
             scorer.meteor_p.stdin.close()
-        if scorer.lock.locked():  # or the scorer's end would wait for it for ever
+        if scorer.lock.locked():  # otherwise the scorer waits for it forever
             scorer.lock.release()
-        raise RuntimeError(f"METEOR's Java program failed ({error}). It said: {said}") from error
+        raise RuntimeError(f"the Java program of METEOR failed ({error}): {said}") from error
 
 
 def score_spice(references, predictions):
     with tempfile.TemporaryDirectory(prefix="spice-") as folder:
         before = spice.TEMP_DIR, spice.CACHE_DIR
-        # Absolute, these two keep SPICE from writing into site-packages.
+        # absolute paths keep SPICE from writing into site-packages
         spice.TEMP_DIR, spice.CACHE_DIR = folder, str(Path(folder) / "cache")
         try:
             score, per_caption = spice.Spice().compute_score(references, predictions)
         except subprocess.CalledProcessError as error:
             raise RuntimeError(
-                f"SPICE's Java program ended with status {error.returncode}; what it said is printed above. It asks "
-                "for 8 GB of memory, and was written for Java 8."
+                f"the Java program of SPICE exited with status {error.returncode}; its output is above. It needs 8 GB "
+                "of memory, and was written for Java 8."
             ) from error
         finally:
             spice.TEMP_DIR, spice.CACHE_DIR = before

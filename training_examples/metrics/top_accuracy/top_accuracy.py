@@ -1,5 +1,5 @@
 """
-Top-k accuracy: the share of samples whose class is among the first k that a model ranked.
+Computes top-k accuracy: the share of samples whose class is among the first k classes of the ranking.
 
     top_accuracy = evaluate.load("training_examples/metrics/top_accuracy")
     top_accuracy.compute(predictions=[[3, 1, 7, 0, 2], [5, 4, 1, 0, 2]], references=[1, 5], k=(1, 5))
@@ -21,16 +21,16 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Top-k accuracy, the measure of ImageNet classification: the share of samples whose class is among the first k that the
-model ranked. k = 1 is plain accuracy.
+Top-k accuracy, as used for ImageNet classification: the share of samples whose class is among the first k classes of
+the model's ranking. k = 1 is plain accuracy.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[list[int]]` or `list[list[str]]`): for each sample the classes that the model ranks, best first,
-        at least the largest k of them: names, or the indices of shape (samples, k) that `model.rank_candidates` gives.
+    predictions (`list[list[int]]` or `list[list[str]]`): the ranked classes of each sample, best first, at least as
+        many as the largest k: names, or the indices from `model.rank_candidates`, of shape (samples, k).
     references (`list[int]` or `list[str]`): the class of each sample.
-    k (`int` or `tuple[int, ...]`, defaults to 1): how far down the ranking to look.
+    k (`int` or `tuple[int, ...]`, defaults to 1): the number of ranked classes that count.
 Returns:
     `dict` with a `float` from 0 to 1 named top_1, top_5, ... for each k.
 Raises:
@@ -61,10 +61,10 @@ class TopAccuracy(evaluate.Metric):
     def _compute(self, predictions, references, k=1):
         ks = [k] if isinstance(k, int) else list(k)
         if not ks or min(ks) < 1:
-            raise ValueError(f"k is {k}; accepted are one integer or more, from 1 on")
+            raise ValueError(f"k is {k}; accepted are integers of at least 1")
         for i, ranking in enumerate(predictions):
             if len(ranking) < max(ks):
-                raise ValueError(f"predictions[{i}] ranks {len(ranking)} classes; k = {max(ks)} needs as many or more")
+                raise ValueError(f"predictions[{i}] ranks {len(ranking)} classes; k = {max(ks)} needs more")
         return {
             f"top_{k}": sum(r in ranking[:k] for ranking, r in zip(predictions, references)) / len(references)
             for k in ks

@@ -1,5 +1,5 @@
 """
-The accuracy of the VQA challenge: an answer counts in full if three other people gave it.
+Computes the accuracy of the VQA challenge: an answer scores 1 if three people gave it.
 
     vqa_accuracy = evaluate.load("training_examples/metrics/vqa_accuracy")
     vqa_accuracy.compute(predictions=["two"], references=[["2", "2", "2", "2", "3", "2", "two", "2", "2", "many"]])
@@ -31,27 +31,26 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-The soft accuracy of the VQA challenge, by the rule published at https://visualqa.org/evaluation.html: an answer scores
-min(number of people who gave it / 3, 1), averaged over all ways of leaving one of the ten people out. Before that
-predictions and references are normalised alike: put in lower case; periods dropped except in decimals, commas dropped
-between digits, other punctuation but apostrophes and colons turned into a space; number words turned into digits;
-articles dropped; apostrophes put into contractions that lack them.
+The soft accuracy of the VQA challenge, by the rule at https://visualqa.org/evaluation.html. An answer scores
+min(number of people who gave it / 3, 1), averaged over all ways to leave out one of the ten people. Before that,
+predictions and references are normalised in the same way: they are put in lower case; periods are removed except in
+decimals, and commas between digits; other punctuation except apostrophes and colons becomes a space; number words
+become digits; articles are removed; contractions get their missing apostrophes.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[str]`): one answer a question.
-    references (`list[list[str]]`): for each question the answers that people gave, with repeats; ten in VQAv2. Where
-        there are fewer than four, as in data of your own, all the others must agree instead of three of them; a single
-        reference is simply compared.
-    answer_types (`list[str]`, *optional*): the type of each question, such as VQAv2's "yes/no", "number" and "other",
-        in the order of all predictions, to get an accuracy for each type too.
+    predictions (`list[str]`): one answer per question.
+    references (`list[list[str]]`): the answers that people gave to each question, with repetitions; ten in VQAv2. With
+        fewer than four answers, all others must agree in place of three. A single answer is compared directly.
+    answer_types (`list[str]`, *optional*): the type of each question, in the order of the predictions, to compute an
+        accuracy for each type. Those of VQAv2 are "yes/no", "number" and "other".
 Returns:
     `dict` with
-    - vqa_accuracy (`float`): 0 to 1; papers print it times 100.
-    - vqa_accuracy_per_answer_type (`dict[str, float]`): with `answer_types` only.
+    - vqa_accuracy (`float`): 0 to 1. Papers print it times 100.
+    - vqa_accuracy_per_answer_type (`dict[str, float]`): only with `answer_types`.
 Raises:
-    `ValueError` if a question has no references, or `answer_types` has another length than the predictions.
+    `ValueError` if a question has no references, or the lengths of `answer_types` and the predictions differ.
 Examples:
     >>> vqa_accuracy = evaluate.load("training_examples/metrics/vqa_accuracy")
     >>> vqa_accuracy.compute(predictions=["Yes.", "a dog"], references=[["yes"] * 10, ["dog"] * 2 + ["cat"] * 8])
@@ -62,7 +61,7 @@ NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION_TO_SPACES = str.maketrans(dict.fromkeys('!"()+,-/;<=>?@[\\]_`{}', " "))
-# Left out are those that are another word without their apostrophe: we'd, she'll, it's, let's, ...
+# without those that are another word if the apostrophe is missing: we'd, she'll, it's, let's, ...
 CONTRACTIONS = """
 ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
@@ -97,9 +96,9 @@ class VqaAccuracy(evaluate.Metric):
         scores, by_type = [], defaultdict(list)
         for i, (prediction, answers) in enumerate(zip(predictions, references)):
             if prediction is None:
-                raise ValueError(f"predictions[{i}] is None; an answer is a str, and may be empty")
+                raise ValueError(f"predictions[{i}] is None; an answer must be a str, which may be empty")
             if not answers or None in answers:
-                raise ValueError(f"references[{i}] is {answers}; each question needs one reference answer or more")
+                raise ValueError(f"references[{i}] is {answers}; each question needs at least one reference answer")
             scores.append(soft_accuracy(prediction, answers))
             if answer_types is not None:
                 by_type[answer_types[i]].append(scores[-1])
@@ -114,14 +113,14 @@ def mean(scores):
 
 
 def soft_accuracy(prediction, answers):
-    """min(matches / 3, 1) among all answers but one, averaged over the answer that is left out."""
+    """min(matches / 3, 1) among all answers except one, averaged over the answer that is left out."""
     prediction = normalize_answer(prediction)
     matches = sum(normalize_answer(answer) == prediction for answer in answers)
     if len(answers) == 1:
         return float(matches)
     needed = min(3, len(answers) - 1)
     others = len(answers) - matches
-    # Leaving out one of the matching answers leaves one match fewer.
+    # leaving out a matching answer leaves one match fewer
     total = matches * min((matches - 1) / needed, 1) + others * min(matches / needed, 1)
     return total / len(answers)
 
@@ -136,7 +135,7 @@ def normalize_answer(answer):
 
 
 def lacking_apostrophes(contraction):
-    """The spellings of a contraction that lack one apostrophe or more: couldntve, couldn'tve and couldnt've."""
+    """The spellings of a contraction without one or more apostrophes: couldntve, couldn'tve and couldnt've."""
     parts = contraction.split("'")
     for marks in itertools.product(("", "'"), repeat=len(parts) - 1):
         spelling = parts[0] + "".join(mark + part for mark, part in zip(marks, parts[1:]))
