@@ -199,12 +199,12 @@ _RUNNING: ContextVar[Any] = ContextVar("running", default=None)  # images and pl
 
 def _place_features(module: nn.Module, args: tuple, embeddings: torch.Tensor) -> torch.Tensor:
     """Forward hook of a vision-language model's word embeddings: puts the experts' features into the prompt."""
-    if (running := _RUNNING.get()) is not None:
+    if (running := _RUNNING.get()) is not None and embeddings.ndim == 3:
         model, images, mask = running
-        repeats = embeddings.shape[0] // mask.shape[0]  # rows of each prompt: its beams
-        if embeddings.shape[:2] == (repeats * mask.shape[0], mask.shape[1]):
-            mask = mask.repeat_interleave(repeats, dim=0)
-            embeddings, images.visible = model.fuse(embeddings, images, mask.to(embeddings.device))
+        rows, length, _ = embeddings.shape
+        if rows % mask.shape[0] == 0 and length >= mask.shape[1]:  # a prompt; without a cache, also what follows it
+            mask = pad_types(mask.to(embeddings.device), length).repeat_interleave(rows // mask.shape[0], dim=0)
+            embeddings, images.visible = model.fuse(embeddings, images, mask)
     return embeddings
 
 
@@ -212,7 +212,7 @@ def _pass_visible_images(module: nn.Module, args: tuple, kwargs: dict[str, Any])
     """Forward pre-hook of a vision-language model's decoder, which hands its arguments on to its layers."""
     if (running := _RUNNING.get()) is not None and running[1].visible is not None:
         _, images, mask = running
-        if kwargs["inputs_embeds"].shape[1] != mask.shape[1]:  # a step of decoding
+        if kwargs["inputs_embeds"].shape[1] < mask.shape[1]:  # a step of decoding
             images.visible = images.visible.after_prompt()
         kwargs = {**kwargs, "visible_images": images.visible}
     return args, kwargs

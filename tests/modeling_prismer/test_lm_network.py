@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig, SiglipVisionConfig, TimmWrapperConfig
 
 from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration, PrismerVisionConfig
@@ -468,7 +469,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
 def test_bad_configurations_are_named(fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises((StrictDataclassError, ValueError), match=message):
         PrismerLMConfig(**{"text_config": LLAMA} | fields)
 
 

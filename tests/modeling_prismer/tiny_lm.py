@@ -5,21 +5,29 @@ from functools import lru_cache
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     Gemma3TextConfig,
     GPT2Config,
+    Idefics3Config,
+    InternVLConfig,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     Olmo2Config,
+    PaliGemmaConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen3Config,
+    Qwen3VLConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
     SmolLM3Config,
+    SmolVLMConfig,
 )
 
 from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration
@@ -64,6 +72,115 @@ ENCODERS = {
     "dinov3": lambda: DINOv3ViTConfig(**_SIZES, **_GRID, num_register_tokens=4),
 }
 
+# ---- vision-language models ----
+
+_VLM_TEXT = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"intermediate_size": 64, "max_position_embeddings": 256, **_SPECIAL},
+}
+_VLM_VISION = {**_SIZES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_QWEN_VISION = {
+    **{"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+    **{"spatial_merge_size": 2, "out_hidden_size": 32},
+}
+VLM_IMAGE, VLM_START, VLM_END = 99, 97, 96  # tokens of the vision-language models
+VLMS = {
+    "llava": lambda: LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **_VLM_VISION},
+        text_config={"model_type": "llama", **_VLM_TEXT},
+        image_token_index=VLM_IMAGE,
+        vision_feature_layer=-1,
+    ),
+    "paligemma": lambda: PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", **_VLM_VISION, "projection_dim": 32},
+        text_config={"model_type": "gemma", **_VLM_TEXT, "head_dim": 8},
+        image_token_index=VLM_IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    ),
+    "internvl": lambda: InternVLConfig(
+        vision_config={
+            **{"model_type": "internvl_vision", **_VLM_VISION},
+            **{"image_size": [28, 28], "patch_size": [14, 14]},
+        },
+        text_config={"model_type": "qwen2", **_VLM_TEXT},
+        image_token_id=VLM_IMAGE,
+        downsample_ratio=0.5,
+    ),
+    "idefics3": lambda: Idefics3Config(
+        vision_config=_VLM_VISION,
+        text_config={"model_type": "llama", **_VLM_TEXT},
+        image_token_id=VLM_IMAGE,
+        scale_factor=2,
+    ),
+    "smolvlm": lambda: SmolVLMConfig(
+        vision_config=_VLM_VISION,
+        text_config={"model_type": "llama", **_VLM_TEXT},
+        image_token_id=VLM_IMAGE,
+        scale_factor=2,
+    ),
+    "qwen2_5_vl": lambda: Qwen2_5_VLConfig(
+        vision_config={**_QWEN_VISION, "patch_size": 14, "fullatt_block_indexes": [0], "window_size": 56},
+        text_config={**_VLM_TEXT, "rope_parameters": _MROPE},
+        image_token_id=VLM_IMAGE,
+        video_token_id=98,
+        vision_start_token_id=VLM_START,
+        vision_end_token_id=VLM_END,
+    ),
+    "qwen3_vl": lambda: Qwen3VLConfig(
+        vision_config={
+            **{**_QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]},
+            **{"num_position_embeddings": 16},
+        },
+        text_config={**_VLM_TEXT, "head_dim": 8, "rope_parameters": _MROPE},
+        image_token_id=VLM_IMAGE,
+        video_token_id=98,
+        vision_start_token_id=VLM_START,
+        vision_end_token_id=VLM_END,
+    ),
+}
+
+
+def vlm_inputs(
+    name: str, rows: int, config: PrismerLMConfig | None = None, images: int = 1
+) -> dict[str, torch.Tensor]:
+    """
+    What a vision-language model takes: prompts with images. With the `config` of a PrismerLM, the placeholders of the
+    experts of each image follow it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    number = {"internvl": 1, "idefics3": 1, "smolvlm": 1}.get(name, 4)
+    image = [VLM_IMAGE] * number
+    if name.startswith("qwen"):
+        image = [VLM_START, *image, VLM_END]
+    if config is not None:
+        image += [config.image_token_id] * config.image_seq_length
+    ids = [
+        [3, *(t for text in torch.randint(5, 90, (images, 4), generator=generator).tolist() for t in (*image, *text))]
+        for _ in range(rows)
+    ]
+    input_ids = torch.tensor(ids)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if name.startswith("qwen"):
+        side = 14 if name == "qwen2_5_vl" else 16
+        inputs["pixel_values"] = torch.randn(rows * images * 16, 3 * 2 * side**2, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * (rows * images))
+        inputs["mm_token_type_ids"] = (input_ids == VLM_IMAGE).long()
+    elif name in ("idefics3", "smolvlm"):
+        inputs["pixel_values"] = torch.randn(rows, images, 3, 28, 28, generator=generator)
+    else:
+        inputs["pixel_values"] = torch.randn(rows * images, 3, 28, 28, generator=generator)
+    return inputs
+
+
+def tiny_vlm(name: str, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return scatter_weights(AutoModelForImageTextToText.from_config(VLMS[name]()), seed).eval()
+
+
+# ---- PrismerLM ----
+
 
 def tiny_config(
     language: str | PreTrainedConfig = "llama",
@@ -93,9 +210,9 @@ def tiny_config(
 
 
 @torch.no_grad()
-def scatter_weights(model: torch.nn.Module) -> torch.nn.Module:
+def scatter_weights(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Moves all weights away from where they start, and opens all gates."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
         if name.endswith("gate"):
@@ -118,7 +235,7 @@ def shared_model(language: str = "llama", fusion: str = "prefix", **kwargs) -> P
 def tiny_language_model(language: str = "llama", seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     config = LANGUAGE_MODELS[language]() if isinstance(language, str) else language
-    return scatter_weights(AutoModelForCausalLM.from_config(config)).eval()
+    return scatter_weights(AutoModelForCausalLM.from_config(config), seed).eval()
 
 
 def image_inputs(config: PrismerLMConfig, number: int, seed: int = 0) -> dict[str, torch.Tensor]:
