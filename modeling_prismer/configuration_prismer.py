@@ -1,4 +1,4 @@
-"""Configuration of Prismer: a vision encoder that looks through experts, and a causal text decoder."""
+"""Configuration of Prismer: a vision encoder with experts, and a causal text decoder."""
 
 import math
 from collections.abc import Callable
@@ -52,7 +52,7 @@ _ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def validate_fields(config: PreTrainedConfig) -> None:
     """
-    Checks every single field of a configuration of Prismer.
+    Checks each field of a configuration of Prismer.
 
     Raises:
         ValueError: naming the field, its value and what is accepted.
@@ -76,20 +76,20 @@ def _require_multiple(config: PreTrainedConfig, heads: str) -> None:
 @strict
 class PrismerVisionConfig(PreTrainedConfig):
     r"""
-    The vision encoder of Prismer: a CLIP vision transformer (field names of `CLIPVisionConfig`) with adaptors, the
-    experts' stems and the resampler. The defaults are those of `prismer_base`, without experts.
+    Configuration of the vision encoder of Prismer: a CLIP vision transformer (field names of `CLIPVisionConfig`) with
+    adaptors, the experts' stems and the resampler. The defaults are those of `prismer_base`, without experts.
 
     Args:
         experts (`list[dict]`, *optional*, defaults to `[]`):
             One description for each expert; see [`PrismerConfig`].
         num_latents (`int`, *optional*, defaults to 64):
-            Number of latents that the resampler condenses all experts' tokens to.
+            Number of latents to which the resampler reduces the tokens of all experts.
         resampler_layers (`int`, *optional*, defaults to 4):
             Number of blocks of the resampler.
         resampler_attention_heads (`int`, *optional*, defaults to 8):
             Number of attention heads of the resampler.
         num_instance_embeddings (`int`, *optional*, defaults to 128):
-            Number of rows of the table from which the instances of a detector get their embeddings.
+            Number of rows in the embedding table of a detector's instances.
 
     Example:
 
@@ -105,7 +105,7 @@ class PrismerVisionConfig(PreTrainedConfig):
     model_type = "prismer_vision_model"
     base_config_key = "vision_config"
 
-    if TYPE_CHECKING:  # as they are once the configuration is made
+    if TYPE_CHECKING:  # their types after __init__
         intermediate_size: int
         experts: list[dict[str, Any]]
     else:
@@ -154,14 +154,14 @@ class PrismerVisionConfig(PreTrainedConfig):
 @strict
 class PrismerTextConfig(PreTrainedConfig):
     r"""
-    The text decoder of Prismer: a causal RoBERTa (field names of `RobertaConfig`) with cross-attention and adaptors.
-    The defaults are those of `prismer_base`.
+    Configuration of the text decoder of Prismer: a causal RoBERTa (field names of `RobertaConfig`) with cross-attention
+    and adaptors. The defaults are those of `prismer_base`.
 
     Args:
         num_hidden_layers (`int`, *optional*, defaults to 13):
-            All layers: those with cross-attention and adaptor, and one more, the output layer, which has neither.
+            Number of all layers. The last one, the output layer, has no cross-attention and no adaptor.
         encoder_hidden_size (`int`, *optional*):
-            Width of the states that are cross-attended; [`PrismerConfig`] sets it to the vision encoder's width.
+            Width of the states for cross-attention; [`PrismerConfig`] sets it to the vision encoder's width.
 
     Example:
 
@@ -218,9 +218,9 @@ class PrismerTextConfig(PreTrainedConfig):
 
 class _NoProblemType:
     """
-    The `problem_type` of a [`PrismerConfig`]: none. If `label_smoothing_factor` is set, `Trainer` compares it with
-    `"multi_label_classification"`, and then replaces the model's loss by one that neither shifts logits against labels
-    nor averages over samples. This comparison is the only place where a model can refuse that.
+    The empty `problem_type` of a [`PrismerConfig`]. If `label_smoothing_factor` is set, `Trainer` compares the problem
+    type with `"multi_label_classification"` and then replaces the model's loss by one that neither shifts logits
+    against labels nor averages over samples. A model can only refuse that in this comparison.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -245,8 +245,8 @@ class PrismerConfig(PreTrainedConfig):
             The text decoder.
         experts (`list[dict]`, *optional*):
             One description for each expert, in the order of `expert_mask`: a dict with the fields of [`ExpertSpec`].
-            Without experts it is the network that the paper calls PrismerZ. `experts` is kept in `vision_config`, as
-            are the next two. `expert_specs` returns it as a list of [`ExpertSpec`].
+            A network without experts is the paper's PrismerZ. `experts` and the next two fields are stored in
+            `vision_config`. `expert_specs` returns them as a list of [`ExpertSpec`].
         num_latents (`int`, *optional*, defaults to 64):
             Number of latents of the resampler.
         resampler_layers (`int`, *optional*, defaults to 4):
@@ -254,8 +254,8 @@ class PrismerConfig(PreTrainedConfig):
         label_smoothing (`float`, *optional*, defaults to 0.1):
             Label smoothing of the training loss and of the scores of `rank_candidates`.
         strict_experts (`bool`, *optional*, defaults to `True`):
-            Whether an expert that is neither given nor masked out by `expert_mask` is an error. It guards against
-            tensors that get lost on the way, which would only show as worse results.
+            Whether it is an error if an expert is neither given nor masked out by `expert_mask`. This detects lost
+            tensors, which would otherwise only make results worse.
 
     Example:
 
@@ -285,7 +285,7 @@ class PrismerConfig(PreTrainedConfig):
         "encoder_attentions",
     ]
 
-    if TYPE_CHECKING:  # what the constructor takes, and what is there afterwards
+    if TYPE_CHECKING:  # the arguments of __init__, and the types after it
         vision_config: PrismerVisionConfig
         text_config: PrismerTextConfig
 
@@ -320,7 +320,7 @@ class PrismerConfig(PreTrainedConfig):
         if vocab_size is not None:
             self.vocab_size = vocab_size
         if self.problem_type is None:
-            del self.problem_type  # that of the class shows
+            del self.problem_type  # the class attribute applies
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, token) is None:
@@ -367,7 +367,7 @@ class PrismerConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """That of `text_config`. peft compares it with the base model's to see whether new tokens must be saved."""
+        """The size in `text_config`. peft compares it with the base model's to decide whether to save the embeddings."""
         return self.text_config.vocab_size
 
     @vocab_size.setter
@@ -386,14 +386,15 @@ class PrismerConfig(PreTrainedConfig):
     @classmethod
     def from_variant(cls, variant: str, image_size: int = 224, **kwargs: Any) -> "PrismerConfig":
         """
-        The configuration of one of the published networks.
+        Returns the configuration of a published network.
 
         Args:
             variant (`str`):
-                `prismer_base`, `prismer_large`, `prismer_huge`, or the same as `prismerz_…` (no experts).
+                `prismer_base`, `prismer_large`, `prismer_huge`, or without experts `prismerz_base`, `prismerz_large`,
+                `prismerz_huge`.
             image_size (`int`, *optional*, defaults to 224):
-                Side of the image in pixels; the paper has 224 for pre-training, 480 for captioning and questions, 384
-                for classification.
+                Side of the image in pixels. The paper uses 224 for pre-training, 480 for captioning and questions, and
+                384 for classification.
             kwargs:
                 Any further field of [`PrismerConfig`], for example `experts`.
 

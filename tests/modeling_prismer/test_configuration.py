@@ -49,14 +49,14 @@ def test_the_six_published_variants(variant, vision, text):
     assert variant in VARIANTS
 
 
-def test_a_variant_takes_other_experts_and_does_not_share_the_published_list():
+def test_a_variant_has_its_own_list_of_experts():
     config = PrismerConfig.from_variant("prismer_base", experts=[dense()])
     assert config.expert_names == ["depth"]
     PrismerConfig.from_variant("prismer_base").experts[0]["channels"] = 7
     assert PrismerConfig.from_variant("prismer_base").expert_specs == list(PUBLISHED_EXPERTS)
 
 
-def test_an_unknown_variant_is_refused_with_the_known_ones():
+def test_an_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="no variant 'prismer_small'; there are prismer_base"):
         PrismerConfig.from_variant("prismer_small")
 
@@ -96,7 +96,7 @@ def test_a_wrong_description_of_an_expert_is_refused(experts, message):
         ),
     ],
 )
-def test_a_network_that_cannot_be_is_refused(vision, text, message):
+def test_an_impossible_network_is_refused(vision, text, message):
     with pytest.raises(StrictDataclassError, match=message):
         PrismerConfig(vision_config=vision, text_config=text)
 
@@ -196,7 +196,7 @@ def test_class_names_are_saved_and_may_repeat(tmp_path):
     assert PrismerConfig.from_pretrained(tmp_path).class_names == config.class_names
 
 
-def test_experts_and_the_resampler_are_fields_of_the_config_and_of_its_vision_part():
+def test_experts_and_resampler_belong_to_both_configs():
     config = tiny_config()
     assert config.experts == config.vision_config.experts == EXPERTS
     assert config.num_latents == config.vision_config.num_latents == 6
@@ -211,7 +211,7 @@ def test_sub_configs_may_be_objects():
     assert config.vision_config.hidden_size == config.text_config.encoder_hidden_size == 96
 
 
-def test_special_tokens_are_those_of_the_text():
+def test_special_tokens_come_from_the_text_config():
     config = PrismerConfig(text_config={"pad_token_id": 5, "bos_token_id": 6, "eos_token_id": [7, 8]})
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (5, 6, [7, 8])
 
@@ -233,7 +233,7 @@ def test_fields_can_be_changed_while_loading(tmp_path):
 
 
 @pytest.mark.parametrize("part", [PrismerVisionConfig, PrismerTextConfig])
-def test_a_part_can_be_read_from_the_whole(tmp_path, part):
+def test_a_sub_config_loads_from_the_whole_config(tmp_path, part):
     config = tiny_config()
     config.save_pretrained(tmp_path)
     loaded = part.from_pretrained(tmp_path)
