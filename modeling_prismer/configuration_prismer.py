@@ -154,8 +154,8 @@ class PrismerVisionConfig(PreTrainedConfig):
 @strict
 class PrismerTextConfig(PreTrainedConfig):
     r"""
-    Configuration of the text decoder of Prismer: a causal RoBERTa (field names of `RobertaConfig`) with cross-attention
-    and adaptors. The defaults are those of `prismer_base`.
+    Configuration of the text decoder of Prismer: a causal RoBERTa (field names of `RobertaConfig`) with
+    cross-attention and adaptors. The defaults are those of `prismer_base`.
 
     Args:
         num_hidden_layers (`int`, *optional*, defaults to 13):
@@ -246,7 +246,7 @@ class PrismerConfig(PreTrainedConfig):
         experts (`list[dict]`, *optional*):
             One description for each expert, in the order of `expert_mask`: a dict with the fields of [`ExpertSpec`].
             A network without experts is the paper's PrismerZ. `experts` and the next two fields are stored in
-            `vision_config`. `expert_specs` returns them as a list of [`ExpertSpec`].
+            `vision_config`. `expert_specs` returns `experts` as a list of [`ExpertSpec`].
         num_latents (`int`, *optional*, defaults to 64):
             Number of latents of the resampler.
         resampler_layers (`int`, *optional*, defaults to 4):
@@ -367,7 +367,7 @@ class PrismerConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """The size in `text_config`. peft compares it with the base model's to decide whether to save the embeddings."""
+        """The size in `text_config`. peft compares it with the base model's and saves the embeddings if they differ."""
         return self.text_config.vocab_size
 
     @vocab_size.setter
