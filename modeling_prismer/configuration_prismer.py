@@ -367,7 +367,7 @@ class PrismerConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """The size in `text_config`. peft compares it with the base model's and saves the embeddings if they differ."""
+        """The size in `text_config`. peft saves the embeddings if it differs from that of the base model."""
         return self.text_config.vocab_size
 
     @vocab_size.setter
