@@ -731,9 +731,15 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
     def logits_and_outputs(
         self, select: Callable[[torch.Tensor], torch.Tensor], **inputs: Any
     ) -> tuple[torch.Tensor, PrismerLMCausalLMOutput]:
-        if not self.config.has_vision_language_model:  # which counts positions by itself
-            positions = inputs["attention_mask"].long().cumsum(dim=-1) - 1
-            inputs["position_ids"] = positions.clamp(min=0)[:, -inputs["input_ids"].shape[1] :]
+        positions = (inputs["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+        positions = positions[:, -inputs["input_ids"].shape[1] :]
+        if not self.config.has_vision_language_model:
+            inputs["position_ids"] = positions
+        elif inputs.get(CACHE_NAME) is not None:  # it counts the positions of a prompt by itself
+            deltas = getattr(self.language_model.base_model, "rope_deltas", None)
+            if deltas is not None:  # positions of time, height and width
+                deltas = deltas.repeat_interleave(positions.shape[0] // deltas.shape[0], dim=0).to(positions)
+                inputs["position_ids"] = (positions + deltas).expand(3, -1, -1)
         outputs = self(**inputs, use_cache=True, return_dict=True)
         return select(outputs.logits), outputs
 
@@ -844,6 +850,9 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
                 Save the trained weights alone, with ids and fingerprints of the frozen backbones, which
                 `from_pretrained` loads and checks.
         """
+        if self._auto_class is not None:  # the code is saved too, so that `AutoModel` finds the model without its head
+            auto_map = {"AutoModel": f"{__name__.rpartition('.')[2]}.{PrismerLMModel.__name__}"}
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
         if trained_only:
             save_trained(self, save_directory, **kwargs)
         else:
