@@ -257,8 +257,8 @@ class PrismerProcessor(ExpertsProcessor):
             ValueError: if the texts belong to several tasks.
         """
         if text is None:
-            tasks = [find_task(name) for name in (self.task, *(self.tasks or ()))]
-            return next((task.name for task in tasks if task.prompt and not task.is_ranked), self.task)
+            found = [find_task(name) for name in (self.task, *(self.tasks or ()))]
+            return next((task.name for task in found if task.prompt and not task.is_ranked), self.task)
         if isinstance(text, str):
             return self._task_of(text)[0]
         tasks = sorted({self.task_for(each) for each in text})
@@ -341,8 +341,8 @@ class PrismerProcessor(ExpertsProcessor):
                 room = max(1, total - len(rows[i]))
                 if len(learned[i]) > room:  # cut before </s>
                     learned[i] = learned[i][: room - 1] + learned[i][-1:]
-        ends = limits if suffixes is None else totals
-        length = None if None in ends else max(ends)
+        ends: Sequence[int | None] = limits if suffixes is None else totals
+        length = None if None in ends else max(filter(None, ends))
         labels = [[-100] * len(row) + ids for row, ids in zip(rows, learned)]
         rows = [row + ids for row, ids in zip(rows, learned)]
 

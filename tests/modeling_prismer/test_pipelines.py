@@ -243,7 +243,7 @@ def test_labels_have_the_form_of_what_they_follow(scenes):
     assert scenes.model.classify(scenes.processor, RED_CIRCLE, captions) == expected
     assert scenes.model.classify(scenes.processor, RED_CIRCLE, captions, text="A picture of") == expected
     assert scenes.model.classify(scenes.processor, RED_CIRCLE, captions, text="What is it?") != expected
-    with pytest.raises(ValueError, match="for several tasks"):
+    with pytest.raises(ValueError, match="belong to several tasks"):
         scenes.model.classify(scenes.processor, RED_CIRCLE, captions, text=["A picture of", "What is it?"])
 
 
