@@ -1,6 +1,5 @@
 """
-Registers Prismer with the Auto classes of transformers; importing `modeling_prismer` does it. By
-`register_for_auto_class` what is saved loads by them without this package, too.
+Registers the models with the Auto classes of transformers. `import modeling_prismer` imports this file.
 """
 
 from transformers import (
@@ -35,10 +34,10 @@ AutoModel.register(PrismerTextConfig, PrismerTextModel)
 AutoModelForImageTextToText.register(PrismerConfig, PrismerForConditionalGeneration)
 AutoModel.register(PrismerLMConfig, PrismerLMModel)
 AutoModelForImageTextToText.register(PrismerLMConfig, PrismerLMForConditionalGeneration)
-# where peft looks for the model of an adapter with task_type="CAUSAL_LM"
+# peft looks here for the model of an adapter with task_type="CAUSAL_LM"
 AutoModelForCausalLM.register(PrismerConfig, PrismerForConditionalGeneration)
 AutoModelForCausalLM.register(PrismerLMConfig, PrismerLMForConditionalGeneration)
-# Ours prepares pictures with PIL unless told otherwise: that is what the published checkpoints were trained on.
+# PIL is the default backend, because the published checkpoints were trained with it.
 DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS.append(PrismerImageProcessor.__name__)
 AutoImageProcessor.register(
     PrismerConfig,
@@ -50,10 +49,11 @@ AutoProcessor.register(PrismerLMConfig, PrismerLMProcessor)
 
 def register_for_auto_class() -> None:
     """
-    From now on `save_pretrained` and `push_to_hub` of model, configuration and processor put their code beside what
-    they save. The folder, or the repository on the Hub, then loads where this package is not installed:
-    `AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)`, and so by `AutoConfig`, `AutoModel`,
-    `AutoProcessor` and `pipeline`. Only live experts need the package.
+    Makes `save_pretrained` and `push_to_hub` save the code next to the model, the configuration and the processor.
+
+    The saved folder or Hub repository then loads without this package:
+    `AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True)`. The same holds for `AutoConfig`,
+    `AutoModel`, `AutoProcessor` and `pipeline`. Only live experts need the package.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""A new Prismer from a CLIP vision model and a RoBERTa: the names of their weights here and there."""
+"""Builds a new Prismer from a CLIP vision model and a RoBERTa, and maps the names of their weights."""
 
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from .configuration_prismer import PrismerConfig
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
 
-# Names in a RoBERTa of transformers -> names in this decoder. The conversion of published checkpoints reads it too.
+# Names in a RoBERTa of transformers -> names in this decoder. The conversion of published checkpoints uses them too.
 ROBERTA_EMBEDDING_NAMES = {
     "word_embeddings": "word_embeddings",
     "position_embeddings": "position_embeddings",
@@ -38,7 +38,7 @@ CLIP_LAYER_NAMES = (  # the same in both
     "mlp.fc2",
 )
 
-# The fields of a CLIP vision tower's and a RoBERTa's configuration that `from_backbones` takes over.
+# Fields that `from_backbones` copies from the configuration of a CLIP vision tower and of a RoBERTa.
 _CLIP_FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size"),
     *("patch_size", "hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range"),
@@ -58,11 +58,11 @@ def build_from_backbones(
     image_size: int | None = None,
     **kwargs: Any,
 ) -> ModelType:
-    """See [`PrismerForConditionalGeneration.from_backbones`], which is `cls`."""
+    """See [`PrismerForConditionalGeneration.from_backbones`]. `cls` is that class."""
     if not isinstance(vision, PreTrainedModel):
         kind = AutoConfig.from_pretrained(vision).model_type
         if kind not in ("clip", "clip_vision_model"):
-            raise ValueError(f"{vision} holds a model of the type {kind!r}; a CLIP vision tower is needed")
+            raise ValueError(f"{vision} has a model of the type {kind!r}; a CLIP vision tower is needed")
         vision = CLIPVisionModel.from_pretrained(vision)
     vision = getattr(vision, "vision_model", vision)
     if vision.config.model_type != "clip_vision_model":
@@ -70,7 +70,7 @@ def build_from_backbones(
     if not isinstance(text, PreTrainedModel):
         kind = AutoConfig.from_pretrained(text).model_type
         if kind != "roberta":
-            raise ValueError(f"{text} holds a model of the type {kind!r}; a RoBERTa is needed")
+            raise ValueError(f"{text} has a model of the type {kind!r}; a RoBERTa is needed")
         text = RobertaForMaskedLM.from_pretrained(text)
     if not isinstance(text, RobertaPreTrainedModel):
         raise ValueError(f"text is a {type(text).__name__}; a RoBERTa is needed (RobertaForMaskedLM)")
@@ -91,7 +91,7 @@ def build_from_backbones(
     if hasattr(text, "lm_head"):
         source |= {f"lm_head.{name}": tensor for name, tensor in text.lm_head.state_dict().items()}
     positions = "vision.embeddings.position_embedding.weight"
-    source[positions] = source[positions][1:]  # the first is the class token's
+    source[positions] = source[positions][1:]  # the first one belongs to the class token
 
     target = model.state_dict()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def build_from_backbones(
             if source_name in source:
                 target[name].copy_(source[source_name])
             elif not source_name.startswith("lm_head."):
-                raise ValueError(f"the backbone has no weight {source_name!r}, which {name} is to be taken from")
+                raise ValueError(f"the backbone has no weight {source_name!r}, the source of {name}")
         for layer in model.model.text_model.layers[:-1]:
             for norm in (layer.cross_attn_layer_norm, layer.adaptor.layer_norm):
                 norm.load_state_dict(layer.self_attn_layer_norm.state_dict())
@@ -110,8 +110,8 @@ def build_from_backbones(
 
 def backbone_names(vision_layers: int, text_layers: int) -> dict[str, str]:
     """
-    The weights that `from_backbones` takes over: name in a [`PrismerForConditionalGeneration`] -> name in the CLIP
-    vision tower (`vision.…`), the RoBERTa (`text.…`) or its language modelling head (`lm_head.…`).
+    The weights that `from_backbones` copies: name in a [`PrismerForConditionalGeneration`] -> name in the CLIP vision
+    tower (`vision.…`), the RoBERTa (`text.…`) or its language modelling head (`lm_head.…`).
     """
     vision, text = "model.vision_model.", "model.text_model."
     modules = {f"{vision}pre_layernorm": "vision.pre_layrnorm", f"{vision}post_layernorm": "vision.post_layernorm"}

@@ -1,6 +1,6 @@
 """
-Faster inference in float32 on a CPU. [`optimize_for_cpu`] exchanges the classes of some modules for those in this
-file, which have the same weights and return the same values. The network does not depend on it.
+Faster inference in float32 on a CPU. [`optimize_for_cpu`] replaces the classes of some modules by those in this file.
+They have the same weights and return the same values. The network does not depend on this file.
 """
 
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from .layers import PrismerAttention, PrismerMLP
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
 
-# The linear layer of oneDNN, which torch.compile calls on a CPU; `None` in a build of torch without oneDNN or MKL.
+# The linear layer of oneDNN, which torch.compile uses on a CPU; `None` if torch was built without oneDNN or MKL.
 _onednn_linear: Any = None
 if torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
     _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -34,12 +34,12 @@ def _is_plain_inference(hidden_states: torch.Tensor) -> bool:
 
 
 def _are_linear(*modules: nn.Module) -> bool:
-    """Whether these are linear layers and no more, so that their weights may be used without calling them."""
+    """Whether the modules are plain linear layers, so that their weights can be used without calling them."""
     return all(type(module) is CpuLinear and "forward" not in vars(module) for module in modules)
 
 
 class _UndoneByTraining(nn.Module):
-    """Training gives the module its own class back."""
+    """Restores the original class of the module when it is trained."""
 
     def train(self, mode: bool = True) -> "_UndoneByTraining":
         if not mode:
@@ -50,8 +50,8 @@ class _UndoneByTraining(nn.Module):
 
 class CpuLinear(_UndoneByTraining, nn.Linear):
     """
-    A linear layer by oneDNN. torch calls MKL, which reads the weights slowly if there are few rows, as in a caption.
-    On processors of AMD, MKL is slower for any number of rows.
+    A linear layer that uses oneDNN. torch uses MKL, which is slow for few rows, as when decoding a caption. On AMD
+    processors, MKL is slower for any number of rows.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class CpuLinear(_UndoneByTraining, nn.Linear):
 
 
 class CpuMLP(_UndoneByTraining, PrismerMLP):
-    """One long row at a time, so that its activations stay in the processor's cache; QuickGELU inside the product."""
+    """Computes long rows one by one, so that activations stay in the CPU cache, and fuses QuickGELU with fc1."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if _is_plain_inference(hidden_states) and len(hidden_states) > 1 and hidden_states.shape[1] >= 256:
@@ -74,14 +74,14 @@ class CpuMLP(_UndoneByTraining, PrismerMLP):
             return super().forward(hidden_states)
         if not _are_linear(self.fc1, self.fc2):
             return super().forward(hidden_states)
-        # The swish of oneDNN is `x · sigmoid(x)`, so the factor of QuickGELU goes into the input and the output.
+        # swish of oneDNN is `x · sigmoid(x)`, so the factor of QuickGELU is applied to the input and the output
         inner = _onednn_linear(hidden_states * 1.702, self.fc1.weight, self.fc1.bias * 1.702, "swish", [], "")
         output = _onednn_linear(inner, self.fc2.weight, None, "none", [], "")
         return torch.add(self.fc2.bias, output, alpha=1 / 1.702, out=output)
 
 
 class CpuAttention(_UndoneByTraining, PrismerAttention):
-    """Attention of few queries to many states without their keys and values."""
+    """Attention that does not compute keys and values if few queries attend to many states."""
 
     def forward(
         self,
@@ -107,9 +107,9 @@ class CpuAttention(_UndoneByTraining, PrismerAttention):
         self, hidden_states: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        Attention to states that are many by queries that are few, without making keys and values of all states: with
-        `k = W_k s + b_k`, the score `q·k` is `(W_kᵀ q)·s + q·b_k`, and the sum of values is `W_v` times that of
-        states. As DeepSeek-V2 takes projections into its queries (arXiv 2405.04434, 2.1.2).
+        Attention of few queries to many states, without computing keys and values of all states. With
+        `k = W_k s + b_k`, the score `q·k` is `(W_kᵀ q)·s + q·b_k`, and the weighted sum of values is `W_v` times that
+        of states. DeepSeek-V2 absorbs projections in the same way (arXiv 2405.04434, 2.1.2).
 
         Args:
             hidden_states (`torch.FloatTensor` of shape `(rows, length, hidden_size)`)
@@ -138,7 +138,7 @@ class CpuAttention(_UndoneByTraining, PrismerAttention):
                 scores = (scores + attention_mask).flatten(1, 2)
         weights = F.dropout(F.softmax(scores, dim=-1), p=self.dropout, training=self.training)
         output = torch.einsum("bhqc,hdc->bqhd", (weights @ states).unflatten(1, (heads, queries)), value_weight)
-        total = weights.sum(dim=-1).unflatten(1, (heads, queries)).transpose(1, 2)[..., None]  # not 1 after dropout
+        total = weights.sum(dim=-1).unflatten(1, (heads, queries)).transpose(1, 2)[..., None]  # dropout changes it
         return self.out_proj((output + total * value_bias).reshape(hidden_states.shape))
 
 
@@ -147,12 +147,13 @@ _FASTER = {nn.Linear: CpuLinear, PrismerMLP: CpuMLP, PrismerAttention: CpuAttent
 
 def optimize_for_cpu(model: ModelType) -> ModelType:
     """
-    Makes inference in float32 on a CPU faster. The results stay equal up to rounding. `model.train()` undoes it.
+    Makes inference in float32 on a CPU faster. Results stay equal up to rounding. `model.train()` undoes it.
 
-    Forward hooks on the modules inside an MLP or an attention may not be called while it is on.
+    While it is active, forward hooks on modules inside an MLP or an attention may not be called.
 
     Args:
-        model ([`PrismerForConditionalGeneration`] or [`PrismerModel`]): in float32 on a CPU; set to evaluation mode.
+        model ([`PrismerForConditionalGeneration`] or [`PrismerModel`]):
+            The model, in float32 on a CPU. It is set to evaluation mode.
 
     Returns:
         The same model.

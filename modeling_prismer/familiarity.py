@@ -1,4 +1,4 @@
-"""How far a picture is from those that a checkpoint was trained on."""
+"""Measures how far an image is from the training images of a checkpoint."""
 
 import os
 from pathlib import Path
@@ -14,16 +14,17 @@ from .modeling_prismer import PrismerModel
 
 class Familiarity:
     """
-    A Gaussian over the images that a checkpoint knows, by which unlike ones are told: Mahalanobis' distance of an
-    image's mean patch token, out of the vision encoder ([`image_features`]), as in Lee et al., 2018 (arXiv
-    1807.03888), with one class.
+    A Gaussian over the training images of a checkpoint, to detect unfamiliar images. The distance of an image is the
+    Mahalanobis distance of its mean patch token after the vision encoder ([`image_features`]), as in Lee et al., 2018
+    (arXiv 1807.03888), with a single class.
 
-    It stays beside the checkpoint, in `familiarity.safetensors`; a checkpoint without it gives no warning.
+    It is saved next to the checkpoint, in `familiarity.safetensors`. `prismer` gives no warning for a checkpoint
+    without this file.
 
     Attributes:
-        mean (`torch.Tensor` of shape `(width,)`): of the known images' features.
-        whitening (`torch.Tensor` of shape `(width, width)`): features times this have unit covariance.
-        limit (`float`): an image farther away than this is unlike those of the training.
+        mean (`torch.Tensor` of shape `(width,)`): mean of the features of the training images.
+        whitening (`torch.Tensor` of shape `(width, width)`): matrix that gives the features unit covariance.
+        limit (`float`): largest distance of familiar images.
 
     Example:
 
@@ -46,26 +47,30 @@ class Familiarity:
     @classmethod
     def fit(cls, features: torch.Tensor, others: torch.Tensor, share: float = 0.99) -> "Familiarity":
         """
+        Fits the Gaussian and the limit.
+
         Args:
-            features (`torch.Tensor` of shape `(n, width)`): of images of the training, several times `width` of them.
-            others (`torch.Tensor` of shape `(m, width)`): of images that are like them, but new.
-            share (`float`, *optional*, defaults to 0.99): of `others`, this share is within the limit.
+            features (`torch.Tensor` of shape `(n, width)`):
+                Features of training images; `n` should be several times `width`.
+            others (`torch.Tensor` of shape `(m, width)`): features of similar images that were not trained on.
+            share (`float`, *optional*, defaults to 0.99): share of `others` within the limit.
 
         Raises:
-            ValueError: if there are too few images to tell their covariance.
+            ValueError: if there are too few images to estimate the covariance.
         """
         number, width = features.shape
         if number <= width:
-            raise ValueError(f"{number} images are too few for the covariance of {width} features; give more")
+            raise ValueError(f"{number} images are too few for the covariance of {width} features; more are needed")
         features = features.double()
         variances, axes = torch.linalg.eigh(torch.cov(features.T))
-        variances = variances.clamp(min=1e-4 * variances.mean())  # directions that hardly vary must not decide alone
+        # directions with almost no variance must not dominate
+        variances = variances.clamp(min=1e-4 * variances.mean())
         known = cls(features.mean(0).float(), (axes * variances.rsqrt()).float().contiguous(), float("inf"))
         known.limit = torch.quantile(known.distance(others), share).item()
         return known
 
     def distance(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `(n, width)` to distances `(n,)`, in standard deviations; `sqrt(width)` is usual."""
+        """The distances `(n,)` of features `(n, width)`, in standard deviations. About `sqrt(width)` is usual."""
         return ((features.float().cpu() - self.mean) @ self.whitening).norm(dim=1)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -78,7 +83,7 @@ class Familiarity:
     @classmethod
     def from_pretrained(cls, checkpoint: str | os.PathLike) -> "Familiarity | None":
         """
-        From a checkpoint, a folder or on the Hub; `None` if it does not say what it knows.
+        Loads the file of a checkpoint, a folder or a Hub id. Returns `None` if the checkpoint has no such file.
 
         Raises:
             ValueError: if the file is damaged.
@@ -96,14 +101,15 @@ class Familiarity:
                 return cls(file.get_tensor("mean"), file.get_tensor("whitening"), float(file.metadata()["limit"]))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is damaged, or not what `Familiarity.save_pretrained` wrote: without this file there is no "
-                f"warning ({error})"
+                f"{path} is damaged, or not a file of `Familiarity.save_pretrained`: {error}. If the file is "
+                "missing, there is no warning about unfamiliar images"
             ) from error
 
 
 def image_features(model: PrismerModel, encoder_outputs: Any) -> torch.Tensor:
     """
-    The mean patch token `(images, width)` of what `get_image_features` gave, without the experts' latents.
+    The mean patch token of each image, `(images, width)`, from the output of `get_image_features`. The latents of the
+    experts are not included.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""How this package was started and where its parts come from. It is imported first and imports nothing heavy."""
+"""Checks how this package was started and where its parts come from. It is imported first, so it must be light."""
 
 import sys
 from importlib.util import find_spec

@@ -10,8 +10,8 @@ def sample_losses(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: f
 
     Args:
         logits (`torch.FloatTensor` of shape `(batch_size, length, vocab_size)`)
-        labels (`torch.LongTensor` of shape `(batch_size, length)`): what each position should predict; -100 counts
-            for nothing.
+        labels (`torch.LongTensor` of shape `(batch_size, length)`): the token that each position should predict. -100
+            is ignored.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size,)`, in float32.

@@ -1,26 +1,26 @@
-"""What a process does with the memory that it has freed."""
+"""Keeps freed memory in the process, for faster inference on a CPU."""
 
 import ctypes
 
 
-# Of glibc's malloc.h.
+# from malloc.h of glibc
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
     """
-    Has this process keep the main memory that it frees, and use it again, for as long as it runs.
+    Makes this process keep and reuse the main memory that it frees, until it ends.
 
-    Without this the C library gives large blocks back to the system at once. A network on a CPU asks for the same
-    again at its next layer, and waits until the system has made every page of it zero. It costs that the process
-    holds as much as it ever needed at a time, plus what no later block fits into.
+    By default, the C library returns large blocks to the system immediately. On a CPU, the next layer of a network
+    requests the same memory again, and waits while the system sets all its pages to zero. After this call, the process
+    keeps its peak amount of memory, and some more due to fragmentation.
 
-    Does nothing but on Linux with glibc. The recipes and the benchmarks call it on a CPU; docs/speed.md says what it
-    gains.
+    This works on Linux with glibc; elsewhere it does nothing. The recipes and the benchmarks call it on a CPU;
+    docs/speed.md shows the gain.
 
     Returns:
-        `bool`: whether it is so now.
+        `bool`: whether the process now keeps freed memory.
 
     Example:
 
@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
     """
     try:
         library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018, for its AttributeError: other libraries' mallopt differ
+        library.gnu_get_libc_version  # noqa: B018, raises AttributeError if the library is not glibc
         return bool(library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1))
-    except (OSError, TypeError, AttributeError):  # Windows has no library None
+    except (OSError, TypeError, AttributeError):  # CDLL(None) fails on Windows
         return False

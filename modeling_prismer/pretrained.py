@@ -1,4 +1,4 @@
-"""The checkpoints and the images that are shipped inside the package."""
+"""The checkpoints and images inside the package."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ DEFAULT_CHECKPOINT = "prismer-scenes"
 
 def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
     """
-    The folder of a checkpoint that is shipped with the package, for `from_pretrained`.
+    Returns the folder of a checkpoint that is shipped with the package, for `from_pretrained`.
 
     Args:
         name (`str`, *optional*, defaults to `"prismer-scenes"`): the checkpoint.
 
     Raises:
-        ValueError: if there is none of that name; the message lists those there are.
+        ValueError: if there is no such checkpoint; the message lists the shipped ones.
 
     Example:
 
@@ -32,18 +32,18 @@ def pretrained_path(name: str = DEFAULT_CHECKPOINT) -> str:
     """
     shipped = shipped_checkpoints()
     if name not in shipped:
-        raise ValueError(f"no checkpoint {name!r} is shipped; there are: {', '.join(shipped) or 'none'}")
+        raise ValueError(f"no checkpoint {name!r} is shipped; accepted are: {', '.join(shipped) or 'none'}")
     return str(_CHECKPOINTS / name)
 
 
 def shipped_checkpoints() -> list[str]:
-    """The names that [`pretrained_path`] takes."""
+    """The names that [`pretrained_path`] accepts."""
     return sorted(path.parent.name for path in _CHECKPOINTS.glob("*/config.json"))
 
 
 def sample_image(name: str = "scene") -> Image.Image:
     """
-    An image that is shipped with the package.
+    Returns an image that is shipped with the package.
 
     Args:
         name (`str`, *optional*, defaults to `"scene"`):
@@ -63,14 +63,14 @@ def sample_image(name: str = "scene") -> Image.Image:
     """
     shipped = sorted(path.stem for path in _ASSETS.glob("*.png"))
     if name not in shipped:
-        raise ValueError(f"no image {name!r} is shipped; there are: {', '.join(shipped)}")
+        raise ValueError(f"no image {name!r} is shipped; accepted are: {', '.join(shipped)}")
     with Image.open(_ASSETS / f"{name}.png") as image:
         return image.convert("RGB")
 
 
 def find_checkpoint(model: str) -> str:
-    """A folder of the user's as it is; that of a shipped checkpoint for its name; else as it is, an id of the Hub."""
+    """Returns the folder of a shipped checkpoint for its name. A folder or a Hub id is returned unchanged."""
     try:
         return model if Path(model).is_dir() else pretrained_path(model)
-    except ValueError:  # none that is shipped
+    except ValueError:  # not a shipped one
         return model

@@ -1,8 +1,8 @@
 """
-`prismer check`: whether this installation computes what the reference network was recorded to compute.
+`prismer check`: tests whether this installation reproduces the recorded outputs of the reference network.
 
-A small network with all six experts, its inputs and the recorded outputs are in assets/self_check. Each check runs a
-part of the network on the given device and in the given dtype, and compares with the recording.
+assets/self_check has a small network with all six experts, its inputs and the recorded outputs. Each check runs a part
+of the network on the given device and in the given dtype, and compares it with the recording.
 """
 
 import importlib.metadata
@@ -34,17 +34,17 @@ PACKAGES = (
 
 
 class NotAvailable(Exception):
-    """A check cannot run on this machine; the message says why."""
+    """A check cannot run on this machine, for the reason in the message."""
 
 
 @dataclass
 class CheckResult:
     """
     Args:
-        name (`str`): what was checked.
-        holds (`bool`, *optional*): `None` if it cannot be checked on this machine.
+        name (`str`): name of the check.
+        holds (`bool`, *optional*): whether the check passed; `None` if it cannot run on this machine.
         detail (`str`): the largest error and the tolerance, or the reason.
-        seconds (`float`): how long it took.
+        seconds (`float`): duration of the check.
     """
 
     name: str
@@ -86,7 +86,7 @@ class SelfCheck:
     The checks, each a method that returns its largest error or raises.
 
     Args:
-        device (`str`): where to run, for example `"cpu"` or `"cuda:0"`.
+        device (`str`): the device, such as `"cpu"` or `"cuda:0"`.
         dtype (`torch.dtype`): `torch.float32`, `torch.float16` or `torch.bfloat16`. Training runs on float32 weights,
             under autocast for the other two.
 
@@ -119,7 +119,7 @@ class SelfCheck:
         return PrismerForConditionalGeneration.from_pretrained(RECORDING, dtype=dtype).to(self.device)
 
     def run(self) -> Iterator[CheckResult]:
-        """Runs all checks and yields each result as it comes."""
+        """Runs all checks and yields their results one by one."""
         checks: dict[str, Callable[[], float]] = {
             "stems and painting": self.stems,
             "encoder": self.encoder,
@@ -143,7 +143,7 @@ class SelfCheck:
                 holds, detail = error <= self.tolerance, f"error {error:.1e}, at most {self.tolerance:.0e}"
             except NotAvailable as reason:
                 holds, detail = None, str(reason)
-            except Exception as problem:  # whatever breaks here is what the user has to know
+            except Exception as problem:  # the user must see every kind of error
                 lines = str(problem).strip().splitlines()
                 holds, detail = False, f"{type(problem).__name__}: {lines[0] if lines else ''}"
             yield CheckResult(name, holds, detail, time.perf_counter() - start)
@@ -189,7 +189,7 @@ class SelfCheck:
             return model(**self.text, **self.images).loss
 
     def trainable_model(self) -> PrismerForConditionalGeneration:
-        """The network in float32 and in training mode, without dropout, as it was recorded."""
+        """The network in float32 and in training mode, without dropout, as in the recording."""
         model = self.load(torch.float32).train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -213,7 +213,7 @@ class SelfCheck:
         return max(self.error(norms, "gradient_norms"), self.error(loss[None], "train_loss"))
 
     def training_step(self) -> float:
-        """Three steps of AdamW must lower the loss; the error is that of the loss before them."""
+        """Three steps of AdamW must lower the loss. Returns the error of the first loss."""
         model = self.trainable_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
@@ -230,8 +230,8 @@ class SelfCheck:
     @torch.no_grad()
     def generation(self) -> float:
         """
-        In float32 the tokens must be the recorded ones. In half precision near ties may turn out differently: there
-        each greedy token must be the best one of an uncached forward pass, up to the error that is returned.
+        In float32, the tokens must equal the recorded ones. In half precision, tokens with almost equal logits can
+        differ. There, each greedy token must be the best one of an uncached forward pass, up to the returned error.
         """
         inputs = {"input_ids": self.ranking_inputs["prompt_ids"], "do_sample": False, **self.images}
         pad = self.model.config.pad_token_id
@@ -261,7 +261,7 @@ class SelfCheck:
                 raise AssertionError(f"the best candidates are {best}; recorded are {self.recorded['rank_best']}")
         every = self.model.rank_candidates(**candidates, k=len(candidates["candidate_ids"]), **inputs, **self.images)
         errors = []
-        # The reference reads a padded question at the wrong position, so its second row is left out.
+        # The reference uses wrong positions for a padded question, so its second row is not compared.
         for row in (0, 2):
             scores = dict(zip(every.indices[row].tolist(), every.scores[row].tolist()))
             for candidate, score in self.recorded["rank_scores"][row].items():
@@ -285,7 +285,7 @@ class SelfCheck:
 
     @torch.no_grad()
     def compiled(self) -> float:
-        """The decoder as one graph, on what the encoder saw."""
+        """Compiles the decoder as one graph and runs it on the encoded images."""
         encoded = self.model.get_image_features(**self.images)
         text = {name: self.text[name] for name in ("input_ids", "attention_mask")}
         forward = torch.compile(self.model.forward, fullgraph=True, dynamic=False)
@@ -312,7 +312,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """TensorFloat-32 rounds the inputs of float32 convolutions on a GPU, by torch's default, to 10 bits."""
+    """Disables TensorFloat-32, which by default rounds the inputs of float32 convolutions on a GPU to 10 bits."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:

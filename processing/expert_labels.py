@@ -1,4 +1,4 @@
-"""Labels of experts: their parts, and the checks against the experts' descriptions. Saved with a processor."""
+"""Reads expert labels and checks them against the experts' descriptions. This file is saved with a processor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 
-BACKGROUND = 255  # the id of every pixel where a label expert found nothing
-_TAKEN_NAMES = ("pixel", "input")  # `pixel_values` and `input_ids` are those of image and text
+BACKGROUND = 255  # the id of pixels where a label expert found nothing
+_TAKEN_NAMES = ("pixel", "input")  # `pixel_values` and `input_ids` belong to image and text
 
 
 class ExpertFields(NamedTuple):
     """
-    The fields of an expert's description that the processor reads. `ExpertSpec`, which has all of them, is not among
-    the files that are saved with a processor; a test holds the two together.
+    The fields of an expert's description that the processor reads. Files that are saved with a processor cannot import
+    `ExpertSpec`, which has all fields. A test checks that both agree.
     """
 
     name: str
@@ -30,7 +30,7 @@ class ExpertFields(NamedTuple):
 
     @property
     def tensor_suffixes(self) -> tuple[str, ...]:
-        """Suffixes of the expert's tensors, which are also the parts of its label."""
+        """The suffixes of the expert's tensors. They are also the keys of its label."""
         if self.is_dense:
             return ("values",)
         if self.num_classes is None:
@@ -43,7 +43,7 @@ def read_experts(experts: Sequence[Mapping[str, Any]]) -> list[ExpertFields]:
     Reads the fields of expert descriptions.
 
     Raises:
-        ValueError: if a map cannot be made from them. `ExpertSpec` names the field that is wrong.
+        ValueError: if a description is incomplete or wrong. `ExpertSpec` gives a more detailed message.
     """
     if not isinstance(experts, list | tuple) or not all(isinstance(expert, Mapping) for expert in experts):
         raise ValueError(f"experts is {experts!r}; a list of descriptions is needed, one dict for each expert")
@@ -55,7 +55,7 @@ def read_experts(experts: Sequence[Mapping[str, Any]]) -> list[ExpertFields]:
         are_counts = all(type(number) is int and number >= 1 for number in counts)
         if not (is_named and are_counts and expert.kind in ("dense", "label")):
             raise ValueError(
-                f"experts has {description}; needed are a 'name' that is an identifier (not "
+                f"experts has {description}; it needs a 'name' that is an identifier (not "
                 f"{' or '.join(map(repr, _TAKEN_NAMES))}), the 'kind' 'dense' or 'label', and positive integers as "
                 "'channels' and 'num_classes'"
             )
@@ -63,7 +63,7 @@ def read_experts(experts: Sequence[Mapping[str, Any]]) -> list[ExpertFields]:
             raise ValueError(f"expert '{expert.name}' is described twice")
         if not expert.instances and counts[1] > BACKGROUND:
             raise ValueError(
-                f"expert '{expert.name}' has {counts[1]} classes; a map of 8-bit ids holds at most {BACKGROUND} "
+                f"expert '{expert.name}' has {counts[1]} classes; a map of 8-bit ids has at most {BACKGROUND} "
                 "(with 'instances': True the ids are instances, and the number of classes is free)"
             )
     return read
@@ -78,19 +78,19 @@ def match_expert_labels(
     names: Sequence[str],
 ) -> list[dict[str, Any]]:
     """
-    One dict of labels for each image.
+    Returns one dict of labels for each image.
 
     Args:
-        expert_labels: as [`PrismerImageProcessor.preprocess`] takes them.
-        num_images (`int`): number of images that they belong to.
+        expert_labels: the argument of [`PrismerImageProcessor.preprocess`].
+        num_images (`int`): number of images.
         names (`Sequence[str]`): names of the configured experts.
 
     Returns:
-        `list[dict]`: one for each image, empty where no labels are given.
+        `list[dict]`: a dict for each image, empty for images without labels.
 
     Raises:
-        TypeError: if they are not dicts.
-        ValueError: if their number differs from that of the images, or if a name is not among the experts.
+        TypeError: if an entry is not a dict.
+        ValueError: if the number of entries and of images differ, or if a name is not among the experts.
     """
     if expert_labels is None:
         return [{} for _ in range(num_images)]
@@ -116,12 +116,12 @@ def check_expert_labels(labels: Mapping[str, Any], experts: Sequence[ExpertField
     Checks the labels of one image.
 
     Args:
-        labels (`dict`): from an expert's name to its label, `None` where it is missing.
+        labels (`dict`): the label of each expert by name; `None` if the label is missing.
         experts: the configured experts, from [`read_experts`].
         sample (`str`): the name of the image in error messages.
 
     Raises:
-        ValueError, TypeError: naming the expert and the sample, what is wrong and what is accepted.
+        ValueError, TypeError: if a label is wrong. The message names the expert, the sample and what is accepted.
     """
     for expert in experts:
         label = labels.get(expert.name)
@@ -177,14 +177,14 @@ def read_ids(label: Any, expert: ExpertFields) -> np.ndarray:
 
 
 def read_items(label: Any, expert: ExpertFields) -> np.ndarray | None:
-    """What the ids count: classes of instances or features of words; `None` if the ids are classes."""
+    """The class of each instance, or the features of each word; `None` if the ids are classes."""
     if "classes" in expert.tensor_suffixes:
         return _instance_classes(label["classes"], expert)
     return _word_features(label, expert) if "features" in expert.tensor_suffixes else None
 
 
 def _part(label: Any, part: str, expert: ExpertFields) -> Any:
-    """One part of a label that has all parts of its expert."""
+    """Returns one part of a label, and checks that all parts are there."""
     others = expert.tensor_suffixes[1:]
     if others and not isinstance(label, Mapping):
         raise ValueError(f"{expert.name} label is a bare map; {{'ids': map, '{others[0]}': …}} is needed")
@@ -203,7 +203,7 @@ def _instance_classes(values: Any, expert: ExpertFields) -> np.ndarray:
     if classes.ndim != 1 or (classes.size and classes.dtype.kind not in "iu"):
         raise ValueError(f"{name} label has 'classes' that are not a list of class numbers: {classes!r}")
     if classes.size and classes.min() < 0:
-        raise ValueError(f"{name} label has the class {classes.min()}; classes count from 0")
+        raise ValueError(f"{name} label has the class {classes.min()}; class numbers start at 0")
     if classes.size and num_classes is not None and classes.max() >= num_classes:
         raise ValueError(
             f"{name} label has the class {classes.max()}; the config's expert '{name}' has {num_classes} classes, "
@@ -223,16 +223,16 @@ def _word_features(label: Mapping[str, Any], expert: ExpertFields) -> np.ndarray
             f"{name} label has features of shape {features.shape}; (number of words, {channels}) is needed"
         )
     if not np.isfinite(features).all():
-        raise ValueError(f"{name} label has features that hold NaN or inf; finite numbers are needed")
+        raise ValueError(f"{name} label has NaN or inf in its features; accepted are finite numbers")
     words = label.get("words")
     if words is not None and len(words) != len(features):
-        raise ValueError(f"{name} label has {len(words)} words, but {len(features)} features")
+        raise ValueError(f"{name} label has {len(words)} words and {len(features)} features; they must be equal")
     return features
 
 
 def ids_of_8_bits(ids: np.ndarray, name: str) -> np.ndarray:
     """
-    A map of ids of any integer type as uint8. Negative ids and those from 255 on become 255, background.
+    Converts a map of ids from any integer type to uint8. Negative ids, 255 and larger ids become 255, background.
 
     Args:
         ids (`np.ndarray`): of any shape.
@@ -255,7 +255,7 @@ def _values_of_8_bits(values: Any, name: str) -> np.ndarray:
     if values.dtype == np.uint8:
         return values
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(f"{name} label holds NaN or inf; 8-bit integers, 0 to 255, are accepted")
+        raise ValueError(f"{name} label has NaN or inf; 8-bit integers, 0 to 255, are accepted")
     if values.dtype.kind not in "iub":
         raise ValueError(f"{name} label has {values.dtype} values; 8-bit integers, 0 to 255, are accepted")
     if values.min() < 0 or values.max() > 255:
@@ -263,14 +263,14 @@ def _values_of_8_bits(values: Any, name: str) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def _to_array(values: Any, name: str, what: str) -> np.ndarray:
+def _to_array(values: Any, name: str, part: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
     elif isinstance(values, Image.Image):
         values = np.asarray(values)
     elif not isinstance(values, np.ndarray):
         raise TypeError(
-            f"{name} label has {what} of type {type(values).__name__}; a NumPy array, a torch tensor or a PIL image "
+            f"{name} label has {part} of type {type(values).__name__}; a NumPy array, a torch tensor or a PIL image "
             "is accepted"
         )
     if values.size == 0:

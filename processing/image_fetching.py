@@ -1,4 +1,4 @@
-"""Fetches an image file from the web: from public addresses alone, within limits of time and size."""
+"""Fetches an image file from the web, from public addresses only, within limits of time and size."""
 
 import http
 import io
@@ -15,9 +15,9 @@ from huggingface_hub.utils import httpx
 
 
 try:
-    import httpcore2 as httpcore  # beneath the client of huggingface_hub 2
+    import httpcore2 as httpcore  # used by huggingface_hub 2
 except ImportError:
-    import httpcore  # type: ignore[no-redef]  # beneath that of huggingface_hub 1
+    import httpcore  # type: ignore[no-redef]  # used by huggingface_hub 1
 
 
 MAX_REDIRECTS = 5
@@ -29,23 +29,24 @@ def fetch_url(
     url: str, name: str, timeout: float | None, max_bytes: int | None, allow_private: bool | None = None
 ) -> io.BytesIO:
     """
-    Fetches what a URL leads to.
+    Fetches the file at a URL.
 
-    Every connection, also those after a redirect, goes to an address that was checked before: a name that resolves to
-    another address the next time gains nothing. Behind a proxy (`HTTPS_PROXY` and the like) the proxy resolves names;
-    they are refused if they resolve to a private address here.
+    Every connection, also after a redirect, uses an address that has been checked. The name is not resolved again in
+    between, so a second answer of the name server has no effect. With a proxy (`HTTPS_PROXY` and similar variables),
+    the proxy resolves names; a name is refused if it resolves to a private address here.
 
     Args:
         url (`str`): an `http(s)://` URL.
-        name (`str`): what error messages call it.
-        timeout (`float`, *optional*): seconds for all of it: connections, redirects and the body.
-        max_bytes (`int`, *optional*): refuse a body that is longer.
+        name (`str`): the name of the image in error messages.
+        timeout (`float`, *optional*): time limit in seconds for all connections, redirects and the body.
+        max_bytes (`int`, *optional*): the largest accepted size of the body.
         allow_private (`bool`, *optional*):
-            Whether addresses may be private, such as 127.0.0.1 or 10.0.0.1. By default only if the environment
-            variable `PRISMER_ALLOW_PRIVATE_URLS` is 1.
+            Whether addresses may be private, such as 127.0.0.1 or 10.0.0.1. By default, the environment variable
+            `PRISMER_ALLOW_PRIVATE_URLS=1` allows it.
 
     Raises:
-        OSError: naming the URL and the reason; always when offline (`HF_HUB_OFFLINE`).
+        OSError: if the file cannot be fetched or is refused, and always when offline (`HF_HUB_OFFLINE`). The message
+            has the name and the reason.
     """
     if is_offline_mode():
         raise OSError(f"'{name}' cannot be fetched: HF_HUB_OFFLINE is set. Pass a local file instead")
@@ -59,16 +60,16 @@ def fetch_url(
             if moved_to is None:
                 return body
             target = target.join(moved_to)
-    except Exception as error:  # the client's errors have no class in common
+    except Exception as error:  # the errors of the client have no common class
         reason = f"it took longer than {timeout:g} seconds" if deadline.is_over() else error
         raise OSError(f"'{name}' cannot be fetched: {reason}") from error
     raise OSError(f"'{name}' cannot be fetched: it redirects more than {MAX_REDIRECTS} times")
 
 
 def _get(url: Any, deadline: "_Deadline", max_bytes: int | None, allow_private: bool) -> tuple[str | None, io.BytesIO]:
-    """Where the server says that it has moved to, or what it sends."""
+    """The target of a redirect, or `None` and the body."""
     if url.scheme not in ("http", "https") or not url.host:
-        raise OSError(f"{url} is no http(s) URL")
+        raise OSError(f"{url} is not an http(s) URL")
     proxy = _proxy_for(url)
     if proxy is not None and not allow_private:
         _require_public_if_known(url.host)
@@ -78,7 +79,7 @@ def _get(url: Any, deadline: "_Deadline", max_bytes: int | None, allow_private: 
         network_backend=_Network(deadline, public_only=proxy is None and not allow_private),
     )
     request = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-    # unpacked, a small answer could fill the memory
+    # no compression: a small response could fill the memory
     headers = [("User-Agent", "modeling-prismer"), ("Accept", "image/*, */*"), ("Accept-Encoding", "identity")]
     body = io.BytesIO()
     with pool, pool.stream("GET", request, headers=headers) as response:
@@ -91,7 +92,7 @@ def _get(url: Any, deadline: "_Deadline", max_bytes: int | None, allow_private: 
             raise OSError(f"{url} answers {response.status} {phrase}".rstrip())
         encoding = answered.get(b"content-encoding", "identity")
         if encoding not in ("", "identity"):
-            raise OSError(f"{url} answers in the encoding {encoding!r}, which was not asked for")
+            raise OSError(f"{url} answers in the encoding {encoding!r}; accepted is only identity")
         length = answered.get(b"content-length", "")
         _require_length(int(length) if length.isdigit() else 0, max_bytes)
         for chunk in response.iter_stream():
@@ -107,7 +108,7 @@ def _require_length(length: int, max_bytes: int | None) -> None:
 
 
 def _proxy_for(url: Any) -> Any:
-    """The proxy that the environment names for a URL, or `None`."""
+    """The proxy for a URL from the environment, or `None`."""
     address = urllib.request.getproxies().get(url.scheme) or urllib.request.getproxies().get("all")
     if not address or urllib.request.proxy_bypass(url.host):
         return None
@@ -120,7 +121,7 @@ def _proxy_for(url: Any) -> Any:
 
 
 def _resolve(host: str, port: int | None = None) -> list[str]:
-    """The IP addresses of a host, each once, in the system's order. Numbers in any notation come out as addresses."""
+    """The IP addresses of a host without duplicates, in the order of the system. Resolves any notation of numbers."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
@@ -137,7 +138,7 @@ def _require_public(host: str, addresses: list[str]) -> None:
 def _require_public_if_known(host: str) -> None:
     try:
         addresses = _resolve(host)
-    except OSError:  # a name that only the proxy knows
+    except OSError:  # only the proxy can resolve the name
         return
     _require_public(host, addresses)
 
@@ -158,7 +159,7 @@ def _is_public(address: str) -> bool:
 
 
 class _Deadline:
-    """The end of the time for a URL."""
+    """The time limit of a download."""
 
     def __init__(self, seconds: float | None):
         self.end = None if seconds is None else time.monotonic() + seconds
@@ -171,12 +172,12 @@ class _Deadline:
             return None
         seconds = self.end - time.monotonic()
         if seconds <= 0:
-            raise TimeoutError("the time is over")
+            raise TimeoutError("the time limit has passed")
         return seconds
 
 
 class _Network(httpcore.NetworkBackend):
-    """Connects to addresses that were checked, and ends every wait at the deadline."""
+    """Connects only to checked addresses, and no longer than until the deadline."""
 
     def __init__(self, deadline: _Deadline, public_only: bool):
         self.deadline = deadline
@@ -207,7 +208,7 @@ class _Network(httpcore.NetworkBackend):
 
 
 class _Stream(httpcore.NetworkStream):
-    """A connection on which no wait goes beyond the deadline, however slowly the other side sends."""
+    """A connection that ends at the deadline, even if the server sends slowly."""
 
     def __init__(self, stream: Any, deadline: _Deadline):
         self.stream = stream

@@ -100,7 +100,7 @@ def test_the_processor_reads_what_the_spec_says(description):
 
 @pytest.mark.parametrize("description, _", pairs(REFUSED))
 def test_the_processor_refuses_what_the_spec_refuses(description, _):
-    with pytest.raises(ValueError, match="experts has {.*; needed are a 'name'"):
+    with pytest.raises(ValueError, match="experts has {.*; it needs a 'name'"):
         expert_labels.read_experts([description])
 
 

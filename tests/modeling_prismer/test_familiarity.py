@@ -69,7 +69,7 @@ def test_a_damaged_file_is_named(content, tmp_path):
         save_file({"mean": torch.zeros(4)}, path)  # something else
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{Familiarity.FILE} is damaged, or not what"):
+    with pytest.raises(ValueError, match=f"{Familiarity.FILE} is damaged, or not a file of"):
         Familiarity.from_pretrained(tmp_path)
 
 

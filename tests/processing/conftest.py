@@ -31,7 +31,7 @@ EXPERTS = [
 
 
 class PretendExpert:
-    """Gives every image the same label, of its size, and writes down the sizes of the images it saw."""
+    """Returns the same label for every image, in its size, and records the sizes of the images."""
 
     def __init__(self, name, label, channels=1, kind="dense"):
         self.description = {"name": name, "kind": kind, "channels": channels}
@@ -135,6 +135,6 @@ def image():
 
 @pytest.fixture
 def warnings_once(caplog):
-    """This package's warnings so far; what tests before have warned about once is forgotten."""
+    """Returns the warnings of this package. Resets `warning_once`, so that earlier tests do not matter."""
     logging.Logger.warning_once.cache_clear()
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("modeling_prismer.")]

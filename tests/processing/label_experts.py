@@ -1,4 +1,4 @@
-"""Experts that cost nothing, one of each kind of label; importable by the programs that tests start."""
+"""Simple experts, one for each kind of label. Programs that tests start can import them."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ class Brightness(Expert):
 
 
 class Halves(Expert):
-    """Two instances of class 300 and of the class that is the image's width; none in images of odd height."""
+    """Two instances, of class 300 and of the class numbered like the image's width; none in images of odd height."""
 
     type = "test_halves"
     name, kind, channels, num_classes, instances = "detection", "label", 8, 400, True
@@ -55,7 +55,7 @@ class Halves(Expert):
 
 
 class Rows(Expert):
-    """A word for each of the first rows, none in some images."""
+    """Words on the first rows of an image: none, one or two."""
 
     type = "test_rows"
     name, kind, channels = "ocr", "label", 3
@@ -71,7 +71,7 @@ class Rows(Expert):
 
 
 class EdgeThatKills(CannyEdges):
-    """Ends its process, as `kill -9` does, when it sees the `fatal`-th image; only once if it can leave a mark."""
+    """Kills its process at the `fatal`-th image. With a file `mark`, only the first time."""
 
     type = "test_edge_that_kills"
 
@@ -90,7 +90,7 @@ class EdgeThatKills(CannyEdges):
 
 
 class FailsOn(Expert):
-    """Fails on images of a width."""
+    """Fails on images of one width."""
 
     type = "test_fails_on"
     name, kind, channels = "depth", "dense", 1
@@ -109,7 +109,7 @@ def all_kinds() -> ExpertSuite:
 
 
 def write_images(folder: Path, number: int) -> list[str]:
-    """Images of many sizes in three folders; returns their keys."""
+    """Writes images of many sizes into three folders, and returns their keys."""
     keys = []
     for i in range(number):
         key = f"part{i % 3}/{i:04d}.png"

@@ -229,7 +229,7 @@ def test_image_that_cannot_be_read_is_named(make_processor):
 @pytest.mark.parametrize(
     "label, message",
     [
-        ({"depth": np.full((24, 40), np.nan)}, "depth label of 'b.png' holds NaN or inf"),
+        ({"depth": np.full((24, 40), np.nan)}, "depth label of 'b.png' has NaN or inf"),
         ({"depth": np.zeros((24, 40))}, "depth label of 'b.png' has float64 values; 8-bit integers"),
         ({"segmentation": np.zeros((24, 40))}, "segmentation label of 'b.png' has float64 ids; integers"),
         ({"detection": {"ids": np.zeros((24, 40), int)}}, "detection label of 'b.png' has no 'classes'"),

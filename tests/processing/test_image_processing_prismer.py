@@ -259,7 +259,7 @@ def zeros(*shape, dtype=np.uint8):
         ({"depth": zeros(0, 8)}, r"depth label has an empty map: its shape is \(0, 8\)"),
         ({"depth": zeros(6, 8, dtype=np.float32)}, "depth label has float32 values; 8-bit integers, 0 to 255, are"),
         ({"depth": zeros(6, 8, dtype=np.int32) - 1}, "depth label has values from -1 to -1; 0 to 255 is accepted"),
-        ({"depth": zeros(6, 8, dtype=np.float16) + np.inf}, "depth label holds NaN or inf; 8-bit integers, 0 to"),
+        ({"depth": zeros(6, 8, dtype=np.float16) + np.inf}, "depth label has NaN or inf; 8-bit integers, 0 to"),
         (
             {"segmentation": zeros(6, 8, dtype=bool)},
             "segmentation label has bool ids; integers are accepted; 255",
@@ -274,7 +274,7 @@ def zeros(*shape, dtype=np.uint8):
             {"detection": {"ids": zeros(6, 8), "classes": [722]}},
             "detection label has the class 722; .* has 722 classes",
         ),
-        ({"detection": {"ids": zeros(6, 8), "classes": [-1]}}, "has the class -1; classes count from 0"),
+        ({"detection": {"ids": zeros(6, 8), "classes": [-1]}}, "has the class -1; class numbers start at 0"),
         ({"detection": {"ids": zeros(6, 8), "classes": ["cat"]}}, "'classes' that are not a list of class numbers"),
         ({"ocr": {"ids": zeros(6, 8), "words": ["a"]}}, "ocr label has no 'features'; its keys are: ids, words"),
         (
@@ -283,11 +283,11 @@ def zeros(*shape, dtype=np.uint8):
         ),
         (
             {"ocr": {"ids": zeros(6, 8), "features": zeros(1, 8, dtype=np.float32) + np.nan}},
-            "ocr label has features that hold NaN or inf; finite numbers are needed",
+            "ocr label has NaN or inf in its features; accepted are finite numbers",
         ),
         (
             {"ocr": {"ids": zeros(6, 8), "words": ["a", "b"], "features": zeros(1, 8)}},
-            "ocr label has 2 words, but 1 features",
+            "ocr label has 2 words and 1 features; they must be equal",
         ),
         (
             {"dept": zeros(6, 8)},
@@ -350,12 +350,12 @@ def test_ids_without_a_meaning_are_background(image_processor, image, label, mes
 @pytest.mark.parametrize(
     "label, message",
     [
-        ({"depth": np.full((6, 8), np.nan)}, "depth label of sample 1 holds NaN or inf"),
+        ({"depth": np.full((6, 8), np.nan)}, "depth label of sample 1 has NaN or inf"),
         ({"normal": zeros(6, 8)}, "normal label of sample 1 has 1 channels; the config's expert 'normal' has 3"),
         ({"detection": {"ids": zeros(6, 8)}}, "detection label of sample 1 has no 'classes'; its keys are: ids"),
         (
             {"ocr": {"ids": zeros(6, 8), "features": np.full((1, 8), np.inf)}},
-            "ocr label of sample 1 has features that hold NaN or inf",
+            "ocr label of sample 1 has NaN or inf in its features",
         ),
     ],
 )
@@ -375,13 +375,13 @@ def test_labels_of_a_wrong_type_are_refused(image_processor, image):
 
 
 def test_a_wrong_description_of_an_expert_is_refused(experts):
-    with pytest.raises(ValueError, match="experts has .*'map'.*; needed are .* the 'kind' 'dense' or 'label'"):
+    with pytest.raises(ValueError, match="experts has .*'map'.*; it needs a 'name' .* the 'kind' 'dense' or 'label'"):
         PrismerImageProcessor(experts=[{"name": "depth", "kind": "map", "channels": 1}])
     with pytest.raises(ValueError, match=r"experts is \['depth'\]; a list of descriptions is needed"):
         PrismerImageProcessor(experts=["depth"])
     with pytest.raises(ValueError, match="'depth' is described twice"):
         PrismerImageProcessor(experts=[experts[0], experts[0]])
-    with pytest.raises(ValueError, match="'things' has 722 classes; a map of 8-bit ids holds at most 255"):
+    with pytest.raises(ValueError, match="'things' has 722 classes; a map of 8-bit ids has at most 255"):
         PrismerImageProcessor(experts=[{"name": "things", "kind": "label", "channels": 8, "num_classes": 722}])
 
 
