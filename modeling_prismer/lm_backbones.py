@@ -96,7 +96,7 @@ def load_language_model(language: Backbone, **kwargs: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(language, trust_remote_code=False)
     is_vlm = getattr(config, "vision_config", None) is not None
     auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    return auto_class.from_pretrained(language, trust_remote_code=False, **kwargs)
+    return auto_class.from_pretrained(language, **kwargs | {"trust_remote_code": False})
 
 
 def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedModel]:

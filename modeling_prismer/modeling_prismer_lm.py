@@ -306,6 +306,15 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             language_model.get_decoder().register_forward_pre_hook(_pass_visible_images, with_kwargs=True)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        # transformers takes "model.language_model.model" of a model with a head for an old name of another model.
+        loaded = super().from_pretrained(*args, key_mapping={r"^model\.": "", **kwargs.pop("key_mapping", {})}, **kwargs)
+        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+        if (config.backbones or {}).get("trained_only"):
+            raise ValueError("the checkpoint has trained weights alone: PrismerLMForConditionalGeneration loads it")
+        return loaded
+
     @property
     def decoder_layers(self) -> nn.ModuleList:
         decoder = self.language_model.get_decoder()

@@ -28,6 +28,7 @@ from modeling_prismer.processing.experts import ExpertSuite
 from modeling_prismer.processing.experts.edge import CannyEdges
 from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessorTorchvision
 
+from . import tiny_lm
 from .tiny import image_inputs, prompts, tiny_model
 
 
@@ -42,7 +43,19 @@ PROCESSOR_CODE = {
 }
 SHAPE = Path(modeling_prismer.__file__).parent / "assets" / "shape.png"
 QUESTION = "What shape is in the image?"
-MODELS = {"six experts": None, "no experts": []}
+
+
+def language_model_inputs():
+    config = tiny_lm.tiny_config()
+    return {"input_ids": tiny_lm.prompts(config, 2), **tiny_lm.image_inputs(config, 2)}
+
+
+# the model and its inputs
+MODELS = {
+    "six experts": (tiny_model, lambda: {"input_ids": prompts(), **image_inputs()}),
+    "no experts": (lambda: tiny_model(experts=[]), lambda: {"input_ids": prompts(), **image_inputs(experts=[])}),
+    "language model": (tiny_lm.tiny_model, language_model_inputs),
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +102,7 @@ from transformers import (
 assert importlib.util.find_spec("modeling_prismer") is None
 folder, shape, question = Path(sys.argv[1]), *sys.argv[2:]
 said, trust = {}, {"trust_remote_code": True}
-for name in ("six experts", "no experts"):
+for name in ("language model", "six experts", "no experts"):
     inputs = load_file(folder / f"{name}.safetensors")
     model = AutoModelForImageTextToText.from_pretrained(folder / name, **trust)
     base = AutoModel.from_pretrained(folder / name, **trust)
@@ -103,6 +116,11 @@ for name in ("six experts", "no experts"):
             "last hidden state": base(**inputs).last_hidden_state,
             "generated": model.generate(**inputs, do_sample=False, num_beams=3, max_new_tokens=6).contiguous(),
         }
+    if name == "language model":  # its trained weights alone
+        parts = {"language": str(folder / "language"), "vision": str(folder / "vision")}
+        trained = AutoModelForImageTextToText.from_pretrained(folder / "trained", **parts, **trust)
+        with torch.no_grad():
+            found["logits"] = trained(**inputs).logits
     save_file(found, folder / f"{name} found.safetensors")
 
 if importlib.util.find_spec("peft"):
@@ -145,9 +163,14 @@ def run_model(model, inputs):
 def elsewhere(saves_code, bare_python, tmp_path_factory):
     """Folders saved here with their code, and what they said in the bare environment: (folder, said, warnings)."""
     folder = tmp_path_factory.mktemp("saved")
-    for name, experts in MODELS.items():
-        tiny_model(experts=experts).save_pretrained(folder / name)
-        save_file({"input_ids": prompts(), **image_inputs(experts=experts)}, folder / f"{name}.safetensors")
+    for name, (make_model, make_inputs) in MODELS.items():
+        model = make_model()
+        model.save_pretrained(folder / name)
+        save_file(make_inputs(), folder / f"{name}.safetensors")
+        if name == "language model":
+            model.language_model.save_pretrained(folder / "language")
+            model.model.vision_encoders[0].save_pretrained(folder / "vision")
+            model.freeze_backbones().save_pretrained(folder / "trained", trained_only=True)
     path = pretrained_path("prismer-easy-vqa")
     processor = PrismerProcessor.from_pretrained(path)
     for part in (processor, PrismerForConditionalGeneration.from_pretrained(path)):
@@ -211,9 +234,10 @@ def test_the_code_is_saved_only_when_asked_for(saves_code, monkeypatch, tmp_path
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_says_the_same_where_this_package_is_not_installed(elsewhere, name):
     folder, said, _ = elsewhere
-    assert said[name] == ["prismer", "PrismerModel"]
+    model = MODELS[name][0]()
+    assert said[name] == [model.config.model_type, type(model.model).__name__]
     found = load_file(folder / f"{name} found.safetensors")
-    expected = run_model(tiny_model(experts=MODELS[name]), load_file(folder / f"{name}.safetensors"))
+    expected = run_model(model, load_file(folder / f"{name}.safetensors"))
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
