@@ -1,7 +1,7 @@
 """
 The modules that peft adapts if a configuration names none, as in `LoraConfig()`.
 
-peft keeps one table for each method, from `model_type` to names of modules, and has no function to add to them. peft
+peft has one table for each method, from `model_type` to names of modules, and no function that adds to them. peft
 itself is not imported here.
 """
 
@@ -16,24 +16,24 @@ QUERY_AND_VALUE = ["q_proj", "v_proj"]
 # Every projection of attention and MLP.
 ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
-# By the method's name in peft's tables; every other method has queries and values.
+# By the method's name in peft's tables. Every other method adapts queries and values.
 ADAPTER_TARGETS = {
-    "ADALORA": ALL_PROJECTIONS,  # it takes ranks away where they are not needed
+    "ADALORA": ALL_PROJECTIONS,  # it removes the ranks that are not needed
     "BEFT": ["v_proj"],  # the biases of the values
     "IA3": ["k_proj", "v_proj", "fc2"],
     "IA3_FEEDFORWARD": ["fc2"],
     "LNTUNING": r".*layer_?norm[12]?",
     "OSF": ALL_PROJECTIONS,
 }
-# FRoD decomposes modules of one name together, so they need one width; encoder and decoder may differ in theirs.
+# FRoD decomposes modules of one name together, so they need the same width. Encoder and decoder may differ in theirs.
 _FROD_TARGETS = r".*text_model\..*\.(q_proj|v_proj)"
 
 
 def register_adapter_targets() -> None:
     """
-    Puts Prismer's model types in peft's tables if peft is imported; existing entries stay.
+    Adds Prismer's model types to peft's tables if peft is imported. Existing entries stay.
 
-    Call it where a model is made, so that the order of the imports does not matter.
+    Every new model calls it, so that the order of the imports does not matter.
     """
     tables = sys.modules.get("peft.utils.constants")
     if tables is None:

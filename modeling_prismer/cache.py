@@ -11,8 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils.deprecation import deprecate_kwarg
 
 
-# transformers 5.24 renamed `past_key_values` to `cache`. This keeps 5.23 working, whose `generate` and peft pass and
-# expect the old name; without a warning there, as it is the right one.
+# transformers 5.24 renamed `past_key_values` to `cache`. In 5.23, `generate` and peft use the old name, so that it
+# gives no warning there.
 CACHE_NAME = (
     "cache" if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__ else "past_key_values"
 )
@@ -45,7 +45,7 @@ class ImageStaticLayer(ImageLayerMixin, StaticLayer):
     """A layer of a [`~transformers.StaticCache`] that also holds the image."""
 
 
-_IMAGE_LAYERS: dict[type, type] = {DynamicLayer: ImageDynamicLayer, StaticLayer: ImageStaticLayer}
+_IMAGE_LAYERS: dict[type, Any] = {DynamicLayer: ImageDynamicLayer, StaticLayer: ImageStaticLayer}
 
 
 def image_layer(cache: Cache, index: int) -> Any:

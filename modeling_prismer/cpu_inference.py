@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.activations import QuickGELUActivation
 from transformers.cache_utils import Cache
 
-from .layers import PrismerAttention, PrismerMLP
+from .layers import PrismerAttention, PrismerMLP, PrismerQuickGELU
 
 
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
@@ -69,7 +68,7 @@ class CpuMLP(_UndoneByTraining, PrismerMLP):
         return self.forward_rows(hidden_states)
 
     def forward_rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        is_quick_gelu = type(self.activation) is QuickGELUActivation
+        is_quick_gelu = type(self.activation) is PrismerQuickGELU
         if _onednn_linear is None or not is_quick_gelu or not _is_plain_inference(hidden_states):
             return super().forward(hidden_states)
         if not _are_linear(self.fc1, self.fc2):

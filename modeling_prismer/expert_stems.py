@@ -28,8 +28,8 @@ from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_w
 class PrismerExpertStem(nn.Module):
     """
     Turns an expert's map into tokens on a grid: a bilinear resize, four 3×3 convolutions each followed by BatchNorm
-    and ReLU, and a 1×1 convolution. Maps of ids are painted with features on the way, without ever making the painted
-    map at full size.
+    and ReLU, and a 1×1 convolution. Ids are painted with features during the resize, so that the painted map never
+    exists at full size.
     """
 
     def __init__(self, config: PrismerVisionConfig, spec: ExpertSpec):
@@ -37,7 +37,7 @@ class PrismerExpertStem(nn.Module):
         width = config.hidden_size
         self.name, self.channels = spec.name, spec.channels
         self.num_instance_embeddings = config.num_instance_embeddings if spec.instances else 0
-        # After this resize, strides of 16 (dense) or 4 (label) in all lead to the grid of the image's patches.
+        # After this resize, strides of 16 in all (dense) or 4 (label) lead to the grid of the image's patches.
         self.scale_factor = (4 if spec.is_label else 16) / config.patch_size
         strides = (2, 2, 1, 1) if spec.is_label else (2, 2, 2, 2)
         sizes = (self.channels, width // 8, width // 4, width // 2, width)
@@ -56,8 +56,8 @@ class PrismerExpertStem(nn.Module):
 
     def initial_class_features(self, num_rows: int) -> torch.Tensor:
         """
-        What ids are painted with until `set_class_features` brings features that mean something: random, but always
-        the same, as for every buffer, which can then be made anew after the model was on the meta device.
+        Features until `set_class_features` sets those of the classes. They are random but always the same, because a
+        model on the meta device makes its buffers again when it is loaded.
         """
         generator = torch.Generator().manual_seed(0)
         return torch.randn(num_rows, self.channels, generator=generator, device="cpu") * self.channels**-0.5
@@ -113,7 +113,7 @@ class PrismerExpertStem(nn.Module):
     ) -> torch.Tensor:
         """
         The features of each id of a map: `(batch_size or 1, number of ids + 1, channels)`, background last. A class
-        that the model has no feature for is background as well.
+        without a feature in the model is background too.
         """
         background, num_classes = self.class_features[-1], self.class_features.shape[0] - 1
         if features is None:
@@ -128,7 +128,7 @@ class PrismerExpertStem(nn.Module):
         """
         The features of `ids` `(batch, height, width)` from `table` `(batch or 1, ids + 1, channels)`, resized
         bilinearly (`align_corners=True`) by gathering the four taps of each output pixel: `(batch, channels, h, w)`.
-        The background's feature stands for every id that has no row.
+        An id without a row is background.
         """
         batch, height, width = ids.shape
         out_height, out_width = (max(1, math.floor(size * self.scale_factor)) for size in (height, width))
@@ -155,7 +155,7 @@ class PrismerExpertStem(nn.Module):
         return torch.lerp(upper, lower, row_weight).permute(0, 3, 1, 2)
 
     def instance_rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Which row of the instance embedding each id takes: see `detection_rows` of [`PrismerModel.forward`]."""
+        """The row of the instance embedding for each id: see `detection_rows` of [`PrismerModel.forward`]."""
         ids = _read_ids(ids)
         if self.training:
             row_of_value = torch.randint(self.num_instance_embeddings, (MAX_IDS,), device=ids.device)
@@ -164,7 +164,7 @@ class PrismerExpertStem(nn.Module):
         return torch.where(ids == BACKGROUND, background_row, ids % background_row)
 
     def embed_instances(self, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """`rows` `(batch, height, width)`, brought to the token grid by the floor rule of `"nearest"`, embedded."""
+        """Embeds `rows` `(batch, height, width)` after a resize to the token grid by the floor rule of `"nearest"`."""
         taps = []
         for size, out_size in zip(rows.shape[1:], grid):
             positions = torch.arange(size, dtype=torch.float32, device=rows.device)
@@ -190,6 +190,7 @@ class PrismerExpertStem(nn.Module):
                     hidden_states, scale_factor=self.scale_factor, mode="bilinear", align_corners=True
                 )
         else:
+            assert ids is not None
             hidden_states = self.paint(ids, self.feature_table(classes, features, ids.shape[0])).to(dtype)
         for conv, norm in zip(self.convs, self.norms):
             hidden_states = F.relu(norm(conv(hidden_states)))
@@ -216,13 +217,13 @@ def require_kind(tensor: torch.Tensor, name: str, is_float: bool) -> None:
 
 
 def _read_ids(ids: torch.Tensor) -> torch.Tensor:
-    """Ids of any integer type as int64: `BACKGROUND` stands for all that are negative or beyond what a map holds."""
+    """Ids of any integer type as int64. Negative ids and ids that no map holds become `BACKGROUND`."""
     ids = ids.long()
     return torch.where((ids < 0) | (ids >= MAX_IDS), BACKGROUND, ids)
 
 
 def look_up(embed: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, name: str, number: int) -> torch.Tensor:
-    """`embed(ids)`, with an error that says what is wrong; a GPU fails with an assertion of its own."""
+    """`embed(ids)`, with an error that names the ids. (A GPU has an assertion of its own.)"""
     try:
         return embed(ids)
     except IndexError as error:
@@ -232,7 +233,7 @@ def look_up(embed: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, na
 
 
 def _linear_taps(size: int, out_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The two source indices and the weight of the second for each output of a linear resize with aligned corners."""
+    """For each output of a linear resize with aligned corners: the two source indices and the weight of the second."""
     scale = (size - 1) / (out_size - 1) if out_size > 1 else 0.0
     source = torch.arange(out_size, dtype=torch.float32, device=device) * scale
     first = source.long().clamp(max=size - 1)
@@ -240,6 +241,8 @@ def _linear_taps(size: int, out_size: int, device: torch.device) -> tuple[torch.
 
 
 class PrismerResamplerLayer(GradientCheckpointingLayer):
+    """Latents attend to all tokens and to themselves; an MLP follows. Both have a residual connection."""
+
     def __init__(self, config: PrismerVisionConfig):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
@@ -257,7 +260,7 @@ class PrismerResamplerLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         normed_latents = self.latents_layer_norm(latents)
-        # The latents are the last keys: flash attention takes the end of the keys' mask for that of the queries.
+        # The latents are the last keys, because flash attention takes the end of the keys' mask for the queries.
         states = torch.cat([self.tokens_layer_norm(tokens), normed_latents], dim=1)
         attn_output, _ = self.latent_attn(normed_latents, attention_mask=attention_mask, states=states, **kwargs)
         latents = latents + attn_output
@@ -265,7 +268,7 @@ class PrismerResamplerLayer(GradientCheckpointingLayer):
 
 
 class PrismerResampler(nn.Module):
-    """Condenses the tokens of all experts, however many there are, to a fixed number of latents."""
+    """Condenses the tokens of all experts, of any number, to a fixed number of latents."""
 
     def __init__(self, config: PrismerVisionConfig):
         super().__init__()
@@ -466,7 +469,7 @@ class ExpertsMixin:
                 continue
             inputs, rows = expert_inputs[name], None
             present = None if expert_mask is None else expert_mask[:, index]
-            if counts is not None and counts[index] < batch_size:
+            if present is not None and counts is not None and counts[index] < batch_size:
                 # The statistics of BatchNorm must not contain samples without the expert. Every rank runs the stem,
                 # even on an empty batch, so that DDP sees all gradients and SyncBatchNorm all statistics.
                 if counts[index] == 0 and not _in_process_group():

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .cache import image_layer
 from .configuration_prismer import PrismerTextConfig, PrismerVisionConfig
 
 
@@ -51,8 +52,8 @@ class PrismerAttention(nn.Module):
     """
     Multi-head attention of `hidden_states` over themselves or over other states of width `key_value_size`.
 
-    Those are given as `states`, or projected already as `keys_values`. They may have fewer rows than the queries, one
-    for each image: rows that follow each other (the beams, candidates or questions of one image) then share theirs.
+    The other states are given as `states`, or as projected `keys_values`. They may have one row for each image and so
+    fewer rows than the queries. Queries that follow each other (beams, candidates or questions) then share a row.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class PrismerAttention(nn.Module):
         dropout: float = 0.0,
         key_value_size: int | None = None,
         is_causal: bool = False,
-        layer_idx: int | None = None,
+        layer_idx: int = 0,
     ):
         super().__init__()
         self.config = config
@@ -82,6 +83,19 @@ class PrismerAttention(nn.Module):
 
     def project_keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.split_heads(self.k_proj(states)), self.split_heads(self.v_proj(states))
+
+    def image_keys_values(
+        self, encoder_hidden_states: torch.Tensor | None, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values of an image, which the cache keeps so that each image is projected once."""
+        if cache is None:
+            return None
+        layer = image_layer(cache, self.layer_idx)
+        if encoder_hidden_states is not None and layer.encoder_hidden_states is not encoder_hidden_states:
+            key, value = self.project_keys_values(encoder_hidden_states)
+            layer.cross_keys_values = key.contiguous(), value.contiguous()  # every step reads them
+            layer.encoder_hidden_states = encoder_hidden_states
+        return layer.cross_keys_values
 
     def forward(
         self,
@@ -123,11 +137,18 @@ class PrismerAttention(nn.Module):
         return attn_output, attn_weights
 
 
+class PrismerQuickGELU(nn.Module):
+    """CLIP's `x · sigmoid(1.702 x)`, written with SiLU so that training keeps one tensor instead of two."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.silu(1.702 * hidden_states) / 1.702
+
+
 class PrismerMLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.activation = ACT2FN[hidden_act]
+        self.activation = PrismerQuickGELU() if hidden_act == "quick_gelu" else ACT2FN[hidden_act]
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

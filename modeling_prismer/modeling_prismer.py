@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .adapter_targets import register_adapter_targets
 from .backbones import build_from_backbones
-from .cache import CACHE_NAME, accept_past_key_values, image_layer
+from .cache import CACHE_NAME, accept_past_key_values
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .expert_editing import ExpertEditingMixin
 from .expert_stems import ExpertsMixin, gather_expert_inputs, init_expert_weights, look_up, pop_expert_inputs
@@ -463,19 +463,6 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         self.mlp_layer_norm = PrismerLayerNorm(size, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def image_keys_values(
-        self, encoder_hidden_states: torch.Tensor | None, cache: Cache | None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The cross-attention's keys and values, which the cache holds so that each image is projected once."""
-        if cache is None:
-            return None
-        layer = image_layer(cache, self.cross_attn.layer_idx)
-        if encoder_hidden_states is not None and layer.encoder_hidden_states is not encoder_hidden_states:
-            key, value = self.cross_attn.project_keys_values(encoder_hidden_states)
-            layer.cross_keys_values = key.contiguous(), value.contiguous()  # every step reads them
-            layer.encoder_hidden_states = encoder_hidden_states
-        return layer.cross_keys_values
-
     @accept_past_key_values
     def forward(
         self,
@@ -488,8 +475,8 @@ class PrismerTextLayer(GradientCheckpointingLayer):
         attn_output, _ = self.self_attn(hidden_states, attention_mask=attention_mask, cache=cache, **kwargs)
         hidden_states = self.self_attn_layer_norm(self.dropout(attn_output) + hidden_states)
 
-        if self.cross_attn is not None:
-            keys_values = self.image_keys_values(encoder_hidden_states, cache)
+        if self.cross_attn is not None and self.adaptor is not None:
+            keys_values = self.cross_attn.image_keys_values(encoder_hidden_states, cache)
             if keys_values is not None or encoder_hidden_states is not None:
                 attn_output, _ = self.cross_attn(
                     hidden_states, keys_values=keys_values, states=encoder_hidden_states, **kwargs
@@ -910,9 +897,10 @@ class PrismerForConditionalGeneration(
         """
         shift_labels = kwargs.pop("shift_labels", None)
         kwargs.pop("num_items_in_batch", None)
-        if labels is not None or shift_labels is not None:
-            text = input_ids if inputs_embeds is None else inputs_embeds
-            self.check_labels(text, labels, shift_labels, sample_weight, logits_to_keep)
+        text = input_ids if inputs_embeds is None else inputs_embeds
+        given = labels if shift_labels is None else shift_labels
+        if given is not None and text is not None:
+            self.check_labels(given, shift_labels is not None, text, sample_weight, logits_to_keep)
             use_cache = False
         experts = {
             "depth_values": depth_values,
@@ -925,27 +913,27 @@ class PrismerForConditionalGeneration(
             "ocr_ids": ocr_ids,
             "ocr_features": ocr_features,
         }
-        text = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        text |= {"inputs_embeds": inputs_embeds, "cache": cache, "use_cache": use_cache}
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        texts |= {"inputs_embeds": inputs_embeds, "cache": cache, "use_cache": use_cache}
         images = {"pixel_values": pixel_values, "expert_mask": expert_mask, "encoder_outputs": encoder_outputs}
-        outputs = dict(self.model(**text, **images, **experts, **kwargs, return_dict=True))
+        outputs = dict(self.model(**texts, **images, **experts, **kwargs, return_dict=True))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.pop("last_hidden_state")[:, kept])
         loss = loss_per_sample = None
-        if labels is not None or shift_labels is not None:
-            if shift_labels is None:
-                loss_per_sample = sample_losses(logits[:, :-1], labels[:, 1:], self.config.label_smoothing)
-            else:
-                loss_per_sample = sample_losses(logits, shift_labels, self.config.label_smoothing)
+        if shift_labels is not None:
+            loss_per_sample = sample_losses(logits, shift_labels, self.config.label_smoothing)
+        elif labels is not None:
+            loss_per_sample = sample_losses(logits[:, :-1], labels[:, 1:], self.config.label_smoothing)
+        if loss_per_sample is not None:
             weights = 1.0 if sample_weight is None else sample_weight.to(logits.device)
             loss = (loss_per_sample * weights).mean()
         return PrismerCausalLMOutput(loss=loss, logits=logits, loss_per_sample=loss_per_sample, **outputs)
 
     def check_labels(
         self,
+        labels: torch.Tensor,
+        is_shifted: bool,
         text: torch.Tensor,
-        labels: torch.Tensor | None,
-        shift_labels: torch.Tensor | None,
         sample_weight: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor,
     ) -> None:
@@ -956,11 +944,10 @@ class PrismerForConditionalGeneration(
             ValueError: if labels or weights do not fit the text, or if there is nothing to learn.
         """
         rows, length = text.shape[:2]
-        given = labels if shift_labels is None else shift_labels
         kept = len(range(length)[-logits_to_keep:]) if isinstance(logits_to_keep, int) else len(logits_to_keep)
-        if given.shape != (rows, kept):
+        if labels.shape != (rows, kept):
             raise ValueError(
-                f"labels of the shape {tuple(given.shape)} for logits of {(rows, kept)}; they must be aligned with "
+                f"labels of the shape {tuple(labels.shape)} for logits of {(rows, kept)}; they must be aligned with "
                 'input_ids (with peft\'s prompt learning: it needs `task_type="CAUSAL_LM"`)'
             )
         if sample_weight is not None and sample_weight.shape != (rows,):
@@ -968,9 +955,9 @@ class PrismerForConditionalGeneration(
                 f"sample_weight has the shape {tuple(sample_weight.shape)}; ({rows},) is needed, one weight for each "
                 "row of input_ids"
             )
-        if shift_labels is None:
+        if not is_shifted:
             torch_compilable_check(
-                (given[:, 1:] != -100).any(),
+                (labels[:, 1:] != -100).any(),
                 "labels are -100 everywhere: there is nothing to learn. They are aligned with input_ids, -100 on "
                 "prompt and padding alone",
             )

@@ -16,13 +16,13 @@ from .loss import sample_losses
 @dataclass
 class PrismerRankingOutput(ModelOutput):
     """
-    What [`PrismerForConditionalGeneration.rank_candidates`] returns.
+    Output of [`PrismerForConditionalGeneration.rank_candidates`].
 
     Args:
         scores (`torch.FloatTensor` of shape `(batch_size, k)`):
             Mean log-probability of each candidate's tokens (label-smoothed), best first.
         indices (`torch.LongTensor` of shape `(batch_size, k)`):
-            Which candidates these are.
+            The candidate of each score.
 
     Example:
 
@@ -50,13 +50,72 @@ class RankingMixin:
     def logits_and_outputs(
         self, select: Callable[[torch.Tensor], torch.Tensor], **inputs: Any
     ) -> tuple[torch.Tensor, ModelOutput]:
-        """Runs the model and its head, at the positions that `select` takes out of `(rows, length, …)`."""
+        """Runs the model, and its head at the positions that `select` takes from `(rows, length, hidden_size)`."""
         outputs = self.model(**inputs, use_cache=True, return_dict=True)
         return self.lm_head(select(outputs.last_hidden_state)), outputs
 
     def after_prompt(self, outputs: ModelOutput, repeats: int) -> dict[str, Any]:
-        """The inputs with which every row of a prompt is continued `repeats` times."""
+        """The inputs that continue every row of a prompt `repeats` times."""
         return {CACHE_NAME: repeat_cache(getattr(outputs, CACHE_NAME), repeats, self.config.text_config)}
+
+    def check_candidates(
+        self,
+        candidate_ids: torch.Tensor,
+        candidate_mask: torch.Tensor,
+        k: int,
+        attention_mask: torch.Tensor,
+        chunk_size: int,
+    ) -> None:
+        """Arguments as in `rank_candidates`, which says what is an error."""
+        if k < 1 or chunk_size < 1:
+            raise ValueError(f"k={k}, chunk_size={chunk_size}; both must be at least 1")
+        if (
+            candidate_ids.shape != candidate_mask.shape
+            or candidate_ids.ndim != 2
+            or not candidate_ids.numel()
+            or not candidate_mask[:, 0].all()
+            or (candidate_mask[:, 1:] & ~candidate_mask[:, :-1]).any()
+        ):
+            raise ValueError(
+                f"candidate_ids {tuple(candidate_ids.shape)} and candidate_mask {tuple(candidate_mask.shape)} must "
+                "both be (num_candidates, length), at least one, padded on the right, and no candidate empty"
+            )
+        if not attention_mask.any(dim=-1).all():
+            raise ValueError("a row of input_ids is all padding; a prompt has at least one token")
+
+    def score_candidates(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        repeats: int,
+        first_logits: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prompt: ModelOutput,
+    ) -> torch.Tensor:
+        """
+        The mean log-probability of each candidate's tokens: `(rows * repeats,)`.
+
+        Args:
+            ids, mask (`torch.Tensor` of shape `(rows * repeats, length)`): candidates of the same row are adjacent.
+            repeats (`int`): candidates of each row.
+            first_logits (`torch.FloatTensor` of shape `(rows, vocab_size)`): the scores of the first tokens.
+            attention_mask (`torch.Tensor` of shape `(rows, prompt_length)`): that of the prompts.
+            prompt (`ModelOutput`): the model's output for the prompts.
+        """
+        smoothing, scored = self.config.label_smoothing, mask[:, 1:]
+        losses = sample_losses(first_logits.repeat_interleave(repeats, dim=0)[:, None], ids[:, :1], smoothing)
+        if ids.shape[1] > 1:
+            logits, _ = self.logits_and_outputs(
+                lambda states: states[scored.to(states.device)],
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([attention_mask.repeat_interleave(repeats, dim=0), mask[:, :-1]], dim=1),
+                **self.after_prompt(prompt, repeats),
+            )
+            logits = logits.to(ids.device)  # (number of tokens, vocab_size)
+            token_losses = sample_losses(logits[:, None], ids[:, 1:][scored][:, None], smoothing)
+            zeros = torch.zeros_like(scored, dtype=losses.dtype)
+            losses = losses + zeros.masked_scatter(scored, token_losses).sum(dim=-1)
+        return -losses / mask.sum(dim=-1)
 
     @torch.no_grad()
     def rank_candidates(
@@ -71,32 +130,34 @@ class RankingMixin:
         **image_inputs: Any,
     ) -> PrismerRankingOutput:
         r"""
-        Ranks given answers (or class names) for each image, as the paper does for VQA (k=16) and classification
-        (k=32): the `k` candidates whose first token is most probable are scored by the mean log-probability of their
-        tokens. The prompt is run once, and all candidates share its cache.
+        Ranks given answers or class names for each image, as the paper does for VQA (k=16) and classification (k=32).
+        The `k` candidates with the most probable first token are scored by the mean log-probability of their tokens.
+        The prompt runs once, and all candidates share its cache.
 
         Args:
             candidate_ids (`torch.LongTensor` of shape `(num_candidates, length)`):
-                The candidates, each closed by `</s>`, padded on the right; `processor.prepare_candidates` makes them.
+                The candidates from `processor.prepare_candidates`. Each ends with `</s>` and is padded on the right.
             candidate_mask (`torch.Tensor` of shape `(num_candidates, length)`):
                 0 for padding.
             k (`int`):
-                How many candidates to score for each row; more than there are is taken as all.
+                Number of candidates to score for each row, at most all.
             input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`):
                 The prompts, padded on either side.
             attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*):
-                0 for padding; left out, what is not `pad_token_id` counts.
+                0 for padding. By default, `pad_token_id` is padding.
             encoder_outputs (`ModelOutput`, *optional*):
-                Images encoded before; else the image inputs of [`PrismerModel.forward`] are given.
+                Encoded images, in place of the image inputs of [`PrismerModel.forward`].
             chunk_size (`int`, *optional*, defaults to 128):
-                How many candidates are run at a time (over all rows), which bounds the memory.
+                Number of candidates that run together, over all rows. It limits the memory.
+            image_inputs:
+                The image inputs of [`PrismerModel.forward`].
 
         Returns:
             [`PrismerRankingOutput`] with `scores` and `indices` of shape `(batch_size, k)`, best first.
 
         Raises:
-            ValueError: if `k` or `chunk_size` is below 1, if there are no candidates, or they have not one mask entry
-                for each token, or are not padded on the right; if a candidate or a prompt is empty.
+            ValueError: if `k` or `chunk_size` is below 1, if there are no candidates, if `candidate_mask` does not fit
+                them or is not 0 on the right only, or if a candidate or a prompt is empty.
 
         Example:
 
@@ -107,29 +168,13 @@ class RankingMixin:
         [2]
         ```
         """
-        if k < 1 or chunk_size < 1:
-            raise ValueError(f"k={k}, chunk_size={chunk_size}; both must be at least 1")
-        candidate_mask = candidate_mask.bool()
-        if (
-            candidate_ids.shape != candidate_mask.shape
-            or candidate_ids.ndim != 2
-            or not candidate_ids.numel()
-            or not candidate_mask[:, 0].all()
-            or (candidate_mask[:, 1:] & ~candidate_mask[:, :-1]).any()
-        ):
-            raise ValueError(
-                f"candidate_ids {tuple(candidate_ids.shape)} and candidate_mask {tuple(candidate_mask.shape)} must "
-                "both be (num_candidates, length), at least one, padded on the right, and no candidate empty"
-            )
+        if attention_mask is None:
+            attention_mask = input_ids.ne(self.config.pad_token_id)
+        attention_mask, candidate_mask = attention_mask.long(), candidate_mask.bool()
+        self.check_candidates(candidate_ids, candidate_mask, k, attention_mask, chunk_size)
         rows, prompt_length = input_ids.shape
         k = min(k, candidate_ids.shape[0])
         candidate_ids, candidate_mask = candidate_ids.to(input_ids.device), candidate_mask.to(input_ids.device)
-        if attention_mask is None:
-            attention_mask = input_ids.ne(self.config.pad_token_id)
-        attention_mask = attention_mask.long()
-        if not attention_mask.any(dim=-1).all():
-            raise ValueError("a row of input_ids is all padding; a prompt has at least one token")
-
         last = (attention_mask * torch.arange(prompt_length, device=input_ids.device)).argmax(dim=-1)
         if encoder_outputs is not None:
             image_inputs["encoder_outputs"] = encoder_outputs
@@ -141,34 +186,18 @@ class RankingMixin:
         )
         first_logits = first_logits.to(input_ids.device)
         first_probs = first_logits.float().softmax(dim=-1)
-        # (rows, k); of equally probable ones, such as those with the same first token, the first
+        # (rows, k); a stable sort keeps the order of candidates with the same first token
         chosen = first_probs[:, candidate_ids[:, 0]].sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
         scores = []
         for indices in chosen.split(max(1, chunk_size // rows), dim=1):
             each = indices.shape[1]  # candidates of each row in this chunk
-            ids, mask = candidate_ids[indices.flatten()], candidate_mask[indices.flatten()]
-            lengths = mask.sum(dim=-1)
-            ids, mask = ids[:, : lengths.max()], mask[:, : lengths.max()]  # (rows * each, length)
-            losses = sample_losses(
-                first_logits.repeat_interleave(each, dim=0)[:, None], ids[:, :1], self.config.label_smoothing
+            ids, mask = candidate_ids[indices.flatten()], candidate_mask[indices.flatten()]  # (rows * each, length)
+            longest = mask.sum(dim=-1).max()
+            chunk_scores = self.score_candidates(
+                ids[:, :longest], mask[:, :longest], each, first_logits, attention_mask, prompt
             )
-            if ids.shape[1] > 1:
-                learned = mask[:, 1:]
-                logits, _ = self.logits_and_outputs(
-                    lambda states, learned=learned: states[learned.to(states.device)],
-                    input_ids=ids[:, :-1],
-                    attention_mask=torch.cat([attention_mask.repeat_interleave(each, dim=0), mask[:, :-1]], dim=1),
-                    **self.after_prompt(prompt, each),
-                )
-                logits = logits.to(input_ids.device)  # (number of tokens, vocab)
-                token_losses = sample_losses(
-                    logits[:, None], ids[:, 1:][mask[:, 1:]][:, None], self.config.label_smoothing
-                )
-                losses = losses + torch.zeros_like(mask[:, 1:], dtype=losses.dtype).masked_scatter(
-                    mask[:, 1:], token_losses
-                ).sum(dim=-1)
-            scores.append((-losses / lengths).view(rows, each))
+            scores.append(chunk_scores.view(rows, each))
         scores, order = torch.cat(scores, dim=1).sort(dim=-1, descending=True, stable=True)
         return PrismerRankingOutput(scores=scores, indices=chosen.gather(1, order))
 
@@ -176,28 +205,27 @@ class RankingMixin:
         self, processor: Any, images: Any, labels: list[str], text: str | list[str] | None = None, **kwargs: Any
     ) -> list[list[dict[str, Any]]]:
         r"""
-        Ranks labels of your own for pictures: zero-shot classification in one call. The experts see the pictures, and
-        each label's score is the mean log-probability of its tokens after the prompt; see `rank_candidates`.
+        Ranks your own labels for images: zero-shot classification in one call. The experts run on the images. The
+        score of a label is the mean log-probability of its tokens after the prompt; see `rank_candidates`.
 
         Args:
             processor ([`PrismerProcessor`]):
-                Of the same checkpoint.
+                The processor of the same checkpoint.
             images:
-                One or many pictures: paths, URLs, PIL images, arrays, tensors.
+                One or many images: paths, URLs, PIL images, arrays, tensors.
             labels (`list[str]`):
                 The labels to choose from.
             text (`str` or `list[str]`, *optional*):
-                The question, or the beginning of the sentence that a label ends; left out, the prompt of the
-                checkpoint's task. A checkpoint for questions needs one.
+                The question, or the beginning of the sentence that a label ends. By default the prompt of the
+                checkpoint's task; a checkpoint for questions needs a text.
             kwargs:
-                Passed on to the processor, such as `expert_labels` or `task`.
+                Arguments of the processor, such as `expert_labels` or `task`.
 
         Returns:
-            `list[list[dict]]`: for each picture (or each question) `{"label": …, "score": …}` of every label, best
-            first.
+            `list[list[dict]]`: for each image or question, `{"label": …, "score": …}` of every label, best first.
 
         Raises:
-            ValueError: as the processor does, and if there are no labels, or an empty one.
+            ValueError: if the processor refuses an input, or if there are no labels, or an empty one.
 
         Example:
 
