@@ -180,9 +180,10 @@ def check_fingerprint(backbone: PreTrainedModel, expected: dict[str, Any], role:
     """
     found = fingerprint(backbone)
     start = f"the {role} {backbone.name_or_path or type(backbone).__name__} is not {expected['id'] or 'the one'} that"
-    for name, value in expected["config"].items():
-        if found["config"].get(name) != value:
-            raise ValueError(f"{start} these weights were trained on: {name}={found['config'].get(name)}, not {value}")
+    for name in _FINGERPRINT_FIELDS:
+        own, value = found["config"][name], expected["config"].get(name)
+        if own != value:
+            raise ValueError(f"{start} these weights were trained on: {name}={own}, not {value}")
     parameters = dict(backbone.named_parameters())
     for name, values in expected["weights"].items():
         own = parameters[name].flatten()[: len(values)].float().cpu() if name in parameters else torch.empty(0)

@@ -309,7 +309,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         # transformers takes "model.language_model.model" of a model with a head for an old name of another model.
-        loaded = super().from_pretrained(*args, key_mapping={r"^model\.": "", **kwargs.pop("key_mapping", {})}, **kwargs)
+        kwargs["key_mapping"] = {r"^model\.": "", **(kwargs.get("key_mapping") or {})}
+        loaded = super().from_pretrained(*args, **kwargs)
         config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
         if (config.backbones or {}).get("trained_only"):
             raise ValueError("the checkpoint has trained weights alone: PrismerLMForConditionalGeneration loads it")
