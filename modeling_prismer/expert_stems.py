@@ -422,9 +422,9 @@ class ExpertsMixin:
         Arguments as in `encode_experts`; `images` are the network's own inputs, at least one.
 
         Raises:
-            ValueError: if an input does not have one row for each image, or belongs to no expert; in training also if
-                a sample has numbers that are not finite, which would get into the statistics of BatchNorm and into
-                all weights.
+            ValueError: if an input does not fit its expert or has not one row for each image. In training also if a
+                sample has numbers that are not finite, which would get into the statistics of BatchNorm and into all
+                weights. A GPU waits for this check; TRANSFORMERS_DISABLE_TORCH_CHECK=1 turns it off.
         """
         batch_size = next(iter(images.values())).shape[0]
         if expert_mask is not None and expert_mask.shape[0] != batch_size:

@@ -301,6 +301,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
         """
         config = kwargs.get("config")
         if config is not None and pretrained_model_name_or_path is not None:
+            # The weights load in the size that is saved beside them, which a given `config` may have changed.
             hub_fields = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             hub_kwargs = {field: kwargs[field] for field in hub_fields if field in kwargs}
             if not isinstance(config, PreTrainedConfig):
@@ -308,7 +309,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
             saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
             saved_size = getattr(getattr(saved, "vision_config", saved), "image_size", None)
             wanted_size = getattr(getattr(config, "vision_config", config), "image_size", None)
-            if saved_size != wanted_size:  # the weights are loaded as they are, then resized
+            if saved_size != wanted_size:
                 image_size = image_size or wanted_size
                 kwargs["config"] = copy.deepcopy(config)
                 getattr(kwargs["config"], "vision_config", kwargs["config"]).image_size = saved_size
