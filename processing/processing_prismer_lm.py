@@ -809,7 +809,7 @@ class PrismerLMProcessor(ExpertsProcessor):
             if len(tasks) > 1:
                 raise ValueError("some texts end with white space or a special token and some do not; name the task=…")
             return tasks[0]
-        special = tuple(self.tokenizer.all_special_tokens)
+        special = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         is_apart = self._is_paligemma or not text or text[-1].isspace() or text.endswith(special)
         return "chat" if is_apart else "text"
 

@@ -61,7 +61,7 @@ def lay_out(
         ValueError: if texts, suffixes and images do not fit together.
     """
     single = text is None or isinstance(text, str)
-    texts: list[Any] = [text or ""] if single else list(text)
+    texts: list[Any] = [text or ""] if single else list(text) if isinstance(text, list | tuple) else []
     nested = not single and all(isinstance(own, list | tuple) for own in texts)
     if not texts or not all(isinstance(own, str) for part in texts for own in (part if nested else [part])):
         raise TypeError("text must be a string, a list of strings, or a list of lists of strings; none is empty")
