@@ -1,4 +1,4 @@
-"""Starts functions in processes of their own, as `torchrun` would; what they all import is imported once."""
+"""Starts functions in new processes, like `torchrun`. Common imports are done once, in the fork server."""
 
 import contextlib
 import multiprocessing
@@ -21,11 +21,11 @@ processes.set_forkserver_preload(
 
 def launch(function, folder: Path, *args, number: int = 1, timeout: int = 240) -> list[int]:
     """
-    Runs `function(folder, *args)` in `number` processes that find each other by gloo, if there are several.
+    Runs `function(folder, *args)` in `number` processes, which communicate by gloo if there are several.
 
     Returns:
-        Their exit codes: 0, or -9 of one that was killed. The test fails with the output of a process that raised an
-        error, or that was not ready in `timeout` seconds.
+        The exit codes: 0, or -9 for a killed process. If a process raises an error or runs longer than `timeout`
+        seconds, the test fails with the output of all processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -41,7 +41,7 @@ def launch(function, folder: Path, *args, number: int = 1, timeout: int = 240) -
     end = time.monotonic() + timeout
     while any(worker.is_alive() for worker in workers) and time.monotonic() < end:
         time.sleep(0.05)
-        if any(worker.exitcode for worker in workers):  # the others wait for it in vain
+        if any(worker.exitcode for worker in workers):  # the others would wait for it forever
             end = min(end, time.monotonic() + 3)
     for worker in workers:
         with contextlib.suppress(ProcessLookupError):
@@ -60,8 +60,8 @@ def launch(function, folder: Path, *args, number: int = 1, timeout: int = 240) -
 
 
 def _run(function, folder, args, rank, number, port, log, timeout):
-    os.setsid()  # so that its data loader's workers can be ended with it
-    signal.alarm(timeout + 10)  # should nobody be there any more to do that
+    os.setsid()  # so that the workers of its data loader can be killed with it
+    signal.alarm(timeout + 10)  # in case the parent process is gone
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -70,7 +70,7 @@ def _run(function, folder, args, rank, number, port, log, timeout):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    multiprocessing.set_start_method("fork", force=True)  # of the data loader's workers, as in a program of its own
+    multiprocessing.set_start_method("fork", force=True)  # for the workers of the data loader, as in a normal program
     import torch
 
     torch.set_num_threads(1)
@@ -79,4 +79,4 @@ def _run(function, folder, args, rank, number, port, log, timeout):
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # not waiting for processes that wait for this one
+        os._exit(1)  # does not wait for processes that wait for this one

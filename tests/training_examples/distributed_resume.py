@@ -1,4 +1,4 @@
-"""What test_resume.py runs in processes of its own: a training with everything in it that is random."""
+"""The trainings that test_resume.py starts in new processes. They use every source of random numbers."""
 
 import os
 import signal
@@ -19,11 +19,11 @@ from tests.modeling_prismer.tiny import EXPERTS, tiny_config, tiny_model
 
 
 STEPS = 20
-STREAM = {"max_steps": 3, "dataloader_num_workers": 0}  # batches are made where dropout draws its random numbers
+STREAM = {"max_steps": 3, "dataloader_num_workers": 0}  # batches and dropout share a random generator
 
 
 def save_checkpoint_with_dropout(folder: Path, tokenizer):
-    """Six experts, the rows of detected instances being drawn at random, and dropout in every attention."""
+    """Saves a model with six experts, random rows for detected instances, and dropout in every attention."""
     config = tiny_config()
     config.text_config.vocab_size = len(tokenizer)
     config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.1
@@ -34,7 +34,7 @@ def save_checkpoint_with_dropout(folder: Path, tokenizer):
 
 
 def labels_for(image_ids: list[str]) -> list[dict]:
-    """What the experts are made to have seen in pictures of 64 by 48."""
+    """Random expert labels for images of 64 by 48 pixels."""
     labels = []
     for image_id in image_ids:
         random = np.random.default_rng(int(image_id[:2]) if image_id else 0)
@@ -52,11 +52,11 @@ def labels_for(image_ids: list[str]) -> list[dict]:
     return labels
 
 
-def captions(pictures: Path) -> datasets.Dataset:
-    """14 rows about 12 pictures: batches of two, two accumulated, make four steps an epoch, the last of one batch."""
-    names = sorted(path.name for path in pictures.glob("*.png"))
+def captions(image_folder: Path) -> datasets.Dataset:
+    """14 rows for 12 images. With two batches of two per step, an epoch has four steps, the last with one batch."""
+    names = sorted(path.name for path in image_folder.glob("*.png"))
     names += names[:2]
-    rows = {"image": [str(pictures / name) for name in names], "image_id": names}
+    rows = {"image": [str(image_folder / name) for name in names], "image_id": names}
     rows["suffix"] = [f"a {('red', 'green', 'blue')[number % 3]} square" for number in range(len(names))]
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
 
@@ -67,7 +67,7 @@ class Kill(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            os.killpg(0, signal.SIGKILL)  # this process and the data loader's worker
+            os.killpg(0, signal.SIGKILL)  # this process and the worker of the data loader
 
 
 def train(folder: Path, checkpoint: Path, rows, resume_from: Path | None = None, kill_at: int | None = None, **kwargs):
@@ -103,23 +103,23 @@ def train(folder: Path, checkpoint: Path, rows, resume_from: Path | None = None,
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
 
 
-def stream(pictures: Path) -> datasets.IterableDataset:
-    """Without names of the pictures."""
-    return captions(pictures).remove_columns("image_id").to_iterable_dataset().shuffle(seed=3, buffer_size=5)
+def stream(image_folder: Path) -> datasets.IterableDataset:
+    """A stream without names of the images."""
+    return captions(image_folder).remove_columns("image_id").to_iterable_dataset().shuffle(seed=3, buffer_size=5)
 
 
-def straight(folder: Path, pictures: Path):
+def straight(folder: Path, image_folder: Path):
     checkpoint = folder / "checkpoint"
-    train(folder / "straight", checkpoint, captions(pictures), save_steps=4)
-    train(folder / "stream", checkpoint, stream(pictures), save_steps=1, **STREAM)
+    train(folder / "straight", checkpoint, captions(image_folder), save_steps=4)
+    train(folder / "stream", checkpoint, stream(image_folder), save_steps=1, **STREAM)
 
 
-def killed(folder: Path, pictures: Path):
-    train(folder / "killed", folder / "checkpoint", captions(pictures), kill_at=13)
+def killed(folder: Path, image_folder: Path):
+    train(folder / "killed", folder / "checkpoint", captions(image_folder), kill_at=13)
 
 
-def resumed(folder: Path, pictures: Path):
+def resumed(folder: Path, image_folder: Path):
     checkpoint, straight = folder / "checkpoint", folder / "straight"
-    train(folder / "resumed", checkpoint, captions(pictures), resume_from=folder / "killed" / "checkpoint-10")
-    train(folder / "from_8", checkpoint, captions(pictures), resume_from=straight / "checkpoint-8")
-    train(folder / "stream_from_1", checkpoint, stream(pictures), folder / "stream" / "checkpoint-1", **STREAM)
+    train(folder / "resumed", checkpoint, captions(image_folder), resume_from=folder / "killed" / "checkpoint-10")
+    train(folder / "from_8", checkpoint, captions(image_folder), resume_from=straight / "checkpoint-8")
+    train(folder / "stream_from_1", checkpoint, stream(image_folder), folder / "stream" / "checkpoint-1", **STREAM)

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in two processes: models that `fully_shard` takes to pieces."""
+"""The functions that test_distributed.py runs in two processes, with models sharded by `fully_shard`."""
 
 import json
 import os
@@ -28,7 +28,7 @@ CANDIDATES = torch.tensor([[5, 2, 1], [6, 7, 2], [8, 2, 1], [5, 9, 2], [10, 2, 1
 
 
 def accelerate_launch(config: str, *options: str) -> tuple[Namespace, dict[str, str]]:
-    """What `accelerate launch --config_file CONFIG` would start, and hand to the processes by their environment."""
+    """The arguments and environment of the processes that `accelerate launch --config_file CONFIG` would start."""
     started = {}
 
     def start(args):
@@ -44,7 +44,7 @@ def accelerate_launch(config: str, *options: str) -> tuple[Namespace, dict[str, 
     return started["args"], started["environment"]
 
 
-# ---- by torch's own functions ----
+# ---- with the functions of torch ----
 
 
 def sharded(model: PrismerForConditionalGeneration) -> PrismerForConditionalGeneration:
@@ -58,7 +58,7 @@ def optimizer_of(model: PrismerForConditionalGeneration) -> torch.optim.Optimize
 
 
 def step(model: PrismerForConditionalGeneration, optimizer: torch.optim.Optimizer, rows: slice) -> float:
-    """One step on some of the samples; returns their loss."""
+    """Takes one step on some of the samples and returns their loss."""
     model.train()
     loss = model(**distributed_training.stacked(distributed_training.samples()[rows])).loss
     loss.backward()
@@ -72,7 +72,7 @@ def whole(model: PrismerForConditionalGeneration) -> dict[str, torch.Tensor]:
 
 
 def answers(model: PrismerForConditionalGeneration) -> dict[str, list]:
-    """What the model generates and how it ranks, three prompts about three images."""
+    """The generated texts and the ranking for three prompts about three images."""
     model.eval()
     inputs = {"input_ids": prompts(3), "attention_mask": torch.ones(3, 5, dtype=torch.long), **image_inputs(3)}
     generated = model.generate(**inputs, max_new_tokens=6, num_beams=2)
@@ -80,7 +80,7 @@ def answers(model: PrismerForConditionalGeneration) -> dict[str, list]:
     return {"generated": generated.tolist(), "ranked": ranked.indices.tolist(), "scores": ranked.scores.tolist()}
 
 
-def in_pieces(folder: Path):
+def with_fully_shard(folder: Path):
     torch.distributed.init_process_group("gloo")
     init_device_mesh("cpu", (2,))
     rank = torch.distributed.get_rank()
@@ -94,7 +94,7 @@ def in_pieces(folder: Path):
     }
 
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "pieces")
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "sharded")
     first = whole(model)
     facts["losses"].append(step(model, optimizer, rows))
     second = whole(model)
@@ -105,7 +105,7 @@ def in_pieces(folder: Path):
         for parameter in other.parameters():
             parameter.add_(1)
     weights, state = get_state_dict(other, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / "pieces")
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / "sharded")
     set_state_dict(other, optimizer, model_state_dict=weights, optim_state_dict=state)
     facts["loss_after_loading"] = step(other, optimizer, rows)
     after_loading = whole(other)
@@ -123,21 +123,21 @@ def in_pieces(folder: Path):
     (folder / f"facts_{rank}.json").write_text(json.dumps(facts))
 
 
-# ---- by accelerate and the recipes, as accelerate_configs/fsdp2.yaml says ----
+# ---- with accelerate and the recipes, by accelerate_configs/fsdp2.yaml ----
 
 
-def take_the_cpu_for_an_accelerator():
-    """accelerate shards on accelerators only: on the CPU it takes DistributedDataParallel without a word."""
+def use_cpu_as_accelerator():
+    """Makes accelerate shard on the CPU, where it would silently use DistributedDataParallel instead."""
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
 
 
-def caption(folder: Path, checkpoint: Path, pictures: Path, *options: str):
+def caption(folder: Path, checkpoint: Path, image_folder: Path, *options: str):
     import run_captioning
 
     command = (
-        f"run_captioning.py --model {checkpoint} --train_data {pictures / 'captions.csv'} --do_train --labels live"
+        f"run_captioning.py --model {checkpoint} --train_data {image_folder / 'captions.csv'} --do_train --labels live"
     )
     command += f" --output_dir {folder} --image_size 32 --max_steps 2 --total_batch_size 8 --save_steps 1"
     command += " --per_device_train_batch_size 2 --learning_rate 1e-3 --expert_dropout 0.3 --disable_tqdm true"
@@ -145,8 +145,8 @@ def caption(folder: Path, checkpoint: Path, pictures: Path, *options: str):
     run_captioning.main()
 
 
-def by_recipes(folder: Path, checkpoint: Path, pictures: Path):
-    take_the_cpu_for_an_accelerator()
+def with_recipes(folder: Path, checkpoint: Path, image_folder: Path):
+    use_cpu_as_accelerator()
     os.environ |= accelerate_launch("fsdp2.yaml", "--mixed_precision", "no")[1]
     trainer, notes = distributed_training.training_run(folder, 2, use_cpu=False)
     rank = trainer.args.process_index
@@ -155,10 +155,10 @@ def by_recipes(folder: Path, checkpoint: Path, pictures: Path):
         "sharded": [name for name, module in trainer.model.named_modules() if isinstance(module, FSDPModule)],
         "losses": notes.losses,
     }
-    rows = distributed_training.questions(pictures)
+    rows = distributed_training.questions(image_folder)
     options = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 2, "use_cpu": False}
     trainer = distributed_training.answering_trainer(folder, checkpoint, None, rows, **options)
-    trainer.train()  # FSDP takes a model to pieces only to train it
+    trainer.train()  # FSDP shards a model only for training
     try:
         facts["generated"] = trainer.predict_texts(rows)
         trainer.candidates = distributed_training.CANDIDATES
@@ -166,13 +166,13 @@ def by_recipes(folder: Path, checkpoint: Path, pictures: Path):
     except RuntimeError as error:
         facts["generated"] = facts["ranked"] = str(error)
 
-    os.environ |= accelerate_launch("fsdp2.yaml")[1]  # as it is, in bf16
+    os.environ |= accelerate_launch("fsdp2.yaml")[1]  # unchanged, in bf16
     facts["bf16_losses"] = distributed_training.training_run(folder, 2, use_cpu=False)[1].losses
-    caption(folder / "captions", checkpoint, pictures, "--publish_to", str(folder / "published"))
+    caption(folder / "captions", checkpoint, image_folder, "--publish_to", str(folder / "published"))
     (folder / f"facts_{rank}.json").write_text(json.dumps(facts))
 
 
-def go_on(folder: Path, checkpoint: Path, pictures: Path):
-    take_the_cpu_for_an_accelerator()
+def resume_recipe(folder: Path, checkpoint: Path, image_folder: Path):
+    use_cpu_as_accelerator()
     os.environ |= accelerate_launch("fsdp2.yaml")[1]
-    caption(folder, checkpoint, pictures, "--resume_from_checkpoint", "last")
+    caption(folder, checkpoint, image_folder, "--resume_from_checkpoint", "last")

@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in one process and in two: the recipes' trainer on small models."""
+"""The functions that test_distributed.py runs in one and in two processes: the recipes' trainer on small models."""
 
 import json
 import os
@@ -21,14 +21,14 @@ CANDIDATES = ["red", "green", "blue", "white", "a square", "red square", "yes", 
 
 
 def samples() -> list[dict[str, torch.Tensor]]:
-    """Texts of unlike lengths and weights; half of the samples, the third and fourth of four, see no depth."""
+    """Samples with texts of different lengths and weights. Of every four samples, the last two have no depth."""
     inputs = training_inputs(NUM_SAMPLES)
     generator = torch.Generator().manual_seed(2)
     for row, length in enumerate(torch.randint(4, 8, (NUM_SAMPLES,), generator=generator)):
         inputs["attention_mask"][row, length:] = 0
         inputs["labels"][row, length:] = -100
     inputs["sample_weight"] = torch.rand(NUM_SAMPLES, generator=generator) + 0.2
-    # given, or each process would draw other rows
+    # fixed, since each process would draw its own rows
     inputs["detection_rows"] = torch.randint(128, inputs["detection_ids"].shape, generator=generator)
     inputs["expert_mask"] = torch.rand(NUM_SAMPLES, 6, generator=generator) < 0.8
     inputs["expert_mask"][:, 0] = torch.arange(NUM_SAMPLES) % 4 < 2
@@ -40,7 +40,7 @@ def stacked(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def without_batch_statistics(model: PrismerForConditionalGeneration) -> PrismerForConditionalGeneration:
-    """BatchNorm stays as in evaluation: a sample's loss does not depend on the other samples of its batch."""
+    """Keeps BatchNorm in evaluation mode, so that the loss of a sample does not depend on the rest of its batch."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     model.register_forward_pre_hook(lambda *_: [norm.eval() for norm in norms] and None)
     return model
@@ -51,7 +51,7 @@ def model_without_batch_statistics() -> PrismerForConditionalGeneration:
 
 
 class Notes(TrainerCallback):
-    """Keeps the gradients of the last optimizer step, and the loss of each."""
+    """Records the gradients of the last optimizer step, and the loss of every step."""
 
     def __init__(self):
         self.gradients, self.losses = {}, []
@@ -81,7 +81,7 @@ def arguments(folder: Path, **kwargs) -> TrainingArguments:
 
 
 def train(folder: Path, model=None, **kwargs):
-    """Trains on the samples; returns the trainer and the notes."""
+    """Trains on the samples, and returns the trainer and the notes."""
     from training import PrismerTrainer
 
     notes = Notes()
@@ -92,7 +92,7 @@ def train(folder: Path, model=None, **kwargs):
 
 
 def gradients(folder: Path, batch_size: int, accumulated: int = 1, **kwargs) -> dict[str, torch.Tensor]:
-    """Of one optimizer step over all samples."""
+    """The gradients of one optimizer step over all samples."""
     return train(
         folder,
         per_device_train_batch_size=batch_size,
@@ -103,16 +103,16 @@ def gradients(folder: Path, batch_size: int, accumulated: int = 1, **kwargs) -> 
 
 
 def training_run(folder: Path, batch_size: int, **kwargs):
-    """Two epochs of two steps, four samples a step. Adam would make much of rounding where gradients are nearly 0."""
+    """Two epochs of two steps of four samples. With SGD, since Adam amplifies rounding errors of small gradients."""
     options = {"per_device_train_batch_size": batch_size, "num_train_epochs": 2, "learning_rate": 1e-3, "optim": "sgd"}
     options |= kwargs
     return train(folder, **options)
 
 
-def questions(pictures: Path) -> datasets.Dataset:
-    """11 of them: with batches of two in two processes, the last one is filled up."""
-    names = sorted(path.name for path in pictures.glob("*.png"))[:11]
-    rows = {"image": [str(pictures / name) for name in names], "image_id": names, "suffix": ["red"] * 11}
+def questions(image_folder: Path) -> datasets.Dataset:
+    """11 questions. With batches of two in two processes, the last batch must be padded."""
+    names = sorted(path.name for path in image_folder.glob("*.png"))[:11]
+    rows = {"image": [str(image_folder / name) for name in names], "image_id": names, "suffix": ["red"] * 11}
     rows["text"] = ["what color is it" if number % 3 else "is it red" for number in range(11)]
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image(decode=False))
 
@@ -131,17 +131,17 @@ def answering_trainer(folder: Path, checkpoint: Path, candidates: list[str] | No
         eval_collator=DataCollatorForPrismer(processor, with_suffix=False),
         candidates=candidates,
         num_ranked=4,
-        # some are ready earlier: with a letter that the model is fond of as another end
+        # a frequent letter is a second end token, so that some answers end earlier
         generation={"max_new_tokens": 5, "eos_token_id": [2, processor.tokenizer.convert_tokens_to_ids("u")]},
     )
 
 
-def predict(folder: Path, checkpoint: Path, pictures: Path, candidates: list[str] | None) -> list[str]:
-    return answering_trainer(folder, checkpoint, candidates).predict_texts(questions(pictures))
+def predict(folder: Path, checkpoint: Path, image_folder: Path, candidates: list[str] | None) -> list[str]:
+    return answering_trainer(folder, checkpoint, candidates).predict_texts(questions(image_folder))
 
 
 def seen_of_stream(folder: Path, shards: list[int], passes: int) -> tuple[list[list[int]], int]:
-    """The rows of each batch that this process read, of a stream of so many rows in each file, and the steps made."""
+    """The rows of each batch that this process read, and the number of steps. `shards` has the rows of each file."""
     from training import PrismerTrainer
 
     def read(files):
@@ -152,7 +152,7 @@ def seen_of_stream(folder: Path, shards: list[int], passes: int) -> tuple[list[l
 
     def collate(rows):
         batch = stacked([samples()[row["number"] % NUM_SAMPLES] for row in rows])
-        length = 5 + rows[0]["number"] % 3  # batches of unlike lengths, as texts make them
+        length = 5 + rows[0]["number"] % 3  # batches of different lengths
         for name in ("input_ids", "attention_mask", "labels"):
             batch[name] = batch[name][:, :length]
         batches.append([row["number"] for row in rows])
@@ -178,11 +178,11 @@ def seen_of_stream(folder: Path, shards: list[int], passes: int) -> tuple[list[l
     return batches, trainer.state.global_step
 
 
-def answer_questions(folder: Path, checkpoint: Path, pictures: Path):
-    """The VQA recipe from the command line's arguments on: labelling, training, evaluation."""
+def answer_questions(folder: Path, checkpoint: Path, image_folder: Path):
+    """Runs the VQA recipe by its command line: labelling, training, evaluation."""
     import run_vqa
 
-    questions = pictures / "questions.jsonl"
+    questions = image_folder / "questions.jsonl"
     command = f"run_vqa.py --model {checkpoint} --train_data {questions} --eval_data {questions} --do_train --do_eval"
     command += f" --output_dir {folder / 'answers'} --image_size 32 --num_train_epochs 1 --total_batch_size 8"
     command += " --per_device_train_batch_size 2 --per_device_eval_batch_size 3 --use_cpu --disable_tqdm true"
@@ -190,8 +190,8 @@ def answer_questions(folder: Path, checkpoint: Path, pictures: Path):
     run_vqa.main()
 
 
-def in_two_processes(folder: Path, checkpoint: Path, pictures: Path):
-    """Writes what each process got: `<what>_<process>.safetensors` and `facts_<process>.json`."""
+def in_two_processes(folder: Path, checkpoint: Path, image_folder: Path):
+    """Writes the results of each process to `<name>_<process>.safetensors` and `facts_<process>.json`."""
     rank = PartialState(cpu=True).process_index
     facts = {"processes": PartialState().num_processes}
 
@@ -216,11 +216,11 @@ def in_two_processes(folder: Path, checkpoint: Path, pictures: Path):
     facts["batch_statistics"] = notes.losses
     keep("buffers", dict(trainer.model.named_buffers()))
 
-    facts["generated"] = predict(folder, checkpoint, pictures, None)
-    facts["ranked"] = predict(folder, checkpoint, pictures, CANDIDATES)
+    facts["generated"] = predict(folder, checkpoint, image_folder, None)
+    facts["ranked"] = predict(folder, checkpoint, image_folder, CANDIDATES)
     facts["stream"] = seen_of_stream(folder, [11], passes=1)
     facts["files"] = seen_of_stream(folder, [7, 3], passes=2)
-    answer_questions(folder, checkpoint, pictures)
+    answer_questions(folder, checkpoint, image_folder)
     (folder / f"facts_{rank}.json").write_text(json.dumps(facts))
 
 

@@ -23,7 +23,7 @@ def groups_by_name(model, lr=1e-3):
     return {names[parameter]: group for group in groups for parameter in group["params"]}
 
 
-def test_linear_layers_get_muon_and_all_other_weights_adamw(model):
+def test_muon_is_used_for_linear_layers_only(model):
     groups = groups_by_name(model)
     assert groups.keys() == trained(model).keys()
     matrices = {name for name, group in groups.items() if group.get("use_muon")}
@@ -32,7 +32,7 @@ def test_linear_layers_get_muon_and_all_other_weights_adamw(model):
     assert not any("embed" in name or "lm_head.decoder" in name or "convs" in name for name in matrices)
 
 
-def test_resampler_and_adaptors_learn_at_a_tenth_of_the_rate(model):
+def test_resampler_and_adaptors_have_a_tenth_of_the_rate(model):
     rate = {name: group["lr"] for name, group in groups_by_name(model).items()}
     assert rate["model.vision_model.resampler.layers.0.mlp.fc1.weight"] == pytest.approx(3e-4)
     assert rate["model.text_model.layers.0.adaptor.down_proj.weight"] == pytest.approx(3e-4)
@@ -41,8 +41,8 @@ def test_resampler_and_adaptors_learn_at_a_tenth_of_the_rate(model):
     assert rate["model.text_model.embeddings.word_embeddings.weight"] == pytest.approx(1e-3)
 
 
-def test_steps_are_those_of_torch_muon_and_adamw(model):
-    """The shipped checkpoint was trained with these two."""
+def test_steps_equal_those_of_muon_and_adamw_of_torch(model):
+    """The shipped checkpoint was trained with the optimizers of torch."""
     expected = tiny_model(tiny_config())
     expected.load_state_dict(model.state_dict())
     torch_optimizers = []

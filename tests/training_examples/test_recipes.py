@@ -1,4 +1,4 @@
-"""The recipes as a user runs them, on a small checkpoint and a dozen pictures."""
+"""Runs the recipes by their command line, on a small checkpoint and a dozen images."""
 
 import json
 import shutil
@@ -41,19 +41,19 @@ def captions(checkpoint, image_folder, tmp_path_factory):
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR needs Java")
-def test_captioning_is_measured_by_all_metrics(captions):
+def test_captioning_has_all_metrics(captions):
     results = json.loads((captions / "eval_results.json").read_text())
     assert {f"eval_{name}" for name in ("cider", "bleu_1", "bleu_4", "meteor", "rouge_l")} <= results.keys()
 
 
-def test_trained_folder_holds_model_processor_and_card(captions):
+def test_output_folder_has_model_processor_and_card(captions):
     processor = PrismerProcessor.from_pretrained(captions)
     PrismerForConditionalGeneration.from_pretrained(captions)
     assert processor.task == "caption" and list(processor.experts) == ["edge"]
     assert "library_name: transformers" in (captions / "README.md").read_text()
 
 
-def test_published_model_is_the_trained_one_in_half_precision(captions):
+def test_published_model_has_half_precision(captions):
     trained = PrismerForConditionalGeneration.from_pretrained(captions).state_dict()
     published = PrismerForConditionalGeneration.from_pretrained(captions / "published", dtype="auto").state_dict()
     assert all(torch.equal(published[name], tensor.to(published[name].dtype)) for name, tensor in trained.items())
@@ -61,7 +61,7 @@ def test_published_model_is_the_trained_one_in_half_precision(captions):
 
 
 def with_generation(folder, checkpoint, **settings):
-    """A copy of the checkpoint that generates with these settings."""
+    """Saves a copy of the checkpoint with these generation settings."""
     model = PrismerForConditionalGeneration.from_pretrained(checkpoint)
     model.generation_config.update(**settings)
     model.save_pretrained(folder)
@@ -76,7 +76,7 @@ CAPTIONS = {"min_length": 12, "max_length": 16, "num_beams": 2, "no_repeat_ngram
 @pytest.mark.parametrize(
     "script, before", [(run_captioning, ANSWERS), (run_vqa, CAPTIONS), (run_classification, CAPTIONS)]
 )
-def test_settings_of_the_former_task_are_replaced(script, before, checkpoint, image_folder, tmp_path):
+def test_generation_settings_of_the_old_task_are_replaced(script, before, checkpoint, image_folder, tmp_path):
     model = with_generation(tmp_path / "before", checkpoint, **before)
     data = image_folder
     if script is run_classification:
@@ -93,7 +93,7 @@ def test_settings_of_the_former_task_are_replaced(script, before, checkpoint, im
     assert all(getattr(saved, name) == getattr(plain, name) for name in set(before) - set(expected))
 
 
-def test_captions_of_a_model_for_answers_are_not_cut(checkpoint, image_folder, tmp_path):
+def test_captions_of_a_vqa_checkpoint_are_not_cut(checkpoint, image_folder, tmp_path):
     model = with_generation(tmp_path / "before", checkpoint, **ANSWERS)
     arguments = ("--eval_data", image_folder, "--predict_only", "--max_eval_rows", 2)
     run(run_captioning, tmp_path, "--model", model, *arguments)
@@ -110,32 +110,30 @@ def without_live_experts(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("labels", ["precomputed", "live"])
-def test_processor_without_live_experts_is_an_error_with_a_remedy(
-    without_live_experts, image_folder, tmp_path, labels
-):
+def test_missing_live_experts_are_an_error_with_remedies(without_live_experts, image_folder, tmp_path, labels):
     arguments = ("--train_data", image_folder, "--do_train", "--max_steps", 1, "--labels", labels)
     with pytest.raises(SystemExit, match="cannot run its experts edge(?s:.*)--labels STORE(?s:.*)--experts none"):
         run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments)
     run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments, "--experts", "none")
 
 
-def test_expert_that_the_model_does_not_have_is_named(checkpoint, image_folder, tmp_path):
+def test_unknown_expert_is_named(checkpoint, image_folder, tmp_path):
     arguments = ("--train_data", image_folder, "--do_train", "--experts", "edge,depht")
     with pytest.raises(SystemExit, match="--experts: depht; the model's experts are edge"):
         run(run_captioning, tmp_path, *small(checkpoint), *arguments)
 
 
-def test_vision_backbone_stays_as_it_was_and_the_rest_is_trained(captions, checkpoint):
+def test_all_weights_except_the_vision_backbone_are_trained(captions, checkpoint):
     before = PrismerForConditionalGeneration.from_pretrained(checkpoint)
     after = PrismerForConditionalGeneration.from_pretrained(captions).state_dict()
     frozen = {id(parameter) for parameter in before._backbone_parameters(before.model, vision=True)}
-    # nothing comes from the keys' biases of text that attends causally: softmax does not see them
+    # key biases of self-attention have no gradient, because softmax ignores them
     for name, parameter in before.named_parameters():
         same = torch.equal(parameter, after[name])
         assert same if id(parameter) in frozen else (not same or name.endswith("k_proj.bias")), name
 
 
-def test_experts_run_once_over_each_picture_and_not_again(captions, checkpoint, image_folder, monkeypatch):
+def test_experts_run_only_once_per_image(captions, checkpoint, image_folder, monkeypatch):
     def fail(*args):
         raise AssertionError("the experts ran again")
 
@@ -149,18 +147,18 @@ def test_experts_run_once_over_each_picture_and_not_again(captions, checkpoint, 
 
 
 def test_predictions_are_written_without_references(checkpoint, image_folder, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for name in ("b.png", "a.png"):
-        shutil.copy(image_folder / "00.png", pictures / name)
-    (pictures / "list.csv").write_text("file_name\nb.png\na.png\n")
-    run(run_captioning, tmp_path / "out", *small(checkpoint), "--eval_data", pictures, "--predict_only")
+        shutil.copy(image_folder / "00.png", images / name)
+    (images / "list.csv").write_text("file_name\nb.png\na.png\n")
+    run(run_captioning, tmp_path / "out", *small(checkpoint), "--eval_data", images, "--predict_only")
     results = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [result["image_id"] for result in results] == ["b.png", "a.png"]
     assert results[0]["caption"] == results[1]["caption"]
 
 
-def test_answers_are_learned_measured_and_ranked(checkpoint, image_folder, tmp_path):
+def test_vqa_recipe_learns_to_rank_answers(checkpoint, image_folder, tmp_path):
     candidates = tmp_path / "answers.txt"
     candidates.write_text("red\ngreen\nblue\nwhite\nyes\nno\n")
     data = ("--train_data", image_folder, "--eval_data", image_folder, "--candidates", candidates)
@@ -169,7 +167,7 @@ def test_answers_are_learned_measured_and_ranked(checkpoint, image_folder, tmp_p
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_vqa_accuracy"] > 0.75
 
 
-def test_questions_of_a_picture_can_share_it(checkpoint, image_folder, tmp_path, monkeypatch):
+def test_questions_can_share_an_image(checkpoint, image_folder, tmp_path, monkeypatch):
     shapes = []
     forward = PrismerForConditionalGeneration.forward
 
@@ -183,7 +181,7 @@ def test_questions_of_a_picture_can_share_it(checkpoint, image_folder, tmp_path,
     assert shapes == [(4, 8)] * 2
 
 
-def test_classes_are_ranked_after_a_few_shots(checkpoint, image_folder, tmp_path):
+def test_classification_learns_from_a_few_shots(checkpoint, image_folder, tmp_path):
     for number in range(NUM_IMAGES):
         folder = tmp_path / "data" / color_of(number)
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +202,7 @@ def backbones(tokenizer, tmp_path):
     return ("--vision", tmp_path / "vision", "--text", tmp_path / "text", "--num_latents", 4, "--resampler_layers", 1)
 
 
-def test_pretraining_starts_on_two_backbones_and_leaves_them(backbones, image_folder, tmp_path):
+def test_pretraining_leaves_the_backbones_unchanged(backbones, image_folder, tmp_path):
     arguments = ("--train_data", image_folder, "--do_train", "--max_steps", 2, "--image_size", 32)
     arguments += ("--expert_suite", "offline", "--total_batch_size", 4, "--warmup_steps", 1)
     run(run_pretraining, tmp_path / "out", *backbones, *arguments, "--expert_dropout", 0.2)
@@ -218,14 +216,14 @@ def test_pretraining_starts_on_two_backbones_and_leaves_them(backbones, image_fo
         assert any(parameter.shape == weight.shape and torch.equal(parameter, weight) for weight in weights)
 
 
-def test_pretraining_without_experts_makes_a_prismerz_from_a_stream(backbones, image_folder, tmp_path):
+def test_pretraining_without_experts_makes_a_prismerz(backbones, image_folder, tmp_path):
     arguments = ("--train_data", image_folder / "captions.csv", "--streaming", "--do_train", "--max_steps", 2)
     arguments += ("--expert_suite", "none", "--image_size", 32, "--total_batch_size", 4, "--labels", "live")
     run(run_pretraining, tmp_path / "out", *backbones, *arguments)
     assert PrismerForConditionalGeneration.from_pretrained(tmp_path / "out").config.experts == []
 
 
-def test_paper_defaults_of_the_schedules(monkeypatch):
+def test_schedule_of_the_paper_is_the_default(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", "--output_dir", "x", "--do_train", "--train_data", "y"])
     args, training_args = training.parse_arguments(**run_pretraining.PAPER, per_device_train_batch_size=32)
     assert training_args.gradient_accumulation_steps == 32
@@ -254,21 +252,21 @@ def test_paper_defaults_of_the_schedules(monkeypatch):
         (["--do_train", "--train_data", "x", "--predict_only"], "neither trains nor evaluates"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_at_once(monkeypatch, capsys, arguments, message):
+def test_conflicting_arguments_are_refused(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["run_vqa.py", "--output_dir", "x", *arguments])
     with pytest.raises(SystemExit):
         training.parse_arguments()
     assert message in capsys.readouterr().err
 
 
-def test_checkpoint_that_is_missing_is_named(monkeypatch):
+def test_missing_model_argument_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run_vqa.py", "--output_dir", "x", "--do_eval", "--eval_data", "y"])
     args, _ = training.parse_arguments()
     with pytest.raises(SystemExit, match="--model is missing"):
         training.load_checkpoint(args, "vqa")
 
 
-def test_picture_of_another_size_is_what_image_size_asks_for(checkpoint, monkeypatch):
+def test_image_size_changes_model_and_processor(checkpoint, monkeypatch):
     command = ["run_vqa.py", "--output_dir", "x", "--do_eval", "--eval_data", "y", "--model", str(checkpoint)]
     monkeypatch.setattr(sys, "argv", [*command, "--image_size", "48"])
     args, _ = training.parse_arguments()
@@ -278,7 +276,7 @@ def test_picture_of_another_size_is_what_image_size_asks_for(checkpoint, monkeyp
     model.generate(**inputs, max_new_tokens=2)
 
 
-def test_vqav2_and_visual_genome_are_trained_on_together_with_their_weights(tmp_path, monkeypatch):
+def test_vqav2_and_visual_genome_can_be_joined(tmp_path, monkeypatch):
     coco, genome = tmp_path / "coco", tmp_path / "vg"
     lists = []
     for split in ("train2014", "val2014"):
@@ -306,7 +304,7 @@ def test_vqav2_and_visual_genome_are_trained_on_together_with_their_weights(tmp_
     assert found == expected
 
 
-def test_size_of_the_pictures_is_the_papers_to_train_and_the_checkpoints_to_evaluate(monkeypatch):
+def test_image_size_of_the_paper_is_for_training_only(monkeypatch):
     sizes = []
     for arguments in (["--do_train", "--train_data", "x"], ["--do_eval"], ["--do_eval", "--image_size", "64"]):
         command = ["run_vqa.py", "--output_dir", "x", "--eval_data", "y", *arguments]
@@ -315,7 +313,7 @@ def test_size_of_the_pictures_is_the_papers_to_train_and_the_checkpoints_to_eval
     assert sizes == [480, None, 64]
 
 
-def test_checkpoint_for_several_tasks_loads_again_after_a_training_for_another(checkpoint, tmp_path, monkeypatch):
+def test_checkpoint_of_several_tasks_can_get_another_task(checkpoint, tmp_path, monkeypatch):
     processor = PrismerProcessor.from_pretrained(checkpoint)
     processor.tasks = ["caption", "vqa"]
     for name in ("config.json", "model.safetensors"):

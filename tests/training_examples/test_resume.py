@@ -1,4 +1,4 @@
-"""A training that was killed goes on as if nothing had been, bit for bit."""
+"""A killed training resumes with bit-identical results."""
 
 import shutil
 
@@ -16,8 +16,8 @@ from tests.training_examples.distributed_launch import launch
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer, image_folder):
     """
-    `straight`: 20 steps; `killed`: after 13, `resumed` from its checkpoint at 10; `from_8` and `stream_from_1` go on
-    from checkpoints of `straight` and `stream`.
+    `straight` has 20 steps. `killed` ends after 13 steps, and `resumed` starts from its checkpoint at step 10.
+    `from_8` and `stream_from_1` start from checkpoints of `straight` and `stream`.
     """
     folder = tmp_path_factory.mktemp("runs")
     distributed_resume.save_checkpoint_with_dropout(folder / "checkpoint", tokenizer)
@@ -36,20 +36,20 @@ def assert_same_state(checkpoint, expected):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def test_ten_steps_a_kill_and_ten_steps_are_twenty_steps(runs):
-    """Step 10 is in the middle of the third epoch, and of a shuffled order."""
+def test_resumed_training_equals_an_uninterrupted_one(runs):
+    """Step 10 is in the middle of the third epoch, which has a shuffled order."""
     assert_same_state(runs / "resumed" / "checkpoint-20", runs / "straight" / "checkpoint-20")
 
 
-def test_training_goes_on_from_the_end_of_an_epoch(runs):
+def test_training_resumes_at_the_end_of_an_epoch(runs):
     assert_same_state(runs / "from_8" / "checkpoint-20", runs / "straight" / "checkpoint-20")
 
 
-def test_stream_goes_on_in_its_first_pass(runs):
+def test_stream_resumes_within_an_epoch(runs):
     assert_same_state(runs / "stream_from_1" / "checkpoint-3", runs / "stream" / "checkpoint-3")
 
 
-# ---- what is gone on from ----
+# ---- the checkpoint to resume from ----
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def output_dir(tmp_path, runs):
 
 
 @pytest.mark.parametrize("content", [None, "", '{"global_step": 1'], ids=["no state", "empty state", "half a state"])
-def test_checkpoint_that_was_being_written_is_left_out(output_dir, content):
+def test_incomplete_checkpoint_is_skipped(output_dir, content):
     from training import last_checkpoint
 
     broken = output_dir / "checkpoint-20"
@@ -69,14 +69,14 @@ def test_checkpoint_that_was_being_written_is_left_out(output_dir, content):
     assert last_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
 
 
-def test_newest_checkpoint_is_the_last_by_its_number(output_dir):
+def test_last_checkpoint_has_the_largest_number(output_dir):
     from training import last_checkpoint
 
     shutil.copytree(output_dir / "checkpoint-10", output_dir / "checkpoint-9")
     assert last_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
 
 
-def test_without_a_checkpoint_there_is_none(tmp_path):
+def test_folder_without_checkpoints_has_no_last_one(tmp_path):
     from training import last_checkpoint
 
     assert last_checkpoint(tmp_path) is None
@@ -87,7 +87,7 @@ def test_without_a_checkpoint_there_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_random_numbers_are_new_in_each_epoch(tmp_path, checkpoint, streamed):
+def test_collator_gets_the_number_of_the_epoch(tmp_path, checkpoint, streamed):
     from training import PrismerTrainer
 
     class Collator(DataCollatorForPrismer):

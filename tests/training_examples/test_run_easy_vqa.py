@@ -1,4 +1,4 @@
-"""run_easy_vqa.py trains on easy-VQA, resumes, measures by generation and by ranking, and writes what it promises."""
+"""run_easy_vqa.py trains on easy-VQA, resumes, evaluates by generation and ranking, and publishes a checkpoint."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def run(monkeypatch, output_dir, *arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The output folder of two epochs (six steps) with labels made beforehand, evaluated and published."""
+    """The output folder of two epochs (six steps) with precomputed labels, evaluated and published."""
     output_dir = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as monkeypatch:
         arguments = ("--do_train", "--do_eval", "--num_train_epochs", 2, "--publish_to", output_dir / "published")
@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     return output_dir
 
 
-def test_results_hold_both_ways_of_answering_and_every_type_of_question(trained):
+def test_results_have_every_type_of_question(trained):
     results = json.loads((trained / "test_results.json").read_text())
     assert results["images"] == IMAGES and results["questions"] > IMAGES
     for way in ("generate", "rank"):
@@ -42,7 +42,7 @@ def test_results_hold_both_ways_of_answering_and_every_type_of_question(trained)
         assert all(0 <= value <= 1 for value in results[way].values())
 
 
-def test_published_folder_loads_and_answers_with_its_live_experts(trained):
+def test_published_folder_answers_with_live_experts(trained):
     processor = PrismerProcessor.from_pretrained(trained / "published")
     model = PrismerForConditionalGeneration.from_pretrained(trained / "published", dtype=torch.float32)
     assert processor.task == "vqa" and list(processor.experts) == ["edge", "ocr"]
@@ -57,7 +57,7 @@ def test_published_weights_are_half_precision(trained):
     assert model.dtype == torch.float16
 
 
-def test_training_goes_on_from_a_checkpoint_and_labels_are_not_made_again(trained, monkeypatch, capfd):
+def test_resumed_training_reuses_labels(trained, monkeypatch, capfd):
     def fail(*args):
         raise AssertionError("the experts ran again")
 
@@ -69,7 +69,7 @@ def test_training_goes_on_from_a_checkpoint_and_labels_are_not_made_again(traine
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == list(range(1, 10))
 
 
-def test_exact_match_counts_all_and_each_type():
+def test_exact_match_is_given_in_total_and_by_type():
     rows = Dataset.from_dict({"suffix": ["yes", "red", "circle", "no"]})
     assert run_easy_vqa.exact_match(["yes", "blue", "circle", "yes"], rows) == {
         "exact_match": 0.5,
@@ -79,7 +79,7 @@ def test_exact_match_counts_all_and_each_type():
     }
 
 
-def test_evaluation_with_some_experts_masks_out_the_others(trained, monkeypatch):
+def test_evaluation_can_mask_out_experts(trained, monkeypatch):
     masks = []
     generate = PrismerForConditionalGeneration.generate
 

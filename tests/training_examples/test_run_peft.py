@@ -1,4 +1,4 @@
-"""LoRA, DoRA and (IA)³ on each part of the network: trained, merged, saved, loaded, by the script and its pieces."""
+"""LoRA, DoRA and (IA)³ on each part of the network are trained, merged, saved and loaded."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ IN_PARTS = {"decoder": ".text_model.layers.", "encoder": ".vision_model.layers."
 
 @pytest.fixture
 def command_line(monkeypatch, checkpoint, tmp_path):
-    """Sets the script's command line; `output_dir` is the test's folder."""
+    """Sets the command line of the script, and returns its output folder."""
 
     def set_command_line(*arguments, model=checkpoint, steps=4):
         shared = ["--output_dir", tmp_path / "out", "--use_cpu", "--labels", "live", "--disable_tqdm", "true"]
@@ -43,7 +43,7 @@ def rows(image_folder):
 
 
 class Trained:
-    """A model whose adapter was trained for a few steps, and what it was before."""
+    """A model whose adapter was trained for a few steps, with its state before and after."""
 
     def __init__(self, args, training_args, rows):
         torch.manual_seed(0)
@@ -72,18 +72,18 @@ def trained(request, rows, checkpoint, tmp_path_factory):
     return Trained(args, training_args, rows), part
 
 
-def test_the_loss_falls(trained):
+def test_loss_falls(trained):
     assert trained[0].loss < trained[0].loss_before
 
 
-def test_only_the_adapter_of_that_part_changes_be_it_a_weight_or_a_statistic(trained):
+def test_only_the_adapter_of_the_part_changes(trained):
     trained, part = trained
     changed = {name for name, tensor in trained.after.items() if not torch.equal(tensor, trained.before[name])}
     assert changed
     assert all(("lora_" in name or "ia3_" in name) and IN_PARTS[part] in name for name in changed)
 
 
-def test_the_saved_adapter_is_small_and_gives_the_same_when_it_is_loaded(trained, checkpoint):
+def test_saved_adapter_is_small_and_loads_unchanged(trained, checkpoint):
     trained, _ = trained
     saved = load_file(f"{trained.folder}/adapter_model.safetensors")
     whole = load_file(f"{checkpoint}/model.safetensors")
@@ -94,7 +94,7 @@ def test_the_saved_adapter_is_small_and_gives_the_same_when_it_is_loaded(trained
     assert torch.equal(loaded(**trained.batch).logits, trained.logits)
 
 
-def test_the_merged_model_says_the_same(trained):
+def test_merged_model_has_the_same_outputs(trained):
     trained, _ = trained
     merged = trained.model.merge_and_unload()
     assert type(merged) is PrismerForConditionalGeneration
@@ -102,7 +102,7 @@ def test_the_merged_model_says_the_same(trained):
     assert difference < 5e-5 * trained.logits.abs().max()
 
 
-def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(command_line, image_folder, tmp_path):
+def test_command_saves_an_adapter_and_a_merged_model(command_line, image_folder, tmp_path):
     data = ("--train_data", image_folder / "captions.csv", "--do_train")
     folder = command_line(*data, "--parts", "decoder,encoder,resampler", "--merge_to", tmp_path / "merged")
     main()
@@ -119,7 +119,7 @@ def test_the_command_writes_an_adapter_and_a_merged_model_that_load_alike(comman
         assert GenerationConfig.from_pretrained(saved).to_diff_dict().items() >= TASKS["caption"].generation.items()
 
 
-def test_an_adapter_finds_its_model_and_its_resolution_and_answers_questions(command_line, image_folder):
+def test_adapter_loads_its_model_and_image_size(command_line, image_folder):
     data = ("--task", "vqa", "--train_data", image_folder / "questions.jsonl")
     folder = command_line(*data, "--do_train", "--image_size", 64, "--train_whole", "edge", steps=2)
     main()
@@ -136,7 +136,7 @@ def test_an_adapter_finds_its_model_and_its_resolution_and_answers_questions(com
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_adapter_that_brings_new_tokens_finds_room_for_them(command_line, image_folder, checkpoint, tmp_path):
+def test_adapter_with_new_tokens_resizes_the_embeddings(command_line, image_folder, checkpoint, tmp_path):
     processor = PrismerProcessor.from_pretrained(checkpoint)
     processor.tokenizer.add_tokens(["[DEFECT]"])
     model = PrismerForConditionalGeneration.from_pretrained(checkpoint)
@@ -152,7 +152,7 @@ def test_adapter_that_brings_new_tokens_finds_room_for_them(command_line, image_
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-def test_a_training_that_was_interrupted_goes_on_to_the_same_adapter(command_line, image_folder, tmp_path):
+def test_resumed_training_gives_the_same_adapter(command_line, image_folder, tmp_path):
     data = ("--train_data", image_folder / "captions.csv", "--do_train", "--save_steps", 2)
     folder = command_line(*data)
     main()
@@ -165,7 +165,7 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_adapter(command_lin
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
 
 
-def test_a_part_that_there_is_not_is_named(command_line, image_folder):
+def test_unknown_part_is_named(command_line, image_folder):
     command_line("--train_data", image_folder, "--do_train", "--parts", "decoder,stems")
     with pytest.raises(SystemExit, match="stems is none of decoder, encoder, resampler"):
         main()

@@ -1,4 +1,4 @@
-"""Scripts start as a user starts them: recipes as files from any folder, the others as modules."""
+"""Recipes start as files from any folder, other scripts as modules."""
 
 import os
 import subprocess
