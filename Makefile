@@ -145,6 +145,7 @@ evaluate-easy-vqa: $(VENV)/.test-ready  ## measure the bundled checkpoint on eas
 
 benchmark: $(VENV)/.test-ready  ## time the true-size network beside the recorded reference (about 10 minutes)
 	$(BIN)/python benchmarks/benchmark.py $(ARGS)
+	$(BIN)/python benchmarks/lm_answers.py
 
 benchmark-all: benchmark  ## and all else of docs/speed.md: growth, precision, throughput, profiles
 	$(BIN)/python benchmarks/growth.py $(ARGS)
