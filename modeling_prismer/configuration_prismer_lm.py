@@ -245,6 +245,8 @@ class PrismerLMConfig(PreTrainedConfig):
         output["vision_config"] = [encoder.to_dict() for encoder in self.vision_config]
         for encoder in output["vision_config"]:
             encoder.pop("transformers_version", None)
+        for backbone in (output["text_config"], *output["vision_config"]):
+            backbone.pop("_name_or_path", None)  # may be a folder of this machine; `backbones` has the ids
         return output
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
@@ -307,7 +309,7 @@ class PrismerLMConfig(PreTrainedConfig):
             encoder = self.vision_config[0]
             return self.grid_size**2 + (encoder.num_latents if encoder.experts else 0)
         num_patches = self.grid_size**2 if self.vision_config else 0
-        return num_patches + (self.experts_config.num_latents if self.experts_config is not None else 0)
+        return num_patches + (self.experts_config.num_latents if self.experts_config and self.experts else 0)
 
     @property
     def image_seq_length(self) -> int:

@@ -280,21 +280,23 @@ class PrismerResampler(nn.Module):
         self,
         tokens: torch.Tensor,
         token_mask: torch.Tensor | None = None,
-        latents: torch.Tensor | None = None,
+        condition: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Args:
             tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): zero where masked.
             token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*): the tokens that exist.
-            latents (`torch.FloatTensor` of shape `(batch_size, num_latents, width)`, *optional*):
-                Latents to start from in place of the learned ones, such as those that a question conditions.
+            condition (`Callable`, *optional*):
+                Changes the learned latents `(batch_size, num_latents, width)` before the first layer, such as by a
+                question.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, num_latents, width)`.
         """
-        if latents is None:
-            latents = self.latents.expand(tokens.shape[0], -1, -1)
+        latents = self.latents.expand(tokens.shape[0], -1, -1)
+        if condition is not None:
+            latents = condition(latents)
         latents = latents.to(tokens.dtype)
         attention_mask = None
         if token_mask is not None:
@@ -400,7 +402,7 @@ class ExpertsMixin:
     """
 
     expert_stems: nn.ModuleDict
-    resampler: "PrismerResampler | None"
+    resampler: Any  # a PrismerResampler; None without experts
     training: bool
 
     def init_experts(self, config: PrismerVisionConfig) -> None:

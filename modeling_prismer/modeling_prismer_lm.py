@@ -58,8 +58,35 @@ from .ranking import RankingMixin
 # ---- modules ----
 
 
+class PrismerLMQuestion(nn.Module):
+    """Lets a question change the resampler's latents, through a gate that starts at zero."""
+
+    def __init__(self, config: PrismerExpertsConfig, question_size: int):
+        super().__init__()
+        self.layer_norm = PrismerLayerNorm(question_size, eps=config.layer_norm_eps)
+        self.attn = PrismerAttention(config, config.resampler_attention_heads, 0.0, question_size)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, latents: torch.Tensor, questions: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            latents (`torch.FloatTensor` of shape `(rows, num_latents, width)`)
+            questions (`torch.FloatTensor` of shape `(rows, length, question_size)`): embeddings of the tokens.
+            question_mask (`torch.BoolTensor` of shape `(rows, length)`): which tokens belong to the question.
+
+        Returns:
+            `torch.FloatTensor` of shape `(rows, num_latents, width)`.
+        """
+        mask = torch.zeros_like(question_mask, dtype=latents.dtype).masked_fill(
+            ~question_mask, torch.finfo(latents.dtype).min
+        )
+        states = self.layer_norm(questions.to(latents.dtype))
+        attn_output, _ = self.attn(latents, attention_mask=mask[:, None, None], states=states)
+        return latents + self.gate.tanh() * attn_output
+
+
 class PrismerLMExperts(ExpertsMixin, nn.Module):
-    """The experts' stems, position embeddings of their own, and the resampler."""
+    """The experts' stems, position embeddings of their own, and the resampler. `forward` runs the stems."""
 
     def __init__(self, config: PrismerExpertsConfig, question_size: int | None = None):
         super().__init__()
@@ -67,31 +94,13 @@ class PrismerLMExperts(ExpertsMixin, nn.Module):
         self.init_experts(config)
         self.position_embedding = nn.Parameter(torch.empty(config.grid_size**2, config.hidden_size))
         if question_size is not None:
-            self.question_attn = PrismerAttention(config, config.resampler_attention_heads, 0.0, question_size)
-            self.question_layer_norm = PrismerLayerNorm(question_size, eps=config.layer_norm_eps)
-            self.question_gate = nn.Parameter(torch.zeros(1))
+            self.question = PrismerLMQuestion(config, question_size)
 
     def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         return resize_grid(self.position_embedding[None], grid)[0]
 
-    def condition(self, questions: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
-        """
-        The latents after they have attended to a question's embeddings, through a gate that starts at zero.
-
-        Args:
-            questions (`torch.FloatTensor` of shape `(rows, length, question_size)`): embeddings of the tokens.
-            question_mask (`torch.BoolTensor` of shape `(rows, length)`): which tokens belong to the question.
-
-        Returns:
-            `torch.FloatTensor` of shape `(rows, num_latents, width)`.
-        """
-        latents = self.resampler.latents.expand(questions.shape[0], -1, -1)
-        questions = self.question_layer_norm(questions.to(latents.dtype))
-        mask = torch.zeros_like(question_mask, dtype=latents.dtype).masked_fill(
-            ~question_mask, torch.finfo(latents.dtype).min
-        )
-        attn_output, _ = self.question_attn(latents, attention_mask=mask[:, None, None], states=questions)
-        return latents + self.question_gate.tanh() * attn_output
+    def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.embed_experts(*args)
 
 
 class PrismerLMProjection(nn.Module):
@@ -143,18 +152,20 @@ class PrismerLMGatedBlock(nn.Module):
 
 
 class CrossAttend:
-    """Forward pre-hook of a decoder layer: takes `visible_images` out of its arguments and runs the block."""
+    """Forward pre-hook of a decoder layer: takes `visible_images` out of its arguments and runs the layer's block."""
 
-    def __init__(self, block: PrismerLMGatedBlock | None):
-        self.block = block
+    def __init__(self, blocks: nn.ModuleDict, index: int):
+        self.blocks = blocks  # not the layer's own: peft and FSDP put wrappers in its place
+        self.index = str(index)
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         images = kwargs.pop("visible_images", None)
-        if self.block is not None and images is not None:
+        if images is not None and self.index in self.blocks:
+            block = self.blocks[self.index]
             if args:
-                args = (self.block(args[0], images), *args[1:])
+                args = (block(args[0], images), *args[1:])
             else:
-                kwargs["hidden_states"] = self.block(kwargs["hidden_states"], images)
+                kwargs["hidden_states"] = block(kwargs["hidden_states"], images)
         return args, kwargs
 
 
@@ -246,15 +257,15 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
         init_expert_weights(module)
         if isinstance(module, PrismerLMExperts):
             init.normal_(module.position_embedding, std=0.02)
-            if hasattr(module, "question_gate"):
-                init.zeros_(module.question_gate)
+        elif isinstance(module, PrismerLMQuestion):
+            init.zeros_(module.gate)
         elif isinstance(module, PrismerLMProjection):
             init.constant_(module.norm.weight, module.feature_scale)
         elif isinstance(module, PrismerLMGatedBlock):
             init.zeros_(module.attn_gate)
             init.zeros_(module.mlp_gate)
         elif isinstance(module, PrismerLMModel) and module.image_embedding is not None:
-            init.normal_(module.image_embedding, std=self.config.feature_scale)
+            init.normal_(module.image_embedding.weight, std=self.config.feature_scale)
 
 
 class PrismerLMModel(PrismerLMPreTrainedModel):
@@ -294,13 +305,12 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         self.cross_blocks = nn.ModuleDict()
         self.image_embedding: Any = None
         if config.fusion == "cross_attention" and config.num_features:
-            self.image_embedding = nn.Parameter(torch.empty(config.hidden_size))  # of a placeholder
+            self.image_embedding = nn.Embedding(1, config.hidden_size)  # of a placeholder
             every = config.cross_attention_every
             for index in range(every - 1, len(self.decoder_layers), every):
                 self.cross_blocks[str(index)] = PrismerLMGatedBlock(config, index)
             for index, layer in enumerate(self.decoder_layers):
-                block = self.cross_blocks[str(index)] if str(index) in self.cross_blocks else None
-                layer.register_forward_pre_hook(CrossAttend(block), with_kwargs=True)
+                layer.register_forward_pre_hook(CrossAttend(self.cross_blocks, index), with_kwargs=True)
         if config.has_vision_language_model:  # it embeds its prompt and calls its decoder by itself
             language_model.get_input_embeddings().register_forward_hook(_place_features)
             language_model.get_decoder().register_forward_pre_hook(_pass_visible_images, with_kwargs=True)
@@ -432,15 +442,14 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
                 patches = self.encode_patches(list(pixels.values()), expert_inputs, expert_mask)
             outputs.last_hidden_state = patches
             features.append(self.vision_projection(patches))
-        if self.experts is not None:
-            device = self.experts.position_embedding.device
-            mask = None if expert_mask is None else expert_mask.to(device=device, dtype=torch.bool)
+        if self.experts is not None and self.config.experts:
+            mask = None if expert_mask is None else expert_mask.to(device=first.device, dtype=torch.bool)
             self.experts.check_expert_inputs(expert_inputs, mask, images)
-            arguments = (expert_inputs, mask, first.shape[0], device)
+            tokens, token_mask = self.experts(expert_inputs, mask, first.shape[0], first.device)
             if self.config.question_queries:
-                outputs.expert_tokens, outputs.expert_token_mask = self.experts.embed_experts(*arguments)
+                outputs.expert_tokens, outputs.expert_token_mask = tokens, token_mask
             else:
-                features.append(self.experts_projection(self.experts.encode_experts(*arguments)))
+                features.append(self.experts_projection(self.experts.resampler(tokens, token_mask)))
         if features:
             outputs.pooler_output = torch.cat([part.to(features[0].device) for part in features], dim=1)
         return outputs
@@ -476,9 +485,13 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         device = images.expert_tokens.device
         image = torch.tensor([image for row in rows for image in row], device=device)
         row = torch.tensor([index for index, row in enumerate(rows) for _ in row], device=device)
-        latents = self.experts.condition(questions.to(device), mask.to(device))[row]
+        questions, mask = questions.to(device)[row], mask.to(device)[row]
         token_mask = None if images.expert_token_mask is None else images.expert_token_mask[image]
-        latents = self.experts.resampler(images.expert_tokens[image], token_mask, latents=latents)
+        latents = self.experts.resampler(
+            images.expert_tokens[image],
+            token_mask,
+            condition=lambda latents: self.experts.question(latents, questions, mask),
+        )
         features = self.experts_projection(latents)
         if images.pooler_output is not None:
             patches = images.pooler_output[image]
@@ -543,7 +556,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             order = torch.tensor([image for row in rows for image in row], device=images.pooler_output.device)
             features = images.pooler_output[order].flatten(0, 1).to(embeddings)
             return embeddings.masked_scatter(mask[..., None], features), None
-        embeddings = torch.where(mask[..., None], self.image_embedding.to(embeddings), embeddings)
+        placeholder = self.image_embedding(torch.zeros_like(mask[:1, :1], dtype=torch.long))  # (1, 1, hidden_size)
+        embeddings = torch.where(mask[..., None], placeholder.to(embeddings), embeddings)
         return embeddings, see_images(images.pooler_output, rows, mask)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -265,6 +265,20 @@ def test_an_expert_is_added_and_its_stem_trained_alone(fusion):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
 
 
+def test_the_first_expert_is_added_later():
+    config = tiny_config()
+    config = PrismerLMConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        experts_config={"hidden_size": 32, "num_latents": NUM_LATENTS, "image_size": IMAGE_SIZE},
+    )
+    model = tiny_model(config)
+    assert model(input_ids=prompts(config, 2), **image_inputs(config, 2)).logits.isfinite().all()
+    model.add_expert("depth", "dense", channels=1)
+    assert config.image_seq_length == NUM_PATCHES + NUM_LATENTS
+    assert model(input_ids=prompts(config, 2), **image_inputs(config, 2)).logits.isfinite().all()
+
+
 def test_an_expert_cannot_be_added_to_a_model_without_stems():
     with pytest.raises(ValueError, match="no experts_config"):
         tiny_model(experts=[]).add_expert("depth", "dense", channels=1)
@@ -285,7 +299,7 @@ def test_class_features_are_set():
 def question_model(gate: float, fusion: str = "prefix"):
     model = tiny_model(fusion=fusion, question_queries=True)
     with torch.no_grad():
-        model.model.experts.question_gate.fill_(gate)
+        model.model.experts.question.gate.fill_(gate)
     return model
 
 
@@ -299,7 +313,7 @@ def test_a_closed_gate_gives_the_plain_resampler(fusion):
 
 def test_the_gate_starts_closed():
     model = PrismerLMForConditionalGeneration(tiny_config(question_queries=True))
-    assert model.model.experts.question_gate.item() == 0.0
+    assert model.model.experts.question.gate.item() == 0.0
 
 
 @fusions
