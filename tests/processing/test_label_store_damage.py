@@ -97,7 +97,7 @@ RUNS = {"whole": {}, "shard": {"shard": (1, 2)}}
 
 @pytest.fixture(scope="module")
 def full_disks(photos, labelled, tmp_path_factory):
-    """A folder with a store of each run on each disk; {(run, limit): how it ended}."""
+    """A folder with a store for each run and disk, and the outcome of each run: {(run, limit): outcome}."""
     if not hasattr(os, "fork"):
         pytest.skip("forks processes")
     folder = tmp_path_factory.mktemp("disks")
@@ -188,7 +188,7 @@ def test_full_disk_during_forget_failed_loses_no_shard(photos, tmp_path, monkeyp
 
 
 def flip(path):
-    """One bit of the numbers, which have no checksum of their own."""
+    """Flips one bit of the numbers, which have no checksum."""
     group = pq.read_metadata(path).row_group(0)
     columns = [group.column(number) for number in range(group.num_columns)]
     (features,) = [column for column in columns if "features" in column.path_in_schema]

@@ -1,4 +1,4 @@
-"""On the way from the command line or a data set to the network, an image is opened once, labels are matched once."""
+"""From the command line or a data set to the network, an image is opened once, and labels are matched once."""
 
 import sys
 from collections import Counter
@@ -20,7 +20,7 @@ PATH = pretrained_path("prismer-easy-vqa")
 
 @contextmanager
 def counted_calls():
-    """Counts opened files, calls of `load_image`, and calls of `match_expert_labels`, whichever module calls them."""
+    """Counts opened files, and all calls of `load_image` and `match_expert_labels`."""
     calls = Counter()
     counted = {Image.open.__code__: "files", load_image.__code__: "loads", match_expert_labels.__code__: "matches"}
 
@@ -87,10 +87,10 @@ def test_batch_opens_each_file_once(processor, shape, labels_for, is_augmented):
     with counted_calls() as calls:
         collator([{"image": shape, "image_id": name, "text": "what color?", "suffix": "teal"} for name in "ab"])
     assert (calls["files"], calls["matches"]) == (2, 1)
-    assert calls["loads"] == 4  # each file, and each image of the batch, which may be augmented
+    assert calls["loads"] == 4  # each file, and each image of the batch after augmentation
 
 
-def test_live_experts_of_a_batch_open_no_file_again(processor, shape):
+def test_live_experts_do_not_open_files_again(processor, shape):
     with counted_calls() as calls:
         DataCollatorForPrismer(processor)([{"image": shape, "text": "what color?", "suffix": "teal"}] * 2)
     assert calls["files"] == 2

@@ -1,3 +1,5 @@
+"""Panels and drawings of expert labels: colors, legends and texts."""
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,7 @@ def labels():
 
 @pytest.fixture
 def written(monkeypatch):
-    """Every text that is drawn."""
+    """Records every text that is drawn."""
     texts = []
     draw_text = ImageDraw.ImageDraw.text
 
@@ -68,13 +70,13 @@ def colors_of(image):
 
 
 def tile(panel, number, columns=4, size=400, height=300):
-    """The image in a tile of the first row, when all images are as large as `size` and `height`."""
+    """The image in a tile of the first row, if all images have the size `size` by `height`."""
     left = visualization.MARGIN + number % columns * (size + visualization.MARGIN)
     top = visualization.MARGIN + 30
     return panel.crop((left, top, left + size, top + height))
 
 
-def test_a_panel_shows_the_image_and_every_expert(image, labels, written):
+def test_panel_shows_the_image_and_every_expert(image, labels, written):
     panel = experts_panel(image, labels, SIX, {"segmentation": ["sky", "tree"], "detection": {7: "dog"}})
     assert panel.mode == "RGB"
     assert panel.width == 4 * 400 + 5 * 16
@@ -85,7 +87,7 @@ def test_a_panel_shows_the_image_and_every_expert(image, labels, written):
     assert set(PALETTE[:2]) <= colors_of(panel)
 
 
-def test_class_names_come_with_the_descriptions(image, labels, written):
+def test_class_names_are_read_from_the_descriptions(image, labels, written):
     named = {"num_classes": 2, "class_names": ["sky", "tree"]}
     described = [{**expert, **named} if expert["name"] == "segmentation" else expert for expert in SIX]
     experts_panel(image, labels, described)
@@ -95,12 +97,12 @@ def test_class_names_come_with_the_descriptions(image, labels, written):
     assert {"air", "wood"} <= set(written) and "sky" not in written
 
 
-def test_depth_is_dark_far_away_and_light_nearby(image, labels, written):
+def test_far_depth_is_dark_and_near_depth_is_light(image, labels, written):
     drawn = np.asarray(tile(experts_panel(image, {"depth": labels["depth"]}), 1, columns=2)).astype(int)
     assert np.abs(drawn[150, 1] - COLOR_MAP[0]).max() < 12
     assert np.abs(drawn[150, -2] - COLOR_MAP[-1]).max() < 12
     assert (np.diff(drawn[150].sum(-1)[::20]) > 0).all()
-    assert written.index("far") < written.index("near")  # from the left, as the colours of the scale
+    assert written.index("far") < written.index("near")  # from left to right, like the colors of the scale
 
 
 def test_edges_and_normals_keep_their_values(image, labels):
@@ -112,20 +114,20 @@ def test_edges_and_normals_keep_their_values(image, labels):
     assert normal[150, 300] == pytest.approx([191] * 3, abs=4)
 
 
-def test_segments_lie_over_the_image_at_their_ids(image, labels, written):
+def test_segments_are_drawn_over_the_image(image, labels, written):
     ids = labels["segmentation"]
-    ids[75:85, 10:50] = 0  # the largest
+    ids[75:85, 10:50] = 0  # the largest segment
     panel = experts_panel(image, {"segmentation": {"ids": ids}})
     drawn = np.asarray(tile(panel, 1, columns=2)).astype(int)
     assert drawn[10, 200].tolist() == [128, 128, 128]  # background
     expected = 0.55 * 128 + 0.45 * np.array(PALETTE[0])
     assert drawn[200, 60] == pytest.approx(expected, abs=2)
-    assert drawn[200, 34].tolist() == list(PALETTE[0])  # the line around it
+    assert drawn[200, 34].tolist() == list(PALETTE[0])  # the outline
     assert "class 0" in written
     assert "class 1" in written
 
 
-def test_ids_of_every_integer_type_are_drawn_alike(image):
+def test_ids_can_have_any_integer_type(image):
     ids = np.tile(np.array([0, 1, -1], np.int64), (30, 10))
     expected = draw_expert(image, "segmentation", np.where(ids < 0, 255, ids).astype(np.uint8))
     for dtype in (np.int8, np.int16, np.int64):
@@ -133,13 +135,13 @@ def test_ids_of_every_integer_type_are_drawn_alike(image):
         assert drawn.image == expected.image and drawn.legend == expected.legend
 
 
-def test_a_missing_expert_gets_a_tile_that_says_so(image, labels, written):
+def test_missing_expert_has_a_tile_with_this_word(image, labels, written):
     experts_panel(image, {"depth": labels["depth"], "ocr": None}, SIX[:2])
-    assert written.count("missing") == 2  # normal has no label, ocr has none to show
+    assert written.count("missing") == 2  # normal is not among the labels, and ocr is None
     assert "Text" in written
 
 
-def test_nothing_found_is_not_missing(image, written):
+def test_empty_label_is_not_missing(image, written):
     nothing = np.full((90, 120), 255, np.uint8)
     labels = {
         "ocr": {"ids": nothing, "words": []},
@@ -152,7 +154,7 @@ def test_nothing_found_is_not_missing(image, written):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 1), (9, 400), (3000, 20), (1600, 1200)])
-def test_images_of_any_size_give_a_readable_panel(size, written):
+def test_panel_is_readable_for_images_of_any_size(size, written):
     ids = np.zeros((size[1], size[0]), np.uint8)
     labels = {"depth": ids, "segmentation": ids, "ocr": {"ids": ids, "words": ["a"]}}
     panel = experts_panel(Image.new("RGB", size), labels)
@@ -174,7 +176,7 @@ def test_images_of_any_mode_are_drawn(mode, labels):
     assert experts_panel(Image.new(mode, (120, 90)), {"depth": labels["depth"]}).mode == "RGB"
 
 
-def test_an_unknown_expert_is_drawn_by_the_form_of_its_label(image, labels, written):
+def test_unknown_expert_is_drawn_by_the_form_of_its_label(image, labels, written):
     own = {
         "thermal": torch.from_numpy(labels["depth"]),
         "flow": labels["normal"][..., :2],
@@ -186,7 +188,7 @@ def test_an_unknown_expert_is_drawn_by_the_form_of_its_label(image, labels, writ
     assert panel.width == 2 * 400 + 3 * 16
 
 
-def test_a_long_legend_says_how_many_words_are_left_out(image, written):
+def test_long_legend_counts_the_words_left_out(image, written):
     ids = np.full((90, 120), 255, np.uint8)
     ids[: 80 * 90 // 90, :100] = (np.arange(100) // 5 + np.arange(80)[:, None] // 8 * 20).astype(np.uint8)
     words = [f"word{number}" for number in range(200)]
@@ -198,7 +200,7 @@ def test_a_long_legend_says_how_many_words_are_left_out(image, written):
     assert panel.height < 700
 
 
-def test_names_do_not_cover_each_other(image):
+def test_names_do_not_overlap(image):
     boxes = []
     draw_rectangle = ImageDraw.ImageDraw.rectangle
 
@@ -219,7 +221,7 @@ def test_names_do_not_cover_each_other(image):
             assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
 
 
-def test_text_is_cut_to_its_room_and_loses_accents():
+def test_text_is_shortened_and_loses_accents():
     font = ImageFont.load_default(14)
     assert visualization._shorten("café", font, 100) == "cafe"
     assert visualization._shorten("a very long name", font, 50).endswith("…")
@@ -236,17 +238,17 @@ def test_text_is_cut_to_its_room_and_loses_accents():
         ({"words": []}, "the label of 'depth' has words; 'ids' or a map is needed"),
     ],
 )
-def test_labels_of_another_form_are_refused_by_name(image, label, message):
+def test_wrong_label_is_named(image, label, message):
     with pytest.raises(ValueError, match=message):
         experts_panel(image, {"depth": label})
 
 
-def test_tiles_below_a_readable_size_are_refused(image):
+def test_unreadable_tile_size_is_refused(image):
     with pytest.raises(ValueError, match="tile_size is 10; at least 64"):
         experts_panel(image, {}, tile_size=10)
 
 
-def test_one_expert_is_drawn_with_its_legend_as_data(image, labels):
+def test_drawing_of_one_expert_has_a_legend(image, labels):
     drawn = draw_expert(image, "segmentation", labels["segmentation"], ["sky", "tree"], size=200)
     assert drawn.title == "Segments" and max(drawn.image.size) == 200
     assert {"sky", "tree"} <= {text for _, text in drawn.legend}
@@ -254,7 +256,7 @@ def test_one_expert_is_drawn_with_its_legend_as_data(image, labels):
     assert draw_expert(image, "ocr", None).image is None
 
 
-def test_the_look_of_a_new_class_is_that_of_its_labels(image, labels, written, tmp_path):
+def test_labels_are_drawn_with_the_look_of_their_class(image, labels, written, tmp_path):
     class Heat(Expert):
         type = "heat_of_a_test"
         name, kind, channels = "heat", "dense", 1
@@ -276,7 +278,7 @@ def test_the_look_of_a_new_class_is_that_of_its_labels(image, labels, written, t
     assert draw_expert(image, "heat", labels["depth"]).title == "Heat"
 
 
-def test_an_expert_without_a_look_is_named_after_itself(image, labels):
+def test_expert_without_a_look_has_its_name_as_title(image, labels):
     assert look_of("my_camera") == ExpertLook("My camera")
     assert draw_expert(image, "my_camera", labels["depth"]).scale[::2] == ("low", "high")
 
@@ -285,13 +287,13 @@ def test_an_expert_without_a_look_is_named_after_itself(image, labels):
     "name, words",
     [("depth", None), ("segmentation", ["sky", "tree"]), ("detection", ["dog", "dog"]), ("ocr", ["stop", "exit"])],
 )
-def test_labels_are_written_in_words(labels, name, words):
+def test_labels_have_words(labels, name, words):
     (spec,) = [spec for spec in read_specs(SIX) if spec.name == name]
     assert label_in_words(labels[name], spec, {0: "sky", 1: "tree", 7: "dog"}) == words
     assert label_in_words(None, spec) is None
 
 
-def test_colours_of_values_are_those_of_the_drawing():
+def test_value_color_equals_the_drawn_color():
     assert value_color(0, ExpertLook("Depth")) == tuple(COLOR_MAP[0])
     assert value_color(128, ExpertLook("Edges", is_grey=True)) == (128, 128, 128)
     assert value_color((128, 0, 128), ExpertLook("Normals")) == (128, 0, 128)
