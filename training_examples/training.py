@@ -34,6 +34,7 @@ from data import images_of, leave_undecoded, load_rows, raise_together, shorten_
 from modeling_prismer import (
     DataCollatorForPrismer,
     PrismerForConditionalGeneration,
+    PrismerImageProcessor,
     PrismerProcessor,
     keep_freed_memory,
     optimize_for_cpu,
@@ -492,6 +493,20 @@ def label_rows(
     return label_source(store, experts)
 
 
+def make_augmentation(args: RecipeArguments, image_processor: PrismerImageProcessor) -> JointAugmentation | None:
+    """The augmentation of images and their maps, unless `--no_augment` is given."""
+    if not args.augment:
+        return None
+    return JointAugmentation(
+        image_processor.experts,
+        size=(image_processor.size["height"], image_processor.size["width"]),
+        expert_size=image_processor.expert_size,
+        scale=tuple(args.crop_scale),
+        flip_probability=args.flip,
+        num_ops=args.randaugment,
+    )
+
+
 def make_trainer(
     model: PrismerForConditionalGeneration,
     processor: PrismerProcessor,
@@ -535,17 +550,6 @@ def make_trainer(
         store = output_dir / "expert_labels"
         train_labels = label_rows([train_rows], processor, args.labels, store / "train", experts)
         eval_labels = label_rows([eval_rows, *other_rows], processor, args.labels, store / "eval", experts)
-    augmentation = None
-    if args.augment:
-        image_processor = processor.image_processor
-        augmentation = JointAugmentation(
-            image_processor.experts,
-            size=(image_processor.size["height"], image_processor.size["width"]),
-            expert_size=image_processor.expert_size,
-            scale=tuple(args.crop_scale),
-            flip_probability=args.flip,
-            num_ops=args.randaugment,
-        )
     return PrismerTrainer(
         model=model,
         args=training_args,
@@ -555,7 +559,7 @@ def make_trainer(
         data_collator=DataCollatorForPrismer(
             processor,
             train_labels,
-            augmentation,
+            make_augmentation(args, processor.image_processor),
             expert_dropout=args.expert_dropout,
             texts_per_image=texts_per_image,
             experts=experts,
@@ -577,7 +581,7 @@ def run(
     model card, `train_results.json`, `eval_results.json` and `predictions.json` to the output folder.
     """
     training_args = trainer.args
-    if training_args.device.type == "cpu" and not training_args.do_train:
+    if training_args.device.type == "cpu" and not training_args.do_train and isinstance(trainer, PrismerTrainer):
         optimize_for_cpu(trainer.model)
     if training_args.do_train:
         if training_args.device.type == "cpu":

@@ -16,6 +16,7 @@ reads.
 | rows.py, grouping.py | turn records into rows, and group rows |
 | texts.py, images.py | read the cells |
 | answers.py | shortens answers that are too long |
+| chats.py | reads conversations with images, for PrismerLM |
 | faults.py | reports faulty rows |
 """
 
@@ -29,6 +30,7 @@ from datasets import Dataset, IterableDataset
 from modeling_prismer.processing.tasks import find_task
 
 from .answers import shorten_answers
+from .chats import is_chat_file, load_chats
 from .faults import checked, raise_together
 from .grouping import group_by_image
 from .images import images_of, leave_undecoded, refuse_doubled_names
