@@ -142,7 +142,7 @@ def _unpickle(data: bytes) -> dict[str, Any]:
             raise ValueError(f"it has the instruction {opcode.name}, which no principal component analysis needs")
     analysis = _InertUnpickler(io.BytesIO(data)).load()
     if type(analysis).__name__ != "PCA" or not isinstance(getattr(analysis, "state", None), dict):
-        raise ValueError(f"it holds a {type(analysis).__name__}")
+        raise ValueError(f"it has a {type(analysis).__name__}")
     return analysis.state
 
 

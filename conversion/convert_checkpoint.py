@@ -266,7 +266,7 @@ def _empty_model(
         if tensor.shape != needed.shape:
             different.append(f"  {name}: {tuple(tensor.shape)}, the config needs {tuple(needed.shape)}")
         elif tensor.is_floating_point() != needed.is_floating_point():
-            different.append(f"  {name}: {tensor.dtype}, needed is the kind of {needed.dtype}")
+            different.append(f"  {name}: {tensor.dtype}, the config needs {needed.dtype}")
     if different:
         lines += [f"of another shape or type ({len(different)}):", *different[:MAX_DIFFERENT]]
         if len(different) > MAX_DIFFERENT:

@@ -353,7 +353,7 @@ def _to_table(table: Any, where: str) -> ClassTable:
         elif all(_is_number(key) for key in table):
             table = {int(key): value for key, value in table.items()}
             if sorted(table) != list(range(len(table))):
-                raise ValueError(f"{where} is a dict of class numbers, but not of all from 0 to {len(table) - 1}")
+                raise ValueError(f"{where} is a dict of class numbers, but they are not 0 to {len(table) - 1}")
             table = [table[number] for number in range(len(table))]
         elif len(table) == 1 and getattr(next(iter(table.values())), "ndim", 0) == 2:
             (table,) = table.values()

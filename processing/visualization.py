@@ -1,4 +1,4 @@
-"""Drawings of the experts' labels."""
+"""Draws the labels of experts."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from .experts.base import Expert, look_of
 from .experts.look import Color, ExpertLook
 
 
-# Steps of the perceptually even colour map "inferno", dark to light; between them colours are mixed linearly.
+# Steps of the perceptually uniform color map "inferno", from dark to light, with linear interpolation between them.
 COLOR_MAP = np.array(
     [
         (0, 0, 4),
@@ -33,7 +33,7 @@ COLOR_MAP = np.array(
     dtype=np.float32,
 )
 
-# Colours for regions, told apart by most people, in the order they are given out.
+# Colors for regions, in this order. Most people can tell them apart, also with a color vision deficiency.
 PALETTE = [
     (230, 159, 0),
     (86, 180, 233),
@@ -58,15 +58,15 @@ TITLE_SIZE, TEXT_SIZE = 19, 14
 @dataclass
 class Drawing:
     """
-    The drawing of one label, for a page that lays out titles and legends by itself.
+    The drawing of one label, for pages with their own layout of titles and legends.
 
     Attributes:
         title (`str`): the title of the expert.
         subtitle (`str`): numbers such as `"2 words"`; empty if there are none.
         image (`PIL.Image.Image`, *optional*): RGB; `None` without a label.
-        legend (`list[tuple[Color, str]]`): colours, red, green and blue from 0 to 255, and their meanings.
+        legend (`list[tuple[Color, str]]`): colors (red, green and blue from 0 to 255) and their meanings.
         scale (`tuple[str, np.ndarray, str]`, *optional*):
-            The text at the low end, colours of shape (n, 3), and the text at the high end.
+            The text at the low end, colors of shape (n, 3), and the text at the high end.
     """
 
     title: str
@@ -85,37 +85,37 @@ def experts_panel(
     columns: int | None = None,
 ) -> Image.Image:
     """
-    Draws an image and the labels of its experts side by side: depth and normals in colour, edges, and segments,
-    objects and words over the image with their names. An expert without a label gets a tile that says so. Titles and
-    colours come from the experts' [`ExpertLook`].
+    Draws an image and the labels of its experts side by side: depth and normals in color, edges, and segments, objects
+    and words over the image with their names. An expert without a label has a tile with the word "missing". Titles and
+    colors come from the [`ExpertLook`] of each expert.
 
     Args:
         image (`PIL.Image.Image`): the image, of any size and mode.
         labels (`dict`):
-            From an expert's name to its label, as experts return them; `None` where there is none. Maps are uint8 of
-            the image's shape (height, width), or of any size, and are stretched over the image:
+            The label of each expert by name, as experts return it, or `None`. Maps are uint8 of any size and are
+            stretched over the image:
 
             - dense: (H, W), or (H, W, 3), drawn as red, green and blue;
             - `{"ids": (H, W)}`: ids are classes, 255 is background;
             - `{"ids": (H, W), "classes": [class of instance 0, …]}`: ids are instances;
             - `{"ids": (H, W), "words": [str, …]}`: ids are words.
         descriptions (`list[dict]` or `list[ExpertSpec]`, *optional*):
-            The experts of the config or suite (`suite.descriptions`): their order, which of them are missing, and
-            whether a bare (H, W) array holds values or ids. By default the order of `labels`; the kind is then that
-            of the class of experts with this name, or `"dense"`.
+            The experts of the config or suite (`suite.descriptions`). They give the order, the missing experts, and
+            whether a bare (H, W) array has values or ids. By default, the order is that of `labels`, and the kind is
+            that of the expert class with this name, or `"dense"`.
         class_names (`dict`, *optional*):
-            From an expert's name to the names of its classes, a list or a dict from class to name. By default the
+            The names of the classes of each expert, as a list or a dict from class to name. By default the
             `class_names` of `descriptions`. Classes without a name are numbered.
         tile_size (`int`, *optional*, defaults to 400):
-            Long side in pixels that the image is drawn with.
+            Long side of the drawn image in pixels.
         columns (`int`, *optional*):
-            Tiles in a row; by default 2 for up to four tiles, else 3, or 4 for more than six.
+            Number of tiles in a row. By default it depends on the number of tiles.
 
     Returns:
-        `PIL.Image.Image`: RGB; its size depends on the number of tiles and the lengths of the legends.
+        `PIL.Image.Image`: an RGB image, whose size depends on the number of tiles and the length of the legends.
 
     Raises:
-        ValueError: if `tile_size` is below 64, or if a label has another form; it names the expert.
+        ValueError: if `tile_size` is below 64, or if a label is wrong. The message names the expert.
 
     Example:
 
@@ -164,20 +164,20 @@ def draw_expert(
     size: int = 400,
 ) -> Drawing:
     """
-    Draws the label of one expert, as [`experts_panel`] does.
+    Draws the label of one expert in the same way as [`experts_panel`].
 
     Args:
         image (`PIL.Image.Image`): the image, of any size and mode.
         expert (`str`, `dict` or [`ExpertSpec`]): the expert's name or description.
         label: the label, as [`experts_panel`] takes it; `None` if there is none.
-        class_names (`list` or `dict`, *optional*): names of its classes; by default those of the description.
+        class_names (`list` or `dict`, *optional*): the names of the classes; by default those of the description.
         size (`int`, *optional*, defaults to 400): long side of the drawing in pixels.
 
     Returns:
         [`Drawing`]: title, image and legend.
 
     Raises:
-        ValueError: if the label has another form.
+        ValueError: if the label is wrong.
 
     Example:
 
@@ -202,7 +202,7 @@ def label_in_words(
     Args:
         label: the label, as [`experts_panel`] takes it; `None` if there is none.
         spec ([`ExpertSpec`]): the expert.
-        class_names (`list` or `dict`, *optional*): names of its classes; by default those of the spec.
+        class_names (`list` or `dict`, *optional*): the names of the classes; by default those of the spec.
 
     Returns:
         `list[str]`: the words, the class of each instance, or the classes in the map; `None` without a label and for
@@ -231,7 +231,7 @@ def label_in_words(
 
 
 def value_color(value: int | Sequence[int], look: ExpertLook) -> Color:
-    """The colour in which a value of a dense map is drawn: red, green and blue from 0 to 255."""
+    """The color of a value of a dense map: red, green and blue from 0 to 255."""
     if not isinstance(value, int):
         red, green, blue = value if len(value) == 3 else [value[0]] * 3
         return red, green, blue
@@ -242,7 +242,7 @@ def value_color(value: int | Sequence[int], look: ExpertLook) -> Color:
 
 
 class _Tile:
-    """A drawing in a panel: the title, the image and the legend under it."""
+    """A drawing in a panel, with the title above and the legend below the image."""
 
     def __init__(self, drawing: Drawing, width: int, image_height: int, max_lines: int = 10):
         self.drawing, self.width, self.image_height = drawing, width, image_height
@@ -316,7 +316,7 @@ class _Tile:
 
 
 def _draw(expert: str | ExpertSpec, label: Any, image: Image.Image, class_names: Any) -> Drawing:
-    """The drawing of a label over an image that has its size already."""
+    """Draws a label over an image of the final size."""
     if isinstance(expert, str):
         name, known = expert, Expert.by_name.get(expert)
         is_dense = known is None or known.kind == "dense"
@@ -340,22 +340,22 @@ def _draw(expert: str | ExpertSpec, label: Any, image: Image.Image, class_names:
 def _read_parts(name: str, label: Any, is_dense: bool) -> dict[str, Any]:
     """The parts of a label; the map is a uint8 NumPy array."""
     parts = label_parts(label, is_dense)
-    what = "ids" if "ids" in parts else "values"
-    if what not in parts:
+    part = "ids" if "ids" in parts else "values"
+    if part not in parts:
         raise ValueError(f"the label of '{name}' has {', '.join(parts) or 'nothing'}; 'ids' or a map is needed")
-    array = parts[what]
+    array = parts[part]
     array = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim != 2 and not (what == "values" and array.ndim == 3) or 0 in array.shape:
+    if array.ndim != 2 and not (part == "values" and array.ndim == 3) or 0 in array.shape:
         raise ValueError(f"the map of '{name}' has the shape {array.shape}; (height, width) is needed")
-    if what == "ids":
+    if part == "ids":
         array = ids_of_8_bits(array, f"the map of '{name}'")
     elif array.dtype != np.uint8:
         if array.dtype.kind not in "iub" or array.min() < 0 or array.max() > 255:
-            raise ValueError(f"the map of '{name}' is {array.dtype}; values of 8 bit are needed")
+            raise ValueError(f"the map of '{name}' is {array.dtype}; 8-bit values are needed")
         array = array.astype(np.uint8)
-    return {**parts, what: array}
+    return {**parts, part: array}
 
 
 def _draw_values(look: ExpertLook, values: np.ndarray, image: Image.Image) -> Drawing:
@@ -390,7 +390,7 @@ def _draw_instances(
     look: ExpertLook, ids: np.ndarray, classes: list[int], image: Image.Image, class_names: Any
 ) -> Drawing:
     instances = [int(number) for number in np.unique(ids) if number < len(classes)]
-    # instances of a class share its colour
+    # instances of a class have the same color
     order = list(dict.fromkeys(classes[number] for number in instances))
     colors = {index: _color(place) for place, index in enumerate(order)}
     color_of = {number: colors[classes[number]] for number in instances}
@@ -424,7 +424,7 @@ def _draw_words(look: ExpertLook, ids: np.ndarray, words: list[str], image: Imag
 
 
 def _three_channels(values: np.ndarray) -> np.ndarray:
-    """(height, width, any number of channels) to three: more are cut, missing ones are 0."""
+    """(height, width, channels) to three channels: removes additional ones, and fills missing ones with 0."""
     three = np.zeros((*values.shape[:2], 3), np.uint8)
     channels = min(3, values.shape[2])
     three[..., :channels] = values[..., :channels]
@@ -447,7 +447,7 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:
-    """The image with a long side of `size` pixels. A much smaller one keeps its pixels visible as squares."""
+    """Resizes the long side to `size` pixels. The pixels of a much smaller image stay visible as squares."""
     scale = size / max(image.size)
     fitted = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(fitted, Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.BICUBIC)
@@ -460,7 +460,7 @@ def _resize(array: np.ndarray, size: tuple[int, int], resample: Image.Resampling
 
 
 def _colored(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] to colours: (height, width) to uint8 (height, width, 3)."""
+    """Colors for values in [0, 1]: (height, width) to uint8 (height, width, 3)."""
     position = np.clip(values, 0, 1) * (len(COLOR_MAP) - 1)
     below = np.minimum(position.astype(int), len(COLOR_MAP) - 2)
     part = (position - below)[..., None]
@@ -474,7 +474,7 @@ def _color(number: int) -> tuple[int, int, int]:
 def _overlay(
     image: Image.Image, ids: np.ndarray, colors: Mapping[int, tuple], opacity: float = 0.45, outlines: bool = True
 ) -> Image.Image:
-    """The image with each region of `ids`, (height, width), painted in its colour, with a line around it."""
+    """Paints each region of `ids`, (height, width), over the image in its color, with an outline."""
     table = np.zeros((256, 3), np.float32)
     opacities = np.zeros((256, 1), np.float32)
     for number, color in colors.items():
@@ -491,7 +491,7 @@ def _overlay(
 
 
 def _boxes(image: Image.Image, masks: list, colors: list) -> tuple[Image.Image, list[list[float]]]:
-    """The image with a box around each mask; the boxes as left, top, right, bottom."""
+    """Draws a box around each mask. Also returns the boxes as left, top, right, bottom."""
     if not masks:
         return image, []
     from torchvision.ops import masks_to_boxes
@@ -504,7 +504,7 @@ def _boxes(image: Image.Image, masks: list, colors: list) -> tuple[Image.Image, 
 
 
 def _inner_point(mask: np.ndarray) -> tuple[float, float] | None:
-    """A point well inside the thickest part of a mask, x and y; `None` if the mask is tiny."""
+    """A point (x, y) in the thickest part of a mask; `None` if the mask is tiny."""
     if mask.sum() < 0.004 * mask.size:
         return None
     step = max(1, min(mask.shape) // 64)
@@ -522,7 +522,7 @@ def _inner_point(mask: np.ndarray) -> tuple[float, float] | None:
 
 def _draw_tags(image: Image.Image, tags: list, centered: bool = False, obstacles: Sequence = ()) -> None:
     """
-    Draws names on coloured ground at their points, (x, y). A name without a free place is only in the legend.
+    Draws names on colored ground at their points (x, y). A name without a free place is only in the legend.
     `obstacles` has one box for each tag, which the other tags must not cover.
     """
     draw = ImageDraw.Draw(image)
@@ -559,8 +559,8 @@ def _readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """
-    The text, cut to a width in pixels. Pillow's own font has ASCII only: accents are dropped, a single sign is named
-    (▲ becomes "black up-pointing triangle"), and other scripts become boxes.
+    Cuts a text to a width in pixels. The font of Pillow has ASCII characters only. Accents are removed, a single sign
+    is replaced by its name (▲ becomes "black up-pointing triangle"), and other scripts become boxes.
     """
     text = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
     if len(text) == 1 and not text.isascii():

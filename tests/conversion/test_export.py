@@ -192,9 +192,9 @@ def test_a_finished_row_is_padded(without_experts):
 def test_the_folder_has_its_processor(with_experts):
     model, runtime, folder = with_experts
     processor = PrismerProcessor.from_pretrained(folder)
-    picture = Image.effect_noise((40, 30), 80).convert("RGB")
+    image = Image.effect_noise((40, 30), 80).convert("RGB")
     labels = {"segmentation": np.arange(10, dtype=np.uint8).repeat(120).reshape(30, 40), "edge": None}
-    call = {"images": picture, "text": "What color is it?", "expert_labels": labels}
+    call = {"images": image, "text": "What color is it?", "expert_labels": labels}
     inputs = processor(**call)
     given = runtime.generate(**processor(**call, return_tensors="np"))
     assert given.tolist() == model.generate(**inputs, do_sample=False).tolist()

@@ -128,7 +128,7 @@ def test_two_experts_with_the_same_number_of_classes_need_names(tmp_path):
         ({"detection": torch.zeros(5, 2, 4)}, r"has the shape \(5, 2, 4\); \(classes, channels\) is needed"),
         ({"detection": [torch.zeros(4), torch.zeros(3)]}, "is not a list of vectors of the same length"),
         ({"detection": ["cat", "dog"]}, "is not a list of vectors of the same length"),
-        ({"detection": {0: BACKGROUND, 2: BACKGROUND}}, "class numbers, but not of all from 0 to 1"),
+        ({"detection": {0: BACKGROUND, 2: BACKGROUND}}, "class numbers, but they are not 0 to 1"),
         ({"detection": 3}, "is a int; a tensor, a list or a dict of vectors is needed"),
     ],
 )
