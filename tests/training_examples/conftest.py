@@ -5,12 +5,13 @@ import json
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import ByteLevelBPETokenizer
-from transformers import RobertaTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaTokenizer, SiglipVisionConfig, SiglipVisionModel
 
 from modeling_prismer import PrismerImageProcessor, PrismerProcessor
-from modeling_prismer.processing.experts import CannyEdges, ExpertSuite
+from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, RapidOcrText
 from tests.modeling_prismer.tiny import tiny_config, tiny_model
 
 
@@ -67,6 +68,47 @@ def checkpoint(tmp_path_factory, tokenizer):
     )
     PrismerProcessor(image_processor, tokenizer, experts=experts).save_pretrained(folder)
     return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory, tokenizer):
+    """The folder of a tiny language model with a chat template."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(**sizes, **special, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory):
+    """The folder of a tiny vision encoder."""
+    folder = tmp_path_factory.mktemp("tiny-siglip")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = SiglipVisionConfig(**sizes, image_size=32, patch_size=16, vision_use_head=False)
+    SiglipVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def suites(tmp_path_factory):
+    """Folders with suites of experts: edges, and edges with text."""
+    folders = {}
+    for name, experts in {"edges": [CannyEdges()], "both": [CannyEdges(), RapidOcrText()]}.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        ExpertSuite(experts).save_pretrained(folders[name])
+    return folders
 
 
 @pytest.fixture

@@ -7,57 +7,19 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel, TrainerCallback
+from transformers import SiglipVisionModel, TrainerCallback
 
 import run_lm
 from data import load_chats
 from feature_cache import FeatureCache
 from lm_training import batches_by_length, tidy_answer
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor
-from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, RapidOcrText
+from modeling_prismer.processing.experts import CannyEdges
 
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 STEMS = json.dumps(
     {"hidden_size": 32, "image_size": 32, "num_latents": 4, "resampler_layers": 1, "resampler_attention_heads": 2}
 )
-
-
-@pytest.fixture(scope="session")
-def language(tmp_path_factory, tokenizer):
-    """The folder of a tiny language model with a chat template."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    config = LlamaConfig(**sizes, **special, vocab_size=len(tokenizer), max_position_embeddings=1024)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def vision(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-siglip")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = SiglipVisionConfig(**sizes, image_size=32, patch_size=16, vision_use_head=False)
-    torch.manual_seed(0)
-    SiglipVisionModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def suites(tmp_path_factory):
-    """Folders with suites: edges, and edges with text."""
-    folders = {}
-    for name, experts in {"edges": [CannyEdges()], "both": [CannyEdges(), RapidOcrText()]}.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        ExpertSuite(experts).save_pretrained(folders[name])
-    return folders
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ from modeling_prismer.processing.labels import open_source
 from muon import muon_with
 from training import RecipeArguments, load_checkpoint, make_trainer, parse_arguments, run, write_json
 
+from .labels import EXPERTS
 from .language import true_share
 from .render import CLASSES
 from .scenes import DETECTION_CLASSES, Scenes, expert_labels
@@ -140,13 +141,14 @@ def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
 class TrueLabels:
     """Returns the true labels for the ids of images."""
 
-    def __init__(self, *parts: Dataset):
+    def __init__(self, *parts: Dataset, names: tuple[str, ...] = EXPERTS):
         self.parts = parts
+        self.names = names
         self.places = {name: (part, i) for part, rows in enumerate(parts) for i, name in enumerate(rows["image_id"])}
 
     def __call__(self, image_ids: list[str]) -> list[dict]:
         places = [self.places[image_id] for image_id in image_ids]
-        return [expert_labels(self.parts[part][row]) for part, row in places]
+        return [expert_labels(self.parts[part][row], names=self.names) for part, row in places]
 
 
 def no_labels(image_ids: list[str]) -> list[dict]:

@@ -1,0 +1,312 @@
+"""
+Trains PrismerLM on Scenes, and measures its answers by type of question, as run_scenes.py does for Prismer.
+
+    export PYTHONPATH=training_examples
+    scenes="--language runs/SmolLM2-135M-Instruct --labels runs/scenes/labels --data_dir runs/scenes-data"
+    python -m scenes.run_lm_scenes $scenes --vision prismer-scenes --stage captions --cache_features --max_steps 300 \\
+        --do_train --output_dir runs/lm/aligned
+    python -m scenes.run_lm_scenes $scenes --model runs/lm/aligned --stage questions --cache_features \\
+        --max_steps 3000 --texts_per_image 16 --do_train --do_eval --output_dir runs/lm/tokens
+
+`make smollm2` prepares the language model, docs/scenes.md the labels. `--labels true` uses true labels, and
+`--trained_weights 4e6` chooses the width of the new modules. `--without_types relation,nearest` leaves types of
+questions out of the training. With `--shots 0 2 4 8` these are answered after examples, which are random or those of
+similar images (`--shots_by`). docs/prismer_lm.md lists the commands of each comparison.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from feature_cache import encode_images
+from lm_training import LmTrainer, generate_texts, tidy_answer
+from run_lm import DEFAULTS, LmArguments, load_model, make_lm_trainer
+from training import label_rows, parse_arguments, run, write_json
+
+from .language import TYPES
+from .run_scenes import (
+    CAPTION_PROMPT,
+    TrueLabels,
+    evaluation_splits,
+    score_answers,
+    score_captions,
+    training_rows,
+)
+from .scenes import Scenes
+
+
+SCENES_DEFAULTS = {
+    **DEFAULTS,
+    "train_data": ["scenes"],
+    "eval_data": ["scenes"],
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "question_prompt": "{}",
+    "caption_prompt": CAPTION_PROMPT,
+}
+ANSWERS = {"num_beams": 1, "max_new_tokens": 8}
+CAPTIONS = {"num_beams": 3, "max_new_tokens": 30}
+
+
+@dataclass
+class LmScenesArguments(LmArguments):
+    data_dir: str | None = field(default=None, metadata={"help": "The folder of the data set. It is made if needed."})
+    data_config: str = field(default="scenes", metadata={"help": "scenes, or shifted for scenes that look different."})
+    trained_weights: float | None = field(
+        default=None,
+        metadata={"help": "Choose the width of the new modules so that about as many weights are trained."},
+    )
+    without_types: str | None = field(
+        default=None, metadata={"help": f"Types of questions to leave out of the training: {', '.join(TYPES)}."}
+    )
+    watch_types: str | None = field(
+        default=None,
+        metadata={"help": "Types of questions to answer every --eval_steps of the training (--eval_strategy steps)."},
+    )
+    shots: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Answer the questions of --without_types after this many examples; several numbers."},
+    )
+    shots_by: Literal["random", "similar"] = field(
+        default="random", metadata={"help": "Whether examples are random, or of similar images (RICES)."}
+    )
+    num_support: int = field(default=2048, metadata={"help": "Training scenes from which examples are taken."})
+
+
+def split_types(types: str | None) -> list[str]:
+    found = types.split(",") if types else []
+    if unknown := [name for name in found if name not in TYPES]:
+        raise SystemExit(f"there is no type of question {unknown[0]!r}; accepted are {', '.join(TYPES)}")
+    return found
+
+
+# ---- data ----
+
+
+def rows_to_train(scenes: datasets.Dataset, stage: str, without_types: list[str]) -> datasets.Dataset:
+    """A row is an image with its captions, or in the second stage also with its questions."""
+    left_out = set(TYPES) if stage == "captions" else set(without_types)
+
+    def keep(row: dict[str, Any]) -> dict[str, Any]:
+        return {"questions": [question for question in row["questions"] if question["type"] not in left_out]}
+
+    if left_out:
+        scenes = scenes.map(keep, desc="questions")
+    return training_rows(scenes).remove_columns(["task", "weight"])
+
+
+def rows_to_watch(scenes: datasets.Dataset, types: list[str]) -> datasets.Dataset:
+    """A row is a question of one of the types."""
+    asked = [
+        (number, question)
+        for number, questions in enumerate(scenes["questions"][:])
+        for question in questions
+        if question["type"] in types
+    ]
+    rows = scenes.select_columns(["image_id", "image"]).select([number for number, _ in asked])
+    rows = rows.add_column("text", [question["question"] for _, question in asked])
+    return rows.add_column("references", [[question["answer"]] for _, question in asked])
+
+
+def score_exact(answers: list[str], rows: datasets.Dataset) -> dict[str, float]:
+    hits = [answer in known for answer, known in zip(answers, rows["references"][:], strict=True)]
+    return {"exact": float(np.mean(hits))}
+
+
+# ---- evaluation ----
+
+
+def measure(trainer: LmTrainer, scenes: datasets.Dataset) -> dict[str, dict[str, float]]:
+    """Exact answers by type of question, captions, and the seconds for each."""
+    images = scenes.select_columns(["image_id", "image"])
+    questions = [[question["question"] for question in own] for own in scenes["questions"][:]]
+    prompts = [[CAPTION_PROMPT]] * len(scenes)
+    said, seconds = {}, {}
+    for name, texts, settings in (("answers", questions, ANSWERS), ("captions", prompts, CAPTIONS)):
+        start, lengths = time.perf_counter(), [len(own) for own in texts]
+
+        def row_of(number: int, texts: list[list[str]] = texts) -> dict[str, Any]:
+            return {**images[number], "text": texts[number]}
+
+        size = trainer.args.eval_batch_size
+        said[name] = generate_texts(trainer.model, trainer.eval_collator, row_of, lengths, size, **settings)
+        seconds[name] = (time.perf_counter() - start) / sum(lengths)
+    answers = [[tidy_answer(text) for text in own] for own in said["answers"]]
+    return {
+        "answers": score_answers(answers, scenes),
+        "captions": score_captions([text for (text,) in said["captions"]], scenes),
+        "seconds": seconds,
+    }
+
+
+class Examples:
+    """
+    Training scenes from which examples are taken.
+
+    Args:
+        trainer ([`LmTrainer`]): its model encodes images for `by="similar"`.
+        scenes (`Dataset`): the scenes.
+        by (`str`): `"random"` or `"similar"`.
+    """
+
+    def __init__(self, trainer: LmTrainer, scenes: datasets.Dataset, by: str):
+        self.trainer, self.by = trainer, by
+        self.images = scenes.select_columns(["image_id", "image"])
+        self.questions = scenes["questions"][:]
+        if by == "similar" and not trainer.model.config.vision_config:
+            raise SystemExit("--shots_by similar needs a vision encoder")
+        self.features = self.encode(self.images) if by == "similar" else None
+        self.random = np.random.default_rng(trainer.args.seed)
+
+    def encode(self, images: datasets.Dataset, batch_size: int = 32) -> torch.Tensor:
+        """The mean patch of each image, of length 1: `(len(images), channels)`."""
+        trainer, collator = self.trainer, self.trainer.eval_collator
+        means = []
+        for start in range(0, len(images), batch_size):
+            rows = [images[number] for number in range(start, min(start + batch_size, len(images)))]
+            labels, experts = collator.labels_for, collator.experts
+            features = encode_images(trainer.model, trainer.processing_class, rows, labels, experts)
+            means.append(F.normalize(features.float().mean(dim=1), dim=-1).cpu())
+        return torch.cat(means)
+
+    def choose(self, kind: str, number: int, feature: torch.Tensor | None) -> list[tuple[dict, dict]]:
+        """Pairs of an image and a question of a type. The most similar image is the last."""
+        having = [i for i, questions in enumerate(self.questions) if any(q["type"] == kind for q in questions)]
+        if feature is None:
+            chosen = self.random.permutation(having)[:number].tolist()
+        else:
+            likeness = self.features[having] @ feature
+            chosen = [having[i] for i in likeness.topk(min(number, len(having))).indices.flip(0).tolist()]
+        asked = [[question for question in self.questions[i] if question["type"] == kind] for i in chosen]
+        return [(self.images[i], own[self.random.integers(len(own))]) for i, own in zip(chosen, asked)]
+
+
+def row_with_examples(
+    examples: list[tuple[dict, dict]], image: dict[str, Any], question: str, is_chat: bool
+) -> dict[str, Any]:
+    """A row of the collator: examples of an image with question and answer, then an image with a question."""
+    images = [example for example, _ in examples] + [image]
+    row = {"images": [own["image"] for own in images], "image_ids": [own["image_id"] for own in images]}
+    if not is_chat:
+        shown = [f"<image>{asked['question']} {asked['answer']}\n" for _, asked in examples]
+        return {**row, "text": "".join([*shown, f"<image>{question}"])}
+    messages = []
+    for _, asked in examples:
+        messages.append({"role": "user", "content": f"<image>{asked['question']}"})
+        messages.append({"role": "assistant", "content": asked["answer"]})
+    return {**row, "messages": [*messages, {"role": "user", "content": f"<image>{question}"}]}
+
+
+def measure_shots(
+    trainer: LmTrainer, scenes: datasets.Dataset, examples: Examples, number: int, types: list[str]
+) -> dict[str, float]:
+    """Exact answers to questions of some types after `number` examples of the same type."""
+    images = scenes.select_columns(["image_id", "image"])
+    features = examples.encode(images) if examples.by == "similar" else [None] * len(scenes)
+    asked = [
+        (i, own) for i, questions in enumerate(scenes["questions"][:]) for own in questions if own["type"] in types
+    ]
+
+    def row_of(place: int) -> dict[str, Any]:
+        i, question = asked[place]
+        shown = examples.choose(question["type"], number, features[i])
+        return row_with_examples(shown, images[i], question["question"], trainer.eval_collator.as_chat)
+
+    size = max(1, trainer.args.eval_batch_size // (number + 1))
+    said = generate_texts(trainer.model, trainer.eval_collator, row_of, [1] * len(asked), size, **ANSWERS)
+    hits = [tidy_answer(text) == question["answer"] for (text,), (_, question) in zip(said, asked)]
+    by_type = {name: [hit for hit, (_, own) in zip(hits, asked) if own["type"] == name] for name in types}
+    return {"all": float(np.mean(hits)), **{name: float(np.mean(own)) for name, own in by_type.items() if own}}
+
+
+# ---- the same number of trained weights ----
+
+
+def choose_width(args: LmScenesArguments) -> None:
+    """Sets the width inside the projections or the gated blocks, so that about as many weights are trained."""
+    model, _ = load_model(args, do_train=True)
+    own = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if args.fusion == "cross_attention":
+        name, widened = (
+            "cross_attention_intermediate_size",
+            [block.mlp.fc1 for block in model.model.cross_blocks.values()],
+        )
+    else:
+        projections = [getattr(model.model, part, None) for part in ("vision_projection", "experts_projection")]
+        name, widened = "projector_hidden_size", [projection.fc1 for projection in projections if projection]
+    if not widened:
+        raise SystemExit("--trained_weights: the model has no new modules")
+    hidden_size = model.config.hidden_size
+    per_unit = sum(layer.in_features + 1 + hidden_size for layer in widened)  # a row of fc1 and a column of fc2
+    width = round(widened[0].out_features + (args.trained_weights - own) / per_unit)
+    if width < 1:
+        raise SystemExit(f"--trained_weights {args.trained_weights:.0f}: the other new modules have {own} already")
+    setattr(args, name, width)
+
+
+def main() -> None:
+    args, training_args = parse_arguments(LmScenesArguments, **SCENES_DEFAULTS)
+    without_types, watch_types = split_types(args.without_types), split_types(args.watch_types)
+    if args.shots and not without_types:
+        raise SystemExit("--shots needs --without_types: the types of questions that the training has left out")
+    output_dir = Path(training_args.output_dir)
+    builder = Scenes(cache_dir=args.data_dir, config_name=args.data_config)
+    builder.download_and_prepare()
+    splits = builder.as_dataset()
+    if args.trained_weights and not args.model:
+        choose_width(args)
+    model, processor = load_model(args, training_args.do_train)
+
+    train_scenes = splits["train"].select(
+        range(min(args.max_train_rows or len(splits["train"]), len(splits["train"])))
+    )
+    support = train_scenes.select(range(min(args.num_support, len(train_scenes))))
+    scenes = evaluation_splits(splits, args.max_eval_rows)
+    if args.labels == "true":
+        names = tuple(expert["name"] for expert in processor.image_processor.experts)
+        labels_for = TrueLabels(*splits.values(), names=names)
+    else:
+        parts = [train_scenes] if training_args.do_train else [support] if args.shots else []
+        parts += list(scenes.values()) if training_args.do_eval or watch_types else []
+        wanted = [] if args.experts == "none" else None
+        labels_for = label_rows(parts, processor, args.labels, output_dir / "expert_labels", wanted)
+    watched = rows_to_watch(scenes["validation"], watch_types) if watch_types else None
+    trainer = make_lm_trainer(
+        model,
+        processor,
+        args,
+        training_args,
+        rows_to_train(train_scenes, args.stage, without_types) if training_args.do_train else None,
+        watched,
+        labels_for=labels_for,
+        score=score_exact,
+        read_text=tidy_answer,
+        generation=ANSWERS,
+    )
+    trainer.facts.training = f"Trained on the {'captions' if args.stage == 'captions' else 'questions'} of Scenes."
+    run(trainer, args)
+    if training_args.do_eval:
+        trainer.model.to(training_args.device)
+        results: dict[str, Any] = {}
+        if args.shots:
+            examples = Examples(trainer, support, args.shots_by)
+            for name, rows in scenes.items():
+                results[name] = {
+                    str(number): measure_shots(trainer, rows, examples, number, without_types) for number in args.shots
+                }
+        else:
+            results = {name: measure(trainer, rows) for name, rows in scenes.items()}
+        if trainer.is_world_process_zero():
+            write_json(output_dir / "scenes_results.json", results)
+            print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
