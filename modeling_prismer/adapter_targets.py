@@ -27,6 +27,9 @@ ADAPTER_TARGETS = {
 }
 # FRoD decomposes modules of one name together, so they need the same width. Encoder and decoder may differ in theirs.
 _FROD_TARGETS = r".*text_model\..*\.(q_proj|v_proj)"
+# PrismerLM: the language model alone, by the names of its families. A vision encoder of its own stays as it is.
+_LANGUAGE_MODEL_NAMES = {"BEFT": "v_proj", "LNTUNING": r"\w*norm\w*|ln_\w+"}
+_LANGUAGE_MODEL_QUERIES_AND_VALUES = "q_proj|v_proj|qkv_proj|c_attn|query_key_value"
 
 
 def register_adapter_targets() -> None:
@@ -47,3 +50,6 @@ def register_adapter_targets() -> None:
             if match[1] == "FROD" and config_class is PrismerConfig:
                 targets = _FROD_TARGETS
             table.setdefault(config_class.model_type, targets)
+        if not match[1].startswith("IA3"):  # it takes no regular expression
+            names = _LANGUAGE_MODEL_NAMES.get(match[1], _LANGUAGE_MODEL_QUERIES_AND_VALUES)
+            table.setdefault("prismer_lm", rf".*language_model\.(?!.*(vision|visual)).*\.({names})")

@@ -295,7 +295,7 @@ class PrismerLMConfig(PreTrainedConfig):
 
     @property
     def expert_names(self) -> list[str]:
-        return [spec.name for spec in self.expert_specs]
+        return [expert["name"] for expert in self.experts]
 
     @property
     def class_names(self) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .adapter_targets import register_adapter_targets
 from .cache import CACHE_NAME, accept_past_key_values
 from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
 from .expert_editing import ExpertEditingMixin
@@ -192,11 +193,6 @@ class PrismerLMCausalLMOutput(CausalLMOutputWithPast):
     image_outputs: PrismerLMImageFeatures | None = None
 
 
-def shared_fields(output_class: type, outputs: Any) -> dict[str, Any]:
-    """The fields of a language model's output that `output_class` has too."""
-    return {own.name: getattr(outputs, own.name, None) for own in fields(output_class) if own.name != "image_outputs"}
-
-
 def pad_types(mm_token_type_ids: torch.Tensor, length: int) -> torch.Tensor:
     """The tokens that `mm_token_type_ids` lacks at the end are text."""
     return F.pad(mm_token_type_ids, (0, max(0, length - mm_token_type_ids.shape[1])))
@@ -244,6 +240,10 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def __init__(self, config: PrismerLMConfig):
+        super().__init__(config)
+        register_adapter_targets()
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -628,12 +628,12 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         is_vlm = self.config.has_vision_language_model
         if is_vlm and mm_token_type_ids is not None:
             kwargs["mm_token_type_ids"] = mm_token_type_ids
+        attention_mask: Any = kwargs.get("attention_mask")
+        if getattr(attention_mask, "ndim", None) == 4 and attention_mask.dtype == torch.bool:
+            kwargs["attention_mask"] = self.packed_mask(attention_mask)
         if images is None:
             return language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs), None
 
-        attention_mask = kwargs.get("attention_mask")
-        if getattr(attention_mask, "ndim", None) == 4 and attention_mask.dtype == torch.bool:
-            kwargs["attention_mask"] = self.packed_mask(attention_mask)
         mask = self.placeholders(input_ids, inputs_embeds, mm_token_type_ids)
         if inputs_embeds is None and not is_vlm:
             inputs_embeds = self.embed(self.without_placeholders(input_ids, mask))
@@ -688,7 +688,13 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return PrismerLMModelOutput(**shared_fields(PrismerLMModelOutput, outputs), image_outputs=images)
+        return PrismerLMModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_outputs=images,
+        )
 
 
 class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerLMPreTrainedModel, GenerationMixin):
@@ -971,7 +977,14 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
             return_dict=True,
             **kwargs,
         )
-        return PrismerLMCausalLMOutput(**shared_fields(PrismerLMCausalLMOutput, outputs), image_outputs=images)
+        return PrismerLMCausalLMOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_outputs=images,
+        )
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

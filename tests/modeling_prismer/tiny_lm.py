@@ -56,7 +56,9 @@ LANGUAGE_MODELS = {
     "mistral": lambda: MistralConfig(**_TEXT, head_dim=16, sliding_window=8),
     "olmo2": lambda: Olmo2Config(**_TEXT),
     "phi3": lambda: Phi3Config(**_TEXT),
-    "gpt2": lambda: GPT2Config(**_SPECIAL, n_embd=32, n_layer=2, n_head=2, n_positions=256),
+    "gpt2": lambda: GPT2Config(
+        **_SPECIAL, n_embd=32, n_layer=2, n_head=2, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
 }
 _GRID = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
 ENCODERS = {
