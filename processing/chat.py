@@ -170,8 +170,8 @@ def _read_item(item: Any) -> dict[str, Any]:
     if kind == "text" and isinstance(item.get("text"), str):
         return {"type": "text", "text": item["text"]}
     if kind in ("image", "image_url"):
-        key = next((key for key in IMAGE_KEYS if item.get(key) is not None), None)
-        image = None if key is None else item[key]
+        key = next((key for key in IMAGE_KEYS if item.get(key) is not None), "image")
+        image: Any = item.get(key)
         if key == "image_url" and isinstance(image, dict):
             image = image.get("url")
         elif key == "base64" and not image.startswith("data:"):

@@ -1,6 +1,7 @@
 """From rows of a data set to a batch of PrismerLM: prompts, conversations, and texts packed into one row."""
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class DataCollatorForPrismerLM(DataCollatorForPrismer):
         max_length: int | None = None,
     ):
         super().__init__(
-            processor,  # type: ignore[arg-type]
+            processor,
             labels_for,
             augmentation,
             expert_dropout,
@@ -125,40 +126,34 @@ class DataCollatorForPrismerLM(DataCollatorForPrismer):
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         conversations = [_read_conversations(row, number) for number, row in enumerate(rows)]
-        own_images = [_images_of(row, found) for row, found in zip(rows, conversations)]
-        flat, places = [], []  # one entry for each image, and the entries of each row
-        for number, (row, images) in enumerate(zip(rows, own_images)):
-            ids = as_list(row.get("image_ids", row.get("image_id"))) or [None] * len(images)
-            if len(ids) != len(images):
-                raise ValueError(f"row {number} has {len(ids)} image_ids for {len(images)} images")
-            places.append(list(range(len(flat), len(flat) + len(images))))
-            texts = {column: row[column] for column in TEXTS if row.get(column) is not None}
-            for image, image_id in zip(images, ids):
-                flat.append({"image": image, "image_id": image_id, **texts})
-                texts = {}
-        opened, labels, keep = self._open(flat) if flat else ([], [], torch.ones(0, 0))
+        entries: list[dict[str, Any]] = []  # one for each image
+        numbers: list[list[int]] = []  # the images of each row
+        for number, (row, own) in enumerate(zip(rows, conversations)):
+            added = _image_entries(row, own, number)
+            numbers.append(list(range(len(entries), len(entries) + len(added))))
+            entries += added
+        images, labels, keep = self._open(entries) if entries else ([], [], torch.ones(0, 0))
         names = [expert["name"] for expert in self.processor.image_processor.experts]
-        labels = [
-            {**(own or {}), **{name: None for name, is_kept in zip(names, kept) if not is_kept}}
-            for own, kept in zip(labels, keep.tolist())
-        ]
+        for place, kept in enumerate(keep.tolist()):
+            dropped = {name: None for name, is_kept in zip(names, kept) if not is_kept}
+            labels[place] = {**(labels[place] or {}), **dropped}
+
         prompts: list[Prompt] = []
         lengths = []
-        for row, own, found in zip(rows, places, conversations):
-            if own and not found:  # with the texts that were drawn
-                row = {**row, **{column: flat[own[0]][column] for column in TEXTS if column in flat[own[0]]}}
-            made = self._prompts(row, found, len(own))
-            prompts += [prompt._replace(images=[own[number] for number in prompt.images]) for prompt in made]
+        for row, own, places in zip(rows, conversations, numbers):
+            if places:  # the texts that were drawn
+                row = {**row, **{column: entries[places[0]].get(column) for column in TEXTS}}
+            made = self._prompts(row, own, len(places))
+            prompts += [prompt._replace(images=[places[number] for number in prompt.images]) for prompt in made]
             lengths.append(len(made))
         if not self.pack and len(set(lengths)) > 1:
             raise ValueError(
                 f"the rows have {', '.join(map(str, lengths))} texts; each needs equally many (texts_per_image), or "
                 "pass pack=True"
             )
-        prompts = self._place_missing(prompts)
         tokens, tensors = self.processor.encode(
-            prompts,
-            opened,
+            self._place_missing(prompts),
+            images,
             labels,
             self.experts,
             images_kwargs={"return_tensors": "pt"},
@@ -166,46 +161,37 @@ class DataCollatorForPrismerLM(DataCollatorForPrismer):
             max_length=self.max_length,
             truncation=self.max_length is not None,
         )
-        if self.pack:
-            groups, start = [], 0
-            for length in lengths:
-                groups.append(tokens[start : start + length])
-                start += length
-            pad_token_id = self.processor.tokenizer.pad_token_id
-            return {**pack_rows(groups, self.processor.image_token_id, pad_token_id), **tensors}
-        return dict(self.processor.pad(tokens, tensors, with_labels=self.with_suffix))
+        if not self.pack:
+            return dict(self.processor.pad(tokens, tensors, with_labels=self.with_suffix))
+        remaining = iter(tokens)
+        groups = [list(islice(remaining, length)) for length in lengths]
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        return {**pack_rows(groups, self.processor.image_token_id, pad_token_id), **tensors}
 
     def _prompts(self, row: dict[str, Any], conversations: list[Any], num_images: int) -> list[Prompt]:
         """The prompts of one row; its images count from 0."""
         texts, suffixes = as_list(row.get("text")), as_list(row.get("suffix")) if self.with_suffix else []
-        if self.as_chat and not conversations:
-            texts = texts or [""] * max(1, len(suffixes))
-            if suffixes and len(suffixes) != len(texts):
-                raise ValueError(f"{len(suffixes)} suffixes for {len(texts)} prompts; one for each prompt is needed")
-            for number, text in enumerate(texts):
-                turns = [{"role": "user", "content": text}]
-                if suffixes:
-                    turns.append({"role": "assistant", "content": suffixes[number]})
-                conversations.append(read_messages(turns, [None] * num_images)[0])
-        if conversations:
-            if not self.with_suffix:
-                conversations = [_until_answer(messages) for messages in conversations]
-            variables = {} if self.with_suffix else {"add_generation_prompt": True}
-            prompts, _ = self.processor.read_conversations(conversations, find_turns=self.with_suffix, **variables)
-            return [prompt._replace(images=list(range(num_images))) for prompt in prompts]
-        groups = [list(range(num_images))]
-        arguments = (num_images, groups, self.processor.image_token, self.processor.fusion)
-        return lay_out([texts] if texts else None, [suffixes] if suffixes else None, *arguments)
+        if not conversations and not self.as_chat:
+            groups = [list(range(num_images))]
+            arguments = (num_images, groups, self.processor.image_token, self.processor.fusion)
+            return lay_out([texts] if texts else None, [suffixes] if suffixes else None, *arguments)
+        if not conversations:
+            conversations = _as_conversations(texts, suffixes, num_images)
+        if self.with_suffix:
+            prompts, _ = self.processor.read_conversations(conversations)
+        else:
+            conversations = [_until_answer(messages) for messages in conversations]
+            prompts, _ = self.processor.read_conversations(conversations, find_turns=False, add_generation_prompt=True)
+        return [prompt._replace(images=list(range(num_images))) for prompt in prompts]
 
     def _place_missing(self, prompts: list[Prompt]) -> list[Prompt]:
         """If some texts have placeholders, all that are about images need them."""
         token = self.processor.image_token
         missing = [bool(prompt.images) and not any(token in piece for piece in prompt.pieces) for prompt in prompts]
-        if all(missing) or not any(missing):
-            return prompts
-        for prompt, is_missing in zip(prompts, missing):
-            if is_missing:
-                prompt.pieces[0] = token * len(prompt.images) + prompt.pieces[0]
+        if not all(missing):
+            for prompt, is_missing in zip(prompts, missing):
+                if is_missing:
+                    prompt.pieces[0] = token * len(prompt.images) + prompt.pieces[0]
         return prompts
 
 
@@ -227,12 +213,29 @@ def _read_conversations(row: dict[str, Any], number: int) -> list[list[dict[str,
     return [read_messages(own, images)[0] for own in several]
 
 
-def _images_of(row: dict[str, Any], conversations: list[list[dict[str, Any]]]) -> list[Any]:
-    """The images of a row, from its columns or its first conversation."""
+def _image_entries(row: dict[str, Any], conversations: list[Any], number: int) -> list[dict[str, Any]]:
+    """`image` and `image_id` of each image of a row, which are in its columns or in its first conversation."""
     images = row.get("images") or as_list(row.get("image"))
-    if images or not conversations:
-        return list(images)
-    return read_messages(conversations[0])[1]
+    if not images and conversations:
+        images = read_messages(conversations[0])[1]
+    ids = as_list(row.get("image_ids", row.get("image_id"))) or [None] * len(images)
+    if len(ids) != len(images):
+        raise ValueError(f"row {number} has {len(ids)} image_ids for {len(images)} images")
+    entries = [{"image": image, "image_id": image_id} for image, image_id in zip(images, ids)]
+    if entries:  # from which some texts may be drawn
+        entries[0] |= {column: row[column] for column in TEXTS if row.get(column) is not None}
+    return entries
+
+
+def _as_conversations(texts: list[str], suffixes: list[str], num_images: int) -> list[list[dict[str, Any]]]:
+    """Each text as the user's turn, which begins with the images, and its suffix as the assistant's."""
+    texts = texts or [""] * max(1, len(suffixes))
+    if suffixes and len(suffixes) != len(texts):
+        raise ValueError(f"{len(suffixes)} suffixes for {len(texts)} prompts; one for each prompt is needed")
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    for messages, suffix in zip(conversations, suffixes):
+        messages.append({"role": "assistant", "content": suffix})
+    return [read_messages(messages, [None] * num_images)[0] for messages in conversations]
 
 
 def _until_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

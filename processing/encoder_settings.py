@@ -56,7 +56,7 @@ def read_encoder_settings(source: Any, config: Any = None) -> dict[str, Any]:
             f"vision has a {type(source).__name__}; accepted are ids and folders of vision encoders, models, "
             "configurations, image processors, and dicts of settings"
         )
-    image_processor = _load(source) if isinstance(source, str) else source
+    image_processor: Any = _load(source) if isinstance(source, str) else source
     if hasattr(image_processor, "data_config"):  # of timm
         data = image_processor.data_config
         resample = getattr(Image.Resampling, data["interpolation"].upper())

@@ -140,6 +140,8 @@ class PrismerLMProcessor(ExpertsProcessor):
         max_word_tokens: int = 128,
         word_positions: str = "names",
     ):
+        if chat_template is None:
+            chat_template = getattr(vlm_processor, "chat_template", None) or tokenizer.chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         for name, value, accepted in (
             ("fusion", fusion, FUSIONS),
@@ -159,8 +161,6 @@ class PrismerLMProcessor(ExpertsProcessor):
         self._vlm_processor = Shared(vlm_processor)
         if isinstance(vlm_processor, ProcessorMixin):
             vlm_processor.tokenizer = tokenizer
-        if self.chat_template is None:
-            self.chat_template = getattr(self.vlm_processor, "chat_template", None) or tokenizer.chat_template
         self.image_seq_length = image_seq_length
         self.fusion = fusion
         self.experts_as = experts_as
@@ -377,7 +377,7 @@ class PrismerLMProcessor(ExpertsProcessor):
         )
         return self.pad(rows, tensors, with_labels=suffix is not None, **merged["text_kwargs"])
 
-    def apply_chat_template(  # type: ignore[override]
+    def apply_chat_template(
         self,
         conversation: Sequence[Any],
         chat_template: str | None = None,
@@ -540,9 +540,9 @@ class PrismerLMProcessor(ExpertsProcessor):
                 f"images has {len(images)} entries for {len(conversations)} conversations; one list for each is needed"
             )
         template = template or self._resolve_chat_template(None)
-        clean = partial(
-            self._break_up, pattern=None if sanitize_control_tokens else re.compile(re.escape(self.image_token))
-        )
+        controls = self._control_pattern
+        broken_up = controls if sanitize_control_tokens else re.compile(re.escape(self.image_token))
+        clean = partial(self._break_up, pattern=broken_up)
         for_template = as_text if self.vlm_processor is None else with_marker
         variables = {**self.tokenizer.special_tokens_map, **variables}
         prompts: list[Prompt] = []
@@ -551,7 +551,7 @@ class PrismerLMProcessor(ExpertsProcessor):
             messages, found = read_messages(messages, None if own is None else as_list(own))
             messages = for_template(messages, self.image_token, clean)
             if find_turns:
-                text, spans = assistant_spans(messages, template, self._control_pattern, **variables)
+                text, spans = assistant_spans(messages, template, controls, **variables)
             else:
                 text, spans = render(messages, template, **variables), []
             ends = [0, *(end for span in spans for end in span), len(text)]
@@ -563,7 +563,7 @@ class PrismerLMProcessor(ExpertsProcessor):
     # ---- images, texts and words ----
 
     def _image_inputs(self, images: list[Image.Image], labels: list[dict[str, Any]], **kwargs: Any) -> BatchFeature:
-        for_first = {"experts": []} if self.experts_as == "words" else {}
+        for_first: dict[str, Any] = {"experts": []} if self.experts_as == "words" else {}
         encoders = self.encoders or [{}]
         data = super()._image_inputs(images, labels, **{**kwargs, **encoders[0], **for_first})
         for number, settings in enumerate(encoders[1:], start=1):
@@ -599,6 +599,7 @@ class PrismerLMProcessor(ExpertsProcessor):
         ```
         """
         experts, names = read_experts(self.image_processor.experts), self.class_names
+        clean = partial(self._break_up, pattern=self._control_pattern)
         return [
             write_experts(
                 own,
@@ -607,7 +608,7 @@ class PrismerLMProcessor(ExpertsProcessor):
                 self.max_word_tokens,
                 lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
                 self.word_positions,
-                self._break_up,
+                clean,
             )
             for own in labels
         ]
@@ -623,9 +624,8 @@ class PrismerLMProcessor(ExpertsProcessor):
         tokens.sort(key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
-    def _break_up(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
-        """The text with a space in each control token."""
-        pattern = pattern or self._control_pattern
+    def _break_up(self, text: str, pattern: re.Pattern[str] | None) -> str:
+        """The text with a space in each token that the pattern matches."""
         while pattern and pattern.search(text):
             text = pattern.sub(lambda token: f"{token[0][0]} {token[0][1:]}", text)
         return text

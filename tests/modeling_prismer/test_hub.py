@@ -39,7 +39,7 @@ NETWORK = (
 CODE = {f"{name}.py" for name in ("configuration_prismer", "expert_spec", *NETWORK)}
 PROCESSOR_CODE = {
     *("processing_prismer.py", "image_processing_prismer.py", "expert_labels.py"),
-    *("image_loading.py", "image_fetching.py", "tasks.py"),
+    *("experts_processor.py", "image_loading.py", "image_fetching.py", "tasks.py"),
 }
 SHAPE = Path(modeling_prismer.__file__).parent / "assets" / "shape.png"
 QUESTION = "What shape is in the image?"

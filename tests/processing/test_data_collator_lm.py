@@ -215,6 +215,16 @@ def test_packed_texts_have_the_loss_of_single_ones(language, fusion, attention, 
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_texts_can_be_packed_after_words_alone(attention):
+    processor = PrismerLMProcessor.from_backbones(make_tokenizer(), None, EXPERTS, experts_as="words")
+    model = make_model(processor.image_token_id, vision=False, experts_as="words")
+    model.language_model.set_attn_implementation(attention)
+    packed, single = (collate(processor, rows()[:1], pack=pack) for pack in (True, False))
+    assert sorted(packed) == ["attention_mask", "input_ids", "labels", "position_ids"]
+    torch.testing.assert_close(model(**packed).loss, model(**single).loss, atol=1e-4, rtol=1e-5)
+
+
 def test_a_packed_text_sees_the_image_and_itself_only():
     processor = make_processor()
     batch = collate(processor, rows()[:1], pack=True)

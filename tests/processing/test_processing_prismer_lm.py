@@ -503,6 +503,9 @@ def test_model_and_processor_share_a_folder(tmp_path):
     processor.save_pretrained(tmp_path)
     model, loaded = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert torch.isfinite(model(**call(loaded, IMAGE, QUESTION)).logits).all()
+    pipe = pipeline("image-text-to-text", model=str(tmp_path))
+    (answer,) = pipe(Image.fromarray(IMAGE), QUESTION, experts=[], max_new_tokens=2)
+    assert answer["generated_text"].startswith(QUESTION)
     assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("<image>") == processor.image_token_id
 
 
