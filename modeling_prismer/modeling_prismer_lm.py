@@ -117,7 +117,7 @@ class PrismerLMProjection(nn.Module):
         self.feature_scale = config.feature_scale
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.fc2(self.activation(self.fc1(features.to(self.fc1.weight.dtype)))))
+        return self.norm(self.fc2(self.activation(self.fc1(features.to(self.norm.weight.dtype)))))
 
 
 class PrismerLMGatedBlock(nn.Module):
@@ -144,7 +144,7 @@ class PrismerLMGatedBlock(nn.Module):
         attn_output, _ = self.cross_attn(
             self.layer_norm(hidden_states),
             attention_mask=None if images.mask is None else images.mask.to(hidden_states),
-            keys_values=images.keys_values(self.cross_attn),
+            keys_values=images.keys_values(self.cross_attn, hidden_states),
         )
         hidden_states = hidden_states + self.attn_gate.tanh() * attn_output
         hidden_states = hidden_states + self.mlp_gate.tanh() * self.mlp(self.mlp_layer_norm(hidden_states))
@@ -890,8 +890,8 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
 
     def freeze_backbones(self, vision: bool = True, language: bool = True) -> "PrismerLMForConditionalGeneration":
         """Freezes the vision encoders and the language model, or unfreezes them (`False`). All else always trains."""
-        if getattr(self.language_model, "hf_quantizer", None) is None:  # quantised weights are never trained
-            self.language_model.requires_grad_(not language)
+        is_quantized = getattr(self.language_model, "hf_quantizer", None) is not None  # then it is never trained
+        self.language_model.requires_grad_(not language and not is_quantized)
         self.model.vision_encoders.requires_grad_(not vision)
         return self.train(self.training)
 
