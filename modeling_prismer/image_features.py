@@ -75,12 +75,13 @@ class VisibleImages:
     sees_image: torch.Tensor | None = None
     projected: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    def keys_values(self, attention: PrismerAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, attention: PrismerAttention, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of one layer, from features of the type and on the device of `like`."""
         layer = attention.layer_idx or 0
         if layer in self.projected:
             key, value = self.projected[layer]
         else:
-            key, value = attention.project_keys_values(self.features.to(attention.k_proj.weight))
+            key, value = attention.project_keys_values(self.features.to(like))
             if not torch.is_grad_enabled():
                 self.projected[layer] = key.contiguous(), value.contiguous()
         if self.rows is not None:  # (rows, heads, images per row * num_features, head_dim)
