@@ -81,8 +81,6 @@ def assemble(
     for backbone in (language_model, *encoders):
         for module in backbone.modules():
             module._is_hf_initialized = True  # or the new model would draw its weights again
-        if getattr(backbone, "hf_quantizer", None) is None:
-            backbone.requires_grad_(False)
     model = cls(config, language_model, encoders)
     model.generation_config = language_model.generation_config
     return model.freeze_backbones()
