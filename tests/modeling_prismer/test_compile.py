@@ -52,7 +52,7 @@ def compiled(function, backend="aot_eager"):
 
 
 @needs_traced_checks
-def test_the_encoder_is_one_graph_whichever_experts_each_sample_has(full_backend):
+def test_encoder_is_one_graph_for_any_expert_mask(full_backend):
     model = small_model([DENSE, LABEL])
     encode = compiled(model.get_image_features, full_backend)
     mask = torch.tensor([[False, True], [False, False], [False, True]])  # of the dense expert there is nothing
@@ -82,7 +82,7 @@ def test_a_frozen_encoder_is_one_graph():
 
 
 @needs_traced_checks
-def test_a_compiled_encoder_still_refuses_a_mask_that_claims_what_is_not_given():
+def test_compiled_encoder_refuses_mask_of_missing_expert():
     model = small_model([DENSE])
     images = image_inputs(experts=[])
     encode = compiled(model.get_image_features)
@@ -91,7 +91,7 @@ def test_a_compiled_encoder_still_refuses_a_mask_that_claims_what_is_not_given()
         encode(**images, expert_mask=torch.ones(3, 1, dtype=torch.bool))
 
 
-def test_a_step_over_a_static_cache_is_one_graph_for_all_places_and_images(full_backend):
+def test_static_cache_step_is_one_graph(full_backend):
     model = small_model([DENSE])
     step = compiled(model.forward, full_backend)
     cache = StaticCache(config=model.config.text_config, max_cache_len=16)
@@ -112,7 +112,7 @@ def test_a_step_over_a_static_cache_is_one_graph_for_all_places_and_images(full_
             torch.testing.assert_close(logits[:, 0], expected[:, place], **TOLERANCE)
 
 
-def test_the_prompt_and_its_images_are_one_graph_over_a_static_cache():
+def test_static_cache_prefill_is_one_graph():
     model, images = small_model([DENSE]), image_inputs(experts=[DENSE])
     forward = compiled(model.forward)
     cache = StaticCache(config=model.config.text_config, max_cache_len=16)

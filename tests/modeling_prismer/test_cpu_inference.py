@@ -68,7 +68,7 @@ def test_gradients_flow_in_evaluation_too(onednn):
     assert not onednn and model.lm_head.dense.weight.grad.any()
 
 
-def test_what_is_saved_is_the_same(tmp_path):
+def test_saved_model_is_the_same(tmp_path):
     model = tiny_model()
     optimize_for_cpu(copy.deepcopy(model)).save_pretrained(tmp_path)
     loaded = PrismerForConditionalGeneration.from_pretrained(tmp_path)

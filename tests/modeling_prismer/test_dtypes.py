@@ -59,7 +59,7 @@ def test_every_weight_and_statistic_has_the_type(folder, way, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ranking_agrees_with_full_precision_and_scores_in_it(dtype):
+def test_half_precision_ranking_scores_in_full_precision(dtype):
     inputs = {**CANDIDATES, "k": 4, "input_ids": prompts(), **image_inputs()}
     expected, given = tiny_model().rank_candidates(**inputs), tiny_model().to(dtype).rank_candidates(**inputs)
     assert given.scores.dtype == torch.float32
@@ -87,7 +87,7 @@ def test_generation_takes_inputs_of_either_type(dtype):
     assert torch.equal(model.generate(**images, **search), model.generate(**cast, **search))
 
 
-def test_under_autocast_the_statistics_stay_in_full_precision_and_are_updated():
+def test_autocast_updates_statistics_in_full_precision():
     model = tiny_model().train()
     before = model.model.vision_model.expert_stems["depth"].norms[0].running_mean.clone()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -66,7 +66,7 @@ def test_wrong_input_is_named(changes, message):
         tiny_model()(**(INPUTS | changes))
 
 
-def test_a_sample_without_anything_to_learn_is_no_error_beside_others():
+def test_sample_without_labels_is_allowed_in_a_batch():
     labels = INPUTS["labels"].clone()
     labels[1] = -100
     outputs = tiny_model()(**(INPUTS | {"labels": labels}))
@@ -84,7 +84,7 @@ def test_a_class_that_the_model_does_not_know_is_background(unknown):
     assert torch.equal(model.get_image_features(**images, **inputs)[0], nothing)
 
 
-def test_an_image_that_is_no_multiple_of_the_patch_loses_its_edge_as_in_clip():
+def test_image_edge_beyond_the_last_patch_is_cut_as_in_clip():
     """Not an error: prismer_large takes 480 pixels in patches of 14."""
     model = tiny_model(experts=[], image_size=30)
     images = image_inputs(1, experts=[])["pixel_values"][:, :, :30, :30]
@@ -141,7 +141,7 @@ def processor():
         ),
     ],
 )
-def test_what_the_bundled_processor_refuses(processor, arguments, message):
+def test_bundled_processor_refuses_bad_inputs(processor, arguments, message):
     if "images" in arguments:
         arguments = arguments | {"images": [torch.zeros(3, 64, 64, dtype=torch.uint8)] * arguments["images"]}
     with pytest.raises(ValueError, match=message):

@@ -49,7 +49,7 @@ def test_painting_is_a_bilinear_resize_of_the_painted_map(size, patch_size):
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_ids_give_what_the_painted_map_gives(model, name):
+def test_ids_equal_the_painted_map(model, name):
     inputs = image_inputs()
     stem = model.model.vision_model.expert_stems[name]
     table = stem.feature_table(inputs.get(f"{name}_classes"), inputs.get(f"{name}_features"), 3)
@@ -138,7 +138,7 @@ def test_painting_never_makes_the_painted_map(training):
     assert needed <= seen.largest < full / 8
 
 
-def test_features_of_the_classes_are_set_and_saved_with_the_model(model, tmp_path):
+def test_class_features_are_saved_with_the_model(model, tmp_path):
     inputs = image_inputs()
     before = encode(model, **inputs)
     features, background = torch.randn(20, 8), torch.randn(8)
@@ -155,7 +155,7 @@ def test_features_of_the_classes_are_set_and_saved_with_the_model(model, tmp_pat
     assert torch.equal(encode(loaded, **inputs), after)
 
 
-def test_fewer_features_than_classes_are_refused_unless_named(model):
+def test_fewer_features_than_classes_need_class_names(model):
     config, table = copy.deepcopy(model.config.experts), model.model.vision_model.expert_stems["segmentation"]
     before = table.class_features.clone()
     with pytest.raises(ValueError, match=r"3 rows of features for 'segmentation', whose ids go up to 9"):
@@ -199,7 +199,7 @@ def test_class_names_stay_where_their_features_change(model, tmp_path):
         ({"class_names": "segmentats"}, "class_names='segmentats'; a list of strings is needed"),
     ],
 )
-def test_features_of_no_use_are_refused_and_change_nothing(model, changes, message):
+def test_bad_class_features_change_nothing(model, changes, message):
     config, stem = copy.deepcopy(model.config.experts), model.model.vision_model.expert_stems["segmentation"]
     before = stem.class_features.clone()
     with pytest.raises(ValueError, match=message):
@@ -212,7 +212,7 @@ def test_features_beyond_the_models_precision_are_refused(model):
         model.half().set_class_features("segmentation", torch.full((10, 8), 1e6))
 
 
-def test_the_background_stays_where_only_classes_are_set(model):
+def test_setting_classes_keeps_the_background(model):
     stem = model.model.vision_model.expert_stems["ocr"]
     background = stem.class_features[-1].clone()
     model.set_class_features("ocr", torch.zeros(3, 8))
@@ -231,7 +231,7 @@ def test_the_background_stays_where_only_classes_are_set(model):
         ("heat", (10, 8), "no expert 'heat'; the config has depth, normal"),
     ],
 )
-def test_features_that_do_not_fit_are_refused(model, name, shape, message):
+def test_class_features_of_other_shape_are_refused(model, name, shape, message):
     with pytest.raises(ValueError, match=message):
         model.set_class_features(name, torch.zeros(shape))
 
@@ -239,19 +239,19 @@ def test_features_that_do_not_fit_are_refused(model, name, shape, message):
 # ---- missing experts
 
 
-def test_an_expert_that_is_neither_given_nor_masked_out_is_an_error(model):
+def test_missing_expert_without_mask_is_an_error(model):
     with pytest.raises(ValueError, match="experts normal, ocr are neither given nor masked out"):
         encode(model, **without(image_inputs(), "normal", "ocr"))
 
 
-def test_without_strictness_what_is_given_is_used(model):
+def test_without_strict_experts_given_ones_are_used(model):
     inputs = without(image_inputs(), "normal", "ocr")
     masked = encode(model, **inputs, expert_mask=mask_of(*[{"depth", "segmentation", "edge", "detection"}] * 3))
     model.config.strict_experts = False
     assert torch.equal(encode(model, **inputs), masked)
 
 
-def test_a_mask_that_claims_what_is_not_given_is_an_error(model):
+def test_mask_that_claims_a_missing_expert_is_an_error(model):
     with pytest.raises(ValueError, match="expert_mask says that there are edge, but their tensors are not given"):
         encode(model, **without(image_inputs(), "edge"), expert_mask=mask_of(NAMES, [], []))
 
@@ -264,7 +264,7 @@ def test_a_mask_of_another_shape_is_an_error(model, shape):
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("rows", [1, 2, 6])
-def test_a_mask_with_rows_for_other_than_the_images_is_an_error(model, rows, training):
+def test_mask_with_other_number_of_rows_is_an_error(model, rows, training):
     with pytest.raises(ValueError, match=f"expert_mask has {rows} rows for 3 images"):
         encode(model.train(training), **image_inputs(), expert_mask=torch.ones(rows, 6, dtype=torch.bool))
 
@@ -415,7 +415,7 @@ def test_rows_of_a_masked_out_expert_may_be_anything(model):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_in_evaluation_a_sample_does_not_depend_on_its_batch(model, attention):
+def test_evaluation_does_not_depend_on_the_batch(model, attention):
     model.set_attn_implementation(attention)
     inputs = training_inputs(batch_size=4)
     with torch.no_grad():
@@ -426,7 +426,7 @@ def test_in_evaluation_a_sample_does_not_depend_on_its_batch(model, attention):
             torch.testing.assert_close(together.loss_per_sample[row : row + 1], alone.loss_per_sample)
 
 
-def test_in_evaluation_an_instance_takes_the_row_of_its_number_and_background_the_last(model):
+def test_evaluation_gives_instances_rows_by_number(model):
     inputs = image_inputs()
     ids = inputs["detection_ids"].long()
     ids[:, :8] = 130
@@ -438,7 +438,7 @@ def test_in_evaluation_an_instance_takes_the_row_of_its_number_and_background_th
     )
 
 
-def test_in_training_each_value_draws_a_row_at_random(model):
+def test_training_draws_a_random_row_for_each_value(model):
     stem = model.model.vision_model.expert_stems["detection"].train()
     ids = image_inputs()["detection_ids"]
     draws = []
@@ -452,7 +452,7 @@ def test_in_training_each_value_draws_a_row_at_random(model):
         assert len({draw[value][0] for draw in draws}) > 15
 
 
-def test_the_instance_map_comes_to_the_grid_by_the_floor_rule(model):
+def test_instance_map_is_resized_by_the_floor_rule(model):
     stem = model.model.vision_model.expert_stems["detection"]
     rows = torch.randint(128, (2, 33, 47))
     for grid in ((4, 4), (3, 5), (14, 14)):
@@ -558,7 +558,7 @@ HEAT = {"name": "heat", "kind": "dense", "channels": 2}
 PARTS = {"name": "parts", "kind": "label", "channels": 5, "num_classes": 7, "instances": True}
 
 
-def test_experts_of_ones_own_come_by_keyword():
+def test_own_experts_come_by_keyword():
     model = tiny_model(experts=[HEAT, PARTS])
     inputs = training_inputs(experts=[HEAT, PARTS])
     outputs = model(**inputs)
@@ -591,7 +591,7 @@ def test_an_expert_can_be_added(request, start, tmp_path):
     assert torch.equal(loaded(**inputs).logits, outputs.logits)
 
 
-def test_without_its_tensors_an_added_expert_changes_nothing(model):
+def test_added_expert_without_tensors_changes_nothing(model):
     inputs = image_inputs()
     before = encode(model, **inputs)
     model.add_expert(**HEAT)

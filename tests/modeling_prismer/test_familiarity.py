@@ -22,7 +22,7 @@ def known():
     return features, Familiarity.fit(features[:300], features[300:], share=0.95)
 
 
-def test_distance_counts_in_standard_deviations_of_each_direction(known):
+def test_distance_is_in_standard_deviations(known):
     _, familiarity = known
     mean = familiarity.mean
     steps = mean + torch.diag(torch.tensor([10.0, 1.0, 1.0, 0.1])) * 3
@@ -30,7 +30,7 @@ def test_distance_counts_in_standard_deviations_of_each_direction(known):
     assert familiarity.distance(steps).tolist() == pytest.approx([3, 3, 3, 3], rel=0.15)
 
 
-def test_the_limit_lets_the_asked_share_of_new_pictures_pass(known):
+def test_limit_passes_the_given_share_of_new_images(known):
     features, familiarity = known
     assert (familiarity.distance(features[300:]) <= familiarity.limit).float().mean().item() == pytest.approx(0.95)
 
@@ -50,7 +50,7 @@ def test_saved_it_is_the_same(known, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [Familiarity.FILE]
 
 
-def test_of_a_checkpoint_on_the_hub_it_is_found_in_the_cache(known, tmp_path, monkeypatch):
+def test_hub_checkpoint_is_found_in_the_cache(known, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path), raising=False)
     snapshot = tmp_path / "models--somebody--prismer" / "snapshots" / "1234"

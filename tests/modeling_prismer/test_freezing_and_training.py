@@ -50,14 +50,14 @@ def arguments(folder, **kwargs):
 
 @pytest.mark.parametrize("vision", [False, True])
 @pytest.mark.parametrize("language", [False, True])
-def test_what_is_frozen_and_what_is_not(model, vision, language):
+def test_freezing_covers_the_backbones_only(model, vision, language):
     assert model.freeze_backbones(vision=vision, language=language) is model
     for name, parameter in model.named_parameters():
         frozen = (vision and is_vision_backbone(name)) or (language and is_language_backbone(name))
         assert parameter.requires_grad == (not frozen), name
 
 
-def test_freezing_is_both_by_default_and_can_be_undone(model):
+def test_freezing_covers_both_by_default_and_is_undone(model):
     model.freeze_backbones()
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen and all(is_vision_backbone(name) or is_language_backbone(name) for name in frozen)
@@ -73,7 +73,7 @@ def test_freezing_is_both_by_default_and_can_be_undone(model):
 @pytest.mark.parametrize(
     "vision, language, gradient_checkpointing", [(True, True, True), (True, False, False), (False, False, False)]
 )
-def test_trainer_moves_what_is_not_frozen_and_nothing_else(tmp_path, vision, language, gradient_checkpointing):
+def test_trainer_changes_only_unfrozen_weights(tmp_path, vision, language, gradient_checkpointing):
     model = tiny_model().freeze_backbones(vision=vision, language=language)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     args = arguments(tmp_path, gradient_checkpointing=gradient_checkpointing)
@@ -111,7 +111,7 @@ def test_trainer_keeps_the_tensors_of_the_six_experts(model, tmp_path):
     assert needed <= set(trainer._signature_columns)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+def test_accumulated_gradients_equal_one_batch(tmp_path):
     samples = Samples(experts=[])
     samples.inputs["labels"][0, :5] = -100  # unlike numbers of tokens
     samples.inputs["sample_weight"] = torch.tensor([1.0, 0.5, 0.0, 0.3])

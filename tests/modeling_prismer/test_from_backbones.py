@@ -60,7 +60,7 @@ def model(clip, roberta):
     return PrismerForConditionalGeneration.from_backbones(clip, roberta, EXPERTS).eval()
 
 
-def test_backbones_in_half_precision_give_a_model_in_float32(clip, roberta, tmp_path):
+def test_half_precision_backbones_give_a_float32_model(clip, roberta, tmp_path):
     for name, backbone in (("clip", clip), ("roberta", roberta)):
         backbone.half().save_pretrained(tmp_path / name)
     for vision, text in ((clip, roberta), (tmp_path / "clip", tmp_path / "roberta")):
@@ -69,7 +69,7 @@ def test_backbones_in_half_precision_give_a_model_in_float32(clip, roberta, tmp_
 
 
 @torch.no_grad()
-def test_each_block_of_the_vision_encoder_gives_what_its_source_gives(clip, model):
+def test_vision_layers_equal_their_source(clip, model):
     states = torch.randn(2, 9, 32)
     tower = getattr(clip, "vision_model", clip)
     for ours, theirs in zip(model.model.vision_model.layers, tower.encoder.layers, strict=True):
@@ -83,7 +83,7 @@ def test_each_block_of_the_vision_encoder_gives_what_its_source_gives(clip, mode
 
 
 @torch.no_grad()
-def test_the_patches_and_their_positions_are_those_of_clip_without_its_class_token(clip, model):
+def test_patches_and_positions_equal_clip(clip, model):
     pixels = torch.randn(2, 3, 32, 32)
     tower = getattr(clip, "vision_model", clip)
     torch.testing.assert_close(
@@ -92,7 +92,7 @@ def test_the_patches_and_their_positions_are_those_of_clip_without_its_class_tok
 
 
 @torch.no_grad()
-def test_without_experts_the_vision_encoder_is_clip_without_its_class_token(clip, roberta):
+def test_encoder_without_experts_equals_clip(clip, roberta):
     model = PrismerForConditionalGeneration.from_backbones(clip, roberta).eval()
     pixels = torch.randn(2, 3, 32, 32)
     tower = getattr(clip, "vision_model", clip)
@@ -104,7 +104,7 @@ def test_without_experts_the_vision_encoder_is_clip_without_its_class_token(clip
 
 
 @torch.no_grad()
-def test_each_sub_layer_of_the_text_decoder_gives_what_its_source_gives(roberta, model):
+def test_text_layers_equal_their_source(roberta, model):
     states = torch.randn(2, 6, 24)
     layers = model.model.text_model.layers
     assert len(layers) == len(roberta.roberta.encoder.layer) + 1  # and the output layer
@@ -120,7 +120,7 @@ def test_each_sub_layer_of_the_text_decoder_gives_what_its_source_gives(roberta,
 
 
 @torch.no_grad()
-def test_embeddings_and_head_are_those_of_roberta(roberta, model):
+def test_embeddings_and_head_equal_roberta(roberta, model):
     ids = prompts()
     embeddings = model.model.text_model.embeddings
     ours = embeddings(embeddings.word_embeddings(ids), torch.arange(5)[None])
@@ -131,7 +131,7 @@ def test_embeddings_and_head_are_those_of_roberta(roberta, model):
 
 
 @torch.no_grad()
-def test_the_layer_norms_that_are_new_in_a_roberta_layer_are_copies_of_the_one_before(model):
+def test_new_layer_norms_copy_the_norm_before(model):
     for layer in model.model.text_model.layers[:-1]:
         for norm in (layer.cross_attn_layer_norm, layer.adaptor.layer_norm):
             assert torch.equal(norm.weight, layer.self_attn_layer_norm.weight)

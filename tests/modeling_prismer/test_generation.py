@@ -41,7 +41,7 @@ def cross_projections(model):
 
 
 @pytest.mark.parametrize("search", [GREEDY, BEAMS], ids=["greedy", "beams"])
-def test_what_is_said_depends_on_the_image(model, search):
+def test_text_depends_on_the_image(model, search):
     prompt = prompts(1).repeat(3, 1)
     generated = model.generate(input_ids=prompt, **image_inputs(seed=1), **search)
     assert torch.equal(generated[:, :5], prompt)  # the prompt comes first
@@ -77,14 +77,14 @@ def test_cached_and_uncached_are_equal(model, search):
 
 
 @pytest.mark.parametrize("search", [GREEDY, BEAMS], ids=["greedy", "beams"])
-def test_a_static_cache_gives_what_a_dynamic_one_gives(model, search):
+def test_static_and_dynamic_cache_are_equal(model, search):
     inputs = {"input_ids": prompts(), **image_inputs()}
     static = model.generate(**inputs, cache_implementation="static", return_dict_in_generate=True, **search)
     assert isinstance(static[CACHE_NAME], StaticCache)
     assert torch.equal(static.sequences, model.generate(**inputs, **search))
 
 
-def test_a_static_cache_can_be_used_for_the_next_images(model):
+def test_static_cache_is_reused_for_other_images(model):
     cache = StaticCache(config=model.config.text_config, max_cache_len=20)
     for seed in (0, 1):
         inputs = {"input_ids": prompts(), **image_inputs(seed=seed)}
@@ -110,7 +110,7 @@ def test_greedy_is_the_argmax_of_forward(model):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("search", [GREEDY, BEAMS], ids=["greedy", "beams"])
-def test_a_prompt_padded_on_the_left_gives_what_it_gives_unpadded(model, search, attention):
+def test_left_padding_changes_nothing(model, search, attention):
     model.set_attn_implementation(attention)
     images, prompt = image_inputs(), prompts()
     lengths = [5, 3, 4]
@@ -126,7 +126,7 @@ def test_a_prompt_padded_on_the_left_gives_what_it_gives_unpadded(model, search,
 
 
 @pytest.mark.parametrize("mask", ["given", "inferred"])
-def test_a_prompt_padded_on_the_right_is_refused(model, mask):
+def test_right_padding_is_refused(model, mask):
     padded = prompts()
     padded[1, 3:] = PAD
     kwargs = {"attention_mask": (padded != PAD).long()} if mask == "given" else {}
@@ -135,7 +135,7 @@ def test_a_prompt_padded_on_the_right_is_refused(model, mask):
 
 
 @pytest.mark.parametrize("search", [GREEDY, BEAMS], ids=["greedy", "beams"])
-def test_a_batch_gives_what_its_samples_give_one_by_one(model, search):
+def test_batch_equals_single_samples(model, search):
     images, prompt = image_inputs(4), prompts(4)
     together = model.generate(input_ids=prompt, **images, **search)
     for row in range(4):
@@ -143,7 +143,7 @@ def test_a_batch_gives_what_its_samples_give_one_by_one(model, search):
         assert strip(together[row : row + 1]) == strip(alone)
 
 
-def test_a_batch_with_unlike_experts_gives_what_its_samples_give_one_by_one(model):
+def test_mixed_experts_in_a_batch_equal_single_samples(model):
     images, prompt = image_inputs(3), prompts(3)
     mask = torch.tensor([[True] * 6, [True, False] * 3, [False] * 6])
     together = model.generate(input_ids=prompt, expert_mask=mask, **images, **BEAMS)
@@ -181,7 +181,7 @@ def test_several_sequences_for_each_image(model, search):
     assert len({tuple(row) for row in strip(generated)}) == 6
 
 
-def test_beam_scores_are_those_of_the_sequences(model):
+def test_beam_scores_equal_the_sequences_scores(model):
     images = image_inputs()
     best = model.generate(
         input_ids=prompts(),
@@ -198,7 +198,7 @@ def test_beam_scores_are_those_of_the_sequences(model):
     torch.testing.assert_close(best.sequences_scores, scores, atol=1e-4, rtol=1e-4)
 
 
-def test_it_stops_at_the_end_of_sequence(model):
+def test_generation_stops_at_the_end_of_sequence(model):
     images = image_inputs()
     free = model.generate(input_ids=prompts(), **images, do_sample=False, max_new_tokens=12)
     row = max(range(3), key=lambda row: len(strip(free)[row]))
@@ -212,7 +212,7 @@ def test_it_stops_at_the_end_of_sequence(model):
     assert strip(stopped)[row][-1] == end
 
 
-def test_its_special_tokens_come_from_the_config(model):
+def test_special_tokens_come_from_the_config(model):
     assert model.generation_config.eos_token_id == EOS
     assert model.generation_config.pad_token_id == PAD
     assert model.generation_config.bos_token_id == 0
@@ -242,7 +242,7 @@ def test_several_prompts_for_one_image(model, search):
     assert torch.equal(together, model.generate(input_ids=prompt, **repeated, **search))
 
 
-def test_rows_that_are_no_multiple_of_the_images_are_refused(model):
+def test_rows_must_be_a_multiple_of_the_images(model):
     with pytest.raises(ValueError, match="5 rows of text for 3 images: the rows must be a multiple"):
         model.generate(input_ids=prompts(5), **image_inputs(3), **GREEDY)
 
@@ -289,7 +289,7 @@ def test_a_copied_cache_goes_on_by_itself(model):
             torch.testing.assert_close(outputs.logits, expected, **TOLERANCE)
 
 
-def test_other_images_replace_those_of_a_cache(model):
+def test_new_images_replace_those_of_a_cache(model):
     prompt, cache = prompts(), DynamicCache(config=model.config.text_config)
     with torch.no_grad():
         model(input_ids=prompt, **image_inputs(seed=1), cache=cache)
@@ -300,7 +300,7 @@ def test_other_images_replace_those_of_a_cache(model):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_text_alone_does_not_see_the_images_of_a_cleared_cache(model, kind):
+def test_cleared_cache_holds_no_image(model, kind):
     prompt = prompts()
     config = model.config.text_config
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=20)
@@ -338,7 +338,7 @@ def test_word_embeddings_in_place_of_words(model):
     assert torch.equal(said, model.generate(input_ids=prompts(), **image_inputs(), **GREEDY)[:, 5:])
 
 
-def test_experts_of_ones_own_reach_the_encoder():
+def test_own_experts_reach_the_encoder():
     heat = {"name": "heat", "kind": "dense", "channels": 2}
     model = tiny_model(experts=[heat])
     inputs = image_inputs(experts=[heat])
@@ -347,7 +347,7 @@ def test_experts_of_ones_own_reach_the_encoder():
     assert not torch.equal(said, model.generate(input_ids=prompts(), **inputs, **GREEDY))
 
 
-def test_what_does_not_fit_is_refused(model):
+def test_bad_inputs_are_refused(model):
     images = image_inputs()
     with pytest.raises(ValueError, match="experts depth are neither given nor masked out"):
         model.generate(input_ids=prompts(), **without(images, "depth"), **GREEDY)

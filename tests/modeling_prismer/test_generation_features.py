@@ -64,7 +64,7 @@ def favourite(model, inputs):
 
 @SEARCHES
 @pytest.mark.parametrize("penalty", [{"no_repeat_ngram_size": 1}, {"repetition_penalty": 100.0}])
-def test_it_does_not_repeat_itself(model, inputs, search, penalty):
+def test_penalties_prevent_repetition(model, inputs, search, penalty):
     assert any(len(set(row)) < len(row) for row in said(model.generate(**inputs, **search)))
     for row in strip(model.generate(**inputs, **search, **penalty)):
         assert len(set(row)) == len(row)
@@ -72,14 +72,14 @@ def test_it_does_not_repeat_itself(model, inputs, search, penalty):
 
 @SEARCHES
 @pytest.mark.parametrize("way", ["bad_words_ids", "suppress_tokens"])
-def test_what_it_must_not_say(model, inputs, search, way):
+def test_banned_words_do_not_appear(model, inputs, search, way):
     word = favourite(model, inputs)
     banned = {"bad_words_ids": [[word]], "suppress_tokens": [word]}[way]
     assert word not in model.generate(**inputs, **search, **{way: banned})[:, PROMPT_LENGTH:]
 
 
 @SEARCHES
-def test_what_it_is_pushed_to_say(model, inputs, search):
+def test_sequence_bias_pushes_a_word(model, inputs, search):
     word = next(word for word in range(4, VOCAB_SIZE) if word not in model.generate(**inputs, **search))
     pushed = model.generate(**inputs, **search, sequence_bias=[[[word], 50.0]])
     assert all(word in row for row in said(pushed))
@@ -96,7 +96,7 @@ def test_each_row_follows_its_own_constraint(model, inputs, search):
 
 
 @SEARCHES
-def test_how_long_it_speaks(model, inputs, search):
+def test_length_settings_are_followed(model, inputs, search):
     free = said(model.generate(**inputs, **search))
     assert any(len(row) == 8 and EOS not in row for row in free)
     hurried = said(model.generate(**inputs, **search, exponential_decay_length_penalty=(1, 5.0)))
@@ -118,7 +118,7 @@ def test_how_long_it_speaks(model, inputs, search):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_sampling_is_cut_to_what_is_probable(model, inputs, settings, allowed):
+def test_sampling_is_cut_to_probable_tokens(model, inputs, settings, allowed):
     drawn = model.generate(
         **inputs,
         do_sample=True,
@@ -145,7 +145,7 @@ def test_beams_can_be_sampled(model, inputs):
     assert len(drawn[0]) == 6 and len({tuple(row) for row in drawn[0]}) == 6
 
 
-def test_guidance_away_from_what_it_would_say_without_the_image(model, inputs):
+def test_guidance_away_from_text_without_the_image(model, inputs):
     guided = model.generate(
         **inputs,
         do_sample=False,
@@ -173,12 +173,12 @@ def test_guidance_away_from_what_it_would_say_without_the_image(model, inputs):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_searches_that_have_moved_to_the_hub_say_where(model, inputs, settings, repository):
+def test_moved_searches_name_their_repository(model, inputs, settings, repository):
     with pytest.raises(ValueError, match=f"transformers-community/{repository}"):
         model.generate(**inputs, **GREEDY, **settings)
 
 
-def test_a_search_of_ones_own(model, inputs):
+def test_custom_search(model, inputs):
     """Each step, as in contrastive search, runs several candidates of each row and keeps one of them."""
 
     def search(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -205,13 +205,13 @@ def test_a_search_of_ones_own(model, inputs):
 # ---- streams and stops
 
 
-def test_text_is_printed_as_it_comes(model, tokenizer, capsys):
+def test_streamer_prints_text(model, tokenizer, capsys):
     inputs = {"input_ids": prompts(1), **image_inputs(1)}
     generated = model.generate(**inputs, **GREEDY, streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert capsys.readouterr().out.strip() == tokenizer.decode(generated[0, PROMPT_LENGTH:]).strip()
 
 
-def test_text_can_be_iterated_over_while_it_comes(model, tokenizer):
+def test_streamer_is_an_iterator(model, tokenizer):
     inputs = {"input_ids": prompts(1), **image_inputs(1)}
     expected = tokenizer.decode(model.generate(**inputs, **GREEDY)[0]).strip()
     streamer = TextIteratorStreamer(tokenizer, timeout=60)
@@ -223,14 +223,14 @@ def test_text_can_be_iterated_over_while_it_comes(model, tokenizer):
 
 
 @SEARCHES
-def test_it_stops_at_a_text(model, tokenizer, inputs, search):
+def test_generation_stops_at_a_string(model, tokenizer, inputs, search):
     free = said(model.generate(**inputs, **search))
     stop = free[0][3]
     stopped = said(model.generate(**inputs, **search, stop_strings=tokenizer.decode(stop), tokenizer=tokenizer))
     assert stopped[0][-1] == stop and len(stopped[0]) <= 4
 
 
-def test_it_stops_when_told(model, inputs):
+def test_stopping_criteria_stop_each_row(model, inputs):
     class RowsStop(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             return input_ids.shape[1] >= PROMPT_LENGTH + torch.tensor([2, 4, 6])
@@ -245,7 +245,7 @@ def test_it_stops_when_told(model, inputs):
 
 
 @pytest.mark.parametrize("rows", [3, 6], ids=["one prompt an image", "two prompts an image"])
-def test_all_that_can_be_returned_is_what_forward_computes(model, rows):
+def test_returned_values_equal_forward(model, rows):
     model.set_attn_implementation("eager")
     images = image_inputs()
     returned = model.generate(
@@ -278,7 +278,7 @@ def test_all_that_can_be_returned_is_what_forward_computes(model, rows):
 
 
 @pytest.mark.parametrize("search", ["one token at a time", "beams"])
-def test_where_it_looked_is_seen_by_running_the_finished_text(model, search):
+def test_cross_attention_of_each_step_equals_one_pass(model, search):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         encoded = model.get_image_features(**image_inputs(2))
@@ -320,7 +320,7 @@ def test_the_scores_of_each_token(model, inputs, search):
 
 @SEARCHES
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"num_return_sequences": 2, "num_beams": 2}])
-def test_embeddings_give_what_their_words_give(model, search, how):
+def test_embeddings_equal_their_words(model, search, how):
     padded = prompts()
     padded[1] = torch.tensor([PAD, PAD, *prompts()[1, :3]])
     given = {"attention_mask": (padded != PAD).long(), **image_inputs(), **(search | how)}
@@ -345,7 +345,7 @@ def test_several_answers_to_several_prompts_for_one_image(model):
 @pytest.mark.parametrize(
     "how", [GREEDY, BEAMS, {**GREEDY, "cache_implementation": "static"}, {**GREEDY, "use_cache": False}]
 )
-def test_in_half_precision_it_says_nothing_that_full_precision_finds_unlikely(model, inputs, dtype, how):
+def test_half_precision_picks_likely_tokens(model, inputs, dtype, how):
     half = tiny_model().to(dtype)
     generated = half.generate(**inputs, **how)
     with torch.no_grad():
@@ -413,7 +413,7 @@ def assistant(width: int = 16, experts: list[dict] = EXPERTS) -> PrismerForCondi
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all experts", "some experts"])
-def test_a_smaller_prismer_assists_and_changes_nothing(model, masked):
+def test_smaller_prismer_assists(model, masked):
     helper, inputs = assistant(), {"input_ids": prompts(1), **image_inputs(1)}
     if masked:
         inputs["expert_mask"] = torch.tensor([[True, False] * 3])
@@ -423,7 +423,7 @@ def test_a_smaller_prismer_assists_and_changes_nothing(model, masked):
     assert encoders[0].rows == encoders[1].rows == [1]
 
 
-def test_an_assistant_sees_the_image_and_a_padded_prompt_as_the_model_does(model):
+def test_assistant_sees_image_and_padded_prompt(model):
     # it makes the very drafts that the model would say itself, so that few steps are enough
     prompt = torch.cat([torch.full((1, 3), PAD), prompts(1)], dim=1)
     inputs = {"input_ids": prompt, "attention_mask": (prompt != PAD).long(), **image_inputs(1, seed=1)}
@@ -461,7 +461,7 @@ def test_assisted_sampling_follows_the_seed(model):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_what_an_assistant_cannot_work_with_is_refused(model):
+def test_assistant_refuses_bad_inputs(model):
     images = image_inputs(1)
     encoded = model.get_image_features(**images)
     with pytest.raises(ValueError, match="assisted decoding needs pixel_values and the experts' tensors, not encoder"):

@@ -176,7 +176,7 @@ def test_probability_of_each_candidates_first_token(recording, row):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_ranking_of_a_padded_question_is_that_of_the_question_alone(recording, side):
+def test_padding_does_not_change_ranking(recording, side):
     golden, images = recording
     ids, mask = golden.inputs["rank_question_ids"], golden.inputs["rank_question_mask"]
     length = int(mask[1].sum())
@@ -200,7 +200,7 @@ def test_ranking_of_a_padded_question_is_that_of_the_question_alone(recording, s
     ],
 )
 @pytest.mark.parametrize("name", ["tiny_prismer", "tiny_prismerz", "tiny_patch14"])
-def test_what_each_frozen_set_trains(load_recording, name, frozen, vision, language):
+def test_each_frozen_set_trains_its_weights(load_recording, name, frozen, vision, language):
     golden = load_recording(name)
     model, sources = golden.model(), original_names(golden.config)
     model.freeze_backbones(vision=vision, language=language)

@@ -59,7 +59,7 @@ class Recorder:
         *("lm_head.dense", "lm_head.activation", "lm_head.decoder"),
     ],
 )
-def test_a_hook_on_one_module_sees_what_it_sees_with_gradients(encode, name):
+def test_hook_sees_the_same_without_gradients(encode, name):
     model, run = encode
     seen = []
     for gradients in (True, False):
@@ -70,7 +70,7 @@ def test_a_hook_on_one_module_sees_what_it_sees_with_gradients(encode, name):
     seen[1].must_be_as(seen[0])
 
 
-def test_a_hook_on_all_modules_sees_what_it_sees_with_gradients(encode):
+def test_global_hook_sees_the_same_without_gradients(encode):
     model, run = encode
     names = {module: name for name, module in model.named_modules()}
     calls = []
@@ -91,7 +91,7 @@ def test_a_hook_on_all_modules_sees_what_it_sees_with_gradients(encode):
     calls[1][1].must_be_as(calls[0][1])
 
 
-def test_a_hook_may_replace_what_a_linear_layer_returns(encode):
+def test_hook_may_replace_an_output(encode):
     model, run = encode
     mlp = model.model.vision_model.layers[0].mlp
     seen = Recorder()

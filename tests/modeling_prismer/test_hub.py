@@ -232,7 +232,7 @@ def test_the_code_is_saved_only_when_asked_for(saves_code, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_says_the_same_where_this_package_is_not_installed(elsewhere, name):
+def test_saved_model_runs_without_this_package(elsewhere, name):
     folder, said, _ = elsewhere
     model = MODELS[name][0]()
     assert said[name] == [model.config.model_type, type(model.model).__name__]
@@ -243,7 +243,7 @@ def test_a_model_says_the_same_where_this_package_is_not_installed(elsewhere, na
         assert torch.equal(found[key], tensor), key
 
 
-def test_processor_pipeline_and_ranking_say_the_same_where_this_package_is_not_installed(elsewhere):
+def test_processor_and_pipeline_run_without_this_package(elsewhere):
     folder, said, _ = elsewhere
     processor = PrismerProcessor.from_pretrained(folder / "bundled")
     expected = processor(SHAPE, QUESTION, expert_labels={"edge": Image.open(folder / "edge.png"), "ocr": None})
@@ -262,12 +262,12 @@ def test_live_experts_ask_for_the_package_by_name(elsewhere):
     assert said["mask without labels"] == [[False, False]]
 
 
-def test_peft_knows_what_to_adapt_where_this_package_is_not_installed(elsewhere):
+def test_peft_has_default_modules_without_this_package(elsewhere):
     pytest.importorskip("peft", reason="needs peft")
     assert elsewhere[1]["adapts"] == ["q_proj", "v_proj"]
 
 
-def test_with_this_package_a_folder_with_code_loads_without_trust(saves_code, tmp_path):
+def test_folder_with_code_loads_without_trust(saves_code, tmp_path):
     model = tiny_model(experts=[])
     model.save_pretrained(tmp_path)
     PrismerProcessor.from_pretrained(pretrained_path("prismer-easy-vqa")).save_pretrained(tmp_path)

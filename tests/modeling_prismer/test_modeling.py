@@ -33,7 +33,7 @@ TOKENS = 16 + 6  # patches and latents
 # ---- outputs
 
 
-def test_the_shapes_of_what_comes_out(model):
+def test_output_shapes(model):
     outputs = model(**training_inputs(), output_hidden_states=True, use_cache=True)
     assert outputs.logits.shape == (3, 7, VOCAB_SIZE)
     assert outputs.loss.shape == () and outputs.loss_per_sample.shape == (3,)
@@ -46,7 +46,7 @@ def test_the_shapes_of_what_comes_out(model):
     assert outputs[CACHE_NAME].get_seq_length() == 5
 
 
-def test_image_outputs_are_those_of_the_encoder(model):
+def test_image_outputs_equal_the_encoder(model):
     model.set_attn_implementation("eager")
     recorded = {"output_hidden_states": True, "output_attentions": True}
     encoded = model.get_image_features(**image_inputs(), **recorded)
@@ -69,7 +69,7 @@ def test_the_shapes_of_attentions(model):
     assert not outputs.attentions[0].triu(1).any()
 
 
-def test_cross_attentions_are_those_of_each_row(model):
+def test_cross_attentions_of_each_row(model):
     model.set_attn_implementation("eager")
     images, text = image_inputs(2), prompts(6)
     together = model(input_ids=text, **images, output_attentions=True)
@@ -96,7 +96,7 @@ def test_logits_of_some_positions_only(model, kept):
     torch.testing.assert_close(model(**inputs, logits_to_keep=kept).logits, everything[:, places], **TOLERANCE)
 
 
-def test_the_loss_is_the_mean_of_the_samples_sums_times_their_weights(model):
+def test_loss_is_the_weighted_mean_of_sample_losses(model):
     inputs = training_inputs()
     outputs = model(**inputs, sample_weight=torch.tensor([1.0, 0.0, 0.3]))
     shifted = outputs.logits[:, :-1].transpose(1, 2)
@@ -141,7 +141,7 @@ def test_padding_of_the_text_changes_nothing(model, side, attention):
     torch.testing.assert_close(outputs.loss_per_sample, expected.loss_per_sample)
 
 
-def test_a_token_sees_only_what_came_before(model):
+def test_token_sees_only_earlier_tokens(model):
     inputs = {"input_ids": prompts(length=7), **image_inputs()}
     changed = inputs | {"input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:, 4] = 9
@@ -179,7 +179,7 @@ def test_rows_of_text_may_be_a_multiple_of_the_images(model):
         ({**dict.fromkeys(image_inputs()), "encoder_outputs": torch.zeros(3, TOKENS, 30)}, r"22, 30\); .* 32\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(model, changes, message):
+def test_bad_inputs_are_refused(model, changes, message):
     with pytest.raises(ValueError, match=message):
         model(**({"input_ids": prompts(), **image_inputs()} | changes))
 
@@ -249,7 +249,7 @@ def attention_without_padding(module, query, key, value, attention_mask, scaling
 
 
 @torch.no_grad()
-def test_an_attention_that_cuts_out_padding_as_flash_attention_does(model):
+def test_attention_that_removes_padding(model):
     AttentionInterface.register("without_padding", attention_without_padding)
     AttentionMaskInterface.register("without_padding", flash_attention_mask)
     inputs = training_inputs()
@@ -325,7 +325,7 @@ def test_layer_norms_compute_in_float32(model, dtype):
     assert torch.equal(norm(states.float()), expected)  # as under autocast
 
 
-def test_autocast_trains_and_says_about_the_same(model):
+def test_autocast_is_close_to_full_precision(model):
     inputs = training_inputs()
     expected = model(**inputs).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -348,7 +348,7 @@ def test_it_compiles_in_one_graph(model):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_cuda_it_gives_what_it_gives_on_the_cpu(model, dtype):
+def test_cuda_equals_cpu(model, dtype):
     inputs = {"input_ids": prompts(), **image_inputs()}
     with torch.no_grad():
         expected = model(**inputs)
@@ -466,7 +466,7 @@ def test_a_fresh_model_is_calm():
         assert parameter.grad.any() or "adaptor.down_proj" in name or "adaptor.layer_norm" in name, name
 
 
-def test_a_fresh_resampler_hands_on_what_differs_between_pictures():
+def test_new_resampler_keeps_differences_between_images():
     torch.manual_seed(0)
     vision_model = PrismerForConditionalGeneration(tiny_config()).model.vision_model.train()
     for stem in vision_model.expert_stems.values():
@@ -481,7 +481,7 @@ def test_a_fresh_resampler_hands_on_what_differs_between_pictures():
 # ---- resizing
 
 
-def test_the_positions_of_another_resolution_are_the_bicubic_ones(model):
+def test_resized_positions_are_bicubic(model):
     table = model.model.vision_model.embeddings.position_embedding.detach().clone()
     images = image_inputs()
     before = model.get_image_features(**images).last_hidden_state
@@ -512,7 +512,7 @@ def test_frozen_positions_stay_frozen_when_resized(model):
     assert not model.model.vision_model.embeddings.position_embedding.requires_grad
 
 
-def test_an_image_that_is_no_multiple_of_the_patch_loses_its_edge():
+def test_image_edge_beyond_the_last_patch_is_cut():
     model = tiny_model(tiny_config(experts=[], image_size=37))
     pixels = torch.randn(2, 3, 37, 37)
     cropped = copy.deepcopy(model).resize_position_embeddings(32)

@@ -56,13 +56,13 @@ def adapter(folder):
 
 @pytest.mark.parametrize("method", sorted(method.value for method in peft_methods.PEFT_TYPE_TO_CONFIG_MAPPING))
 @pytest.mark.filterwarnings("ignore")
-def test_each_method_does_what_the_guide_says(method, tmp_path):
+def test_each_method_does_as_the_guide_says(method, tmp_path):
     result, errors = peft_methods.examine(method, str(tmp_path))
     written = "run `python -m tests.modeling_prismer.peft_methods`"
     assert GUIDE.get(method) == peft_methods.row(method, result), f"{written}: {errors}"
 
 
-def test_what_cannot_be_done_has_its_reason_in_the_guide():
+def test_guide_gives_the_reason_for_each_no():
     assert all(row.rstrip(" |").endswith(".") for row in GUIDE.values() if "| no |" in row)
 
 
@@ -89,7 +89,7 @@ def with_virtual_tokens(method, folder):
 
 
 @pytest.mark.parametrize("method", VIRTUAL_TOKENS)
-def test_virtual_tokens_are_seen_in_generation_as_in_training(method, tmp_path):
+def test_virtual_tokens_in_generation_equal_training(method, tmp_path):
     model = with_virtual_tokens(method, tmp_path)
     images = image_inputs(2, experts=peft_methods.EXPERTS_HERE)
     if method == "MULTITASK_PROMPT_TUNING":
@@ -107,7 +107,7 @@ def test_virtual_tokens_are_seen_in_generation_as_in_training(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])
-def test_virtual_tokens_are_seen_by_beams_and_several_questions(method, tmp_path):
+def test_virtual_tokens_with_beams_and_several_questions(method, tmp_path):
     model = with_virtual_tokens(method, tmp_path)
     inputs = {"input_ids": prompts(6), **image_inputs(2, experts=peft_methods.EXPERTS_HERE)}
     settings = {"do_sample": False, "num_beams": 3, "max_new_tokens": 4, "return_dict_in_generate": True}
@@ -137,7 +137,7 @@ def test_lora_needs_no_names_of_modules(part):
         assert all(any(place in name for name in adapted) for place in places)
 
 
-def test_a_new_model_adds_the_default_modules_and_replaces_none(monkeypatch):
+def test_new_model_adds_default_modules_to_peft(monkeypatch):
     tables = peft.utils.constants
     for model_type in ("prismer", "prismer_vision_model", "prismer_text_model"):
         monkeypatch.delitem(tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, model_type, raising=False)
@@ -166,7 +166,7 @@ def test_every_task_type_trains_generates_saves_and_loads(tmp_path, folder, task
 
 
 @pytest.mark.parametrize("task_type", [task.value for task in peft.TaskType if task.value != "CAUSAL_LM"])
-def test_prompt_learning_of_another_task_type_is_an_error_that_says_which_it_needs(task_type):
+def test_prompt_learning_names_the_task_type_it_needs(task_type):
     config = peft.PromptTuningConfig(task_type=task_type, num_virtual_tokens=3)
     with pytest.raises(ValueError, match='it needs `task_type="CAUSAL_LM"`'):
         peft.get_peft_model(tiny_model(), config)(**training_inputs())
@@ -248,7 +248,7 @@ def test_adapters_can_be_merged():
 
 
 @pytest.mark.filterwarnings("ignore:Model with")
-def test_embeddings_that_were_trained_apart_from_the_head_stay_apart_when_merged(tmp_path):
+def test_merging_keeps_separate_embeddings_apart(tmp_path):
     model = with_lora(tiny_model(), modules_to_save=["word_embeddings"])
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.1)
@@ -274,7 +274,7 @@ def test_the_folder_of_an_adapter_loads_as_a_model(adapter, auto_class):
     assert torch.equal(model(**training_inputs()).logits, adapter[1])
 
 
-def test_auto_peft_model_loads_an_adapter_once_it_may_import_this_package(tmp_path, folder):
+def test_auto_peft_model_needs_an_import_allowlist(tmp_path, folder):
     model = with_lora(PrismerForConditionalGeneration.from_pretrained(folder))
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"import_allowlist=\['modeling_prismer"):
@@ -284,7 +284,7 @@ def test_auto_peft_model_loads_an_adapter_once_it_may_import_this_package(tmp_pa
 
 
 @pytest.mark.parametrize("method", ["LORA", "PROMPT_TUNING"])
-def test_auto_peft_model_for_causal_lm_loads_what_has_that_task_type(tmp_path, folder, method):
+def test_auto_peft_model_for_causal_lm(tmp_path, folder, method):
     settings = {"LORA": {"init_lora_weights": False}, "PROMPT_TUNING": {"num_virtual_tokens": 3}}[method]
     config = peft_methods.PEFT_TYPE_TO_CONFIG_MAPPING[method](task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(PrismerForConditionalGeneration.from_pretrained(folder), config).eval()
@@ -305,7 +305,7 @@ def test_auto_peft_model_for_causal_lm_loads_what_has_that_task_type(tmp_path, f
         ("QUESTION_ANS", "AutoPeftModelForQuestionAnswering"),
     ],
 )
-def test_auto_peft_models_for_what_prismer_is_not_say_so(tmp_path, folder, task_type, auto_class):
+def test_other_auto_peft_models_are_refused(tmp_path, folder, task_type, auto_class):
     with_lora(PrismerForConditionalGeneration.from_pretrained(folder), task_type=task_type).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Unrecognized configuration class.*PrismerConfig"):
         getattr(peft, auto_class).from_pretrained(tmp_path)
@@ -314,7 +314,7 @@ def test_auto_peft_models_for_what_prismer_is_not_say_so(tmp_path, folder, task_
     PrismerForConditionalGeneration.from_pretrained(tmp_path)  # takes any
 
 
-def test_an_adapter_of_the_base_model_is_loaded_for_feature_extraction(tmp_path, folder):
+def test_adapter_of_the_base_model_extracts_features(tmp_path, folder):
     model = with_lora(PrismerModel.from_pretrained(folder), task_type="FEATURE_EXTRACTION")
     model.save_pretrained(tmp_path)
     loaded = peft.AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path)
@@ -370,7 +370,7 @@ def test_new_tokens_are_in_the_merged_model(tmp_path, folder):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_auto_peft_model_finds_new_tokens_beside_the_adapter(tmp_path):
+def test_auto_peft_model_loads_new_tokens(tmp_path):
     path = pretrained_path("prismer-easy-vqa")
     processor = PrismerProcessor.from_pretrained(path, experts=None)
     processor.tokenizer.add_tokens(["[DEFECT]"])
@@ -401,7 +401,7 @@ TOO_OLD = Version(transformers.__version__) >= Version("5.24") and Version(peft.
 
 
 @pytest.mark.skipif(not TOO_OLD, reason="peft is new enough for this transformers")
-def test_add_adapter_says_which_peft_it_needs():
+def test_add_adapter_names_the_peft_it_needs():
     model = tiny_model()
     with pytest.raises(ValueError, match="PEFT.*0.22"):
         model.add_adapter(peft.LoraConfig(init_lora_weights=False))

@@ -110,7 +110,7 @@ def test_many_pictures_in_batches(ask, rows, batch_size):
     assert answers(output for (output,) in expected) == ["red", "yes", "rectangle"]
 
 
-def test_the_prompt_stands_before_the_answer_unless_told_otherwise(ask):
+def test_full_text_begins_with_the_prompt(ask):
     (output,) = ask(RED_CIRCLE, COLOR, return_full_text=True)
     assert output["generated_text"] == f"{COLOR} Red"
     (output,) = ask.func(RED_CIRCLE, COLOR, return_tensors=True)
@@ -180,7 +180,7 @@ def test_tokens_that_were_added_are_shown(model, processor):
     assert output["generated_text"] == "is <loc_1> red<loc_1>"
 
 
-def test_without_a_text_it_says_that_both_are_needed(ask, path):
+def test_pipeline_needs_image_and_text(ask, path):
     with pytest.raises(ValueError, match="A pipeline takes both: images=… and text=…"):
         ask(str(path))
     with pytest.raises(ValueError, match="You must provide text"):
@@ -219,7 +219,7 @@ def test_pictures_are_classified_among_labels_of_ones_own(model, processor):
         assert scores == sorted(scores, reverse=True) and scores[0] < 0
 
 
-def test_its_scores_are_those_of_rank_candidates(model, processor):
+def test_classify_scores_equal_rank_candidates(model, processor):
     inputs = processor(RED_CIRCLE, [SHAPE, COLOR])
     candidates = processor.prepare_candidates(LABELS)
     expected = model.rank_candidates(**candidates, k=3, **inputs)
@@ -237,7 +237,7 @@ def test_experts_labels_and_task_can_be_given(model, processor):
     assert model.classify(processor, RED_CIRCLE, LABELS, text=SHAPE, task="caption") != blind
 
 
-def test_labels_have_the_form_of_what_they_follow(scenes):
+def test_labels_have_the_form_of_the_text_before(scenes):
     captions = ["a Red ball", "a blue cube"]
     expected = scenes.model.classify(scenes.processor, RED_CIRCLE, captions, task="caption")
     assert scenes.model.classify(scenes.processor, RED_CIRCLE, captions) == expected
@@ -247,7 +247,7 @@ def test_labels_have_the_form_of_what_they_follow(scenes):
         scenes.model.classify(scenes.processor, RED_CIRCLE, captions, text=["A picture of", "What is it?"])
 
 
-def test_what_classify_cannot_do_without_is_named(model, processor):
+def test_classify_names_missing_inputs(model, processor):
     with pytest.raises(ValueError, match="text is missing: the task 'vqa' needs a question"):
         model.classify(processor, RED_CIRCLE, LABELS)
     with pytest.raises(ValueError, match="answers is empty"):

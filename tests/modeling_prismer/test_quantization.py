@@ -72,7 +72,7 @@ def is_quantized(module):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_linear_layer_but_the_tied_output_layer_is_quantised(folder, name):
+def test_all_linear_layers_but_the_tied_one_are_quantised(folder, name):
     model = load(folder, name)
     modules = {name: module for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
     linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -83,7 +83,7 @@ def test_every_linear_layer_but_the_tied_output_layer_is_quantised(folder, name)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_says_about_the_same(folder, name, device):
+def test_quantised_model_is_close(folder, name, device):
     inputs = {"input_ids": prompts(), **image_inputs()}
     with torch.no_grad():
         expected = PrismerForConditionalGeneration.from_pretrained(folder)(**inputs).logits

@@ -47,7 +47,7 @@ def score(model, candidate_ids, candidate_mask, input_ids, images):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_scores_are_the_mean_log_probabilities_of_the_candidates_tokens(label_smoothing, attention):
+def test_scores_are_mean_log_probabilities(label_smoothing, attention):
     model = tiny_model(tiny_config(label_smoothing=label_smoothing))
     model.set_attn_implementation(attention)
     ids, mask = candidates(9)
@@ -71,7 +71,7 @@ def test_the_k_most_probable_first_tokens_are_scored():
     assert (ranking.scores.diff(dim=1) <= 0).all()
 
 
-def test_of_candidates_with_the_same_first_token_the_first_are_scored(model):
+def test_equal_first_tokens_keep_their_order(model):
     ids, mask = candidates(40)
     ids[:, 0] = 9
     ranking = model.rank_candidates(ids, mask, 7, input_ids=prompts(), **image_inputs())
@@ -172,7 +172,7 @@ def test_the_prompt_and_the_image_are_run_once(model):
     assert all(length <= 4 for _, length in lengths[1:])  # the candidates without their last token, not the prompt
 
 
-def test_thousands_of_candidates_take_no_more_memory_than_a_chunk():
+def test_memory_depends_on_the_chunk_only():
     model = tiny_model(experts=[])
     images = image_inputs(1, experts=[])
     largest = {}
@@ -208,7 +208,7 @@ def test_it_takes_no_gradients(model):
         ({"attention_mask": torch.tensor([[1] * 5, [0] * 5, [1] * 5])}, "all padding"),
     ],
 )
-def test_what_does_not_fit_is_refused(model, changes, message):
+def test_bad_inputs_are_refused(model, changes, message):
     ids, mask = candidates(6)
     call = {"candidate_ids": ids, "candidate_mask": mask, "k": 3, "input_ids": prompts(), **image_inputs()}
     with pytest.raises(ValueError, match=message):

@@ -45,11 +45,11 @@ def test_a_saved_model_comes_back_bit_equal(tmp_path, experts):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_it_says_the_same_after_loading(model, folder):
+def test_loaded_model_is_the_same(model, folder):
     assert torch.equal(generate(PrismerForConditionalGeneration.from_pretrained(folder)), generate(model))
 
 
-def test_what_is_saved(folder):
+def test_saved_files(folder):
     assert {file.name for file in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "prismer"
@@ -288,7 +288,7 @@ def test_how_the_model_may_be_split(model):
 
 
 @pytest.mark.parametrize("part_class, name", [(PrismerVisionModel, "vision_model"), (PrismerTextModel, "text_model")])
-def test_parts_load_from_the_folder_of_a_whole_model_and_from_their_own(model, folder, tmp_path, part_class, name):
+def test_parts_load_from_a_whole_model_or_their_own_folder(model, folder, tmp_path, part_class, name):
     part, report = part_class.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     part.save_pretrained(tmp_path / name)

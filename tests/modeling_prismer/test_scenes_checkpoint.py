@@ -28,7 +28,7 @@ def test_is_the_default_and_small_enough_to_ship():
     assert not [path.name for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
-def test_six_live_experts_and_the_network_answer_questions_about_the_bundled_scene():
+def test_scenes_checkpoint_answers_with_live_experts():
     processor = PrismerProcessor.from_pretrained(pretrained_path())
     model = PrismerForConditionalGeneration.from_pretrained(pretrained_path(), dtype="float32")
     assert list(processor.experts) == model.config.expert_names

@@ -87,7 +87,7 @@ def test_trainer_learns_from_rows(model, processor, tmp_path):
     assert processor.post_process_generation(generated, inputs["input_ids"].shape[1]) == ["circle", "no"]
 
 
-def test_trainer_evaluates_and_hands_logits_to_compute_metrics(model, processor, tmp_path):
+def test_trainer_gives_logits_to_compute_metrics(model, processor, tmp_path):
     def compute_metrics(prediction):
         logits, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
         right = (logits.argmax(-1) == labels) | (labels == -100)
@@ -105,7 +105,7 @@ def test_trainer_evaluates_and_hands_logits_to_compute_metrics(model, processor,
     assert metrics["eval_loss"] == pytest.approx(loss_of(model, processor), rel=1e-4)
 
 
-def test_columns_that_the_trainer_drops_are_an_error_with_a_remedy(processor, tmp_path):
+def test_dropped_columns_are_an_error_with_a_remedy(processor, tmp_path):
     args = arguments(TrainingArguments, tmp_path, remove_unused_columns=True, max_steps=1)
     trainer = Trainer(tiny_model(), args, train_dataset=ROWS, data_collator=DataCollatorForPrismer(processor))
     with pytest.raises(ValueError, match="has no 'image'.*remove_unused_columns=False"):
@@ -168,7 +168,7 @@ class AnswerTrainer(Seq2SeqTrainer):
 
 @pytest.mark.parametrize("trainer_class", [Seq2SeqTrainer, AnswerTrainer])
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole model", "adapter"])
-def test_seq2seq_trainer_generates_without_seeing_the_answers(model, processor, tmp_path, trainer_class, adapted):
+def test_seq2seq_trainer_does_not_see_the_answers(model, processor, tmp_path, trainer_class, adapted):
     seen = {}
 
     def compute_metrics(prediction):
@@ -206,7 +206,7 @@ def test_seq2seq_trainer_predicts_from_prompts_alone(model, processor, tmp_path)
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mask_given", [True, False])
-def test_what_is_to_be_learned_is_no_part_of_the_prompt(side, mask_given):
+def test_labels_are_no_part_of_the_prompt(side, mask_given):
     model, images, prompt = tiny_model(), image_inputs(2), prompts(2)
     lengths, answers = [5, 3], [[20, 2], [21, 22, 2]]
     rows, labels = [], []
