@@ -240,7 +240,7 @@ def test_the_suffix_and_its_end_are_learned():
 
 
 @pytest.mark.parametrize("prompt, expected", [("", "yes"), ("a\n", "yes"), ("a<|im_end|>", "yes"), ("a", " yes")])
-def test_a_suffix_follows_white_space_and_special_tokens_directly(prompt, expected):
+def test_suffix_follows_white_space_and_special_tokens_directly(prompt, expected):
     processor = make_processor()
     inputs = processor(IMAGE, prompt, suffix=" yes ", experts=[])
     assert learned(processor, inputs) == [f"{expected}<|im_end|>"]
@@ -408,7 +408,7 @@ def test_the_pipeline_takes_texts_and_messages(fusion):
 # ---- from backbones ----
 
 
-def test_a_processor_from_the_models_configuration_agrees_with_it():
+def test_processor_from_the_models_configuration_agrees_with_it():
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), experts_as="both")
     processor = PrismerLMProcessor.from_backbones(tokenizer, config=model.config)
@@ -448,7 +448,7 @@ def test_ids_and_folders_of_backbones_are_loaded(tmp_path):
         ({"size": 48, "image_mean": [0.3] * 3}, 48, 0.3),
     ],
 )
-def test_encoders_without_files_have_the_settings_of_their_family(config, side, mean):
+def test_encoders_without_files_have_settings_of_their_family(config, side, mean):
     settings = read_encoder_settings(config)
     assert settings["size"] == {"height": side, "width": side} and settings["image_mean"][0] == mean
 
