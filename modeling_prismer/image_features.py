@@ -36,6 +36,22 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
 
     The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next, and `inputs`
     the encoded tensors for an assistant of `generate`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig
+    >>> from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration
+
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
+    >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
+    >>> model = PrismerLMForConditionalGeneration(config).eval()
+    >>> images = model.get_image_features(depth_values=torch.rand(1, 1, 64, 64))
+    >>> images.pooler_output.shape, images.num_images
+    (torch.Size([1, 64, 32]), 1)
+    ```
     """
 
     if TYPE_CHECKING:  # most are there wherever they are read

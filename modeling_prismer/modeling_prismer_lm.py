@@ -178,6 +178,22 @@ class PrismerLMModelOutput(BaseModelOutputWithPast):
     """
     Output of [`PrismerLMModel`]: that of the language model without its head, and `image_outputs`
     ([`PrismerLMImageFeatures`], *optional*), which can be given to another call as `encoder_outputs`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig
+    >>> from modeling_prismer import PrismerLMConfig, PrismerLMModel
+
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
+    >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
+    >>> model = PrismerLMModel(config).eval()
+    >>> outputs = model(torch.tensor([[5, 6, 7]]), depth_values=torch.rand(1, 1, 64, 64))
+    >>> outputs.last_hidden_state.shape, outputs.image_outputs.pooler_output.shape
+    (torch.Size([1, 3, 32]), torch.Size([1, 64, 32]))
+    ```
     """
 
     image_outputs: PrismerLMImageFeatures | None = None
@@ -188,6 +204,22 @@ class PrismerLMCausalLMOutput(CausalLMOutputWithPast):
     """
     Output of [`PrismerLMForConditionalGeneration`]: that of the language model, and `image_outputs`
     ([`PrismerLMImageFeatures`], *optional*), which can be given to another call as `encoder_outputs`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig
+    >>> from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration
+
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
+    >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
+    >>> model = PrismerLMForConditionalGeneration(config).eval()
+    >>> outputs = model(torch.tensor([[5, 6, 7]]), depth_values=torch.rand(1, 1, 64, 64))
+    >>> outputs.logits.shape, outputs.image_outputs.pooler_output.shape
+    (torch.Size([1, 3, 32000]), torch.Size([1, 64, 32]))
+    ```
     """
 
     image_outputs: PrismerLMImageFeatures | None = None
@@ -226,7 +258,24 @@ def _pass_visible_images(module: nn.Module, args: tuple, kwargs: dict[str, Any])
 
 
 class PrismerLMPreTrainedModel(PreTrainedModel):
-    """What all models of PrismerLM have in common: how weights start, and what the backbones support."""
+    """
+    What all models of PrismerLM have in common: how weights start, and what the backbones support.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig
+    >>> from modeling_prismer import PrismerLMConfig, PrismerLMModel, PrismerLMPreTrainedModel
+
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
+    >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
+    >>> model = PrismerLMModel(config).eval()
+    >>> isinstance(model, PrismerLMPreTrainedModel), model.config.model_type
+    (True, 'prismer_lm')
+    ```
+    """
 
     config: PrismerLMConfig
     base_model_prefix = "model"
@@ -275,6 +324,22 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
     Args:
         config ([`PrismerLMConfig`]): the configuration.
         language_model, vision_encoders (*optional*): loaded backbones, in place of new ones.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import LlamaConfig
+    >>> from modeling_prismer import PrismerLMConfig, PrismerLMModel
+
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
+    >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
+    >>> model = PrismerLMModel(config).eval()
+    >>> outputs = model(torch.tensor([[5, 6, 7]]), depth_values=torch.rand(1, 1, 64, 64))
+    >>> outputs.last_hidden_state.shape
+    torch.Size([1, 3, 32])
+    ```
     """
 
     def __init__(
