@@ -479,7 +479,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             ValueError: if an input of an encoder or expert is missing, or has another number of images.
         """
         is_encoded = patch_features is not None
-        strict = self.config.strict_experts and not (is_encoded and self.config.has_prismer_encoder)
+        needs_no_map = self.config.experts_as == "words" or (is_encoded and self.config.has_prismer_encoder)
+        strict = self.config.strict_experts and not needs_no_map
         expert_inputs = gather_expert_inputs(kwargs, expert_mask, self.config.expert_names, strict=strict)
         names = pixel_names(len(self.vision_encoders))
         pixels = {name: pixel_values if name == "pixel_values" else kwargs.pop(name, None) for name in names}
@@ -573,8 +574,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
     ) -> torch.Tensor:
         """Which tokens stand for images: `(rows, length)`, bool."""
         if mm_token_type_ids is not None and not self.config.has_vision_language_model:
-            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-            return pad_types(mm_token_type_ids, length) == 1
+            text: Any = inputs_embeds if input_ids is None else input_ids
+            return pad_types(mm_token_type_ids, text.shape[1]) == 1
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if inputs_embeds is None or self.config.has_vision_language_model:
