@@ -50,6 +50,17 @@ def test_prismer_encoder_sees_what_prismer_sees(on_scenes, processor):
     assert processor.image_seq_length == on_scenes.config.image_seq_length == 128
 
 
+def test_prismer_encoder_needs_no_maps_with_words(processor):
+    model = PrismerLMForConditionalGeneration.from_backbones(
+        tiny_language_model(), SCENES, image_token_id=1000, experts_as="words"
+    )
+    words = PrismerLMProcessor.from_backbones(processor.tokenizer, config=model.config)
+    inputs = words(sample_image(), "What is it?", experts=["ocr"], max_length=256)
+    assert "ocr_ids" not in inputs and "Text:" in words.decode(inputs["input_ids"][0])
+    features = model.get_image_features(**model.model.pop_image_inputs(dict(inputs)))
+    assert features.pooler_output.shape[1] == model.config.num_features
+
+
 def test_shipped_prismer_is_saved_by_its_name(on_scenes, tmp_path):
     on_scenes.save_pretrained(tmp_path, trained_only=True)
     (entry,) = json.loads((tmp_path / "config.json").read_text())["backbones"]["vision"]
