@@ -69,6 +69,17 @@ def test_freezing_covers_both_by_default_and_is_undone(model):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_frozen_stems_keep_their_statistics(model):
+    stems = model.model.vision_model.expert_stems
+    stems["depth"].requires_grad_(False)
+    before = {name: buffer.clone() for name, buffer in stems.named_buffers()}
+    model.train()(**training_inputs())
+    changed = {
+        name.partition(".")[0] for name, buffer in stems.named_buffers() if not torch.equal(buffer, before[name])
+    }
+    assert {name.partition(".")[0] for name in changed} == set(stems) - {"depth"}
+
+
 @pytest.mark.filterwarnings("ignore:.*will be removed in v6")
 @pytest.mark.parametrize(
     "vision, language, gradient_checkpointing", [(True, True, True), (True, False, False), (False, False, False)]

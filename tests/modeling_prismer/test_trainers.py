@@ -155,6 +155,17 @@ def test_other_uses_of_half_precision_are_not_warned_of(caplog):
     assert not caplog.text
 
 
+def test_weights_are_examined_once_and_after_a_change_of_type(monkeypatch, caplog):
+    model, walks = tiny_model().train(), []
+    parameters = model.model.parameters
+    monkeypatch.setattr(model.model, "parameters", lambda *args: walks.append(1) or parameters(*args))
+    for _ in range(3):
+        train_once(model)
+    assert len(walks) == 1 and not caplog.text
+    train_once(model.half())
+    assert len(walks) == 2 and "float16 weights are trained" in caplog.text
+
+
 # ---- Seq2SeqTrainer
 
 
