@@ -160,7 +160,7 @@ def assign_images(counts: list[int], num_images: int, num_prompts: int | None = 
         ValueError: if the rows do not fit the images.
     """
     if num_prompts is None:
-        num_prompts = len(counts) // max(1, sum(counts) // num_images)
+        num_prompts = max(1, len(counts) // max(1, sum(counts) // num_images))
     shared = len(counts) // num_prompts  # rows of each prompt
     first_rows = counts[::shared] if shared else []
     if len(counts) != shared * num_prompts or counts != [count for count in first_rows for _ in range(shared)]:

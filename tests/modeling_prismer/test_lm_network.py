@@ -427,6 +427,8 @@ def test_prompts_that_do_not_fit_the_images_are_named():
         model(input_ids=input_ids, **images)
     with pytest.raises(ValueError, match=f"placeholders of images; each image needs {length}"):
         model(input_ids=input_ids[:, 1:], **pick(images, [0, 1]))
+    with pytest.raises(ValueError, match="placeholders for 4 images; 1 images are given"):
+        model(input_ids=prompts(model.config, 1, images=4), **pick(images, [0]))
 
 
 @pytest.mark.parametrize(
