@@ -15,6 +15,7 @@ from feature_cache import FeatureCache
 from lm_training import batches_by_length, tidy_answer
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor
 from modeling_prismer.processing.experts import CannyEdges
+from tests.processing.tiny_lm_processors import make_vlm, make_vlm_processor
 
 
 STEMS = json.dumps(
@@ -113,6 +114,18 @@ def test_words_alone_are_measured_without_training(recipe, language, image_folde
         *("--experts_as", "words", "--do_eval", *questions),
     )
     assert "eval_exact" in results(folder)
+
+
+def test_vision_language_model_gets_experts(recipe, image_folder, suites, tmp_path):
+    vlm_processor = make_vlm_processor()
+    for part in (vlm_processor, make_vlm(vlm_processor)):
+        part.save_pretrained(tmp_path / "vlm")
+    questions = image_folder / "questions.jsonl"
+    arguments = ("--stage", "questions", "--language", tmp_path / "vlm", "--experts", suites["edges"], "--lora", 2)
+    folder = recipe(*arguments, "--train_data", questions, "--eval_data", questions, "--do_train", "--do_eval")
+    assert "eval_exact" in results(folder)
+    adapted = [name for name in load_file(folder / "model.safetensors") if "lora_A" in name]
+    assert adapted and not any("visual" in name for name in adapted)
 
 
 def test_only_trained_weights_reach_the_optimizer(recipe, language, vision, image_folder, monkeypatch):
