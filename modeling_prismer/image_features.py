@@ -31,8 +31,6 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
             Output of the experts' stems, if the question conditions the resampler.
         expert_token_mask (`torch.BoolTensor` of shape `(num_images, num_tokens)`, *optional*):
             Which of those tokens there are.
-        num_prompts (`int`, *optional*):
-            Prompts that the images belong to. Rows of text that follow each other share a prompt's images.
 
     The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next, and `inputs`
     the encoded tensors for an assistant of `generate`.
@@ -61,7 +59,6 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
     else:
         expert_tokens: torch.FloatTensor | None = None
     expert_token_mask: torch.BoolTensor | None = None
-    num_prompts: int | None = None
     visible = None  # not a field: a new forward pass over a prompt replaces it
     inputs = None
 
@@ -146,37 +143,29 @@ def see_images(features: torch.Tensor, rows: list[list[int]], mask: torch.Tensor
     return VisibleImages(features, torch.tensor(padded, device=features.device), scores, sees_image)
 
 
-def assign_images(counts: list[int], num_images: int, num_prompts: int | None = None) -> list[list[int]]:
+def assign_images(counts: list[int], num_images: int) -> list[list[int]]:
     """
     The images of each row of text. Rows that follow each other share the images of a prompt, such as the questions
-    about one image or its beams.
+    about one image or its beams: all prompts have as many rows as it takes to have each image in one prompt.
 
     Args:
         counts (`list[int]`): images in each row.
         num_images (`int`): images in all.
-        num_prompts (`int`, *optional*): by default as many that each image is in one prompt.
 
     Raises:
         ValueError: if the rows do not fit the images.
     """
-    if num_prompts is None:
-        num_prompts = max(1, len(counts) // max(1, sum(counts) // num_images))
-    shared = len(counts) // num_prompts  # rows of each prompt
-    first_rows = counts[::shared] if shared else []
-    if len(counts) != shared * num_prompts or counts != [count for count in first_rows for _ in range(shared)]:
-        raise ValueError(f"{len(counts)} rows of text with {counts} images do not fit {num_prompts} prompts")
+    shared = max(1, sum(counts) // num_images)  # rows of each prompt
+    first_rows = counts[::shared]
     if sum(first_rows) != num_images:
         raise ValueError(f"the prompts have placeholders for {sum(first_rows)} images; {num_images} images are given")
+    if counts != [count for count in first_rows for _ in range(shared)]:
+        raise ValueError(f"rows of text with {counts} images do not fit {num_images} images that {shared} rows share")
     rows, start = [], 0
     for count in first_rows:
         rows += [list(range(start, start + count))] * shared
         start += count
     return rows
-
-
-def count_prompts(rows: list[list[int]]) -> int:
-    """Rows of text that follow each other and have the same images count as one prompt."""
-    return sum(1 for index, row in enumerate(rows) if index == 0 or not row or row != rows[index - 1])
 
 
 def pixel_names(number: int) -> list[str]:

@@ -43,7 +43,6 @@ from .image_features import (
     PrismerLMImageFeatures,
     VisibleImages,
     assign_images,
-    count_prompts,
     is_trained,
     num_channels,
     patch_features,
@@ -562,7 +561,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         if images.pooler_output is not None:
             patches = images.pooler_output[image]
             features = torch.cat([patches, features.to(patches)], dim=1)
-        return PrismerLMImageFeatures(images.last_hidden_state, features, num_prompts=len(rows))
+        return PrismerLMImageFeatures(images.last_hidden_state, features)
 
     # ---- features into the language model ----
 
@@ -603,7 +602,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             raise ValueError(f"a prompt has {wrong[0]} placeholders of images; each image needs {length}")
         else:
             counts = [count // length for count in counts]
-        return assign_images(counts, images.num_images, images.num_prompts)
+        return assign_images(counts, images.num_images)
 
     def fuse(
         self, embeddings: torch.Tensor, images: PrismerLMImageFeatures, mask: torch.Tensor
@@ -1078,11 +1077,8 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
         inputs_embeds = kwargs.get("inputs_embeds")
         mask = self.model.placeholders(input_ids, inputs_embeds, kwargs.get("mm_token_type_ids"))
         images = self.model.ask(replace(images), input_ids, inputs_embeds, mask, kwargs.get("attention_mask"))
-        rows = self.model.assign(images, mask)
-        if images.num_prompts is None:  # before beams multiply the rows
-            images.num_prompts = count_prompts(rows)
-        if kwargs.get(CACHE_NAME) is not None and self.config.fusion == "cross_attention":
-            images.visible = see_images(images.pooler_output, rows, mask)  # the cache has the prompt already
+        if kwargs.get(CACHE_NAME) is not None and self.config.fusion == "cross_attention":  # it has the prompt already
+            images.visible = see_images(images.pooler_output, self.model.assign(images, mask), mask)
         prompts = input_ids
         if input_ids is not None:
             input_ids = self.model.without_placeholders(input_ids, mask)

@@ -112,6 +112,8 @@ class TestQuantized:
         model = build(folder, fusion, name).train()
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert trained and not any(".language_model." in n or ".vision_encoders." in n for n in trained)
+        model.freeze_backbones(language=False)
+        assert not any(p.requires_grad for p in model.language_model.parameters())  # quantised weights cannot learn
         model(**training_inputs(model.config)).loss.backward()
         for n, parameter in trained.items():
             if "image_embedding" not in n:  # no placeholder in these prompts
