@@ -145,7 +145,7 @@ def run(setup: Setup, images: int, batch_sizes: list[int]) -> dict[str, Any]:
         "batch_sizes": {},
     }
     watch = Stopwatch(device)
-    watch.watch(processor, "process_images", "transform")
+    watch.watch(processor, "_image_inputs", "transform")
     watch.watch(model, "get_image_features", "encoder")
     watch.watch(model, "forward", "decoder")
     with tempfile.TemporaryDirectory() as folder:

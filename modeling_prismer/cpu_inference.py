@@ -34,7 +34,10 @@ def _is_plain_inference(hidden_states: torch.Tensor) -> bool:
 
 def _are_linear(*modules: nn.Module) -> bool:
     """Whether the modules are plain linear layers, so that their weights can be used without calling them."""
-    return all(type(module) is CpuLinear and "forward" not in vars(module) for module in modules)
+    return all(
+        type(module) is CpuLinear and "forward" not in vars(module) and type(module.weight) is nn.Parameter
+        for module in modules
+    )
 
 
 class _UndoneByTraining(nn.Module):
@@ -54,7 +57,8 @@ class CpuLinear(_UndoneByTraining, nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if _onednn_linear is None or not _is_plain_inference(input):
+        is_quantised = type(self.weight) is not nn.Parameter
+        if is_quantised or _onednn_linear is None or not _is_plain_inference(input):
             return super().forward(input)
         return _onednn_linear(input, self.weight, self.bias, "none", [], "")
 
