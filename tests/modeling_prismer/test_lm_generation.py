@@ -142,6 +142,25 @@ def test_a_token_cross_attends_to_its_last_image_only():
 
 
 @fusions
+@SEARCHES
+def test_text_in_front_of_the_images(fusion, search):
+    model = shared_model(fusion=fusion)
+    images, text = image_inputs(model.config, 4), torch.tensor([[7, 8], [9, 10]])
+    input_ids = torch.cat([text, prompts(model.config, 2, images=2, length=3)], dim=1)
+    cached, uncached = (model.generate(input_ids, **images, **search, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_encoded_images_serve_other_prompts_too():
+    model = shared_model(fusion="cross_attention")
+    encoded = model.get_image_features(**image_inputs(model.config, 2))
+    short = torch.tensor([[7], [8]])
+    expected = model.generate(short, encoder_outputs=encoded, **GREEDY)
+    model.generate(prompts(model.config, 1, images=2), encoder_outputs=encoded, **GREEDY)
+    assert torch.equal(model.generate(short, encoder_outputs=encoded, **GREEDY), expected)
+
+
+@fusions
 def test_every_image_of_a_prompt_matters(fusion):
     model = shared_model(fusion=fusion)
     input_ids = prompts(model.config, 1, images=3, length=2)

@@ -81,6 +81,15 @@ def test_the_base_model_returns_hidden_states():
     torch.testing.assert_close(model.get_output_embeddings()(states), model(**inputs).logits)
 
 
+def test_a_placeholder_has_an_embedding_of_its_own():
+    model = tiny_model(fusion="cross_attention")
+    input_ids, images = prompts(model.config, 2, placeholders=True), image_inputs(model.config, 2)
+    expected = model(input_ids=input_ids, **images).logits
+    with torch.no_grad():
+        model.model.image_embedding.weight.add_(1.0)
+    assert (model(input_ids=input_ids, **images).logits - expected).abs().max() > 1e-3
+
+
 # ---- vision encoders ----
 
 
