@@ -246,7 +246,7 @@ class PrismerLMConfig(PreTrainedConfig):
         for encoder in output["vision_config"]:
             encoder.pop("transformers_version", None)
         for backbone in (output["text_config"], *output["vision_config"]):
-            backbone.pop("_name_or_path", None)  # may be a folder of this machine; `backbones` has the ids
+            backbone["_name_or_path"] = ""  # may be a folder of this machine; `backbones` has the ids
         return output
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
