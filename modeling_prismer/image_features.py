@@ -168,6 +168,11 @@ def assign_images(counts: list[int], num_images: int) -> list[list[int]]:
     return rows
 
 
+def pad_types(mm_token_type_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """The tokens that `mm_token_type_ids` lacks at the end are text."""
+    return F.pad(mm_token_type_ids, (0, max(0, length - mm_token_type_ids.shape[1])))
+
+
 def pixel_names(number: int) -> list[str]:
     """Names of the images' tensors, one for each vision encoder: `pixel_values`, `pixel_values_1`, …"""
     return ["pixel_values", *(f"pixel_values_{index}" for index in range(1, number))][:number]

@@ -1,9 +1,9 @@
-"""A new PrismerLM from frozen backbones, and saving of its trained weights alone."""
+"""A new PrismerLM from frozen backbones, and files with its trained weights alone."""
 
 import copy
 import math
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +25,10 @@ from .image_features import patch_features
 from .pretrained import find_checkpoint
 
 
+if TYPE_CHECKING:
+    from typing import Self
+
+
 ModelType = TypeVar("ModelType", bound=PreTrainedModel)
 Backbone: TypeAlias = str | PreTrainedModel
 
@@ -37,41 +41,6 @@ _FINGERPRINT_FIELDS = (
     *("image_size", "patch_size"),
 )
 _FROZEN = ("model.language_model.", "model.vision_encoders.")
-
-
-def build_from_backbones(
-    cls: type[ModelType],
-    language: Backbone,
-    vision: Backbone | list[Backbone] | None,
-    experts: list[dict[str, Any] | ExpertSpec] | None,
-    experts_config: dict[str, Any] | None,
-    language_kwargs: dict[str, Any] | None,
-    **kwargs: Any,
-) -> ModelType:
-    """See [`PrismerLMForConditionalGeneration.from_backbones`], which is `cls`."""
-    language_model = load_language_model(language, **(language_kwargs or {}))
-    encoders = load_encoders(vision)
-    is_vlm = getattr(language_model.config, "vision_config", None) is not None
-    if kwargs.get("experts_as") == "words":
-        experts_config = None  # the network reads no maps
-    elif experts:
-        experts_config = {**(experts_config or {}), "experts": [ExpertSpec.from_dict(e).to_dict() for e in experts]}
-    if kwargs.get("image_token_id") is None:
-        kwargs["image_token_id"] = find_placeholder_id(language_model, EXPERTS_TOKEN if is_vlm else IMAGE_TOKEN)
-    if encoders and kwargs.get("grid_size") is None and encoders[0].config.model_type != "prismer_vision_model":
-        kwargs["grid_size"] = find_grid_size(encoders[0])
-    kwargs.setdefault("feature_scale", embedding_scale(language_model))
-    config = PrismerLMConfig(  # of copies: a new configuration resets the attention implementation of its parts
-        vision_config=[copy.deepcopy(encoder.config) for encoder in encoders],
-        text_config=copy.deepcopy(language_model.config),
-        experts_config=experts_config,
-        **kwargs,
-    )
-    config.backbones = {
-        "language": {"id": language_model.name_or_path, **fingerprint(language_model)},
-        "vision": [{"id": encoder.name_or_path, **fingerprint(encoder)} for encoder in encoders],
-    }
-    return assemble(cls, config, language_model, encoders)
 
 
 def assemble(
@@ -277,3 +246,148 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in model.state_dict().items()
         if name in trained or not name.startswith(_FROZEN)
     }
+
+
+class BackbonesMixin:
+    """Gives a PrismerLM `from_backbones`, and files with its trained weights alone."""
+
+    if TYPE_CHECKING:
+        config: PrismerLMConfig
+        model: Any
+        language_model: PreTrainedModel
+        training: bool
+        train: Any
+        _auto_class: str | None
+
+    @classmethod
+    def from_backbones(
+        cls,
+        language: Backbone,
+        vision: Backbone | list[Backbone] | None = None,
+        experts: list[dict[str, Any] | ExpertSpec] | None = None,
+        fusion: str = "prefix",
+        experts_config: dict[str, Any] | None = None,
+        language_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "Self":
+        """
+        A new model on frozen backbones. Their weights and names stay as they are; the stems, resampler, projections
+        and cross-attention blocks start fresh.
+
+        Args:
+            language (`str` or `PreTrainedModel`):
+                A causal language model, or a vision-language model such as Qwen2.5-VL: a Hub id, a folder, or a loaded
+                model, which may be quantised.
+            vision (`str`, `PreTrainedModel` or a list of them, *optional*):
+                Vision encoders (CLIP, SigLIP, DINOv2, DINOv3, `timm_wrapper`), which are fused. None with a
+                vision-language model.
+            experts (`list[dict]`, *optional*): the experts' descriptions, such as `suite.descriptions`.
+            fusion (`str`, *optional*, defaults to `"prefix"`): `"prefix"` or `"cross_attention"`.
+            experts_config (`dict`, *optional*): further fields of [`PrismerExpertsConfig`], such as `num_latents`.
+            language_kwargs (`dict`, *optional*):
+                Arguments of `from_pretrained` for the language model, such as `dtype` or `quantization_config`.
+            kwargs: further fields of [`PrismerLMConfig`].
+
+        Raises:
+            ValueError: if a backbone is of another kind, or the configuration is not valid.
+
+        Example:
+
+        ```python
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+        >>> from modeling_prismer import PrismerLMForConditionalGeneration
+
+        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        >>> language = LlamaForCausalLM(LlamaConfig(**sizes))  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
+        >>> vision = SiglipVisionModel(SiglipVisionConfig(**sizes))  # or "google/siglip2-base-patch16-224"
+        >>> experts = [{"name": "depth", "kind": "dense", "channels": 1}]
+        >>> model = PrismerLMForConditionalGeneration.from_backbones(language, vision, experts)
+        >>> any(weight.requires_grad for weight in model.language_model.parameters())
+        False
+        ```
+        """
+        language_model = load_language_model(language, **(language_kwargs or {}))
+        encoders = load_encoders(vision)
+        is_vlm = getattr(language_model.config, "vision_config", None) is not None
+        if kwargs.get("experts_as") == "words":
+            experts_config = None  # the network reads no maps
+        elif experts:
+            specs = [ExpertSpec.from_dict(expert).to_dict() for expert in experts]
+            experts_config = {**(experts_config or {}), "experts": specs}
+        if kwargs.get("image_token_id") is None:
+            kwargs["image_token_id"] = find_placeholder_id(language_model, EXPERTS_TOKEN if is_vlm else IMAGE_TOKEN)
+        if encoders and kwargs.get("grid_size") is None and encoders[0].config.model_type != "prismer_vision_model":
+            kwargs["grid_size"] = find_grid_size(encoders[0])
+        kwargs.setdefault("feature_scale", embedding_scale(language_model))
+        config = PrismerLMConfig(  # of copies: a new configuration resets the attention implementation of its parts
+            vision_config=[copy.deepcopy(encoder.config) for encoder in encoders],
+            text_config=copy.deepcopy(language_model.config),
+            experts_config=experts_config,
+            fusion=fusion,
+            **kwargs,
+        )
+        config.backbones = {
+            "language": {"id": language_model.name_or_path, **fingerprint(language_model)},
+            "vision": [{"id": encoder.name_or_path, **fingerprint(encoder)} for encoder in encoders],
+        }
+        return assemble(cls, config, language_model, encoders)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        language: Backbone | None = None,
+        vision: Backbone | list[Backbone] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As in every model of transformers, and:
+
+        Args:
+            language, vision (*optional*):
+                The frozen backbones of a checkpoint that has trained weights alone, as ids, folders or loaded models.
+                By default they are loaded by the ids that the checkpoint names. The arguments in `kwargs`, such as
+                `dtype`, `device_map` or `quantization_config`, are then those of the language model.
+
+        Raises:
+            ValueError: if a backbone is not the one that the weights were trained on.
+        """
+        hub_fields = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub_fields if name in kwargs}
+        config = kwargs.get("config")
+        if config is None and pretrained_model_name_or_path is not None:
+            config = PrismerLMConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        if config is None or not (config.backbones or {}).get("trained_only"):
+            if language is not None or vision is not None:
+                raise ValueError("language and vision are for checkpoints with trained weights alone; this has all")
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        language_kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_fields, "config")}
+        return load_trained(
+            cls, pretrained_model_name_or_path, config, language, vision, hub_kwargs, **language_kwargs
+        )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, trained_only: bool = False, **kwargs: Any) -> None:
+        """
+        As in every model of transformers, and:
+
+        Args:
+            trained_only (`bool`, *optional*, defaults to `False`):
+                Save the trained weights alone, with ids and fingerprints of the frozen backbones, which
+                `from_pretrained` loads and checks.
+        """
+        if self._auto_class is not None:  # the code is saved too, so that `AutoModel` finds the model without its head
+            base = type(self.model)
+            auto_map = {"AutoModel": f"{base.__module__.rpartition('.')[2]}.{base.__name__}"}
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
+        if trained_only:
+            save_trained(self, save_directory, **kwargs)
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def freeze_backbones(self, vision: bool = True, language: bool = True) -> "Self":
+        """Freezes the vision encoders and the language model, or unfreezes them (`False`). All else always trains."""
+        is_quantized = getattr(self.language_model, "hf_quantizer", None) is not None  # then it is never trained
+        self.language_model.requires_grad_(not language and not is_quantized)
+        self.model.vision_encoders.requires_grad_(not vision)
+        return self.train(self.training)

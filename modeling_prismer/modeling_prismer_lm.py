@@ -1,13 +1,12 @@
 """
 PrismerLM: frozen vision encoders and experts in front of any language model of transformers.
 
-The file reads from the smallest module to the model: the experts, the projection, the gated cross-attention block, and
-the model. The experts' stems and the resampler are in expert_stems.py, the features of images and the text that they
-belong to in image_features.py, and building from backbones in lm_backbones.py.
+This file has the model, with and without its head. The trained parts are in lm_layers.py, the experts' stems and the
+resampler in expert_stems.py, the features of images and the text that they belong to in image_features.py, building
+from backbones and saving in lm_backbones.py, generation in lm_generation.py, and ranking in ranking.py.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,12 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -29,144 +25,25 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .adapter_targets import register_adapter_targets
 from .cache import CACHE_NAME, accept_past_key_values
-from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
+from .configuration_prismer_lm import PrismerLMConfig
 from .expert_editing import ExpertEditingMixin
-from .expert_spec import ExpertSpec
-from .expert_stems import (
-    ExpertsMixin,
-    gather_expert_inputs,
-    init_expert_weights,
-    look_up,
-    pop_expert_inputs,
-)
+from .expert_stems import gather_expert_inputs, init_expert_weights, look_up, pop_expert_inputs
 from .image_features import (
     PrismerLMImageFeatures,
     VisibleImages,
     assign_images,
     is_trained,
     num_channels,
+    pad_types,
     patch_features,
     pixel_names,
     resize_grid,
     see_images,
 )
-from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP
-from .lm_backbones import build_from_backbones, load_trained, save_trained
+from .lm_backbones import BackbonesMixin
+from .lm_generation import PrismerLMGenerationMixin
+from .lm_layers import CrossAttend, PrismerLMExperts, PrismerLMGatedBlock, PrismerLMProjection, PrismerLMQuestion
 from .ranking import RankingMixin
-
-
-# ---- modules ----
-
-
-class PrismerLMQuestion(nn.Module):
-    """Lets a question change the resampler's latents, through a gate that starts at zero."""
-
-    def __init__(self, config: PrismerExpertsConfig, question_size: int):
-        super().__init__()
-        self.layer_norm = PrismerLayerNorm(question_size, eps=config.layer_norm_eps)
-        self.attn = PrismerAttention(config, config.resampler_attention_heads, 0.0, question_size)
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, latents: torch.Tensor, questions: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            latents (`torch.FloatTensor` of shape `(rows, num_latents, width)`)
-            questions (`torch.FloatTensor` of shape `(rows, length, question_size)`): embeddings of the tokens.
-            question_mask (`torch.BoolTensor` of shape `(rows, length)`): which tokens belong to the question.
-
-        Returns:
-            `torch.FloatTensor` of shape `(rows, num_latents, width)`.
-        """
-        mask = torch.zeros_like(question_mask, dtype=latents.dtype).masked_fill(
-            ~question_mask, torch.finfo(latents.dtype).min
-        )
-        states = self.layer_norm(questions.to(latents.dtype))
-        attn_output, _ = self.attn(latents, attention_mask=mask[:, None, None], states=states)
-        return latents + self.gate.tanh() * attn_output
-
-
-class PrismerLMExperts(ExpertsMixin, nn.Module):
-    """The experts' stems, position embeddings of their own, and the resampler. `forward` runs the stems."""
-
-    def __init__(self, config: PrismerExpertsConfig, question_size: int | None = None):
-        super().__init__()
-        self.config = config
-        self.init_experts(config)
-        self.position_embedding = nn.Parameter(torch.empty(config.grid_size**2, config.hidden_size))
-        if question_size is not None:
-            self.question = PrismerLMQuestion(config, question_size)
-
-    def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        return resize_grid(self.position_embedding[None], grid)[0]
-
-    def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.embed_experts(*args)
-
-
-class PrismerLMProjection(nn.Module):
-    """Two layers into the language model's width. The output starts at the scale of its word embeddings."""
-
-    def __init__(self, config: PrismerLMConfig, input_size: int):
-        super().__init__()
-        inner_size = config.projector_hidden_size or config.hidden_size
-        self.fc1 = nn.Linear(input_size, inner_size)
-        self.activation = ACT2FN["gelu"]
-        self.fc2 = nn.Linear(inner_size, config.hidden_size)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.feature_scale = config.feature_scale
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.fc2(self.activation(self.fc1(features.to(self.norm.weight.dtype)))))
-
-
-class PrismerLMGatedBlock(nn.Module):
-    """
-    Flamingo's block before a decoder layer: cross-attention to the images' features and an MLP, each behind a tanh
-    gate that starts at zero.
-    """
-
-    def __init__(self, config: PrismerLMConfig, index: int):
-        super().__init__()
-        text_config = config.get_text_config(decoder=True)
-        size = text_config.hidden_size
-        self.index = index
-        self.layer_norm = PrismerLayerNorm(size)
-        self.cross_attn = PrismerAttention(text_config, text_config.num_attention_heads, layer_idx=index)
-        self.mlp_layer_norm = PrismerLayerNorm(size)
-        self.mlp = PrismerMLP(size, config.cross_attention_intermediate_size or 4 * size, "gelu")
-        self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.mlp_gate = nn.Parameter(torch.zeros(1))
-
-    def forward(self, hidden_states: torch.Tensor, images: "VisibleImages") -> torch.Tensor:
-        residual = hidden_states
-        hidden_states = residual.to(self.attn_gate)  # the language model may run in another precision
-        attn_output, _ = self.cross_attn(
-            self.layer_norm(hidden_states),
-            attention_mask=None if images.mask is None else images.mask.to(hidden_states),
-            keys_values=images.keys_values(self.cross_attn, hidden_states),
-        )
-        hidden_states = hidden_states + self.attn_gate.tanh() * attn_output
-        hidden_states = hidden_states + self.mlp_gate.tanh() * self.mlp(self.mlp_layer_norm(hidden_states))
-        hidden_states = hidden_states.to(residual)
-        return hidden_states if images.sees_image is None else torch.where(images.sees_image, hidden_states, residual)
-
-
-class CrossAttend:
-    """Forward pre-hook of a decoder layer: takes `visible_images` out of its arguments and runs the layer's block."""
-
-    def __init__(self, blocks: nn.ModuleDict, index: int):
-        self.blocks = blocks  # not the layer's own: peft and FSDP put wrappers in its place
-        self.index = str(index)
-
-    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        images = kwargs.pop("visible_images", None)
-        if images is not None and self.index in self.blocks:
-            block = self.blocks[self.index]
-            if args:
-                args = (block(args[0], images), *args[1:])
-            else:
-                kwargs["hidden_states"] = block(kwargs["hidden_states"], images)
-        return args, kwargs
 
 
 # ---- outputs ----
@@ -224,14 +101,8 @@ class PrismerLMCausalLMOutput(CausalLMOutputWithPast):
     image_outputs: PrismerLMImageFeatures | None = None
 
 
-def pad_types(mm_token_type_ids: torch.Tensor, length: int) -> torch.Tensor:
-    """The tokens that `mm_token_type_ids` lacks at the end are text."""
-    return F.pad(mm_token_type_ids, (0, max(0, length - mm_token_type_ids.shape[1])))
-
-
 # ---- the model ----
 
-_IMAGE_KWARGS = ("encoder_outputs", "mm_token_type_ids")
 _RUNNING: ContextVar[Any] = ContextVar("running", default=None)  # images and placeholders of a running VLM
 
 
@@ -762,7 +633,9 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         )
 
 
-class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, PrismerLMPreTrainedModel, GenerationMixin):
+class PrismerLMForConditionalGeneration(
+    RankingMixin, ExpertEditingMixin, BackbonesMixin, PrismerLMGenerationMixin, PrismerLMPreTrainedModel
+):
     """
     A language model that sees images through frozen vision encoders and experts.
 
@@ -847,118 +720,6 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
         images = replace(images)
         images.visible = visible.repeat(repeats)
         return {CACHE_NAME: cache, "encoder_outputs": images}
-
-    # ---- from backbones, and files ----
-
-    @classmethod
-    def from_backbones(
-        cls,
-        language: str | PreTrainedModel,
-        vision: str | PreTrainedModel | list[str | PreTrainedModel] | None = None,
-        experts: list[dict[str, Any] | ExpertSpec] | None = None,
-        fusion: str = "prefix",
-        experts_config: dict[str, Any] | None = None,
-        language_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> "PrismerLMForConditionalGeneration":
-        """
-        A new model on frozen backbones. Their weights and names stay as they are; the stems, resampler, projections
-        and cross-attention blocks start fresh.
-
-        Args:
-            language (`str` or `PreTrainedModel`):
-                A causal language model, or a vision-language model such as Qwen2.5-VL: a Hub id, a folder, or a loaded
-                model, which may be quantised.
-            vision (`str`, `PreTrainedModel` or a list of them, *optional*):
-                Vision encoders (CLIP, SigLIP, DINOv2, DINOv3, `timm_wrapper`), which are fused. None with a
-                vision-language model.
-            experts (`list[dict]`, *optional*): the experts' descriptions, such as `suite.descriptions`.
-            fusion (`str`, *optional*, defaults to `"prefix"`): `"prefix"` or `"cross_attention"`.
-            experts_config (`dict`, *optional*): further fields of [`PrismerExpertsConfig`], such as `num_latents`.
-            language_kwargs (`dict`, *optional*):
-                Arguments of `from_pretrained` for the language model, such as `dtype` or `quantization_config`.
-            kwargs: further fields of [`PrismerLMConfig`].
-
-        Raises:
-            ValueError: if a backbone is of another kind, or the configuration is not valid.
-
-        Example:
-
-        ```python
-        >>> from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
-        >>> from modeling_prismer import PrismerLMForConditionalGeneration
-
-        >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-        >>> language = LlamaForCausalLM(LlamaConfig(**sizes))  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
-        >>> vision = SiglipVisionModel(SiglipVisionConfig(**sizes))  # or "google/siglip2-base-patch16-224"
-        >>> experts = [{"name": "depth", "kind": "dense", "channels": 1}]
-        >>> model = PrismerLMForConditionalGeneration.from_backbones(language, vision, experts)
-        >>> any(weight.requires_grad for weight in model.language_model.parameters())
-        False
-        ```
-        """
-        return build_from_backbones(
-            cls, language, vision, experts, experts_config, language_kwargs, fusion=fusion, **kwargs
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        language: str | PreTrainedModel | None = None,
-        vision: str | PreTrainedModel | list[str | PreTrainedModel] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        As in every model of transformers, and:
-
-        Args:
-            language, vision (*optional*):
-                The frozen backbones of a checkpoint that has trained weights alone, as ids, folders or loaded models.
-                By default they are loaded by the ids that the checkpoint names. The arguments in `kwargs`, such as
-                `dtype`, `device_map` or `quantization_config`, are then those of the language model.
-
-        Raises:
-            ValueError: if a backbone is not the one that the weights were trained on.
-        """
-        hub_fields = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {name: kwargs[name] for name in hub_fields if name in kwargs}
-        config = kwargs.get("config")
-        if config is None and pretrained_model_name_or_path is not None:
-            config = PrismerLMConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        if config is None or not (config.backbones or {}).get("trained_only"):
-            if language is not None or vision is not None:
-                raise ValueError("language and vision are for checkpoints with trained weights alone; this has all")
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        language_kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_fields, "config")}
-        return load_trained(
-            cls, pretrained_model_name_or_path, config, language, vision, hub_kwargs, **language_kwargs
-        )
-
-    def save_pretrained(self, save_directory: Any, *args: Any, trained_only: bool = False, **kwargs: Any) -> None:
-        """
-        As in every model of transformers, and:
-
-        Args:
-            trained_only (`bool`, *optional*, defaults to `False`):
-                Save the trained weights alone, with ids and fingerprints of the frozen backbones, which
-                `from_pretrained` loads and checks.
-        """
-        if self._auto_class is not None:  # the code is saved too, so that `AutoModel` finds the model without its head
-            auto_map = {"AutoModel": f"{__name__.rpartition('.')[2]}.{PrismerLMModel.__name__}"}
-            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
-        if trained_only:
-            save_trained(self, save_directory, **kwargs)
-        else:
-            super().save_pretrained(save_directory, *args, **kwargs)
-
-    def freeze_backbones(self, vision: bool = True, language: bool = True) -> "PrismerLMForConditionalGeneration":
-        """Freezes the vision encoders and the language model, or unfreezes them (`False`). All else always trains."""
-        is_quantized = getattr(self.language_model, "hf_quantizer", None) is not None  # then it is never trained
-        self.language_model.requires_grad_(not language and not is_quantized)
-        self.model.vision_encoders.requires_grad_(not vision)
-        return self.train(self.training)
 
     @accept_past_key_values
     @can_return_tuple
@@ -1050,72 +811,6 @@ class PrismerLMForConditionalGeneration(RankingMixin, ExpertEditingMixin, Prisme
             attentions=outputs.attentions,
             image_outputs=images,
         )
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        As in every model of transformers. Images are encoded once for the whole generation, and shared by all beams
-        and by all rows of text about them.
-
-        Args:
-            inputs (`torch.LongTensor` of shape `(rows, length)`, *optional*): the prompts, also as `input_ids`.
-            args, kwargs:
-                The inputs of `forward`, and those of `generate`.
-        """
-        input_ids = kwargs.pop("input_ids", inputs)
-        image_inputs = self.model.pop_image_inputs(kwargs)
-        images = kwargs.pop("encoder_outputs", None)
-        if image_inputs:
-            if images is not None:
-                raise ValueError(f"give {', '.join(image_inputs)} or encoder_outputs, not both")
-            images = self.get_image_features(**image_inputs)
-        is_vlm = self.config.has_vision_language_model  # its own `generate` prepares its own inputs
-        if images is None:
-            generate = self.language_model.generate if is_vlm else super().generate
-            return generate(input_ids, *args, **kwargs)
-
-        inputs_embeds = kwargs.get("inputs_embeds")
-        mask = self.model.placeholders(input_ids, inputs_embeds, kwargs.get("mm_token_type_ids"))
-        images = self.model.ask(replace(images), input_ids, inputs_embeds, mask, kwargs.get("attention_mask"))
-        if kwargs.get(CACHE_NAME) is not None and self.config.fusion == "cross_attention":  # it has the prompt already
-            images.visible = see_images(images.pooler_output, self.model.assign(images, mask), mask)
-        prompts = input_ids
-        if input_ids is not None:
-            input_ids = self.model.without_placeholders(input_ids, mask)
-        if is_vlm:
-            with self.model.running(images, mask):
-                generated = self.language_model.generate(input_ids, *args, **kwargs)
-        else:
-            images.inputs = image_inputs
-            kwargs |= {"encoder_outputs": images, "mm_token_type_ids": mask.long()}
-            generated = super().generate(input_ids, *args, **kwargs)
-        if prompts is not None:  # as they were given, with placeholders
-            sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
-            repeats = sequences.shape[0] // prompts.shape[0]
-            sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(repeats, dim=0).to(sequences)
-        return generated
-
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads its signature
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        # Assisted decoding adds drafts to `input_ids` alone.
-        if kwargs.get("mm_token_type_ids") is not None:
-            kwargs["mm_token_type_ids"] = pad_types(kwargs["mm_token_type_ids"], input_ids.shape[1])
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-
-    def _get_candidate_generator(self, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        # An assistant has other encoders, so it encodes the images itself, once. An assistant for text gets none.
-        text_kwargs = {key: value for key, value in model_kwargs.items() if key not in _IMAGE_KWARGS}
-        generator = super()._get_candidate_generator(generation_config, model_kwargs=text_kwargs, **kwargs)
-        images, assistant = model_kwargs.get("encoder_outputs"), kwargs.get("assistant_model")
-        if images is not None and assistant is not None and assistant.config.model_type == self.config.model_type:
-            if not images.inputs:
-                raise ValueError("assisted decoding needs the image inputs, not encoder_outputs")
-            inputs = {name: tensor.to(assistant.device) for name, tensor in images.inputs.items()}
-            generator.assistant_kwargs |= {
-                "encoder_outputs": assistant.get_image_features(**inputs),
-                "mm_token_type_ids": model_kwargs["mm_token_type_ids"].to(assistant.device),
-            }
-        return generator
 
 
 __all__ = ["PrismerLMForConditionalGeneration", "PrismerLMModel", "PrismerLMPreTrainedModel"]
