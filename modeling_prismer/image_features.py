@@ -98,7 +98,8 @@ class VisibleImages:
             if not torch.is_grad_enabled():
                 self.projected[layer] = key.contiguous(), value.contiguous()
         if self.rows is not None:  # (rows, heads, images per row * num_features, head_dim)
-            key, value = (states[self.rows].transpose(1, 2).flatten(2, 3) for states in (key, value))
+            rows = self.rows.to(key.device)
+            key, value = (states[rows].transpose(1, 2).flatten(2, 3) for states in (key, value))
         return key, value
 
     def after_prompt(self) -> "VisibleImages":

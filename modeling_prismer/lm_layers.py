@@ -102,7 +102,9 @@ class PrismerLMGatedBlock(nn.Module):
         hidden_states = hidden_states + self.attn_gate.tanh() * attn_output
         hidden_states = hidden_states + self.mlp_gate.tanh() * self.mlp(self.mlp_layer_norm(hidden_states))
         hidden_states = hidden_states.to(residual)
-        return hidden_states if images.sees_image is None else torch.where(images.sees_image, hidden_states, residual)
+        if images.sees_image is None:
+            return hidden_states
+        return torch.where(images.sees_image.to(residual.device), hidden_states, residual)
 
 
 class CrossAttend:

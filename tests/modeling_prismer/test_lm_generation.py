@@ -9,6 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from modeling_prismer import PrismerLMForConditionalGeneration
+from modeling_prismer.cache import CACHE_NAME
 
 from .tiny_lm import (
     FUSIONS,
@@ -200,7 +201,8 @@ def test_a_conversation_goes_on_from_its_cache(fusion, number):
     first = model.generate(input_ids, **images, **GREEDY, return_dict_in_generate=True)
     second = torch.cat([first.sequences, torch.tensor([[9, 10, 11]])], dim=1)
     given = {"attention_mask": torch.ones_like(second), **images, **GREEDY}
-    assert said(model.generate(second, **given, cache=first.cache)) == said(model.generate(second, **given))
+    cache = {CACHE_NAME: getattr(first, CACHE_NAME)}
+    assert said(model.generate(second, **given, **cache)) == said(model.generate(second, **given))
 
 
 # ---- what users ask `generate` for ----
