@@ -19,6 +19,7 @@ from transformers.testing_utils import HfDocTestParser
 
 import modeling_prismer
 from modeling_prismer.processing import PrismerImageProcessorTorchvision
+from modeling_prismer.processing.labels import LabelEngine
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,13 +71,13 @@ def given(tmp_path_factory):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """An empty folder with the shipped images. Changes by `register_for_auto_class` and `register_task` are undone."""
+    """An empty folder with the shipped images. What an example registers is removed again."""
     (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
     monkeypatch.chdir(tmp_path)
     for cls in (*vars(modeling_prismer).values(), PrismerImageProcessorTorchvision):
         if hasattr(cls, "_auto_class"):
             monkeypatch.setattr(cls, "_auto_class", cls._auto_class)
-    with mock.patch.dict(modeling_prismer.TASKS):
+    with mock.patch.dict(modeling_prismer.TASKS), mock.patch.dict(LabelEngine.registry):
         yield
 
 
