@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .expert_spec import PUBLISHED_EXPERTS, ExpertSpec, read_specs
+from .expert_spec import PUBLISHED_EXPERTS, ExpertsConfigMixin, read_specs
 
 
 _ROBERTA_LARGE = {
@@ -74,7 +74,7 @@ def _require_multiple(config: PreTrainedConfig, heads: str) -> None:
 
 
 @strict
-class PrismerVisionConfig(PreTrainedConfig):
+class PrismerVisionConfig(ExpertsConfigMixin, PreTrainedConfig):
     r"""
     Configuration of the vision encoder of Prismer: a CLIP vision transformer (field names of `CLIPVisionConfig`) with
     adaptors, the experts' stems and the resampler. The defaults are those of `prismer_base`, without experts.
@@ -132,11 +132,6 @@ class PrismerVisionConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         self.experts = [dict(expert) for expert in self.experts or []]
         super().__post_init__(**kwargs)
-
-    @property
-    def expert_specs(self) -> list[ExpertSpec]:
-        """The entries of `experts` as [`ExpertSpec`]."""
-        return read_specs(self.experts)
 
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
@@ -233,7 +228,7 @@ class _NoProblemType:
 
 
 @strict
-class PrismerConfig(PreTrainedConfig):
+class PrismerConfig(ExpertsConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`PrismerModel`] or [`PrismerForConditionalGeneration`]. The architecture is that of
     [Prismer](https://huggingface.co/papers/2303.02506).
@@ -345,11 +340,6 @@ class PrismerConfig(PreTrainedConfig):
         self.vision_config.experts = experts
 
     @property
-    def expert_specs(self) -> list[ExpertSpec]:
-        """The entries of `experts` as [`ExpertSpec`]. To change one, set `experts`, a list of dicts."""
-        return self.vision_config.expert_specs
-
-    @property
     def num_latents(self) -> int:
         return self.vision_config.num_latents
 
@@ -373,15 +363,6 @@ class PrismerConfig(PreTrainedConfig):
     @vocab_size.setter
     def vocab_size(self, vocab_size: int) -> None:
         self.text_config.vocab_size = vocab_size
-
-    @property
-    def expert_names(self) -> list[str]:
-        return [expert["name"] for expert in self.experts]
-
-    @property
-    def class_names(self) -> dict[str, list[str]]:
-        """The names of each expert's classes, for the experts whose class names are known."""
-        return {spec.name: list(spec.class_names) for spec in self.expert_specs if spec.class_names}
 
     @classmethod
     def from_variant(cls, variant: str, image_size: int = 224, **kwargs: Any) -> "PrismerConfig":

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_prismer import validate_fields
-from .expert_spec import ExpertSpec, read_specs
+from .expert_spec import ExpertsConfigMixin, ExpertSpec, read_specs
 
 
 FUSIONS = ("prefix", "cross_attention")
@@ -16,7 +16,7 @@ EXPERTS_AS = ("tokens", "words", "both")
 
 
 @strict
-class PrismerExpertsConfig(PreTrainedConfig):
+class PrismerExpertsConfig(ExpertsConfigMixin, PreTrainedConfig):
     r"""
     The experts' part of a PrismerLM: a stem for each expert, position embeddings of their own, and the resampler.
 
@@ -78,21 +78,12 @@ class PrismerExpertsConfig(PreTrainedConfig):
             raise ValueError(f"image_size={self.image_size} is smaller than patch_size={self.patch_size}")
 
     @property
-    def expert_specs(self) -> list[ExpertSpec]:
-        """The experts as [`ExpertSpec`], in the order of `expert_mask`."""
-        return read_specs(self.experts)
-
-    @property
-    def expert_names(self) -> list[str]:
-        return [expert["name"] for expert in self.experts]
-
-    @property
     def grid_size(self) -> int:
         return self.image_size // self.patch_size
 
 
 @strict
-class PrismerLMConfig(PreTrainedConfig):
+class PrismerLMConfig(ExpertsConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`PrismerLMForConditionalGeneration`]: frozen vision encoders and experts in front of any
     language model, or of any vision-language model.
@@ -288,19 +279,6 @@ class PrismerLMConfig(PreTrainedConfig):
         if self.experts_config is None:
             raise ValueError("there is no experts_config: this model has no stems for experts")
         self.experts_config.experts = experts
-
-    @property
-    def expert_specs(self) -> list[ExpertSpec]:
-        return read_specs(self.experts)
-
-    @property
-    def expert_names(self) -> list[str]:
-        return [expert["name"] for expert in self.experts]
-
-    @property
-    def class_names(self) -> dict[str, list[str]]:
-        """The names of each expert's classes, for the experts whose class names are known."""
-        return {spec.name: list(spec.class_names) for spec in self.expert_specs if spec.class_names}
 
     @property
     def num_features(self) -> int:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
@@ -210,6 +210,27 @@ def read_specs(experts: "Iterable[Mapping[str, Any] | ExpertSpec]") -> list[Expe
         if names.count(name) > 1:
             raise ValueError(f"expert '{name}' is described twice")
     return specs
+
+
+class ExpertsConfigMixin:
+    """Gives a configuration with `experts`, a list of descriptions, their specs, names and class names."""
+
+    if TYPE_CHECKING:
+        experts: Any
+
+    @property
+    def expert_specs(self) -> list[ExpertSpec]:
+        """The entries of `experts` as [`ExpertSpec`]. To change one, set `experts`, a list of dicts."""
+        return read_specs(self.experts)
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [expert["name"] for expert in self.experts]
+
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        """The names of each expert's classes, for the experts whose class names are known."""
+        return {spec.name: list(spec.class_names) for spec in self.expert_specs if spec.class_names}
 
 
 def check_expert_name(name: Any) -> str:
