@@ -103,7 +103,7 @@ class VisibleImages:
         return key, value
 
     def after_prompt(self) -> "VisibleImages":
-        """What the tokens after the prompt see: each row's last image."""
+        """The view of the tokens after the prompt: each row sees its last image."""
         last = None if self.rows is None else self.rows[:, -1:]
         sees_image = None if self.sees_image is None else self.sees_image[:, -1:]
         return VisibleImages(self.features, last, sees_image=sees_image, projected=self.projected)
@@ -120,7 +120,7 @@ class VisibleImages:
 
 def see_images(features: torch.Tensor, rows: list[list[int]], mask: torch.Tensor) -> VisibleImages:
     """
-    What each token cross-attends to: its last image.
+    Lets each token cross-attend to its last image.
 
     Args:
         features (`torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`)

@@ -129,7 +129,7 @@ def _pass_visible_images(module: nn.Module, args: tuple, kwargs: dict[str, Any])
 
 class PrismerLMPreTrainedModel(PreTrainedModel):
     """
-    What all models of PrismerLM have in common: how weights start, and what the backbones support.
+    Base class of all models of PrismerLM. It initialises their weights.
 
     Example:
 

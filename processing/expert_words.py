@@ -66,7 +66,7 @@ def write_experts(
     clean: Callable[[str], str] = str,
 ) -> str:
     """
-    What the experts found in one image, in words: one sentence for each expert that can be verbalised.
+    Writes the experts' labels of one image as text: one sentence for each expert that can be verbalised.
 
     A detector gives the number of objects of each class and their positions, a segmentation the share of each class, a
     reader of text the words in quotes and their positions. Dense maps, such as depth, are skipped. Nothing is written

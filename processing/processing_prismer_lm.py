@@ -576,7 +576,7 @@ class PrismerLMProcessor(ExpertsProcessor):
 
     def write_experts(self, labels: list[dict[str, Any]]) -> list[str]:
         """
-        What the experts found, in words: the text that `experts_as="words"` puts into the prompt.
+        Writes the experts' labels as text, which `experts_as="words"` puts into the prompt.
 
         Args:
             labels (`list[dict]`): for each image the labels, from [`PrismerLMProcessor.run_experts`].
@@ -615,7 +615,7 @@ class PrismerLMProcessor(ExpertsProcessor):
 
     @property
     def _control_pattern(self) -> re.Pattern[str] | None:
-        """What matches the tokens that a text from elsewhere must not contain."""
+        """Matches the tokens that a text from elsewhere must not contain."""
         tokens = [
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()

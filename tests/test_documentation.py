@@ -71,7 +71,7 @@ def given(tmp_path_factory):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """An empty folder with the shipped images. What an example registers is removed again."""
+    """An empty folder with the shipped images. Names that an example registers are removed again."""
     (tmp_path / "modeling_prismer").symlink_to(REPOSITORY / "modeling_prismer")
     monkeypatch.chdir(tmp_path)
     for cls in (*vars(modeling_prismer).values(), PrismerImageProcessorTorchvision):

@@ -1,4 +1,4 @@
-"""What the recipes of PrismerLM share: the collator, generated texts, the trainer, and the model card."""
+"""The shared parts of the PrismerLM recipes: collator, generated texts, trainer and model card."""
 
 import json
 import os
@@ -133,7 +133,7 @@ def tidy_answer(text: str) -> str:
 @dataclass
 class CardFacts:
     """
-    What a model card says beside the configuration.
+    Facts for the model card that are not in the configuration.
 
     Args:
         language_id (`str`, *optional*): Hub id of a language model that was loaded from a folder.

@@ -1,4 +1,4 @@
-"""What is written: a folder that transformers loads, complete or not at all."""
+"""The converted folder: transformers loads it, and it is complete or not there."""
 
 import json
 import logging

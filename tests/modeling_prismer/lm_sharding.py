@@ -1,4 +1,4 @@
-"""What test_lm_distributed.py runs in two processes: PrismerLMs that `fully_shard` takes to pieces."""
+"""The program that test_lm_distributed.py runs in two processes: PrismerLMs sharded by `fully_shard`."""
 
 import json
 from pathlib import Path

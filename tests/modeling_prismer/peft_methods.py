@@ -29,7 +29,7 @@ VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 
 @dataclass
 class Case:
-    """What a method needs beyond its defaults, here often only because the model is so narrow; a line in the table."""
+    """Settings that a method needs beyond its defaults, often because the model is narrow; one row of the table."""
 
     settings: dict = field(default_factory=dict)
     inputs: dict = field(default_factory=dict)

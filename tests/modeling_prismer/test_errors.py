@@ -149,7 +149,7 @@ def test_bundled_processor_refuses_bad_inputs(processor, arguments, message):
 
 
 def test_a_model_and_inputs_of_another_checkpoint(processor):
-    """What users see who take the processor of one checkpoint and the network of another."""
+    """A processor of one checkpoint with the network of another raises an error."""
     inputs = processor(torch.zeros(3, 64, 64, dtype=torch.uint8), "what color?")
     with pytest.raises(ValueError, match="2\\); \\(batch, 6\\) is needed, one column for each of depth, normal"):
         tiny_model()(**inputs)

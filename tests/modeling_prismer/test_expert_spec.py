@@ -144,7 +144,7 @@ def test_a_spec_cannot_be_changed():
     assert len({spec, ExpertSpec.from_dict(spec.to_dict())}) == 1
 
 
-def test_the_first_difference_is_named_and_class_names_do_not_count():
+def test_first_difference_is_named_without_class_names():
     spec = ExpertSpec("parts", "label", 64, num_classes=2, class_names=["head", "tail"])
     assert spec.difference(dataclasses.replace(spec, class_names=None)) is None
     assert spec.difference(dataclasses.replace(spec, instances=True)) == "instances"

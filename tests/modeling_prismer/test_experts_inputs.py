@@ -1,4 +1,4 @@
-"""What the experts hand to the network: painting of ids, missing experts, rows of instances, errors."""
+"""Inputs from experts: painting of ids, missing experts, rows of instances, errors."""
 
 import copy
 

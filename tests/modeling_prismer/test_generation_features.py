@@ -1,4 +1,4 @@
-"""What users of transformers ask `generate` for: penalties, constraints, streams, scores, assistants, compilation."""
+"""Options of `generate`: penalties, constraints, streams, scores, assistants, compilation."""
 
 import string
 import threading
@@ -50,7 +50,7 @@ def tokenizer():
 
 
 def said(generated):
-    """What follows the prompt in each row, without padding."""
+    """The continuation of each row, without padding."""
     return strip(generated[:, PROMPT_LENGTH:])
 
 

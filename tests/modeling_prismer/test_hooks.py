@@ -29,7 +29,7 @@ def encode():
 
 
 class Recorder:
-    """What a hook was given, kept as it is, and a copy of what it was then."""
+    """The tensor that a hook got, and a copy from that moment."""
 
     def __init__(self):
         self.kept, self.copies = [], []

@@ -60,7 +60,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def saves_code():
-    """What `register_for_auto_class` changes is put back afterwards."""
+    """Changes by `register_for_auto_class` are undone."""
     classes = [cls for cls in vars(modeling_prismer).values() if inspect.isclass(cls) and hasattr(cls, "_auto_class")]
     with pytest.MonkeyPatch.context() as patch:
         for cls in [*classes, PrismerImageProcessorTorchvision]:

@@ -187,7 +187,7 @@ def test_encoders_and_stems_run_once_for_each_image(fusion, given):
 
 
 @fusions
-def test_a_text_without_images_is_what_the_language_model_makes_of_it(fusion):
+def test_text_without_images_equals_the_language_model(fusion):
     model = shared_model(fusion=fusion)
     text = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(model.generate(text, **GREEDY), model.language_model.generate(text, **GREEDY))
@@ -221,7 +221,7 @@ def test_embeddings_give_what_their_words_give(fusion, search):
     assert said(marked) == said(expected)
 
 
-def test_embeddings_need_marked_placeholders_if_the_token_has_no_embedding():
+def test_embeddings_need_marked_placeholders():
     model = shared_model()
     embeddings = torch.randn(1, model.config.image_seq_length + 3, 32)
     with pytest.raises(ValueError, match="inputs_embeds needs mm_token_type_ids"):

@@ -145,7 +145,7 @@ def test_timm_encoders(name):
     assert model.generate(input_ids, **images, max_new_tokens=2).shape[0] == 2
 
 
-def test_features_of_several_encoders_are_side_by_side_on_one_grid():
+def test_features_of_encoders_are_joined_on_one_grid():
     fine = SiglipVisionConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -409,7 +409,7 @@ def test_ranking_scores_are_those_of_whole_rows(language, fusion):
 
 
 @fusions
-def test_ranking_after_several_images_and_with_the_question_in_the_resampler(fusion):
+def test_ranking_with_several_images_and_question_queries(fusion):
     for model in (shared_model(fusion=fusion), question_model(1.0, fusion)):
         questions, images = prompts(model.config, 2, images=2), image_inputs(model.config, 4)
         ranking = model.rank_candidates(

@@ -51,7 +51,7 @@ def adapted(model, method="lora", **kwargs):
     "language, names", [("llama", {"q_proj", "v_proj"}), ("phi3", {"qkv_proj"}), ("gpt2", {"c_attn"})]
 )
 @fusions
-def test_by_default_queries_and_values_of_the_language_model_are_adapted(language, names, fusion):
+def test_default_adapter_targets_the_language_model(language, names, fusion):
     model = peft.get_peft_model(
         tiny_model(language=language, fusion=fusion), peft.LoraConfig(fan_in_fan_out=language == "gpt2")
     )
@@ -60,7 +60,7 @@ def test_by_default_queries_and_values_of_the_language_model_are_adapted(languag
     assert all(".language_model." in name for name in found) and len(found) == 2 * len(names)
 
 
-def test_by_default_the_encoder_of_a_vision_language_model_is_not_adapted():
+def test_default_adapter_leaves_the_vlm_encoder_out():
     model = PrismerLMForConditionalGeneration.from_backbones(tiny_vlm("llava"))
     model = peft.get_peft_model(model, peft.LoraConfig())
     found = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
@@ -179,7 +179,7 @@ def test_trainer_trains_an_adapter_with_checkpointing(fusion, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_an_adapter_of_a_vision_language_model_learns_with_experts(tmp_path):
+def test_adapter_of_a_vlm_learns_with_experts(tmp_path):
     model = PrismerLMForConditionalGeneration.from_backbones(
         tiny_vlm("qwen2_5_vl"),
         experts=[{"name": "depth", "kind": "dense", "channels": 1}],

@@ -240,7 +240,7 @@ def test_trained_weights_find_their_backbones(folder, fusion, tmp_path):
     assert torch.equal(logits_of(PrismerLMForConditionalGeneration.from_pretrained(tmp_path / "whole")), expected)
 
 
-def test_trained_weights_load_by_the_auto_class_and_in_half_precision(folder, tmp_path):
+def test_trained_weights_load_by_auto_class_and_in_half(folder, tmp_path):
     build(folder).save_pretrained(tmp_path, trained_only=True)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.language_model.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""What a process does with the memory that it has freed."""
+"""The memory that a process has freed."""
 
 import platform
 import subprocess

@@ -376,7 +376,7 @@ def test_cuda_equals_cpu(model, dtype):
 
 @pytest.fixture
 def garbage_in_fresh_memory():
-    """What `torch.empty` gives is NaN: whatever is not initialised shows."""
+    """`torch.empty` returns NaN, so that weights without initialisation show."""
     torch.use_deterministic_algorithms(True)
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True

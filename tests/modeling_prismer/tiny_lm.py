@@ -148,7 +148,7 @@ def vlm_inputs(
     name: str, rows: int, config: PrismerLMConfig | None = None, images: int = 1
 ) -> dict[str, torch.Tensor]:
     """
-    What a vision-language model takes: prompts with images. With the `config` of a PrismerLM, the placeholders of the
+    Inputs of a vision-language model: prompts with images. With the `config` of a PrismerLM, the placeholders of the
     experts of each image follow it.
     """
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the experts found, written for a language model."""
+"""Labels of experts, written as text for a language model."""
 
 import numpy as np
 import pytest

@@ -166,5 +166,5 @@ def make_processor(fusion="prefix", experts_as="tokens", tokenizer=None, **kwarg
 
 
 def learned(processor, inputs):
-    """What each row learns, as text."""
+    """The text that each row learns."""
     return [processor.decode(row[row != -100]) for row in inputs["labels"]]
