@@ -1,23 +1,20 @@
 """Runs experts over many images and stores their labels."""
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from ..experts.base import Expert
 from ..experts.suite import ExpertSuite
 from ..image_loading import MAX_IMAGE_PIXELS
-from .engines import LabelEngine, is_on_cpu
+from ..many_images.engines import LabelEngine, is_on_cpu
+from ..many_images.processes import launched_place, progress_bar
 from .labelling import Labeller
 from .manifest import make_manifest
 from .shards import LabelWriter, set_aside_damaged
-from .sources import ImageSource, open_source
+from .sources import open_source
 
 
 # the largest number of failed images that a report names
@@ -164,7 +161,12 @@ def label_images(
     if not suite:
         raise ValueError("there are no experts to run: the suite is empty")
     images = open_source(source, image_column, key_column, root)
-    process = _place_among_processes(suite) if shard is None else (int(shard[0]), int(shard[1]))
+    if shard is None:
+        process, device = launched_place()
+        if device is not None and is_on_cpu(suite):
+            suite.to(device)
+    else:
+        process = (int(shard[0]), int(shard[1]))
     suite = engine.place_suite(suite)
     manifest = make_manifest(suite, suite.descriptions, {"map_size": map_size, "max_image_pixels": max_image_pixels})
     labeller = Labeller(suite, map_size, on_expert_error, max_image_pixels)
@@ -180,14 +182,14 @@ def label_images(
             set_aside_damaged(output)
         # first share, then leave out: the shares must not depend on what other processes have finished meanwhile
         images = images.share(*process).without(writer.done)
-        with _bar(images, process, progress) as bar:
+        with progress_bar(images, "labels", process, progress) as advance:
             for row in engine.run(images, labeller, batch_size):
                 if row["error"] is not None:
                     failed += 1
                     if len(errors) < MAX_ERRORS:
                         errors[row["key"]] = row["error"]
                 writer.write_row(row)
-                _advance(bar, images)
+                advance()
     return LabelReport(
         images=writer.rows_written,
         failed=failed,
@@ -196,61 +198,3 @@ def label_images(
         expert_seconds={name: expert.seconds - seconds_before[name] for name, expert in suite.items()},
         errors=errors,
     )
-
-
-def _place_among_processes(suite: ExpertSuite) -> tuple[int, int]:
-    """
-    The number of this process and of all processes, as launched. Moves the experts to the device of this process.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched == 1:
-        return 0, 1
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    # without `cpu`, PartialState sees processes without an accelerator as one process
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if state.num_processes != launched:
-        raise RuntimeError(
-            f"{launched} processes were launched, but accelerate sees {state.num_processes}; give shard"
-        )
-    if state.device.type != "cpu" and is_on_cpu(suite):
-        suite.to(state.device)
-    return state.process_index, state.num_processes
-
-
-def _bar(images: ImageSource, process: tuple[int, int], progress: bool) -> tqdm:
-    name = "labels" if process[1] == 1 else f"labels, process {process[0]} of {process[1]}"
-    # one bar per machine
-    is_shown = progress and int(os.environ.get("LOCAL_RANK", "0")) == 0
-    return tqdm(total=images.num_images, desc=name, unit="image", disable=not is_shown)
-
-
-def _advance(bar: tqdm, images: ImageSource) -> None:
-    reading = images.progress()
-    if reading is not None and reading[0]:  # estimate the total from the files read so far
-        files_read, files = reading
-        bar.total = max(bar.n + 1, round((bar.n + 1) * files / files_read))
-    bar.update()
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """
-    Reads `"0/8"`, the first of eight parts, as `(0, 8)`.
-
-    Raises:
-        ValueError: if the text has another form, or is not between `0/n` and `n-1/n`.
-
-    Example:
-
-    ```python
-    >>> from modeling_prismer.processing.labels import parse_shard
-
-    >>> parse_shard("0/8")
-    (0, 8)
-    ```
-    """
-    first, _, second = text.partition("/")
-    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
-        raise ValueError(f"the shard is {text!r}; needed is i/n with i from 0 to n - 1, such as 0/8")
-    return int(first), int(second)

@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from ...expert_spec import ExpertSpec, read_specs
+from ..many_images.key_index import KeyIndex, as_text, key_digests
 from .durable_files import publish, write_durably
 from .encoding import decode_labels, encode_labels, label_features
-from .key_index import KeyIndex, as_text, key_digests
 from .manifest import claim_folder, manifest_lock, read_manifest
 
 

@@ -9,15 +9,20 @@ from urllib.parse import urlsplit
 
 import datasets
 import numpy as np
-from transformers.utils import logging
 
-from .key_index import KeyIndex, as_text, key_digests
+from ..many_images.key_index import KeyIndex, as_text
+from ..many_images.sources import (
+    IMAGE_SUFFIXES,
+    TAR_SUFFIXES,
+    ImageSource,
+    ListedImages,
+    path_as_key,
+    walk_files,
+)
 from .manifest import MANIFEST_FILE
 from .shards import README_FILE, is_shard_name
-from .tars import IMAGE_SUFFIXES, TAR_SUFFIXES, read_tar
+from .tars import read_tar
 
-
-logger = logging.get_logger(__name__)
 
 KEY_COLUMNS = ("key", "id", "image_id", "file_name", "__key__")
 """Columns that hold the keys of a data set if `key_column` is not given; the first one that exists is used."""
@@ -26,86 +31,6 @@ ACCEPTED_SOURCES = (
     "accepted are a folder of images, of webdataset tars or of a data set that was saved, a file or a glob of them, a "
     "list of files, a dict from keys to images, and a data set of `datasets`"
 )
-
-
-class ImageSource:
-    """
-    Images with their keys. Iterating yields `(key, image)`. The image is anything that [`load_image`] takes, not yet
-    opened, or an exception that says why there is no image.
-
-    Example:
-
-    ```python
-    >>> from modeling_prismer.processing.labels import open_source
-
-    >>> source = open_source({"a": image, "b": image, "c": image})
-    >>> source.num_images, [key for key, _ in source.share(0, 2)]
-    (3, ['a', 'c'])
-    ```
-    """
-
-    num_images: int | None = None  # None if it is not known
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        raise NotImplementedError
-
-    def share(self, process: int, num_processes: int) -> "ImageSource":
-        """The share of one of n processes: every n-th image, or every n-th file of a stream."""
-        raise NotImplementedError
-
-    def without(self, done: KeyIndex) -> "ImageSource":
-        """The images whose keys are not in `done`."""
-        raise NotImplementedError
-
-    def parts(self, images: int) -> list["ImageSource"]:
-        """The same images in parts of about `images` images. A part is small when it is sent to another process."""
-        raise NotImplementedError
-
-    def progress(self) -> tuple[int, int] | None:
-        """The number of files read and of all files of a stream; `None` if `num_images` is known."""
-        return None
-
-
-class ListedImages(ImageSource):
-    """
-    Images whose keys are all known: files, or rows of a data set.
-
-    Args:
-        keys (`Sequence[str]`): the keys. If a key occurs twice, its first image counts.
-        images (`Sequence`): one image for each key; anything that [`load_image`] takes.
-
-    Example:
-
-    ```python
-    >>> from modeling_prismer.processing.labels import ListedImages
-
-    >>> list(ListedImages(["triangle"], ["modeling_prismer/assets/shape.png"]))
-    [('triangle', 'modeling_prismer/assets/shape.png')]
-    ```
-    """
-
-    def __init__(self, keys: Sequence[str], images: Sequence[Any]):
-        if len(keys) != len(images):
-            raise ValueError(f"{len(keys)} keys for {len(images)} images")
-        self.keys = keys
-        self.images: Any = images
-        self.num_images = len(keys)
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        yield from zip(self.keys, self.images)
-
-    def share(self, process: int, num_processes: int) -> "ListedImages":
-        return self._select(KeyIndex(key_digests(self.keys)).rows()[process::num_processes])
-
-    def without(self, done: KeyIndex) -> "ListedImages":
-        return self._select(np.flatnonzero(done.find(self.keys) < 0)) if len(done) else self
-
-    def parts(self, images: int) -> list[ImageSource]:
-        starts = range(0, len(self.keys), images)
-        return [self._select(np.arange(start, min(start + images, len(self.keys)))) for start in starts]
-
-    def _select(self, rows: np.ndarray) -> "ListedImages":
-        return ListedImages([self.keys[row] for row in rows], [self.images[row] for row in rows])
 
 
 class DatasetImages(ListedImages):
@@ -386,7 +311,7 @@ def _open_folder(
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return open_source(datasets.load_from_disk(str(folder)), image_column, key_column)
     images, tables, tars = [], [], []
-    for path in _walk(folder):
+    for path in walk_files(folder):
         if _is_of_a_store(path):
             continue
         suffix = os.path.splitext(path)[1].lower()
@@ -403,23 +328,6 @@ def _open_folder(
     if not found:
         raise FileNotFoundError(f"there are no images in {folder}; {ACCEPTED_SOURCES}")
     return _open_files(kinds[found[0]], root or folder, image_column, key_column)
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """All files except hidden ones, sorted by name. Links to folders are followed once."""
-
-    def warn(error: OSError) -> None:
-        logger.warning(f"The folder {error.filename} is left out: {error.strerror}")
-
-    visited = set()
-    for directory, folders, files in os.walk(folder, onerror=warn, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(directory, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _is_of_a_store(path: str) -> bool:
@@ -441,7 +349,7 @@ def _open_files(
         raise ValueError(f"{whose} no files; {ACCEPTED_SOURCES}")
     are_tars = [urlsplit(file).path.lower().endswith(TAR_SUFFIXES) for file in files]
     are_tables = [urlsplit(file).path.lower().endswith(".parquet") for file in files]
-    names = [_name(file, root) for file in files]
+    names = [path_as_key(file, root) for file in files]
     if all(are_tars):
         if key_column not in (None, "__key__"):
             raise ValueError(f"key_column is '{key_column}'; the images of tars are named by their files, '__key__'")
@@ -488,16 +396,6 @@ def _open_stream(
             raise ValueError(f"no column names the images; give key_column, one of {_columns(dataset)}")
         break
     return StreamedImages(files, image_column, key_column)
-
-
-def _name(file: str, root: str | Path | None) -> str:
-    """The path of a file relative to `root`, or as given if it does not lie below `root`; always with `/`."""
-    if "://" in file:
-        return file.removeprefix(f"{root}/") if root else file
-    if root:
-        relative = os.path.relpath(file, root)
-        file = file if Path(relative).parts[:1] == ("..",) else relative
-    return as_text(Path(file).as_posix())
 
 
 def _without_suffix(name: str) -> str:

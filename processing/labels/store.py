@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...expert_spec import ExpertSpec, read_specs
+from ..many_images.key_index import KeyIndex, key_digests
 from .encoding import decode_labels
-from .key_index import KeyIndex, key_digests
 from .manifest import read_manifest
 from .shards import naming_the_shard, open_shard, read_columns, read_key_digests, shard_files
 

@@ -14,15 +14,8 @@ from typing import Any
 
 from datasets.utils.file_utils import xopen
 
+from ..many_images.sources import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .avif .heic .heif .jp2 .j2k .ppm .pgm .pbm .pnm .tga "
-    ".pcx .ico".split()
-)
-"""Suffixes of image files in a folder or a tar, in upper or lower case."""
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-"""Suffixes of webdataset tars."""
 
 # an image is read into memory, and a small compressed tar can contain a huge one
 MAX_IMAGE_BYTES = 1 << 30

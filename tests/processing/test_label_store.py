@@ -23,7 +23,7 @@ from modeling_prismer.processing.labels import (
     make_manifest,
     parse_shard,
 )
-from modeling_prismer.processing.labels.key_index import KeyIndex, key_digests
+from modeling_prismer.processing.many_images.key_index import KeyIndex, key_digests
 
 from .label_experts import FailsOn, Rows, all_kinds, write_images
 

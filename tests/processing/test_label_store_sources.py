@@ -12,7 +12,7 @@ from PIL import Image
 from modeling_prismer.processing import load_image
 from modeling_prismer.processing.experts import ExpertSuite
 from modeling_prismer.processing.labels import LabelStore, ListedImages, label_images, open_source
-from modeling_prismer.processing.labels.key_index import KeyIndex, key_digests
+from modeling_prismer.processing.many_images.key_index import KeyIndex, key_digests
 
 from .label_experts import Rows, write_images
 

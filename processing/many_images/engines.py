@@ -1,5 +1,6 @@
-"""Engines run the experts over the images of a labelling run. `LocalEngine` does it in this process."""
+"""Engines run a worker over many images. `LocalEngine` does it in this process."""
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -9,14 +10,14 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from ..experts.suite import ExpertSuite
-from .labelling import Labeller
 from .sources import ImageSource
+from .worker import ImageWorker
 
 
 @dataclass
 class LabelEngine(ABC):
     """
-    The interface of all engines.
+    The interface of all engines, for labels of experts and for captions and answers.
 
     An engine of your own is a subclass with a `name`, a `description` and a method `run`. Defining the class registers
     it: `label_images(…, engine=name)` accepts the name, and error messages and `prismer label --list-engines` list it.
@@ -27,7 +28,7 @@ class LabelEngine(ABC):
 
     Attributes:
         name (`str`): the name in `label_images(engine=…)` and `prismer label --engine`.
-        description (`str`): one line for lists of engines: where the experts run, and what a worker is.
+        description (`str`): one line for lists of engines: where the models run, and what a worker is.
         requires (`tuple[str, ...]`): modules that must be installed.
         extra (`str`, *optional*): the extra of this package that installs them.
 
@@ -44,12 +45,12 @@ class LabelEngine(ABC):
     ...     description = "this process, image by image"
     ...     is_loud: bool = False
     ...
-    ...     def run(self, source, labeller, batch_size):
+    ...     def run(self, source, worker, batch_size):
     ...         for key, image in source:
     ...             if self.is_loud:
     ...                 print(key)
-    ...             ((labels, error),) = labeller.see([labeller.open(key, image)])
-    ...             yield labeller.encode(key, labels, error)
+    ...             ((result, error),) = worker.see([worker.open(key, image)])
+    ...             yield worker.encode(key, result, error)
 
     >>> images = "modeling_prismer/assets"
     >>> report = label_images(images, [CannyEdges()], "my_labels", engine="simple", is_loud=True, progress=False)
@@ -76,22 +77,32 @@ class LabelEngine(ABC):
             raise ValueError(f"num_workers is {self.num_workers}; at least 1 is needed")
 
     @abstractmethod
-    def run(self, source: ImageSource, labeller: Labeller, batch_size: int) -> Iterator[dict[str, Any]]:
+    def run(self, source: ImageSource, worker: ImageWorker, batch_size: int) -> Iterator[dict[str, Any]]:
         """
-        Labels images.
+        Runs a worker over images.
 
         Args:
             source ([`ImageSource`]): the images. `source.parts` splits them for other processes.
-            labeller ([`Labeller`]): opens images, runs the experts and encodes their labels. It can be pickled.
-            batch_size (`int`): number of images that the experts get at a time.
+            worker ([`ImageWorker`]):
+                Opens images, runs the models and encodes the results: labels of experts (`prismer label`), or captions
+                and answers (`prismer caption`). It can be pickled.
+            batch_size (`int`): number of images that the models get at a time.
 
         Returns:
-            `Iterator[dict]`: one row per image, from [`Labeller.encode`] or [`Labeller.rows`], in any order.
+            `Iterator[dict]`: one row per image, from [`ImageWorker.encode`] or [`ImageWorker.rows`], in any order.
         """
 
+    @property
+    def device(self) -> str | None:
+        """The device on which the workers run the models. By default they stay where they are."""
+        return None
+
     def place_suite(self, suite: ExpertSuite) -> ExpertSuite:
-        """Returns the suite on the device where the workers run it. By default it stays where it is."""
-        return suite
+        """Returns the suite on the device where the workers run it."""
+        if self.device is None or not is_on_cpu(suite):
+            return suite
+        # a copy, because this process may lack the device; a copy has no loaded models
+        return copy.deepcopy(suite).to(self.device)
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -132,11 +143,11 @@ class LabelEngine(ABC):
 
 class LocalEngine(LabelEngine):
     """
-    Runs the experts in this process. Rows keep the order of the images.
+    Runs the models in this process. Rows keep the order of the images.
 
     Args:
         num_workers (`int`, *optional*):
-            Number of threads that open images and encode labels while the experts run. By default one per core, at
+            Number of threads that open images and encode results while the models run. By default one per core, at
             most 8.
 
     Example:
@@ -151,12 +162,12 @@ class LocalEngine(LabelEngine):
     """
 
     name = "local"
-    description = "this process; workers are threads that open images and encode labels"
+    description = "this process; workers are threads that open images and encode results"
 
-    def run(self, source: ImageSource, labeller: Labeller, batch_size: int) -> Iterator[dict[str, Any]]:
+    def run(self, source: ImageSource, worker: ImageWorker, batch_size: int) -> Iterator[dict[str, Any]]:
         pool = ThreadPoolExecutor(self.num_workers or min(8, os.cpu_count() or 1))
         try:
-            yield from labeller.rows(source, batch_size, pool)
+            yield from worker.rows(source, batch_size, pool)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -1,0 +1,1 @@
+"""The commands of `prismer`. Their modules import torch only once a command has read its arguments."""
