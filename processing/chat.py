@@ -11,6 +11,29 @@ IMAGE_MARKER = "<image>"  # an image in the text of a message, as in LLaVA's fil
 ROLES = {"human": "user", "gpt": "assistant"}  # of LLaVA's files
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
+# Arguments of a processor's call that `apply_chat_template` takes beside the variables of a template.
+CALL_NAMES = {
+    *("expert_labels", "experts", "vlm_kwargs", "padding", "padding_side", "pad_to_multiple_of", "max_length"),
+    *("truncation", "add_special_tokens", "text_kwargs", "images_kwargs", "max_image_pixels"),
+}
+
+QUESTION_TEMPLATE = """\
+{#- Prismer answers each question by itself: the prompt is the last text of the user, followed by the beginning of the
+    answer if the assistant has the last turn. The prompt is empty, which asks for a caption, if there is only an image
+    or if the user asks for a description. -#}
+{%- macro text_of(message) -%}
+    {%- set content = message.content -%}
+    {%- if content is string -%}{{ content | trim }}
+    {%- else -%}{{ content | selectattr("type", "equalto", "text") | map(attribute="text") | join(" ") | trim }}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set question = text_of((messages | selectattr("role", "equalto", "user") | list)[-1]) -%}
+{%- if question | lower | replace(".", "") not in [
+    "describe this image", "describe the image", "describe this picture", "describe the picture", "caption this image"
+] -%}{{ question }}{%- endif -%}
+{%- if messages[-1].role == "assistant" %} {{ text_of(messages[-1]) }}{%- endif -%}
+"""
+
 
 def read_messages(messages: Sequence[Any], images: Sequence[Any] | None = None) -> tuple[list[dict], list[Any]]:
     """
@@ -51,6 +74,15 @@ def read_messages(messages: Sequence[Any], images: Sequence[Any] | None = None) 
         for item, image in zip(missing, images):
             item["image"] = image
     return read, [item["image"] for message in read for item in _image_items(message)]
+
+
+def as_batch(conversation: Any) -> tuple[list[Any], bool]:
+    """One or many conversations as a list of them, and whether they are many."""
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise ValueError("the conversation is empty; a list of messages {'role': …, 'content': …} is needed")
+    conversation = [getattr(own, "messages", own) for own in conversation]
+    is_batch = isinstance(conversation[0], list | tuple)
+    return (conversation if is_batch else [conversation]), is_batch
 
 
 def as_text(messages: Sequence[dict], image_token: str, clean: Callable[[str], str]) -> list[dict]:

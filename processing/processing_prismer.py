@@ -11,6 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import TensorType, logging
 
+from .chat import CALL_NAMES, QUESTION_TEMPLATE, as_batch, read_messages, render
 from .experts_processor import ExpertsProcessor
 from .tasks import Task, find_task
 
@@ -61,7 +62,7 @@ class PrismerProcessor(ExpertsProcessor):
             description (`suite.to_dict()`), which is loaded on first use. Without them, pass labels as
             `expert_labels`. You can replace them at any time: `processor.experts = …`.
         chat_template (`str`, *optional*):
-            A chat template in Jinja.
+            A chat template in Jinja, by default [`QUESTION_TEMPLATE`]; see [`PrismerProcessor.apply_chat_template`].
         task (`str`, *optional*, defaults to `"caption"`):
             The name of the [`Task`] that the checkpoint was trained for. It decides about prompts, suffixes and
             candidates:
@@ -107,7 +108,7 @@ class PrismerProcessor(ExpertsProcessor):
         task: str = "caption",
         tasks: list[str] | None = None,
     ):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or QUESTION_TEMPLATE)
         tokenizer.padding_side = "left"  # `generate` needs it, and a pipeline pads its batches with it
         for token in ("bos_token", "eos_token", "pad_token"):
             if getattr(tokenizer, f"{token}_id", None) is None:
@@ -204,6 +205,104 @@ class PrismerProcessor(ExpertsProcessor):
         data.update(self._image_inputs(images, labels, **kwargs["images_kwargs"]))
         return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
 
+    # ---- conversations ----
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = False,
+        return_tensors: str | TensorType | None = "auto",
+        return_dict: bool = False,
+        images: Any = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        The prompt of a conversation by the chat template, or its tensors.
+
+        Prismer was trained on single questions. The template therefore takes the last text of the user as the prompt,
+        and the network reads the last image. Earlier turns and system messages are left out. Without a text, or for
+        "Describe this image", the prompt is that of the task, such as `A picture of`.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                One or many conversations. A content is a text or a list of items, `{"type": "text", "text": …}` and
+                `{"type": "image", "image": …}` (or `url`, `path`, `base64`, `image_url`).
+            chat_template (`str`, *optional*): a template, or the name of one.
+            add_generation_prompt (`bool`, *optional*, defaults to `False`): a variable of the template.
+            continue_final_message (`bool` or `str`, *optional*, defaults to `False`):
+                Whether the network goes on with the last turn of the assistant. Otherwise `</s>` ends that turn.
+            tokenize (`bool`, *optional*, defaults to `False`): whether to return tensors instead of text.
+            return_tensors (`str`, *optional*): `"pt"` (the default), `"np"`, or `None`.
+            return_dict (`bool`, *optional*, defaults to `False`):
+                Whether to return all inputs of the model, in place of `input_ids` alone.
+            images (`list` or `list[list]`, *optional*):
+                The images of items that have none: of the conversation, or for each of many conversations.
+            processor_kwargs (`dict`, *optional*):
+                Arguments of [`PrismerProcessor.__call__`], such as `task`, `experts` or `expert_labels`.
+            kwargs: variables of the template; also `processor_kwargs`.
+
+        Returns:
+            `str`, `list[str]`, tensors, or [`BatchFeature`].
+
+        Raises:
+            ValueError: if a conversation has no turn of the user, no image, or several images in its last message with
+                images, or if the task needs a text and there is none.
+
+        Example:
+
+        ```python
+        >>> content = [{"type": "image", "image": image}, {"type": "text", "text": "What shape is it?"}]
+        >>> messages = [{"role": "user", "content": content}]
+        >>> inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+        >>> processor.post_process_generation(model.generate(**inputs), inputs["input_ids"].shape[1])
+        ['triangle']
+        >>> messages += [{"role": "assistant", "content": "triangle"}, {"role": "user", "content": "Is it red?"}]
+        >>> processor.apply_chat_template(messages)
+        'Is it red?'
+        ```
+        """
+        names = {*CALL_NAMES, "task"}.intersection(kwargs)
+        call_kwargs = {name: kwargs.pop(name) for name in names} | (processor_kwargs or {})
+        if return_tensors != "auto":
+            call_kwargs["return_tensors"] = return_tensors
+        images = call_kwargs.pop("images", images)
+        conversations, is_batch = as_batch(conversation)
+        given: Iterable[Any] = [None] * len(conversations) if images is None else images if is_batch else [images]
+        read = [read_messages(messages, own)[0] for messages, own in zip(conversations, given, strict=True)]
+        template = self._resolve_chat_template(chat_template)
+        variables = {**self.tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt, **kwargs}
+        task = call_kwargs.get("task")
+        if not tokenize:
+            variables["continue_final_message"] = continue_final_message
+            texts = [self._prompt_of(messages, task, template, variables) for messages in read]
+            return texts if is_batch else texts[0]
+
+        answers = [messages.pop()["content"] for messages in read if messages[-1]["role"] == "assistant"]
+        if answers:
+            if len(answers) < len(read):
+                raise ValueError(
+                    "some conversations end with a turn of the assistant and some do not; split the batch"
+                )
+            call_kwargs["suffix"] = ["".join(item["text"] for item in content) for content in answers]
+            call_kwargs["padding_side"] = "left"
+        call_kwargs["text"] = [self._prompt_of(messages, task, template, variables) for messages in read]
+        inputs = self([_last_image(messages) for messages in read], **call_kwargs)
+        if answers:
+            del inputs["labels"]
+            if continue_final_message:  # without </s>
+                for name in ("input_ids", "attention_mask"):
+                    inputs[name] = inputs[name][:, :-1]
+        return inputs if return_dict else inputs["input_ids"]
+
+    def _prompt_of(self, messages: list[dict], task: str | None, template: str, variables: dict[str, Any]) -> str:
+        if not any(message["role"] == "user" for message in messages):
+            raise ValueError("the conversation has no turn of the role 'user'; Prismer's prompt is the last one")
+        return render(messages, template, **variables) or _own_prompt(find_task(task or self.task_for(None)))
+
     # ---- text ----
 
     def _texts(
@@ -258,7 +357,7 @@ class PrismerProcessor(ExpertsProcessor):
         """
         if text is None:
             found = [find_task(name) for name in (self.task, *(self.tasks or ()))]
-            return next((task.name for task in found if task.prompt and not task.is_ranked), self.task)
+            return next((task.name for task in found if task.prompt is not None and not task.is_ranked), self.task)
         if isinstance(text, str):
             return self._task_of(text)[0]
         tasks = sorted({self.task_for(each) for each in text})
@@ -471,6 +570,19 @@ def _flatten_texts(texts: Iterable[Any], num_images: int, name: str) -> list[str
             "the rows of a batch are divided evenly among its images"
         )
     return [text for group in texts for text in group]
+
+
+def _last_image(messages: Iterable[dict[str, Any]]) -> Any:
+    """The image that a question is about: that of the last message with an image."""
+    for message in reversed(list(messages)):
+        images = [item["image"] for item in message.get("content", ()) if item["type"] == "image"]
+        if len(images) > 1:
+            raise ValueError(f"a message has {len(images)} images; Prismer reads one image for each question")
+        if images and images[0] is not None:
+            return images[0]
+    raise ValueError(
+        "the conversation has no image: Prismer needs one. Add {'type': 'image', 'image': …} to a message of the user"
+    )
 
 
 def _own_prompt(task: Task) -> str:

@@ -25,7 +25,7 @@ from .backbone_parts import (
     read_suite,
     with_class_names,
 )
-from .chat import as_text, assistant_spans, read_messages, render, with_marker
+from .chat import CALL_NAMES, as_batch, as_text, assistant_spans, read_messages, render, with_marker
 from .expert_labels import read_experts
 from .expert_words import POSITIONS, write_experts
 from .experts_processor import ExpertsProcessor, Shared
@@ -51,12 +51,6 @@ EXPERTS_TOKEN = "<experts>"  # in front of a vision-language model, whose image 
 FUSIONS = ("prefix", "cross_attention")
 EXPERTS_AS = ("tokens", "words", "both")
 NO_LIMIT = 10**9  # tokenizers without a limit have a larger one
-
-# Arguments of a call that transformers also takes beside the variables of a chat template.
-_CALL_NAMES = {
-    *("expert_labels", "experts", "vlm_kwargs", "padding", "padding_side", "pad_to_multiple_of", "max_length"),
-    *("truncation", "add_special_tokens", "text_kwargs", "images_kwargs", "max_image_pixels"),
-}
 
 
 class PrismerLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -447,7 +441,7 @@ class PrismerLMProcessor(ExpertsProcessor):
         ['input_ids', 'attention_mask', 'edge_values', 'ocr_ids', 'ocr_features', 'expert_mask']
         ```
         """
-        call_kwargs = {name: kwargs.pop(name) for name in _CALL_NAMES.intersection(kwargs)} | (processor_kwargs or {})
+        call_kwargs = {name: kwargs.pop(name) for name in CALL_NAMES.intersection(kwargs)} | (processor_kwargs or {})
         if images is None:
             images = call_kwargs.pop("images", None)
         if return_tensors != "auto":
@@ -455,7 +449,7 @@ class PrismerLMProcessor(ExpertsProcessor):
         kwargs.update(tools=tools, documents=documents)
         if not return_assistant_tokens_mask:
             kwargs.update(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
-        conversations, is_batch = _as_batch(conversation)
+        conversations, is_batch = as_batch(conversation)
         prompts, images = self.read_conversations(
             conversations,
             images if images is None or is_batch else [images],
@@ -892,15 +886,6 @@ class PrismerLMProcessor(ExpertsProcessor):
             vlm_processor.tokenizer = processor.tokenizer
             processor._vlm_processor = Shared(vlm_processor)
         return processor
-
-
-def _as_batch(conversation: Any) -> tuple[list[Any], bool]:
-    """One or many conversations as a list of them."""
-    if not isinstance(conversation, list | tuple) or not conversation:
-        raise ValueError("the conversation is empty; a list of messages {'role': …, 'content': …} is needed")
-    conversation = [getattr(own, "messages", own) for own in conversation]
-    is_batch = isinstance(conversation[0], list | tuple)
-    return (conversation if is_batch else [conversation]), is_batch
 
 
 __all__ = ["PrismerLMProcessor"]

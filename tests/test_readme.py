@@ -72,7 +72,8 @@ def test_python_of_the_readme_runs(capsys):
             "generation.md",
             ["['teal']", "['triangle']", "['no']", "Teal", "torch.Size([1, 4, 9, 80])"]
             + ["[{'input_text': 'What color is the shape?', 'generated_text': ' Teal'}]"]
-            + ["What color is the shape? Teal", "Is it red? No", "triangle", "1.0"],
+            + ["What color is the shape? Teal", "Is it red? No", "Teal", "['no']"]
+            + ["triangle", "1.0"],
         ),
         ("sharing.md", []),
         (

@@ -128,6 +128,36 @@ def test_arguments_reach_generate_and_the_processor(ask, processor, model):
     assert answers(ask(RED_CIRCLE, SHAPE, experts=[])) == blind != ["circle"]
 
 
+def chat(image, question, *turns):
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}, *turns]
+
+
+def test_messages_give_the_answers_of_questions(ask):
+    (expected,) = ask(RED_CIRCLE, COLOR, return_full_text=False)
+    assert ask(text=chat(RED_CIRCLE, COLOR), return_full_text=False)[0]["generated_text"] == expected["generated_text"]
+    (output,) = ask(chat(RED_CIRCLE, COLOR), return_full_text=True)
+    assert output["generated_text"][-1] == {"role": "assistant", "content": expected["generated_text"]}
+
+
+def test_several_turns_about_one_picture(ask):
+    turns = [{"role": "assistant", "content": "red"}, {"role": "user", "content": SHAPE}]
+    assert answers(ask(text=chat(RED_CIRCLE, COLOR, *turns), return_full_text=False)) == ["circle"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_messages_in_batches(ask, batch_size):
+    chats = [chat(RED_CIRCLE, COLOR), chat(BLUE_RECTANGLE, SHAPE), chat(BLUE_RECTANGLE, "Is it blue?")]
+    outputs = ask(text=chats, batch_size=batch_size, return_full_text=False)
+    assert answers(output for (output,) in outputs) == ["red", "rectangle", "yes"]
+
+
+def test_a_begun_answer_is_continued(ask):
+    messages = chat(RED_CIRCLE, "Is it red or blue?", {"role": "assistant", "content": "blue"})
+    (output,) = ask(text=messages, return_full_text=True)
+    assert output["generated_text"][-1] == {"role": "assistant", "content": "blue"}  # </s> follows at once
+
+
 def test_captions(model, processor):
     """The checkpoint was never trained for captions: what counts is that the pipeline gives what `generate` gives."""
     captioner = PrismerProcessor(processor.image_processor, processor.tokenizer, processor.experts, task="caption")

@@ -599,6 +599,7 @@ def test_saved_folder_works_without_the_package(
     expected = processor(images=image, text="what color?", expert_labels={"depth": image[..., 0]}, return_tensors="np")
     np.savez(tmp_path / "expected.npz", image=image, **expected)
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
+        "chat.py",
         "expert_labels.py",
         "experts_processor.py",
         "image_fetching.py",
