@@ -52,6 +52,8 @@ def convert_original_checkpoint(
     overwrite: bool = False,
     revision: str | None = None,
     max_shard_size: int | str = "5GB",
+    experts: Any = None,
+    model_card: str | None = None,
 ) -> PrismerForConditionalGeneration:
     """
     Reads a checkpoint with the published names into a [`PrismerForConditionalGeneration`].
@@ -64,8 +66,8 @@ def convert_original_checkpoint(
             A file; a folder with a `pytorch_model.bin`; or a path on the Hub: `owner/name`, `owner/name/folder` or
             `owner/name/folder/file.bin`. Only tensors are unpickled.
         config ([`PrismerConfig`] or `str`):
-            The network, or the name of a published one: `prismer_base`, `prismerz_base`, `prismer_large`,
-            `prismerz_large`, `prismer_huge`, `prismerz_huge`. It is not changed.
+            The network, or the name of one in the paper: `prismer_base`, `prismerz_base`, `prismer_large`,
+            `prismerz_large`. It is not changed.
         output_dir (`str` or `Path`, *optional*):
             The folder for model, processor and tokenizer. It appears when it is complete.
         feature_tables (`dict`, `str` or `Path`, *optional*):
@@ -79,8 +81,8 @@ def convert_original_checkpoint(
             by `resize_position_embeddings`. By default the size in `config`, if it is a [`PrismerConfig`], or that of
             the checkpoint.
         task (`str`, *optional*):
-            `"caption"`, `"vqa"` or `"classification"`. Writes the task's generation settings into
-            `generation_config`, and the task into the processor.
+            `"caption"`, `"zero_shot_caption"`, `"vqa"` or `"classification"`. Writes the task's generation settings
+            into `generation_config`, and the task into the processor.
         tokenizer (`PreTrainedTokenizerBase`, `str` or `Path`, *optional*):
             A tokenizer to save, its folder or its Hub id. By default the tokenizer of the RoBERTa of this size. If it
             is not available, only the image processor is saved, with a warning.
@@ -92,6 +94,10 @@ def convert_original_checkpoint(
             Branch, tag or commit on the Hub.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`):
             The largest size of a file of weights.
+        experts ([`ExpertSuite`], `list[Expert]` or `str`, *optional*):
+            The live experts to save with the processor.
+        model_card (`str`, *optional*):
+            The text of README.md in `output_dir`.
 
     Returns:
         [`PrismerForConditionalGeneration`] in evaluation mode, on the CPU.
@@ -138,7 +144,7 @@ def convert_original_checkpoint(
     model.generation_config.update(**generation)
     model.eval()
     if output_dir is not None:
-        _save(model, output_dir, loaded_tokenizer, task, max_shard_size, analysis)
+        _save(model, output_dir, loaded_tokenizer, task, max_shard_size, analysis, experts, model_card)
     return model
 
 
@@ -445,6 +451,8 @@ def _save(
     task: str | None,
     max_shard_size: int | str,
     analysis: dict[str, torch.Tensor] | None,
+    experts: Any,
+    model_card: str | None,
 ) -> None:
     """Saves everything next to `output_dir`, and moves it there when it is complete."""
     from modeling_prismer.processing import PrismerImageProcessor, PrismerProcessor
@@ -454,9 +462,11 @@ def _save(
         size={"height": image_size, "width": image_size}, experts=copy.deepcopy(model.config.experts)
     )
     if tokenizer is not None:
-        processor = PrismerProcessor(processor, tokenizer, task=task or "caption")
+        processor = PrismerProcessor(processor, tokenizer, experts=experts, task=task or "caption")
     with written_whole(output_dir) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         if analysis is not None:
             save_file(analysis, folder / f"{CLIP_PCA}.safetensors")
+        if model_card is not None:
+            (folder / "README.md").write_text(model_card, encoding="utf-8")

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .command_line import conversion
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -436,37 +438,6 @@ def features(
 
 
 @app.command()
-def convert(
-    checkpoint: Annotated[str, typer.Argument(help="A published pytorch_model.bin, or a Hub id.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    variant: Annotated[str, typer.Option(help="prismer_base, prismerz_base, prismer_large, …")] = "prismer_base",
-    image_size: Annotated[int | None, typer.Option(help="Side of the image: 224, 480 or 384.")] = None,
-    task: Annotated[str | None, typer.Option(help="caption, vqa or classification.")] = None,
-    feature_tables: Annotated[
-        Path | None, typer.Option(help="Folder of the published feature tables (.pt or .safetensors).")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A RoBERTa tokenizer: a folder or a Hub id.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of OUT.")] = False,
-) -> None:
-    """Turns a published checkpoint into a folder for `from_pretrained`."""
-    with _clear_errors():
-        _start()
-        from modeling_prismer.conversion import convert_original_checkpoint
-
-        convert_original_checkpoint(
-            checkpoint,
-            variant,
-            output_dir=output,
-            image_size=image_size,
-            task=task,
-            feature_tables=feature_tables,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-        )
-        print(output)
-
-
-@app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
@@ -513,6 +484,8 @@ def check(
         if failed:
             raise ValueError(f"{len(failed)} of the checks failed: {', '.join(failed)}")
 
+
+app.add_typer(conversion.commands)
 
 if __name__ == "__main__":
     sys.exit(app())

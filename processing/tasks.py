@@ -122,7 +122,8 @@ class Task:
         name (`str`):
             The name of the task, for `PrismerProcessor(task=…)` and processor_config.json.
         prompt (`str`, *optional*):
-            The prompt of the task. Without it, the user writes a text for each image.
+            The prompt of the task, `""` for a task that begins with the suffix. Without it, the user writes a text for
+            each image.
         clean_prompt (`Callable`, *optional*):
             `clean_prompt(text, keep=pattern)` returns the prompt that the network reads. It can also put the user's
             text into a template. `keep` is a `re.Pattern` of the tokens that were added to the vocabulary, or `None`;
@@ -143,6 +144,8 @@ class Task:
             write them into the checkpoint's generation_config.json.
         is_ranked (`bool`, *optional*, defaults to `False`):
             Whether the suffix is chosen among candidates (`model.rank_candidates`) instead of generated.
+        num_ranked (`int`, *optional*):
+            The `k` of `model.rank_candidates` with which the paper ranks candidates of this task.
         prompt_column (`str`, *optional*, defaults to `"question"`):
             The column of a data set that has the user's texts, for tasks without a prompt.
         suffix_column (`str`, *optional*, defaults to `"answer"`):
@@ -176,14 +179,18 @@ class Task:
     max_tokens: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     is_ranked: bool = False
+    num_ranked: int | None = None
     prompt_column: str = "question"
     suffix_column: str = "answer"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"name is {self.name!r}; a task needs a name such as 'caption'")
-        if self.prompt is not None and not self.prompt.strip():
-            raise ValueError(f"the prompt of the task {self.name!r} is empty; give a text, or None if users write it")
+        if self.prompt and not self.prompt.strip():
+            raise ValueError(
+                f"the prompt of the task {self.name!r} is white space; give a text, '' for none, or None if users "
+                "write it"
+            )
         for limit in ("max_prompt_tokens", "max_tokens"):
             value = getattr(self, limit)
             if value is not None and value < 3:
@@ -282,6 +289,7 @@ register_task(
         write_suffix=capitalize,
         read_suffix=lower_case,
         max_prompt_tokens=35,
+        num_ranked=16,
         generation={"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 2, "length_penalty": -1.0},
     )
 )
@@ -293,7 +301,18 @@ register_task(
         max_tokens=30,
         generation={"max_new_tokens": 10},
         is_ranked=True,
+        num_ranked=32,
         suffix_column="class",
+    )
+)
+register_task(
+    Task(
+        "zero_shot_caption",  # of the published checkpoints that were only pre-trained
+        prompt="",
+        clean_suffix=clean_caption,
+        max_tokens=30,
+        generation={"num_beams": 3, "max_length": 20, "min_length": 8},
+        suffix_column="caption",
     )
 )
 

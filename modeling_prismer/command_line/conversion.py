@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from .common import Command, out, start
+
 
 commands = typer.Typer()
 
@@ -14,17 +16,15 @@ def _list_published(wanted: bool) -> None:
     if wanted:
         from modeling_prismer.conversion.published import PUBLISHED_CHECKPOINTS, REPOSITORY
 
-        from ..cli import out
-
-        table = Table("--variant", "network", "task", "image size", "experts", title=f"published in {REPOSITORY}")
+        table = Table("--variant", "task", "image size", "experts", title=f"published in {REPOSITORY}")
         for each in PUBLISHED_CHECKPOINTS.values():
             experts = "six" if each.has_experts else "none"
-            table.add_row(each.name, each.variant, each.task, str(each.image_size), experts)
+            table.add_row(each.name, each.task, str(each.image_size), experts)
         out.print(table)
         raise typer.Exit()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def convert(
     checkpoint: Annotated[
         str, typer.Argument(help="The repository shikunl/prismer, a folder of it, or any pytorch_model.bin.")
@@ -67,42 +67,39 @@ def convert(
 
     prismer convert shikunl/prismer --variant vqa_prismer_base --feature-tables dataset OUT
     """
-    from ..cli import _clear_errors, _start
+    start()
+    from modeling_prismer.configuration_prismer import VARIANTS
+    from modeling_prismer.conversion import convert_original_checkpoint, convert_published
+    from modeling_prismer.conversion.published import REPOSITORY, published_name
 
-    with _clear_errors():
-        _start()
-        from modeling_prismer.configuration_prismer import VARIANTS
-        from modeling_prismer.conversion import convert_original_checkpoint, convert_published
-        from modeling_prismer.conversion.published import REPOSITORY, published_name
-
-        if variant is None:
-            variant = published_name(checkpoint)
-            if variant is None and checkpoint.rstrip("/") == REPOSITORY:
-                raise ValueError(
-                    f"{REPOSITORY} has twelve checkpoints; name one, such as --variant vqa_prismer_base. "
-                    "`prismer convert --list` describes them"
-                )
-        if variant is None or variant in VARIANTS:
-            convert_original_checkpoint(
-                checkpoint,
-                variant or "prismer_base",
-                output_dir=output,
-                image_size=image_size,
-                task=task,
-                feature_tables=feature_tables,
-                tokenizer=tokenizer,
-                overwrite=overwrite,
+    if variant is None:
+        variant = published_name(checkpoint)
+        if variant is None and checkpoint.rstrip("/") == REPOSITORY:
+            raise ValueError(
+                f"{REPOSITORY} has twelve checkpoints; name one, such as --variant vqa_prismer_base. "
+                "`prismer convert --list` describes them"
             )
-        else:
-            convert_published(
-                variant,
-                output,
-                feature_tables,
-                source=checkpoint,
-                without_feature_tables=without_feature_tables,
-                image_size=image_size,
-                task=task,
-                tokenizer=tokenizer,
-                overwrite=overwrite,
-            )
-        print(output)
+    if variant is None or variant in VARIANTS:
+        convert_original_checkpoint(
+            checkpoint,
+            variant or "prismer_base",
+            output_dir=output,
+            image_size=image_size,
+            task=task,
+            feature_tables=feature_tables,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+        )
+    else:
+        convert_published(
+            variant,
+            output,
+            feature_tables,
+            source=checkpoint,
+            without_feature_tables=without_feature_tables,
+            image_size=image_size,
+            task=task,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+        )
+    print(output)

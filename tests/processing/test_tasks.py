@@ -116,7 +116,7 @@ def test_name_clash_is_refused(pointing):
     "arguments, message",
     [
         ({"name": " "}, "name is ' '; a task needs a name"),
-        ({"name": "a", "prompt": " "}, "the prompt of the task 'a' is empty"),
+        ({"name": "a", "prompt": " "}, "the prompt of the task 'a' is white space"),
         ({"name": "a", "max_prompt_tokens": 0}, "max_prompt_tokens of the task 'a' is 0; at least 3"),
         ({"name": "a", "max_tokens": 2}, "max_tokens of the task 'a' is 2; at least 3"),
     ],
@@ -136,6 +136,8 @@ def test_plain_task_changes_no_text():
 
 
 def test_tasks_of_the_paper_are_registered():
-    assert list(TASKS) == ["caption", "vqa", "classification"]
-    assert [task.columns for task in TASKS.values()] == [("caption",), ("question", "answer"), ("class",)]
-    assert [task.is_ranked for task in TASKS.values()] == [False, False, True]
+    assert list(TASKS) == ["caption", "vqa", "classification", "zero_shot_caption"]
+    columns = [("caption",), ("question", "answer"), ("class",), ("caption",)]
+    assert [task.columns for task in TASKS.values()] == columns
+    assert [task.is_ranked for task in TASKS.values()] == [False, False, True, False]
+    assert [task.num_ranked for task in TASKS.values()] == [None, 16, 32, None]
