@@ -27,7 +27,7 @@ import transformers
 from measuring import HeldBytes, positive, write_result
 from PIL import Image
 
-from modeling_prismer.processing.experts import DexiNedEdges, Expert, ExpertSuite, PretrainedExpert
+from modeling_prismer.processing.experts import BaeNormals, DexiNedEdges, Expert, ExpertSuite, PretrainedExpert
 
 
 # The memory for tensors on a GPU with 4 GB: the CUDA context and its libraries take about half a gigabyte.
@@ -161,8 +161,8 @@ def with_random_weights(expert: Expert, folder: Path) -> Expert:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return type(expert)(str(folder), image_processor=expert.image_processor)
-    if isinstance(expert, DexiNedEdges):
-        return DexiNedEdges(pretrained=False)
+    if isinstance(expert, BaeNormals | DexiNedEdges):
+        return type(expert)(pretrained=False)
     return expert
 
 

@@ -1,5 +1,6 @@
 """The frozen experts that run live, with a common base class."""
 
+from .bae_normals import BaeNormals
 from .base import Expert, ExpertError, expert_from_dict, look_of
 from .depth import DepthEstimator
 from .detection import ObjectDetector, paint_boxes

@@ -558,7 +558,14 @@ def look_of(name: str) -> ExpertLook:
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file, or a file that torch saved, without unpickling objects."""
+    """
+    Reads a safetensors file, or a file that torch saved, without unpickling objects. The weights may be an entry
+    `"state_dict"` or `"model"`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds anything but tensors with names.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
@@ -567,7 +574,37 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
         return load_file(path)
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    return weights.get("state_dict", weights)
+    for entry in ("state_dict", "model"):
+        if isinstance(weights, Mapping) and isinstance(weights.get(entry), Mapping):
+            weights = weights[entry]
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{path} holds a {type(weights).__name__}; weights, a dict from name to tensor, are needed")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: '{name}' is a {type(value).__name__}; a tensor is needed")
+    return dict(weights)
+
+
+def hub_file(model_id: str, filename: str, remedy: str) -> str:
+    """
+    The path of a file of weights in the Hub's cache, where it is downloaded to if needed.
+
+    Args:
+        model_id (`str`): the repository.
+        filename (`str`): the file in it.
+        remedy (`str`): what to do if the file is not there, for the error message.
+
+    Raises:
+        OSError: if the file is not in the cache and the Hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(model_id, filename)
+    except LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
+        raise OSError(f"{filename} of {model_id} is not in the Hub's cache and {reason}. {remedy}") from error
 
 
 def _copy(path: Path, folder: Path, copies: dict[str, Path]) -> str:

@@ -94,7 +94,7 @@ class NormalEstimator(PretrainedExpert):
                     sizes["source_sizes"] = [(seen.height, seen.width)]
                     sizes["do_remove_padding"] = bool(self._image_processor.do_pad)
                 (result,) = post_process(SimpleNamespace(normals=normals[None]), **sizes)
-                labels[index] = _to_rgb(result["normals"] * signs)
+                labels[index] = to_rgb(result["normals"] * signs)
         return labels
 
 
@@ -190,7 +190,7 @@ class NormalsFromDepth(Expert):
         up = points[:, :-2, 1:-1] - points[:, 2:, 1:-1]
         normals = torch.nn.functional.normalize(torch.linalg.cross(along, up, dim=0), dim=0)
         signs = torch.tensor(self.signs, device=self.device)[:, None, None]
-        return _to_rgb(resize_bilinear(normals * signs, image.size))
+        return to_rgb(resize_bilinear(normals * signs, image.size))
 
 
 def _blurred(maps: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -214,7 +214,7 @@ def _continued(maps: torch.Tensor, reach: int) -> torch.Tensor:
     return maps
 
 
-def _to_rgb(normals: torch.Tensor) -> np.ndarray:
+def to_rgb(normals: torch.Tensor) -> np.ndarray:
     """(3, height, width) in [-1, 1] to uint8 (height, width, 3)."""
     return ((normals + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
