@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .base import Expert, read_weights, size_within
+from .base import Expert, hub_file, read_weights, size_within
 from .look import ExpertLook
 from .pretrained import autocast, place
 
@@ -20,7 +20,7 @@ EDGES = ExpertLook(
 
 class CannyEdges(Expert):
     """
-    Edges by Canny's detector, from kornia. It has no weights and needs no download.
+    Edges by Canny's detector, from kornia and scipy. It has no weights and needs no download.
 
     The map is 0 on an edge and 255 elsewhere: dark lines on white, like the maps of DexiNed in the published data, so
     that either expert can replace the other. Edges are found in the image reduced to `max_pixels`, and the map is
@@ -55,7 +55,7 @@ class CannyEdges(Expert):
     type = "canny"
     name, kind, channels, look = "edge", "dense", 1, EDGES
     license = "none needed: no weights"
-    source = "kornia.filters.Canny"
+    source = "kornia.filters.Canny, scipy.ndimage.binary_propagation"
     batch_size = 32
 
     def __init__(
@@ -88,6 +88,7 @@ class CannyEdges(Expert):
             self.high_threshold,
             kernel_size=(self.kernel_size, self.kernel_size),
             sigma=(self.sigma, self.sigma),
+            hysteresis=False,  # kornia convolves the whole map once for each pixel of the longest edge
         )
 
     def run(self, images: list[Image.Image]) -> list[np.ndarray]:
@@ -117,7 +118,9 @@ class CannyEdges(Expert):
         least = self.kernel_size // 2 + 1
         padding = (0, max(0, least - width), 0, max(0, least - height))
         _, edges = self.model(torch.nn.functional.pad(pixels, padding, mode="replicate"))
-        return ((1 - edges[:, 0, :height, :width]) * 255).byte().cpu().numpy()
+        edges = edges[:, 0].cpu().numpy()  # 0, 0.5 on weak edges, 1 on strong ones
+        kept = np.stack([_continue_edges(own == 1, own > 0) for own in edges])
+        return np.where(kept[:, :height, :width], np.uint8(0), np.uint8(255))
 
 
 class DexiNedEdges(Expert):
@@ -170,7 +173,9 @@ class DexiNedEdges(Expert):
 
         if self.checkpoint is None and not self.pretrained:
             return DexiNed(pretrained=False)
-        weights = read_weights(self.checkpoint or self._download())
+        # kornia's own download ignores HF_HUB_OFFLINE
+        remedy = "Give a local file, DexiNedEdges(checkpoint=…), or use CannyEdges, which needs no weights"
+        weights = read_weights(self.checkpoint or hub_file(self.model_id, self.filename, remedy))
         # kornia initialises every weight at random, which takes longer than reading the file
         with torch.device("meta"):
             model = DexiNed(pretrained=False)
@@ -185,20 +190,6 @@ class DexiNedEdges(Expert):
     def place_model(self) -> None:
         place(self.model, self.device, self.running_dtype)
 
-    def _download(self) -> str:
-        # kornia's own download ignores HF_HUB_OFFLINE; the Hub's client does not, and it has a cache
-        from huggingface_hub import hf_hub_download, is_offline_mode
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return hf_hub_download(self.model_id, self.filename)
-        except LocalEntryNotFoundError as error:
-            reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
-            raise OSError(
-                f"the weights of DexiNed ({self.model_id}, {self.filename}) are not in the Hub's cache and {reason}. "
-                "Give a local file, DexiNedEdges(checkpoint=…), or use CannyEdges, which needs no weights"
-            ) from error
-
     def run(self, images: list[Image.Image]) -> list[np.ndarray]:
         weight = next(self.model.parameters())
         pixels = np.stack([np.asarray(image.resize(self.input_size, Image.Resampling.BILINEAR)) for image in images])
@@ -211,6 +202,13 @@ class DexiNedEdges(Expert):
         low, high = edges.amin((1, 2), keepdim=True), edges.amax((1, 2), keepdim=True)
         edges = 255 - (255 * (edges - low) / (high - low + 1e-12)).byte()
         return [_enlarge(edge_map, image.size) for edge_map, image in zip(edges.cpu().numpy(), images)]
+
+
+def _continue_edges(strong: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The edges (height, width) that are connected to a strong pixel through any of the 8 neighbours."""
+    from scipy.ndimage import binary_propagation
+
+    return binary_propagation(strong, structure=np.ones((3, 3), bool), mask=edges)
 
 
 def _enlarge(edges: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -7,6 +7,7 @@ from kornia.models.dexined import DexiNed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from modeling_prismer import sample_image
 from modeling_prismer.processing.experts import (
     CannyEdges,
     DexiNedEdges,
@@ -58,6 +59,18 @@ def test_canny_without_a_limit_uses_the_full_size(square):
     (edges,) = CannyEdges(max_pixels=None)([large])
     assert set(np.unique(edges)) == {0, 255}
     assert (edges[200, 190:210] == 0).sum() == 1
+
+
+def test_canny_finds_the_same_edges_as_kornia():
+    from kornia.filters import Canny
+
+    image = sample_image("scene")
+    (edges,) = CannyEdges(max_pixels=None)([image])
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    _, expected = Canny(kernel_size=(5, 5), sigma=(1.0, 1.0))(pixels)
+    np.testing.assert_array_equal(edges == 0, expected[0, 0].numpy() == 1)
+    _, unlinked = Canny(kernel_size=(5, 5), sigma=(1.0, 1.0), hysteresis=False)(pixels)
+    assert 0 < (edges == 0).sum() < (unlinked > 0).sum()  # some weak edges stay, some are dropped
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 1), (1, 300), (20000, 20)])
