@@ -5,10 +5,8 @@ assets/self_check has a small network with all six experts, its inputs and the r
 of the network on the given device and in the given dtype, and compares it with the recording.
 """
 
-import importlib.metadata
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +25,6 @@ from .modeling_prismer import PrismerForConditionalGeneration
 RECORDING = Path(__file__).parent / "assets" / "self_check"
 # The largest relative error that rounding explains. On a CPU the errors are up to 2e-6, 4e-3 and 3e-2.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-PACKAGES = (
-    *("modeling-prismer", "torch", "torchvision", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
-    *("accelerate", "peft", "datasets", "kornia", "timm", "onnxruntime", "rapidocr", "numpy", "pillow", "triton"),
-)
 
 
 class NotAvailable(Exception):
@@ -51,34 +45,6 @@ class CheckResult:
     holds: bool | None
     detail: str
     seconds: float
-
-
-def environment(device: str = "cpu") -> dict[str, str]:
-    """
-    The versions and devices that a bug report needs.
-
-    Example:
-
-    ```python
-    >>> from modeling_prismer.self_check import environment
-
-    >>> environment()["modeling-prismer"]
-    '0.1.0'
-    ```
-    """
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch build"] = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-    found["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_properties(index).name for index in range(torch.cuda.device_count())}
-        found["GPUs"] = f"{torch.cuda.device_count()} × {', '.join(sorted(names))}"
-    found["device"] = device
-    return found
 
 
 class SelfCheck:

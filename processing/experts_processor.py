@@ -104,6 +104,31 @@ class ExpertsProcessor(ProcessorMixin):
         images, labels = self._open(images, expert_labels, {})
         return self._run_experts(images, labels, experts)
 
+    def check_experts(self, experts: list[str] | None = None) -> tuple[list[str], list[str]]:
+        """
+        Checks the experts of a call before any of them runs.
+
+        Args:
+            experts (`list[str]`, *optional*): as in [`PrismerProcessor.__call__`].
+
+        Returns:
+            `tuple[list[str], list[str]]`: the names of the experts to use, and those of them that run live.
+
+        Raises:
+            ValueError: if a name is not in the configuration, or if a live expert has another description there.
+        """
+        configured = [expert["name"] for expert in self.image_processor.experts]
+        wanted = configured if experts is None else [experts] if isinstance(experts, str) else list(experts)
+        for name in wanted:
+            if name not in configured:
+                raise ValueError(f"experts has '{name}'; the config's experts are: {', '.join(configured) or 'none'}")
+        suite: Any = self.experts if wanted else None
+        live = [name for name in wanted if suite is not None and name in suite]
+        for expert in read_experts(self.image_processor.experts):
+            if expert.name in live:
+                _require_same_description(suite[expert.name].description, expert)
+        return wanted, live
+
     def _image_inputs(self, images: list[Image.Image], labels: list[dict[str, Any]], **kwargs: Any) -> BatchFeature:
         """The tensors of opened images and their labels."""
         return self.image_processor._preprocess_opened(images, labels, **kwargs)
@@ -124,17 +149,10 @@ class ExpertsProcessor(ProcessorMixin):
         self, images: list[Image.Image], labels: list[dict[str, Any]], experts: list[str] | None
     ) -> list[dict[str, Any]]:
         configured = [expert["name"] for expert in self.image_processor.experts]
-        wanted = configured if experts is None else [experts] if isinstance(experts, str) else list(experts)
-        for name in wanted:
-            if name not in configured:
-                raise ValueError(f"experts has '{name}'; the config's experts are: {', '.join(configured) or 'none'}")
+        wanted, live = self.check_experts(experts)
+        suite: Any = self.experts if wanted else None
         labels = [{name: given[name] for name in configured if name in given and name in wanted} for given in labels]
 
-        suite: Any = self.experts if wanted else None
-        live = [name for name in wanted if suite is not None and name in suite]
-        for expert in read_experts(self.image_processor.experts):
-            if expert.name in live:
-                _require_same_description(suite[expert.name].description, expert)
         rows_by_need: dict[tuple[str, ...], list[int]] = {}
         for row, given in enumerate(labels):
             rows_by_need.setdefault(tuple(name for name in live if name not in given), []).append(row)

@@ -1,4 +1,4 @@
-"""`prismer convert`: from the published checkpoints to this package."""
+"""`prismer convert` and `export`: from the published checkpoints to this package, and from this package to ONNX."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .common import Command, out, start
+from .common import CHECKPOINT, Command, out, start
 
 
 commands = typer.Typer()
@@ -103,3 +103,26 @@ def convert(
             overwrite=overwrite,
         )
     print(output)
+
+
+@commands.command(cls=Command)
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"{CHECKPOINT}.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators; else what torch recommends.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the content of OUT.")] = False,
+) -> None:
+    """Writes a model as ONNX, for onnxruntime: encoder.onnx, decoder.onnx, the processor."""
+    start(model=model)
+    from modeling_prismer import PrismerForConditionalGeneration
+    from modeling_prismer.conversion import export_onnx
+    from modeling_prismer.conversion.output_folder import check_output_dir
+
+    from .checkpoints import Checkpoint, PrismerReader
+
+    check_output_dir(output, overwrite)
+    reader = Checkpoint(model).load()
+    if not isinstance(reader, PrismerReader):
+        raise ValueError(f"model {model!r} is a PrismerLM; only a Prismer can be exported")
+    network = PrismerForConditionalGeneration.from_pretrained(reader.checkpoint.path, dtype=reader.dtype)
+    print(export_onnx(network, reader.processor, output, opset_version=opset, overwrite=overwrite))

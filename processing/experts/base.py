@@ -347,6 +347,19 @@ class Expert(FrozenModel):
         """The entry for `experts` of `PrismerConfig` and `PrismerImageProcessor`: `spec` as a dict."""
         return self.spec.to_dict()
 
+    def load(self) -> None:
+        """
+        Loads the model, unless it is loaded already.
+
+        Raises:
+            OSError: naming the expert and its model, if a file is missing or cannot be fetched.
+        """
+        try:
+            super().load()
+        except OSError as error:
+            model = "its model" if self.model_id is None else f"its model {self.model_id}"
+            raise OSError(f"the expert '{self.name}' cannot load {model}: {error}") from error
+
     def run(self, images: list[Image.Image], *_: Any, **others: Any) -> list[Any]:
         """
         Runs one batch. The model is loaded and inference mode is on. An expert without `needs` and `uses` takes

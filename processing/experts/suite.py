@@ -191,7 +191,7 @@ class ExpertSuite(MutableMapping):
         try:
             expert.load()
         except Exception as error:  # it would fail for every image
-            self._warn(expert, f"cannot be loaded: its labels are missing ({error})")
+            self._warn(expert, f"cannot be loaded: its labels are missing ({error.__cause__ or error})")
             return labels
         for index, image in enumerate(images):
             try:

@@ -51,7 +51,11 @@ class ImageWorker(ABC):
         try:
             return load_image(image, max_pixels=self.max_image_pixels, name=key)
         except Exception as error:  # one image must not end a run of a month
-            return f"{type(error).__name__}: {error}"
+            return self.describe(error)
+
+    def describe(self, error: Exception) -> str:
+        """The error message of an image that could not be opened."""
+        return f"{type(error).__name__}: {error}"
 
     def see(self, images: list[Image.Image | str]) -> list[tuple[dict[str, Any], str | None]]:
         """

@@ -156,7 +156,7 @@ def test_experts_runs_a_suite_by_name(circle, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "circle_experts.png").is_file()
     result = run("experts", str(circle), "--out", str(tmp_path), "--experts", "best")
-    assert result.exit_code == 1 and "no suite of experts 'best'" in result.stderr
+    assert result.exit_code == 1 and "there is no 'best'; the experts of prismer-scenes are depth" in result.stderr
 
 
 def test_folder_comes_before_a_shipped_checkpoint(tmp_path, monkeypatch):

@@ -39,17 +39,20 @@ WITHOUT_TORCH = [
     (["label", "--help"], 0, "--shard"),
     (["--version"], 0, f"prismer {__version__}"),
     (["paint"], 2, "paint"),
-    (["caption"], 2, "IMAGE"),
+    (["caption"], 2, "IMAGES"),
     (["caption", SCENE, "--beems", "3"], 2, "--beems"),
     (["caption", SCENE, "--beams", "0"], 2, "--beams"),
     (["caption", "missing.png"], 1, "there is no file 'missing.png'"),
     (["classify", "missing.png", "cat"], 1, "there is no file 'missing.png'"),
     (["experts", "missing.png", "--out", "panel"], 1, "there is no file 'missing.png'"),
-    (["ask", "/", "what is it?"], 1, "'/' is not a file"),
+    (["caption", "*.nothing"], 1, "there is no file '*.nothing'"),
+    (["ask", SCENE], 1, "there is no question"),
     (["ask", SCENE, " "], 1, "a question is empty"),
     (["caption", SCENE, "--model", "no/such/model"], 1, "model 'no/such/model' is neither a folder"),
     (["caption", SCENE, "--model", "me/missing"], 1, "prismer-easy-vqa, prismer-scenes"),
+    (["caption", SCENE, "--model", "prismer-scene"], 1, "Did you mean prismer-scenes?"),
     (["caption", SCENE, "--model", "."], 1, "has no config.json"),
+    (["caption", SCENE, "--dtype", "half"], 2, "'half' is not one of"),
     (["export", "no/such/model", "out"], 1, "model 'no/such/model' is neither a folder"),
     (["caption", SCENE, "--device", "gpu"], 1, "--device is 'gpu'; accepted are auto, cpu, cuda"),
     (["caption", SCENE, "--device", "cuda:first"], 1, "--device is 'cuda:first'"),
@@ -106,7 +109,7 @@ def test_a_model_on_the_hub_is_accepted(monkeypatch):
     def no_network(*args, **kwargs):
         raise ValueError("the network was loaded")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **kwargs: model)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **kwargs: EASY_VQA)
     monkeypatch.setattr("modeling_prismer.PrismerProcessor.from_pretrained", no_network)
     result = CliRunner().invoke(app, ["caption", SCENE, "--model", "me/prismer"])
     assert result.exit_code == 1 and result.stderr == "error: the network was loaded\n"

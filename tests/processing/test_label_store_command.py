@@ -33,7 +33,7 @@ def test_damaged_images_are_listed_by_name(run, tmp_path):
     code, lines = run()
     assert code == 0 and lines[0].startswith("damaged: bad 00[red].jpg: ValueError: 'bad 00[red].jpg' is not an image")
     assert sum(line.startswith("damaged: ") for line in lines) == 10 and lines[10].startswith(
-        "and 2 more; LabelStore("
+        "and 2 more; --report damaged.jsonl lists all"
     )
     assert lines[11].startswith("15 images labelled, 12 of them damaged")
 
