@@ -7,6 +7,7 @@ from .detection import ObjectDetector, paint_boxes
 from .edge import CannyEdges, DexiNedEdges
 from .look import ExpertLook
 from .normal import NormalEstimator, NormalsFromDepth
+from .open_vocabulary import OpenVocabularyDetector
 from .pretrained import PretrainedExpert
 from .segmentation import SemanticSegmentation, UniversalSegmentation
 from .suite import ExpertSuite

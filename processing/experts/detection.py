@@ -1,6 +1,6 @@
 """Experts for objects: models of AutoModelForObjectDetection, whose boxes are painted as instances."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +13,81 @@ from .look import ExpertLook
 from .pretrained import ClassNames, KnownModel, PretrainedExpert
 
 
-class ObjectDetector(ClassNames, PretrainedExpert):
+class Boxes(NamedTuple):
+    """
+    The objects of an image.
+
+    Attributes:
+        boxes (`np.ndarray` of shape `(objects, 4)`): left, top, right, bottom in pixels.
+        scores (`np.ndarray` of shape `(objects,)`): how certain each is.
+        classes (`np.ndarray` of shape `(objects,)`): their classes.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
+
+class Detector(PretrainedExpert):
+    """
+    Paints the boxes of a detector as instances. See [`ObjectDetector`] and [`OpenVocabularyDetector`].
+
+    Args:
+        model_id (`str`, *optional*): Hub id or folder.
+        image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
+        min_score (`float`, *optional*, defaults to 0.5): boxes with a lower score are dropped.
+        max_overlap (`float`, *optional*, defaults to 0.95):
+            A box is dropped if its IoU with a box of a higher score is larger.
+    """
+
+    name, kind, channels, instances = "detection", "label", 64, True
+    look = ExpertLook("Objects", "which objects there are, and where")
+    uses = ("depth",)
+
+    def __init__(
+        self,
+        model_id: str | None = None,
+        image_processor: dict[str, Any] | None = None,
+        min_score: float = 0.5,
+        max_overlap: float = 0.95,
+    ):
+        if not (0 <= min_score <= 1 and 0 < max_overlap <= 1):
+            raise ValueError(f"min_score is {min_score}, max_overlap {max_overlap}; numbers from 0 to 1 are needed")
+        super().__init__(model_id, image_processor)
+        self.min_score = min_score
+        self.max_overlap = max_overlap
+
+    def run(self, images: list[Image.Image], depth: list[Any] | None = None) -> list[dict[str, Any]]:
+        labels = []
+        for index, (found, image) in enumerate(zip(self.find(images), images)):
+            own_depth = None if depth is None else depth[index]
+            ids, kept = paint_boxes(found.boxes, found.scores, image.size, own_depth, self.max_overlap)
+            labels.append({"ids": ids, "classes": found.classes[kept].tolist()})
+        return labels
+
+    def find(self, images: list[Image.Image]) -> list[Boxes]:
+        """The objects of each image."""
+        raise NotImplementedError
+
+    def boxes_of(self, outputs: Any, images: list[Image.Image]) -> list[Boxes]:
+        """The boxes of at least `min_score` in the model's output for these images."""
+        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+        results = self._image_processor.post_process_object_detection(
+            outputs,
+            threshold=float(np.nextafter(np.float32(self.min_score), np.float32(-1))),  # scores must be above it
+            target_sizes=[(image.height, image.width) for image in images],
+        )
+        return [Boxes(*(result[key].cpu().numpy() for key in ("boxes", "scores", "labels"))) for result in results]
+
+
+class ObjectDetector(ClassNames, Detector):
     """
     Objects found by a detector. Every box with a score of at least 0.5 is painted as an instance, with its class.
 
-    The published checkpoints were trained with UniDet, whose label space joins several data sets; transformers has no
-    such model. The default is the detector of transformers with the most classes of everyday objects, D-FINE-X trained
-    on Objects365. Any other detector whose classes have names works too. Boxes are painted as for the published
-    checkpoints; see [`paint_boxes`]. If the suite has a depth expert, the labels of `"depth"` decide which of two
-    objects is in front; otherwise the smaller one is.
+    The default is the detector of transformers with the most classes of everyday objects, D-FINE-X trained on
+    Objects365. Any other detector whose classes have names works too, such as RF-DETR or RT-DETR. Boxes are painted as
+    for the published checkpoints; see [`paint_boxes`]. If the suite has a depth expert, the labels of `"depth"` decide
+    which of two objects is in front; otherwise the smaller one is.
 
     Label: `{"ids": uint8 (height, width), "classes": [class of instance 0, …]}`, at most 254 instances, highest score
     first. Weights of the default: 63 million parameters, 254 MB, Apache-2.0.
@@ -46,8 +112,6 @@ class ObjectDetector(ClassNames, PretrainedExpert):
     """
 
     type = "object_detector"
-    name, kind, channels, instances = "detection", "label", 64, True
-    look = ExpertLook("Objects", "which objects there are, and where")
     model_id = "ustc-community/dfine-xlarge-obj365"
     license = "apache-2.0"
     size_in_bytes = 254_000_000
@@ -57,40 +121,13 @@ class ObjectDetector(ClassNames, PretrainedExpert):
         "ustc-community/dfine-xlarge-obj365": KnownModel("apache-2.0", 254_000_000),
         "PekingU/rtdetr_v2_r18vd": KnownModel("apache-2.0", 81_000_000),
     }
-    uses = ("depth",)
 
-    def __init__(
-        self,
-        model_id: str | None = None,
-        image_processor: dict[str, Any] | None = None,
-        min_score: float = 0.5,
-        max_overlap: float = 0.95,
-    ):
-        if not (0 <= min_score <= 1 and 0 < max_overlap <= 1):
-            raise ValueError(f"min_score is {min_score}, max_overlap {max_overlap}; numbers from 0 to 1 are needed")
-        super().__init__(model_id, image_processor)
-        self.min_score = min_score
-        self.max_overlap = max_overlap
-
-    def run(self, images: list[Image.Image], depth: list[Any] | None = None) -> list[dict[str, Any]]:
-        labels: list[Any] = [None] * len(images)
+    def find(self, images: list[Image.Image]) -> list[Boxes]:
+        found: list[Any] = [None] * len(images)
         for indices, outputs in self.outputs(images):
-            outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-            results = self._image_processor.post_process_object_detection(
-                outputs,
-                threshold=float(np.nextafter(np.float32(self.min_score), np.float32(-1))),  # scores must be above it
-                target_sizes=[(images[index].height, images[index].width) for index in indices],
-            )
-            for index, result in zip(indices, results):
-                ids, kept = paint_boxes(
-                    result["boxes"].cpu().numpy(),
-                    result["scores"].cpu().numpy(),
-                    images[index].size,
-                    None if depth is None else depth[index],
-                    self.max_overlap,
-                )
-                labels[index] = {"ids": ids, "classes": result["labels"].cpu().numpy()[kept].tolist()}
-        return labels
+            for index, boxes in zip(indices, self.boxes_of(outputs, [images[index] for index in indices])):
+                found[index] = boxes
+        return found
 
 
 def paint_boxes(

@@ -129,6 +129,19 @@ class PretrainedExpert(Expert):
         Yields:
             `tuple`: the numbers of the images that ran together, and the model's output for them.
         """
+        for indices, inputs in self.prepared(images):
+            yield indices, self.forward(inputs)
+
+    def prepared(self, images: list[Image.Image]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """
+        Prepares images for the model.
+
+        Args:
+            images (`list[PIL.Image.Image]`): RGB, of any sizes.
+
+        Yields:
+            `tuple`: the numbers of the images that run together, and their tensors, such as `pixel_values`.
+        """
         groups: dict[Any, list[tuple[int, dict[str, torch.Tensor]]]] = {}
         for index, image in enumerate(images):
             prepared = self._image_processor(images=within_aspect(image), return_tensors="pt")
@@ -137,9 +150,12 @@ class PretrainedExpert(Expert):
             groups.setdefault(shapes, []).append((index, inputs))
         for members in groups.values():
             inputs = {name: torch.cat([own[name] for _, own in members]).to(self.device) for name in members[0][1]}
-            with autocast(self.device, self.running_dtype):
-                outputs = self.model(**inputs)
-            yield [index for index, _ in members], outputs
+            yield [index for index, _ in members], inputs
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        """The model's output for prepared inputs."""
+        with autocast(self.device, self.running_dtype):
+            return self.model(**inputs)
 
 
 def place(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:

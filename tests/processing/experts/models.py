@@ -3,7 +3,10 @@
 import torch
 from PIL import Image
 from transformers import (
+    BertConfig,
+    BertTokenizer,
     BitConfig,
+    CLIPTokenizer,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     DetrConfig,
@@ -15,10 +18,20 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTImageProcessor,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessor,
+    GroundingDinoProcessor,
     HGNetV2Config,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    Owlv2Processor,
     ResNetConfig,
     RTDetrImageProcessor,
     Sapiens2Config,
@@ -225,6 +238,86 @@ def detr(classes=6):
         **names(classes),
     )
     return DetrForObjectDetection(config), DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+
+
+def bert_tokenizer():
+    """Knows the letters. The models read BERT's numbers of the full stop and of the special tokens."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789-"
+    vocabulary.update(
+        {token: 1030 + number for number, token in enumerate([*letters, *(f"##{own}" for own in letters)])}
+    )
+    unused = {f"[unused{number}]": number for number in range(1110) if number not in vocabulary.values()}
+    return BertTokenizer(vocab=vocabulary | unused)
+
+
+def grounding_dino(model=MMGroundingDinoForObjectDetection, config=MMGroundingDinoConfig, **settings):
+    config = config(
+        backbone_config=SwinConfig(
+            image_size=32,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        text_config=BertConfig(
+            vocab_size=1110,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=64,
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_queries=20,
+        num_feature_levels=4,
+        max_text_len=40,
+        **settings,
+    )
+    processor = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    return model(config), GroundingDinoProcessor(processor, bert_tokenizer())
+
+
+def original_grounding_dino():
+    return grounding_dino(GroundingDinoForObjectDetection, GroundingDinoConfig)
+
+
+def owlv2():
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    # a text that starts with the token 0 is taken for padding
+    tokens = ["!", "<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+    config = Owlv2Config(
+        text_config={
+            "vocab_size": len(tokens),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 24,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+        },
+        projection_dim=16,
+    )
+    processor = Owlv2ImageProcessor(size={"height": 64, "width": 64})
+    return Owlv2ForObjectDetection(config), Owlv2Processor(processor, tokenizer)
 
 
 def save(make, folder, **settings):
