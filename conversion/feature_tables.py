@@ -33,10 +33,61 @@ class ClassTable(NamedTuple):
     Args:
         features (`torch.FloatTensor` of shape `(classes, channels)`): one row for each class.
         class_names (`list[str]`, *optional*): the names of the classes, if the file has them.
+        background (`torch.FloatTensor` of shape `(channels,)`, *optional*):
+            The feature of the pixels without a class, if it was made with the table.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.conversion import ClassTable
+
+    >>> table = ClassTable.from_names(["cat", "dog", "grass"], encoder=clip)  # a CLIP: a folder or a Hub id
+    >>> tuple(table.features.shape), table.class_names[2]
+    ((3, 64), 'grass')
+    ```
     """
 
     features: torch.Tensor
     class_names: list[str] | None = None
+    background: torch.Tensor | None = None
+
+    @classmethod
+    def from_names(
+        cls,
+        names: Sequence[str],
+        encoder: str | Path = "openai/clip-vit-large-patch14",
+        pca: str | Path | None = None,
+        channels: int = 64,
+        prompt: str = "{}",
+        background: str = "background",
+        cache_dir: str | Path | None = None,
+    ) -> "ClassTable":
+        """
+        Computes the table of any set of classes from their names. The table is kept in a cache, so that the encoder is
+        loaded only once for the same names.
+
+        Args:
+            names (`Sequence[str]`): the names of the classes, in order. They may repeat.
+            encoder (`str` or `Path`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+                Hub id or folder of a CLIP, MetaCLIP 2, SigLIP or SigLIP 2, with its tokenizer.
+            pca (`str` or `Path`, *optional*):
+                A principal component analysis: the published `clip_pca.pkl`, or a safetensors file of `mean` and
+                `components`. A published checkpoint needs the published one and its encoder. By default it is fitted
+                to the names, which is right for a new stem, but features of two such tables cannot be compared.
+            channels (`int`, *optional*, defaults to 64): the channels of the expert.
+            prompt (`str`, *optional*, defaults to `"{}"`): the text of a name, such as `"a photo of a {}"`.
+            background (`str`, *optional*, defaults to `"background"`): the text for pixels without a class.
+            cache_dir (`str` or `Path`, *optional*): the cache; by default a folder in that of the Hub.
+
+        Returns:
+            [`ClassTable`]: `(classes, channels)` float32, with the names and the background.
+
+        Raises:
+            ValueError: naming the argument that is wrong and what is accepted.
+        """
+        from .named_classes import table_of_names
+
+        return table_of_names(names, str(encoder), pca, channels, prompt, background, cache_dir)
 
 
 def read_class_tables(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .base import FrozenModel, read_weights
+from .text_encoder import TextEncoder
 
 
 class WordFeatures(FrozenModel):
@@ -143,8 +144,6 @@ class ClipTextFeatures(WordFeatures):
     source = "transformers.CLIPTextModelWithProjection"
     file_settings = ("pca", "model_name")
 
-    max_words = 64  # in one batch
-
     def __init__(self, pca: str, model_name: str = "openai/clip-vit-large-patch14"):
         self.pca = str(pca)
         self.model_name = self.model_id = str(model_name)
@@ -154,50 +153,26 @@ class ClipTextFeatures(WordFeatures):
         for name in ("mean", "components"):
             if name not in analysis:
                 raise ValueError(f"{self.pca} has no tensor '{name}'; it has {', '.join(analysis)}")
-        model, self._tokenizer = self._load_clip(self.model_name)
-        width, shape = model.config.projection_dim, tuple(analysis["components"].shape)
-        if shape != (self.channels, width):
-            raise ValueError(f"the components in {self.pca} are {shape}; needed is ({self.channels}, {width})")
+        self._encoder = TextEncoder(self.model_name)
+        shape = tuple(analysis["components"].shape)
+        if shape != (self.channels, self._encoder.width):
+            raise ValueError(
+                f"the components in {self.pca} are {shape}; needed is ({self.channels}, {self._encoder.width})"
+            )
         self._mean, self._components = analysis["mean"].float(), analysis["components"].float()
-        return model
+        return self._encoder.model
 
     def encode(self, words: list[str]) -> np.ndarray:
-        embeddings = self._embed(words, self.model, self._tokenizer)
-        return ((embeddings - self._mean) @ self._components.T).numpy()
+        return ((self._encoder(words) - self._mean) @ self._components.T).numpy()
 
-    @staticmethod
-    def _load_clip(model_name: str | Path) -> tuple[Any, Any]:
-        """The text model of a CLIP, or of the text part of a CLIP, and its tokenizer."""
-        from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
+    def unload(self) -> None:
+        super().unload()
+        self._encoder = None
 
-        class TextPart(CLIPTextModelWithProjection):
-            # a complete CLIP has a vision model, too
-            _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$"]
-
-        config = AutoConfig.from_pretrained(model_name)
-        if hasattr(config, "text_config"):
-            config.text_config.projection_dim = config.projection_dim
-            config = config.text_config
-        return TextPart.from_pretrained(model_name, config=config), AutoTokenizer.from_pretrained(model_name)
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_encoder"}
 
     @classmethod
-    def _embed(cls, texts: list[str], model: torch.nn.Module, tokenizer: Any) -> torch.Tensor:
-        """(texts, projection_dim) float32, on the CPU."""
-        embeddings = []
-        for first in range(0, len(texts), cls.max_words):
-            tokens = tokenizer(
-                texts[first : first + cls.max_words],
-                padding=True,
-                truncation=True,
-                max_length=model.config.max_position_embeddings,
-                return_tensors="pt",
-            )
-            tokens = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
-            embeddings.append(model(**tokens).text_embeds.float().cpu())
-        return torch.cat(embeddings)
-
-    @classmethod
-    @torch.inference_mode()
     def fit_pca(
         cls, texts: Sequence[str], path: str | Path, model_name: str = "openai/clip-vit-large-patch14"
     ) -> "ClipTextFeatures":
@@ -220,8 +195,7 @@ class ClipTextFeatures(WordFeatures):
                 f"{len(set(texts))} different texts; an analysis needs at least {cls.channels}. For fewer, use one "
                 "that was fitted to other texts (pca)"
             )
-        model, tokenizer = cls._load_clip(model_name)
-        embeddings = cls._embed(list(texts), model.eval(), tokenizer)
+        embeddings = TextEncoder(model_name)(list(texts))
         analysis = PCA(n_components=cls.channels, svd_solver="full").fit(embeddings.numpy())
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file(
