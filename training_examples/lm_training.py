@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from tqdm import tqdm
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -130,6 +131,13 @@ def tidy_answer(text: str) -> str:
 # ---- the trainer ----
 
 
+def with_learned_logits(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Has logits computed where a row learns the next token only. The head is a fifth of a small language model."""
+    next_tokens = functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    places = (next_tokens != -100).any(dim=0).nonzero().flatten()
+    return {**inputs, "shift_labels": next_tokens[:, places], "logits_to_keep": places}
+
+
 @dataclass
 class CardFacts:
     """
@@ -170,6 +178,11 @@ class LmTrainer(TextTrainer):
         self.facts = facts
         if self.is_fsdp_enabled:
             raise SystemExit("PrismerLM's recipes train on several GPUs by DDP: accelerate_configs/ddp.yaml")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.accelerator.unwrap_model(model).config.has_vision_language_model:
+            inputs = with_learned_logits(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def predict_texts(self, dataset: Rows) -> list[str]:
         columns = dataset.with_format(None)

@@ -57,6 +57,10 @@ DEFAULTS = {
 TASKS = {"captions": "caption", "questions": "vqa"}
 GENERATION = {"captions": {"num_beams": 3, "max_new_tokens": 30}, "questions": {"num_beams": 1, "max_new_tokens": 10}}
 SUITES = ("published", "fast", "offline")
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}EOS"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+)
 
 
 @dataclass
@@ -125,6 +129,13 @@ class LmArguments(RecipeArguments):
     chat: bool = field(
         default=True,
         metadata={"help": "Whether to use the chat template of the language model, if it has one (--no_chat)."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "A chat template of a new model, in place of the language model's: a file, or `plain` for "
+            "questions and answers alone, which take fewer tokens."
+        },
     )
     caption_prompt: str = field(
         default="Describe the image in one sentence.", metadata={"help": "The prompt for captions."}
@@ -226,9 +237,19 @@ def new_model(
         projector_hidden_size=args.projector_hidden_size,
     )
     processor = PrismerLMProcessor.from_backbones(args.language, vision or None, suite, config=model.config)
+    if args.chat_template:
+        processor.chat_template = read_chat_template(args.chat_template, processor.tokenizer.eos_token)
     if model.config.experts_config is not None:
         set_class_features(model, suite)
     return model, processor
+
+
+def read_chat_template(name: str, eos_token: str) -> str:
+    if name == "plain":
+        return PLAIN_TEMPLATE.replace("EOS", eos_token)
+    if not Path(name).is_file():
+        raise SystemExit(f"--chat_template: there is no file {name!r}; accepted are a file and `plain`")
+    return Path(name).read_text(encoding="utf-8")
 
 
 def set_class_features(model: PrismerLMForConditionalGeneration, suite: ExpertSuite) -> None:

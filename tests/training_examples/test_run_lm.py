@@ -12,7 +12,7 @@ from transformers import SiglipVisionModel, TrainerCallback
 import run_lm
 from data import load_chats
 from feature_cache import FeatureCache
-from lm_training import batches_by_length, tidy_answer
+from lm_training import batches_by_length, tidy_answer, with_learned_logits
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor
 from modeling_prismer.processing.experts import CannyEdges
 from tests.processing.tiny_lm_processors import make_vlm, make_vlm_processor
@@ -90,10 +90,11 @@ def test_two_stages_follow_each_other(recipe, language, vision, image_folder, ch
         ("--experts_as", "words"),
         ("--experts_as", "both", "--fusion", "cross_attention", "--cross_attention_every", 2),
         ("--experts", "none", "--no_chat"),
+        ("--experts_as", "words", "--chat_template", "plain"),
         ("--question_queries",),
         ("--dora", 2, "--vision", "none", "--no_pack", "--texts_per_image", 1),
     ],
-    ids=["words", "cross_attention", "no_experts", "question_queries", "dora"],
+    ids=["words", "cross_attention", "no_experts", "plain_template", "question_queries", "dora"],
 )
 def test_each_way_trains_and_loads_again(recipe, language, vision, image_folder, suites, options):
     questions = image_folder / "questions.jsonl"
@@ -105,6 +106,30 @@ def test_each_way_trains_and_loads_again(recipe, language, vision, image_folder,
     inputs = processor(str(image_folder / "00.png"), "what color is it")
     assert torch.isfinite(model(**inputs).logits).all()
     assert any("lora_B" in name for name in load_file(folder / "model.safetensors")) == ("--dora" in options)
+
+
+def test_plain_template_is_kept_and_has_no_roles(recipe, language, vision, image_folder, suites):
+    questions = image_folder / "questions.jsonl"
+    arguments = ("--stage", "questions", "--language", language, "--vision", vision, "--experts", suites["both"])
+    arguments += ("--experts_as", "words", "--train_data", questions)
+    _, processor = load(recipe(*arguments, "--chat_template", "plain", "--do_train"))
+    user = {"role": "user", "content": "is it red"}
+    assert processor.apply_chat_template([user], add_generation_prompt=True) == "is it red"
+    answered = [user, {"role": "assistant", "content": "no"}]
+    assert processor.apply_chat_template(answered) == f"is it red no{processor.tokenizer.eos_token}"
+    with pytest.raises(SystemExit, match="there is no file 'plane'"):
+        recipe(*arguments, "--chat_template", "plane", "--do_train")
+
+
+def test_loss_of_learned_places_is_the_whole_loss(language):
+    model = PrismerLMForConditionalGeneration.from_backbones(language)
+    ids = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, -100)
+    labels[0, 4:6], labels[1, 8], labels[2, 0] = ids[0, 4:6], ids[1, 8], ids[2, 0]
+    expected = model(ids, labels=labels)
+    outputs = model(**with_learned_logits({"input_ids": ids, "labels": labels}))
+    assert outputs.logits.shape[1] == 3
+    torch.testing.assert_close(outputs.loss, expected.loss)
 
 
 def test_words_alone_are_measured_without_training(recipe, language, image_folder, suites):
