@@ -15,9 +15,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_prismer_lm import PrismerLMConfig
 from .expert_spec import ExpertSpec
@@ -184,8 +185,8 @@ def load_trained(
     **language_kwargs: Any,
 ) -> ModelType:
     """
-    Loads what `save_trained` has written: the backbones by their ids, or those that are given, then the trained
-    weights.
+    Loads what `save_trained` has written: the backbones by their ids, or those that are given, then the settings of
+    generation and the trained weights.
 
     Raises:
         ValueError: if a backbone is not the one of the checkpoint, or if weights are missing or unknown.
@@ -204,6 +205,8 @@ def load_trained(
         check_fingerprint(encoder, expected, "vision encoder")
     backbones.pop("trained_only")
     model = assemble(cls, config, language_model, encoders)
+    if cached_file(folder, GENERATION_CONFIG_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False):
+        model.generation_config = GenerationConfig.from_pretrained(folder, **hub_kwargs)
     weights = load_file(cached_file(folder, SAFE_WEIGHTS_NAME, **hub_kwargs))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.startswith(_FROZEN)]
@@ -380,6 +383,9 @@ class BackbonesMixin:
             base = type(self.model)
             auto_map = {"AutoModel": f"{base.__module__.rpartition('.')[2]}.{base.__name__}"}
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map}
+        # transformers would give some vision-language models the names of their old checkpoints, under which it does
+        # not find them again inside another model
+        kwargs.setdefault("save_original_format", False)
         if trained_only:
             save_trained(self, save_directory, **kwargs)
         else:

@@ -190,6 +190,16 @@ def test_a_copy_has_experts_of_its_own(fusion):
     assert torch.equal(model(**inputs, **experts).logits, expected)
 
 
+@vlms
+def test_a_saved_model_loads_with_all_its_weights(name, tmp_path):
+    model = in_front_of(tiny_vlm(name), "prefix")
+    model.save_pretrained(tmp_path)
+    loaded, info = PrismerLMForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    inputs, experts = inputs_of(name, model)
+    torch.testing.assert_close(loaded(**inputs, **experts).logits, model(**inputs, **experts).logits, **TOLERANCE)
+
+
 @fusions
 def test_trained_weights_alone_go_to_another_copy(fusion, tmp_path):
     base = tiny_vlm("qwen2_5_vl")
