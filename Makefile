@@ -22,7 +22,7 @@ CONSTRAINTS ?= constraints.txt
 # more arguments for pip in the tests' environment (`make test-oldest` sets it)
 PINS ?=
 AXE_VERSION := 4.14.1
-EXTRAS := experts$(comma)train$(comma)ray$(comma)export$(comma)docs$(comma)dev
+EXTRAS := experts$(comma)train$(comma)ray$(comma)serve$(comma)export$(comma)docs$(comma)dev
 
 # $(call install,PACKAGES,HOW LONG): pip, one line for each file of 10 MB or more instead of a line for everything.
 # The constraints hold for build environments too; newer versions of pip read them from PIP_BUILD_CONSTRAINT.

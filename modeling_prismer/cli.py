@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .command_line import answers, checks, conversion, experts
+from .command_line import answers, checks, conversion, experts, serve
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
@@ -28,7 +28,7 @@ def main(
     """Prismer: captions images, answers questions about them and classifies them, with frozen experts."""
 
 
-for commands in (answers.commands, experts.commands, conversion.commands, checks.commands):
+for commands in (answers.commands, experts.commands, serve.commands, conversion.commands, checks.commands):
     app.add_typer(commands)
 
 
