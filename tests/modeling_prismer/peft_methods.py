@@ -23,7 +23,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "peft.md"
 COLUMNS = ("trains", "generates", "saved, loaded", "merged")
 HEADER = ("method", "configuration", "modules, by default", *COLUMNS, "")
 EXPERTS_HERE = [EXPERTS[0], EXPERTS[2]]
-NO_MERGE = "The method is no change of weights."
+NO_MERGE = "Nothing to merge: the method does not change weights."
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 
 
