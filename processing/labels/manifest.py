@@ -224,7 +224,7 @@ def claim_folder(folder: str | Path, manifest: Mapping[str, Any], allow_other_ve
         logger.warning(f"The labels in {folder} were made with other versions: {'; '.join(versions)}")
         versions = []
     if others or versions:
-        hint = "" if others else ". To mix them anyway: allow_other_versions=True, --allow-other-versions"
+        hint = "" if others else ". To mix them anyway: allow_other_versions=True"
         raise ValueError(
             f"{folder} holds labels that were made differently: {'; '.join(others + versions)}. Use another folder or "
             f"the same settings{hint}"

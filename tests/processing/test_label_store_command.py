@@ -1,5 +1,6 @@
 """The command `prismer label`: its output, and how it continues, repairs and refuses."""
 
+import json
 import os
 
 import pytest
@@ -38,6 +39,42 @@ def test_damaged_images_are_listed_by_name(run, tmp_path):
     assert lines[11].startswith("15 images labelled, 12 of them damaged")
 
 
+def test_damaged_images_are_reported_in_a_file(run, tmp_path):
+    for number in range(12):
+        (tmp_path / f"photos/bad {number:02d}.jpg").write_bytes(b"no image")
+    report = tmp_path / "reports" / "damaged.jsonl"
+    code, lines = run("--report", str(report))
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    assert code == 0 and [row["file"] for row in rows] == [f"bad {number:02d}.jpg" for number in range(12)]
+    assert all(row["error"].startswith("ValueError: 'bad ") for row in rows)
+    assert not any("more" in line for line in lines)
+    assert run("--report", str(report))[0] == 0  # of the whole store, also if nothing was left to do
+    assert len(report.read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize(
+    "experts, message",
+    [
+        ("best", "--experts: there is no 'best'; accepted are published, fast, offline, a checkpoint"),
+        ("offline:depth", "--experts: offline has no 'depth'; it has edge, ocr"),
+        ("none", "--experts: none leaves no expert to run"),
+    ],
+)
+def test_unknown_experts_are_named(tmp_path, experts, message):
+    write_images(tmp_path / "photos", 1)
+    command = ["label", str(tmp_path / "photos"), "--out", str(tmp_path / "labels"), "--experts", experts]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and message in result.stderr and not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("experts", ["edge", "offline:edge", "fast:edge"])
+def test_some_experts_of_a_suite_label(tmp_path, experts):
+    write_images(tmp_path / "photos", 1)
+    command = ["label", str(tmp_path / "photos"), "--out", str(tmp_path / "labels"), "--experts", experts]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert list(LabelStore(tmp_path / "labels").manifest["descriptions"]) == ["edge"]
+
+
 def test_failed_images_are_labelled_again_on_request(run, tmp_path):
     (tmp_path / "photos/bad.png").write_bytes(b"no image")
     run()
@@ -64,7 +101,7 @@ def test_other_versions_can_be_allowed(run, tmp_path):
     path = tmp_path / "labels/manifest.json"
     path.write_text(path.read_text().replace('"torch": "', '"torch": "1.'))
     code, (error,) = run()
-    assert code == 1 and "versions.torch" in error and "--allow-other-versions" in error
+    assert code == 1 and "versions.torch" in error and error.endswith(": --allow-other-versions")
     assert run("--allow-other-versions")[0] == 0
 
 
