@@ -1,12 +1,16 @@
-"""`prismer convert` and `export`: from the published checkpoints to this package, and from this package to ONNX."""
+"""`prismer convert`, `verify` and `export`: from the published checkpoints to this package, and from it to ONNX."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from .common import CHECKPOINT, Command, out, start
+from .common import CHECKPOINT, Command, DeviceOption, failed, find_device, out, printable, start, warn
+
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 commands = typer.Typer()
@@ -103,6 +107,68 @@ def convert(
             overwrite=overwrite,
         )
     print(output)
+
+
+@commands.command(cls=Command)
+def verify(
+    model: Annotated[str, typer.Argument(metavar="OUT", help=f"The converted folder. {CHECKPOINT}.")],
+    images: Annotated[str, typer.Option(help="A folder of images like those of the training, at least 4.")],
+    max_images: Annotated[int, typer.Option(min=1, help="Images to use, evenly chosen.")] = 16,
+    question: Annotated[
+        str | None, typer.Option(help="The question, for a checkpoint that needs one.", show_default="What is in it?")
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """
+    Checks a converted checkpoint with its experts on your images, and prints what is wrong and the likely cause.
+
+    The BatchNorms of the network know what the maps of each expert looked like in the training. Maps that look
+    different are named: inverted, swapped channels, not normalised, classes in another order. Then read the texts.
+    """
+    start(model=model, device=device)
+    from modeling_prismer import PrismerForConditionalGeneration
+    from modeling_prismer.conversion import verify_model
+
+    from .checkpoints import Checkpoint, PrismerReader
+
+    opened = _open_some(images, max_images)
+    reader = Checkpoint(model, find_device(device), dtype="float32").load()
+    if not isinstance(reader, PrismerReader):
+        raise ValueError(f"model {model!r} is a PrismerLM; only a Prismer can be verified")
+    network = PrismerForConditionalGeneration.from_pretrained(reader.checkpoint.path, dtype=reader.dtype)
+    network = network.to(reader.checkpoint.device).eval()
+    options = {} if question is None else {"question": question}
+    found = verify_model(network, reader.processor, opened, **options)
+    table = Table("check", "holds", "result", title=f"{model} on {len(opened)} images")
+    for check in found.checks:
+        holds = {True: "yes", False: "NO", None: "not checked"}[check.holds]
+        table.add_row(check.name, holds, printable(check.detail))
+    out.print(table)
+    for name, text in found.texts.items():
+        out.print(printable(f"{name}: {text}"), soft_wrap=True)
+    if found.problems:
+        raise failed(f"{len(found.problems)} checks failed: {', '.join(check.name for check in found.problems)}")
+
+
+def _open_some(images: str, number: int) -> "dict[str, Image.Image]":
+    """Some of the images, evenly chosen and opened, by name. Damaged images are left out with a warning."""
+    from modeling_prismer.processing.image_loading import load_image
+
+    from .images import open_images
+
+    source = open_images([images])
+    source = source.share(0, max(1, (source.num_images or 0) // number))
+    opened: dict[str, Image.Image] = {}
+    for name, image in source:
+        try:
+            if isinstance(image, Exception):
+                raise image
+            opened[name] = load_image(image)
+        except (ValueError, OSError) as error:
+            warn(f"{name} is left out: {error}")
+        if len(opened) == number:
+            break
+    return opened
 
 
 @commands.command(cls=Command)
