@@ -367,12 +367,12 @@ class PrismerConfig(ExpertsConfigMixin, PreTrainedConfig):
     @classmethod
     def from_variant(cls, variant: str, image_size: int = 224, **kwargs: Any) -> "PrismerConfig":
         """
-        Returns the configuration of a published network.
+        Returns the configuration of a network by its name.
 
         Args:
             variant (`str`):
                 `prismer_base`, `prismer_large`, `prismer_huge`, or without experts `prismerz_base`, `prismerz_large`,
-                `prismerz_huge`.
+                `prismerz_huge`. Checkpoints of base and large are published.
             image_size (`int`, *optional*, defaults to 224):
                 Side of the image in pixels. The paper uses 224 for pre-training, 480 for captioning and questions, and
                 384 for classification.

@@ -125,8 +125,9 @@ class Reader(ExpertsReader):
     def run_experts(self, images: list[Image.Image]) -> list[dict[str, Any]]:
         return self.processor.run_experts(images, experts=self.expert_names)
 
-    def check_task(self, task: str) -> None:
-        """Raises a `ValueError` if the checkpoint was not made for a task."""
+    def find_task(self, task: str) -> str:
+        """The checkpoint's name of a task. Raises a `ValueError` if it was not made for this task."""
+        return task
 
     def check_texts(self, texts: Sequence[str | None], task: str) -> None:
         """Raises a `ValueError` if the processor refuses the texts. No expert runs."""
@@ -206,10 +207,13 @@ class PrismerReader(Reader):
     def familiar_distance(self) -> float | None:
         return None if self.familiarity is None else self.familiarity.limit
 
-    def check_task(self, task: str) -> None:
+    def find_task(self, task: str) -> str:
         tasks = self.processor.tasks or [self.processor.task]
-        if task not in tasks:
+        # a published checkpoint that was only pre-trained captions images, too
+        found = [name for name in tasks if name in (task, f"zero_shot_{task}")]
+        if not found:
             raise ValueError(f"this checkpoint was made for {', '.join(tasks)}; this command needs one for {task!r}")
+        return found[0]
 
     def prepare(
         self, images: list[Image.Image], texts: Sequence[str | None], task: str, labels: list[dict[str, Any]]

@@ -1,4 +1,6 @@
-"""`prismer convert`, `verify` and `export`: from the published checkpoints to this package, and from it to ONNX."""
+"""
+`prismer convert`, `verify`, `convert-labels` and `export`: from the published files to this package, and to ONNX.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .common import CHECKPOINT, Command, DeviceOption, failed, find_device, out, printable, start, warn
+from .common import (
+    CHECKPOINT,
+    Command,
+    DeviceOption,
+    checkpoint_path,
+    err,
+    failed,
+    find_device,
+    out,
+    printable,
+    start,
+    warn,
+)
 
 
 if TYPE_CHECKING:
@@ -169,6 +183,53 @@ def _open_some(images: str, number: int) -> "dict[str, Image.Image]":
         if len(opened) == number:
             break
     return opened
+
+
+@commands.command(cls=Command)
+def convert_labels(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Published labels, or a label store.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The store or the folder to write.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of the images, whose paths become the keys.", show_default="paths of the labels"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint whose experts the labels belong to.", show_default="the published experts"),
+    ] = None,
+    folder: Annotated[
+        list[str] | None, typer.Option(help="Another folder for an expert, such as segmentation=seg_ade.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of threads that read files.")] = None,
+) -> None:
+    """
+    Reads labels in the published layout into a label store, or writes a store in the published layout.
+
+    SOURCE decides which. Run the command again after an interruption: it reads what is left.
+    """
+    start(model=model)
+    from modeling_prismer import PrismerConfig
+    from modeling_prismer.processing.labels import convert_published_labels
+    from modeling_prismer.processing.many_images.sources import IMAGE_SUFFIXES, path_as_key, walk_files
+
+    folders = dict(name.partition("=")[::2] for name in folder or ())
+    if unnamed := [name for name, place in folders.items() if not place]:
+        raise ValueError(f"--folder is {unnamed[0]!r}; EXPERT=FOLDER is needed, such as segmentation=seg_ade")
+    keys = None
+    if images is not None:
+        files = (file for file in walk_files(images) if Path(file).suffix.lower() in IMAGE_SUFFIXES)
+        keys = [path_as_key(file, images) for file in files]
+        if not keys:
+            raise FileNotFoundError(f"--images {images} has no images")
+    experts = None if model is None else PrismerConfig.from_pretrained(checkpoint_path(model)).experts
+    done = convert_published_labels(source, output, experts, folders, keys=keys, num_workers=workers)
+    for key, error in list(done.errors.items())[:10]:
+        warn(f"{key}: {error}")
+    rate = f"{done.images_per_second:,.0f} images/s"
+    err.print(f"{done.images} images converted, {done.failed} of them damaged; {rate}", soft_wrap=True)
+    print(output)
 
 
 @commands.command(cls=Command)

@@ -126,7 +126,7 @@ class Generating(ResultWorker):
 
     def load(self) -> Reader:
         reader = self.checkpoint.load()
-        reader.check_task(self.task)
+        self.task = reader.find_task(self.task)
         reader.check_texts(self.texts, self.task)
         return reader
 

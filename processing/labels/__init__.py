@@ -11,6 +11,7 @@ from ..many_images.ray_engine import RayEngine
 from ..many_images.sources import IMAGE_SUFFIXES, TAR_SUFFIXES, ImageSource, ListedImages
 from .label_images import LabelReport, label_images
 from .manifest import make_manifest, read_manifest
+from .published_conversion import convert_published_labels
 from .published_layout import read_published_layout, write_published_layout
 from .shards import DamagedShardError, LabelWriter, StoreInUseError, forget_failed, set_aside_damaged
 from .sources import (

@@ -125,6 +125,26 @@ class LabelStore(Mapping):
             errors.update(zip(table["key"].to_pylist(), table["error"].to_pylist()))
         return errors
 
+    def encoded_rows(self) -> Iterator[dict[str, Any]]:
+        """
+        Yields the rows as they are stored, in the order of [`LabelStore.__iter__`]: `key`, `error`, and the columns of
+        [`encode_labels`]. Maps are the bytes of PNG files.
+
+        Raises:
+            DamagedShardError: if a shard cannot be read.
+        """
+        wanted = self._index.rows()
+        columns = ["key", "error", *(spec.name for spec in self._specs)]
+        start = 0
+        for path, end in zip(self._files, self._ends):
+            rows = set(wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, end)].tolist())
+            with open_shard(path, columns) as file:
+                for group in range(file.num_row_groups):
+                    with naming_the_shard(path):
+                        read = file.read_row_group(group, columns, use_threads=False).to_pylist()
+                    yield from (row for number, row in enumerate(read, start) if number in rows)
+                    start += len(read)
+
     # ---- as data sets ----
 
     def as_dataset(self, **kwargs: Any) -> datasets.Dataset:

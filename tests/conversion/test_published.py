@@ -143,9 +143,15 @@ def test_a_pretrained_checkpoint_starts_from_an_empty_prompt(hub, tmp_path, monk
     monkeypatch.undo()
     processor = PrismerProcessor.from_pretrained(tmp_path / "out")
     model = PrismerForConditionalGeneration.from_pretrained(tmp_path / "out")
-    inputs = processor(images=Image.new("RGB", (40, 30)))
+    image = Image.new("RGB", (40, 30))
+    inputs = processor(images=image)
     assert inputs["input_ids"].tolist() == [[0]]
-    assert 8 <= model.generate(**inputs).shape[1] <= 20
+    generated = model.generate(**inputs)
+    assert 8 <= generated.shape[1] <= 20
+    image.save(tmp_path / "image.png")
+    caption = ("caption", str(tmp_path / "image.png"), "--model", str(tmp_path / "out"), "--device", "cpu")
+    result = CliRunner().invoke(app, caption)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("place", ["repository", "folder", "file"])

@@ -195,10 +195,15 @@ def test_published_labels_that_do_not_fit_are_named(tmp_path):
             write_published_layout([(key, {})], tmp_path, ENTRIES)
     with pytest.raises(ValueError, match="an identifier"):
         write_published_layout([("b.jpg", {})], tmp_path, [{**ENTRIES[0], "name": "../depth"}])
-    with pytest.raises(ValueError, match="'a.png' and 'a.jpg' would be one file"):
+    with pytest.raises(ValueError, match="'a.png' and of another key would be one file, a.png"):
         write_published_layout([("a.jpg", {}), ("a.png", {})], tmp_path, ENTRIES)
-    with pytest.raises(ValueError, match="has 5 channels"):
+    with pytest.raises(ValueError, match="'depth' has shape .*its expert has 1 channels"):
         write_published_layout([("b.jpg", {"depth": np.zeros((4, 4, 5), np.uint8)})], tmp_path, ENTRIES)
+    with pytest.raises(ValueError, match="'depth' has 5 channels; a PNG has 1 or 3"):
+        write_published_layout([], tmp_path, [{**ENTRIES[0], "channels": 5}])
+    for key in ("../a.jpg", "/etc/a.jpg", "a/../../b.jpg"):
+        with pytest.raises(ValueError, match="leads out of .*, or to no file"):
+            list(read_published_layout(tmp_path, ENTRIES[:1], keys=[key]))
 
 
 def test_store_to_published_layout_and_back(tmp_path):
