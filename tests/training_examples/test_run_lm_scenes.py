@@ -63,6 +63,22 @@ def test_two_stages_are_measured_by_type_of_question(recipe, language, vision, s
     assert found["test"]["seconds"]["answers"] > 0
 
 
+@pytest.mark.parametrize("way", [(), ("--fusion", "cross_attention", "--experts_as", "both")], ids=["prefix", "cross"])
+def test_packed_answers_are_those_of_greedy_generation(recipe, language, vision, suites, way):
+    train = ("--stage", "questions", "--freeze", "vision", "--do_train", "--max_steps", 40, "--learning_rate", 0.01)
+    train += ("--without_types", "color,shape,material,size,count,relation,nearest,sign")
+    backbones = ("--language", language, "--vision", vision, "--experts", suites["both"], "--chat_template", "plain")
+    trained = recipe(*backbones, *way, *train, out="trained")
+    evaluation = ("--model", trained, "--stage", "questions", "--do_eval")
+    expected = results(recipe(*evaluation, out="generated"))
+    found = results(recipe(*evaluation, "--packed_answers", out="packed"))
+    for name in ("test", "held_out"):
+        assert 0.05 < found[name]["answers"]["all"] < 1
+        assert found[name]["answers"] == expected[name]["answers"]
+        low, high = found[name]["interval"]
+        assert low <= found[name]["answers"]["all"] <= high
+
+
 def test_words_need_no_training(recipe, language, suites):
     words = ("--vision", "none", "--experts", suites["both"], "--experts_as", "words", "--do_eval")
     folder = recipe("--language", language, *words, "--stage", "questions", "--max_eval_rows", 1)

@@ -14,9 +14,11 @@ questions out of the training. With `--shots 0 2 4 8` these are answered after e
 similar images (`--shots_by`). docs/prismer_lm.md lists the commands of each comparison.
 """
 
+import copy
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +26,11 @@ import datasets
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from feature_cache import encode_images
-from lm_training import LmTrainer, generate_texts, tidy_answer
+from lm_training import LmTrainer, generate_texts, tidy_answer, with_learned_logits
+from modeling_prismer.processing.prompts import NOT_LEARNED
 from run_lm import DEFAULTS, LmArguments, load_model, make_lm_trainer
 from training import label_rows, parse_arguments, run, write_json
 
@@ -77,6 +81,13 @@ class LmScenesArguments(LmArguments):
     shots_by: Literal["random", "similar"] = field(
         default="random", metadata={"help": "Whether examples are random, or of similar images (RICES)."}
     )
+    packed_answers: bool = field(
+        default=False,
+        metadata={
+            "help": "Count an answer as right if each of its tokens is the most probable one, all questions of an "
+            "image in one row. Greedy generation finds the same answers right, but takes several times as long."
+        },
+    )
     num_support: int = field(default=2048, metadata={"help": "Training scenes from which examples are taken."})
 
 
@@ -123,13 +134,62 @@ def score_exact(answers: list[str], rows: datasets.Dataset) -> dict[str, float]:
 # ---- evaluation ----
 
 
-def measure(trainer: LmTrainer, scenes: datasets.Dataset) -> dict[str, dict[str, float]]:
-    """Exact answers by type of question, captions, and the seconds for each."""
+@torch.no_grad()
+def find_answers(trainer: LmTrainer, scenes: datasets.Dataset, batch_size: int = 4) -> list[list[str]]:
+    """
+    The true answers that greedy generation would give, because each of their tokens is the most probable one; "" for
+    the other questions. The questions about an image are packed into one row.
+    """
+    model = trainer.model.eval()
+    collator = copy.copy(trainer.eval_collator)
+    collator.pack = collator.with_suffix = True
+    found = []
+    for start in tqdm(range(0, len(scenes), batch_size), desc="answers", leave=False):
+        rows = list(scenes.select(range(start, min(start + batch_size, len(scenes)))))
+        inputs = collator(
+            [
+                {
+                    "image": row["image"],
+                    "image_id": row["image_id"],
+                    "text": [question["question"] for question in row["questions"]],
+                    "suffix": [question["answer"] for question in row["questions"]],
+                }
+                for row in rows
+            ]
+        )
+        inputs = with_learned_logits({name: tensor.to(model.device) for name, tensor in inputs.items()})
+        labels, learned, places = inputs.pop("labels"), inputs.pop("shift_labels"), inputs["logits_to_keep"]
+        is_right = torch.zeros_like(labels, dtype=torch.bool)
+        is_right[:, places] = model(**inputs).logits.argmax(dim=-1) == learned
+        for row, own_labels, own in zip(rows, labels.tolist(), is_right.tolist()):
+            # a token is predicted at the place before it; what is learned of a text is a run of places
+            places = zip(own_labels[1:], own[:-1])
+            runs = [
+                list(run) for is_learned, run in groupby(places, lambda pair: pair[0] != NOT_LEARNED) if is_learned
+            ]
+            hits = [all(right for _, right in run) for run in runs]
+            found.append([q["answer"] if hit else "" for q, hit in zip(row["questions"], hits, strict=True)])
+    return found
+
+
+def answers_interval(said: list[list[str]], scenes: datasets.Dataset, resamples: int = 2000) -> list[float]:
+    """The 95 % interval of the share of right answers, by a bootstrap over scenes."""
+    pairs = list(zip(said, scenes["questions"][:], strict=True))
+    hits = np.array([sum(a == q["answer"] for a, q in zip(answers, questions)) for answers, questions in pairs])
+    numbers = np.array([len(questions) for _, questions in pairs])
+    drawn = np.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
+    return np.quantile(hits[drawn].sum(axis=1) / numbers[drawn].sum(axis=1), [0.025, 0.975]).tolist()
+
+
+def measure(trainer: LmTrainer, scenes: datasets.Dataset, packed_answers: bool = False) -> dict[str, Any]:
+    """Exact answers by type of question with the interval of all, captions, and the seconds for each."""
     images = scenes.select_columns(["image_id", "image"])
     questions = [[question["question"] for question in own] for own in scenes["questions"][:]]
     prompts = [[CAPTION_PROMPT]] * len(scenes)
     said, seconds = {}, {}
     for name, texts, settings in (("answers", questions, ANSWERS), ("captions", prompts, CAPTIONS)):
+        if name == "answers" and packed_answers:
+            continue
         start, lengths = time.perf_counter(), [len(own) for own in texts]
 
         def row_of(number: int, texts: list[list[str]] = texts) -> dict[str, Any]:
@@ -138,9 +198,13 @@ def measure(trainer: LmTrainer, scenes: datasets.Dataset) -> dict[str, dict[str,
         size = trainer.args.eval_batch_size
         said[name] = generate_texts(trainer.model, trainer.eval_collator, row_of, lengths, size, **settings)
         seconds[name] = (time.perf_counter() - start) / sum(lengths)
-    answers = [[tidy_answer(text) for text in own] for own in said["answers"]]
+    if packed_answers:
+        answers = find_answers(trainer, scenes)
+    else:
+        answers = [[tidy_answer(text) for text in own] for own in said["answers"]]
     return {
         "answers": score_answers(answers, scenes),
+        "interval": answers_interval(answers, scenes),
         "captions": score_captions([text for (text,) in said["captions"]], scenes),
         "seconds": seconds,
     }
@@ -302,7 +366,7 @@ def main() -> None:
                     str(number): measure_shots(trainer, rows, examples, number, without_types) for number in args.shots
                 }
         else:
-            results = {name: measure(trainer, rows) for name, rows in scenes.items()}
+            results = {name: measure(trainer, rows, args.packed_answers) for name, rows in scenes.items()}
         if trainer.is_world_process_zero():
             write_json(output_dir / "scenes_results.json", results)
             print(json.dumps(results, indent=2))
