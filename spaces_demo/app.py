@@ -2,7 +2,8 @@
 The Gradio Space: arguments, theme and start.
 
     python spaces_demo/app.py
-    python spaces_demo/app.py --model FOLDER --port 7861
+    python spaces_demo/app.py --model prismer-easy-vqa --port 7861
+    python spaces_demo/app.py --model prismer-scenes my_prismer_lm --language SmolLM2-135M-Instruct
 """
 
 import argparse
@@ -10,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -23,14 +25,13 @@ from endpoints import Endpoints  # noqa: E402
 from guard import Guard  # noqa: E402
 from images import MAX_BYTES  # noqa: E402
 from inputs import CheckedBlocks  # noqa: E402
-from page import Page, load_examples  # noqa: E402
-from reader import Reader  # noqa: E402
+from page import Page  # noqa: E402
+from readers import Readers  # noqa: E402
 from sessions import MAX_SESSIONS, Sessions  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from suggestions import Examples  # noqa: E402
 from uploads import UPLOADS, sweep  # noqa: E402
 from waiting import Unread, queued_files  # noqa: E402
-
-from modeling_prismer import pretrained_path  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
@@ -39,17 +40,19 @@ QUEUE = 64
 TIDY_SECONDS = 30.0
 
 
-def make_app(model: str | None = None, device: str | None = None) -> tuple[gr.Blocks, Sessions]:
-    """Returns the app, not yet launched, and its sessions."""
-    reader = Reader(pretrained_path() if model is None else model, device)
-    reader.warm_up()
+def make_app(
+    models: Sequence[str] = (), device: str | None = None, language: str | None = None
+) -> tuple[gr.Blocks, Sessions]:
+    """Returns the app, not yet launched, and its sessions. The arguments are those of [`Readers`]."""
+    readers = Readers(models, device, language)
+    readers.main.warm_up()
     sessions = Sessions()
     study = next(
         (place for place in (HERE / "study", HERE.parent / "docs" / "study") if place.is_dir()), HERE / "study"
     )
     with CheckedBlocks(title="Prismer: see through the experts", analytics_enabled=False) as blocks:
-        Page(reader, sessions, load_examples(HERE / "examples", reader.name), study).build()
-        Endpoints(reader).build()
+        Page(readers, sessions, Examples.load(HERE / "examples", readers.main.name), study).build()
+        Endpoints(readers.main).build()
     # One run at a time, because two would share the cores and each take twice as long. `api_open` would let calls
     # bypass the queue.
     blocks.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
@@ -129,15 +132,22 @@ def launch(blocks: gr.Blocks, sessions: Sessions, host: str, port: int | None, *
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The Gradio Space of Prismer.")
-    parser.add_argument("--model", help="a folder or a Hub id; by default prismer-scenes")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        help="the checkpoint: a shipped name such as prismer-easy-vqa, a folder or a Hub id, of a Prismer or a "
+        "PrismerLM. Further ones can be compared with it. By default the shipped ones, prismer-scenes first",
+    )
+    parser.add_argument("--language", help="the frozen language model of a PrismerLM: a folder or a Hub id")
     parser.add_argument("--device", help="cpu, cuda, …; by default a GPU, if there is one")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))
     args = parser.parse_args()
     try:
-        blocks, sessions = make_app(args.model, args.device)
+        blocks, sessions = make_app(args.model, args.device, args.language)
     except (OSError, ValueError, RuntimeError) as error:
-        given = f"--model {args.model}" + (f" --device {args.device}" if args.device else "")
+        given = f"--model {' '.join(args.model)}" + (f" --device {args.device}" if args.device else "")
         raise SystemExit(f"{given} cannot be used: {error}") from error
     try:
         launch(blocks, sessions, args.host, args.port)

@@ -8,7 +8,7 @@ import edits
 import numpy as np
 import torch
 from images import data_uri, escape
-from PIL import Image
+from PIL import Image, ImageDraw
 from reader import Reader, Said
 from sessions import Session
 
@@ -20,6 +20,7 @@ from modeling_prismer.processing.visualization import PALETTE, Drawing, draw_exp
 
 
 SIZE = 384
+LEAST_SHARE = 0.005  # rounds to 1 %
 
 
 def fit(image: Image.Image, size: int = SIZE) -> Image.Image:
@@ -28,7 +29,7 @@ def fit(image: Image.Image, size: int = SIZE) -> Image.Image:
 
 
 def percent(share: float) -> str:
-    return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+    return "under 1 %" if 0 < share < LEAST_SHARE else f"{100 * share:.0f} %"
 
 
 def figure(image: Image.Image, alt: str, caption: str = "", kind: str = "") -> str:
@@ -57,7 +58,7 @@ def expert_card(
         said = (
             "This expert failed on the image. The model answers without it."
             if failed
-            else "Switched off: the model does not get this."
+            else "Switched off: the model answers without this."
         )
         ratio = f"aspect-ratio: {image.width} / {image.height}"
         return f'<div class="card">{head}<div class="missing" style="{ratio}"><p>{said}</p></div></div>'
@@ -102,14 +103,24 @@ def status(done: int, total: int, text: str) -> str:
 # ---- answers ----
 
 
-def turn_panel(question: str | None, versions: Sequence[tuple[str, str, Said | None]]) -> str:
+def turn_panel(question: str | None, versions: Sequence[tuple[str, str, Said | None]], name: str = "") -> str:
     """
     Shows the answers to one question, or the captions, side by side: (title, note, answer) of each version of the
-    inputs.
+    inputs. `name` is the checkpoint's.
     """
-    heading = "The caption" if question is None else escape(question)
     columns = "".join(_version(question is None, *version) for version in versions)
-    return f'<section class="turn"><h2>{heading}</h2><div class="versions">{columns}</div></section>'
+    return f'<section class="turn">{_heading(question, name)}<div class="versions">{columns}</div></section>'
+
+
+def refusal_panel(question: str | None, name: str, reason: str) -> str:
+    """Says why a checkpoint has no answer."""
+    said = f'<article class="version"><p class="quiet">{escape(reason)}</p></article>'
+    return f'<section class="turn">{_heading(question, name)}<div class="versions">{said}</div></section>'
+
+
+def _heading(question: str | None, name: str) -> str:
+    heading = "Caption" if question is None else escape(question)
+    return f"<h2>{heading}</h2>" + (f'<p class="quiet checkpoint">{escape(name)}</p>' if name else "")
 
 
 def _version(is_caption: bool, title: str, note: str, said: Said | None) -> str:
@@ -117,33 +128,74 @@ def _version(is_caption: bool, title: str, note: str, said: Said | None) -> str:
     if said is None:
         return f'<article class="version">{head}<p class="answer quiet">…</p></article>'
     sure = said.per_word if is_caption else said.probability
-    meaning = "mean probability of a word" if is_caption else "probability"
+    meaning = "sure of each word, on average" if is_caption else "sure"
     bar = f'<span class="bar" aria-hidden="true"><i style="width: {100 * sure:.1f}%"></i></span>'
-    if is_caption:
-        others = "".join(f"<li><span>{escape(other)}</span></li>" for other, _ in said.others[:2])
-    else:
-        others = "".join(
-            f"<li><span>{escape(other) or '(nothing)'}</span><span>{percent(probability)}</span></li>"
-            for other, probability in said.others
-        )
+    likely = said.others[:2] if is_caption else [pair for pair in said.others if pair[1] >= LEAST_SHARE]
+    others = "".join(
+        f"<li><span>{escape(other) or '(nothing)'}</span>"
+        + ("" if is_caption else f"<span>{percent(probability)}</span>")
+        + "</li>"
+        for other, probability in likely
+    )
+    if said.others and not likely:
+        others = "<li>each under 1 %</li>"
     return (
         f'<article class="version">{head}<p class="answer">{escape(said.text) or "(nothing)"}</p>'
         f'<p class="chance">{bar}<span><b>{percent(sure)}</b> {meaning}</span></p>'
-        + (f'<p class="quiet or">alternatives</p><ol class="others">{others}</ol>' if others else "")
+        + (f'<p class="quiet or">Other answers</p><ol class="others">{others}</ol>' if others else "")
         + "</article>"
     )
 
 
-def answer_bar(question: str | None, versions: Sequence[tuple[str, str, Said | None]]) -> str:
-    """The answers in one line, which stays visible next to the experts."""
-    parts = "".join(
-        f"<li><span>{escape(title)}</span> <b>{escape(said.text) if said else '…'}</b>"
-        + (f" {percent(said.per_word if question is None else said.probability)}" if said else "")
-        + "</li>"
-        for title, _, said in versions
+def effect(question: str | None, yours: Said | None, seen: Said | None) -> str:
+    """The answer after a change to an expert, and the one before it. It stands at the expert's switch."""
+    if yours is None or seen is None:
+        return '<p class="effect quiet">Answering …</p>'
+
+    def part(title: str, said: Said) -> str:
+        sure = said.per_word if question is None else said.probability
+        return f"<span>{title}</span> <b>{escape(said.text) or '(nothing)'}</b> <span>{percent(sure)}</span>"
+
+    heading = "Caption" if question is None else escape(question)
+    return (
+        f'<div class="effect"><p class="quiet">{heading}</p><p>{part("now", yours)}</p>'
+        f"<p>{part('with all experts', seen)}</p></div>"
     )
-    heading = "The caption" if question is None else escape(question)
-    return f'<div class="answer-bar"><p>{heading}</p><ul>{parts}</ul></div>'
+
+
+def pointed_panel(
+    image: Image.Image,
+    place: tuple[float, float],
+    box: Sequence[float] | None,
+    said: Sequence[tuple[str, str]],
+    note: str,
+    questions: Sequence[str],
+) -> str:
+    """
+    Shows what the experts say about a place of the image (between 0 and 1), marked in a small copy of it, and
+    questions about the object there.
+    """
+    small = fit(image, 160)
+    draw = ImageDraw.Draw(small)
+    if box is not None:
+        corners = [side * length for side, length in zip(box, small.size * 2)]
+        draw.rectangle(corners, outline="white", width=4)
+        draw.rectangle(corners, outline="#0b7285", width=2)
+    x, y = (part * length for part, length in zip(place, small.size))
+    for radius, color in ((6, "white"), (4, "#0b7285")):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
+    items = "".join(f"<li><span>{escape(title)}</span> <b>{escape(words)}</b></li>" for title, words in said)
+    listed = f"<ul>{items}</ul>" if items else '<p class="quiet">No expert says anything about this place.</p>'
+    return (
+        f'<section class="pointed">{figure(small, "Your image with the place that you clicked")}'
+        f'<div><h2>At this place</h2>{listed}<p class="quiet">{escape(note)}</p>{chips(questions)}</div></section>'
+    )
+
+
+def chips(questions: Sequence[str]) -> str:
+    """Buttons that ask a question."""
+    made = "".join(f'<button type="button" data-question="{escape(q)}">{escape(q)}</button>' for q in questions)
+    return f'<div class="chips">{made}</div>' if made else ""
 
 
 def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], said: Said, which: str) -> str:
@@ -165,9 +217,9 @@ def looked_panel(reader: Reader, session: Session, labels: Mapping[str, Any], sa
         alt = f"{title}, bright where the model attended: {percent(share)} of its attention"
         figures.append(figure(spotlight(base.convert("RGB"), weights), alt, caption))
     return (
-        f'<section class="looked"><h2>Attention</h2><p class="quiet">For “{escape(said.text)}”, {escape(which)}.'
-        " Bright places got the attention of the text, directly or through the latents of the experts' maps. The "
-        "shares sum to 100 %. Attention is a hint, not a proof.</p>"
+        f'<section class="looked"><h2>Attention</h2><p class="quiet">Attention shows where the model looked; it is '
+        f"not an explanation. Bright places got more of it for “{escape(said.text)}”, {escape(which)}. The shares sum "
+        "to 100 %.</p>"
         f'<div class="strip">{"".join(figures)}</div></section>'
     )
 
@@ -192,7 +244,7 @@ def ranking_panel(rankings: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -
             for row in ranking
         )
         columns.append(f'<article class="version"><h3>{escape(title)}</h3><ol class="ranking">{rows}</ol></article>')
-    note = "The shares are a softmax of the mean log-probabilities of the labels' tokens."
+    note = "The model compares your labels with each other only, so the shares always sum to 100 %, even if none fits."
     return f'<section class="turn"><div class="versions">{"".join(columns)}</div><p class="quiet">{note}</p></section>'
 
 

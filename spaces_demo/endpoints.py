@@ -88,7 +88,7 @@ class Endpoints:
     def _said(self, image: Any, text: str | None, experts: list[str] | None) -> dict[str, Any]:
         encoding = self._encode(_required(image), experts)
         said = self.reader.explain(encoding, text)
-        looked = {"image": said.looked} | said.looked_at_experts
+        looked = {} if said.looked is None else {"image": said.looked} | said.looked_at_experts
         limit = self.reader.usual_distance
         return {
             "text": said.text,

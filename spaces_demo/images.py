@@ -15,6 +15,7 @@ from modeling_prismer.processing import load_image
 MAX_BYTES = 10 * 1024**2
 MAX_PIXELS = 25_000_000
 LONG_SIDE = 1024  # pixels; no expert reads more, so more would only cost time
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # the decoders of some others, such as EPS, run programs
 
 
@@ -42,6 +43,14 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         )
     image.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
     return image
+
+
+def shown_size(path: str | Path) -> tuple[int, int]:
+    """Returns width and height of an image file as a browser shows it: upright, in full size."""
+    with Image.open(path, formats=FORMATS) as opened:
+        width, height = opened.size
+        is_turned = opened.getexif().get(ORIENTATION, 1) >= 5
+    return (height, width) if is_turned else (width, height)
 
 
 def data_uri(image: Image.Image, quality: int = 88) -> str:

@@ -1,10 +1,9 @@
 """The page: its layout and its events."""
 
 import functools
-import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,33 @@ import drawings
 import edits
 import gradio as gr
 import links
-from checks import Refused, as_text
+from checks import Refused, as_number, as_text
 from endpoints import GUIDE
-from images import MAX_BYTES, data_uri, escape
+from images import MAX_BYTES, data_uri, escape, shown_size
 from inputs import event_value, guarded
 from PIL import Image
-from reader import MAX_LABEL_LETTERS, MAX_LETTERS, Reader, parse_labels
+from reader import MAX_LABEL_LETTERS, MAX_LETTERS, Said, parse_labels
+from readers import Readers
 from sessions import MAX_TURNS, Session, Sessions
+from suggestions import Examples, find_things, thing_at, words_at
 from uploads import keep, open_upload
 
 
 HERE = Path(__file__).parent
+NO_OTHER = "no other checkpoint"
+READING_AID = """
+<h3>How to read the figures</h3>
+<ul>
+<li>Each panel measures one thing. Answers are the share of right ones: to all questions, or to those about relations
+(such as “left of”), the nearest object and the word on a sign. Captions are measured by their likeness to reference
+captions (CIDEr) and by the share of described objects that are true. Higher is better; in figures with rows, further
+right is better.</li>
+<li>Trained weights, time and memory are costs: less is better.</li>
+<li>A full mark is the mean of two trainings, a white mark is one training, and the bar is the standard deviation. If
+two bars overlap, the difference may be chance. A dashed line is the model without experts.</li>
+<li>Most scales do not start at zero, and they differ between panels: read the numbers.</li>
+</ul>
+"""
 VERSIONS = {"seen": "With all experts", "yours": "With your changes", "none": "Without experts"}
 CHOICES = {"seen": "Unchanged", "off": "Off", "noise": "Noise", "edited": "Edited"}
 NO_IMAGE = "Please choose an image first, under “Ask”."
@@ -46,36 +61,22 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # events of the page; e
 BUSY: dict[str, Any] = {**PRIVATE, "concurrency_id": "network", "show_progress": "hidden"}
 
 
-@dataclass
-class Example:
-    file: Path
-    alt: str
-    questions: list[str]
-
-
-def load_examples(folder: Path, name: str = "") -> list[Example]:
-    """Returns the examples of a folder, or of its sub-folder with the name of the checkpoint."""
-    own = folder / name
-    folder = own if name and (own / "examples.json").is_file() else folder
-    content = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
-    return [Example(folder / file, entry["alt"], entry["questions"]) for file, entry in content.items()]
-
-
 class Page:
     """
     Args:
-        reader ([`Reader`]): the checkpoint.
+        readers ([`Readers`]): the checkpoint, and others to compare it with.
         sessions ([`Sessions`]): the sessions of the visitors.
-        examples (`list[Example]`): the images that visitors can choose.
+        examples ([`Examples`]): the images that visitors can choose, and questions.
         study (`Path`): the folder with the figures of the study, which need not exist.
     """
 
-    def __init__(self, reader: Reader, sessions: Sessions, examples: list[Example], study: Path):
-        self.reader, self.sessions, self.study = reader, sessions, study
-        self.examples = {example.file.name: example for example in examples}
-        self.names = list(reader.specs)
+    def __init__(self, readers: Readers, sessions: Sessions, examples: Examples, study: Path):
+        self.readers, self.reader = readers, readers.main
+        self.sessions, self.examples, self.study = sessions, examples, study
+        self.names = list(self.reader.specs)
         self.cards: dict[str, gr.HTML] = {}
         self.switches: dict[str, gr.Radio] = {}
+        self.effects: dict[str, gr.HTML] = {}
         self.edit_buttons: dict[str, gr.Button] = {}
 
     # ---- layout ----
@@ -85,9 +86,9 @@ class Page:
         gr.HTML(
             '<div class="masthead"><h1>Prismer: see through the experts</h1><p>'
             + (
-                "Frozen expert models process your image first. A small network reads the image and their output, and "
-                "answers your question. Switch experts off, replace their output by noise or edit it, and see how the "
-                "answer changes."
+                "Expert models look at your image first. A small network reads the image and what they found, and "
+                'answers. <span class="more">Switch experts off or edit what they found, and see how the answer '
+                "changes.</span>"
                 if self.names
                 else "A small network reads your image and answers. This checkpoint has no experts."
             )
@@ -105,33 +106,24 @@ class Page:
         self._connect()
 
     def _build_ask(self) -> None:
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="top"):
             with gr.Column(scale=5, min_width=300):
                 self.image = gr.Image(
                     label="Your image",
                     sources=["upload", "webcam", "clipboard"],
-                    height=360,
+                    height=400,
                     buttons=[],
                     placeholder=f"Drop an image here, or click to choose one\n(up to {MAX_BYTES // 1024**2} MB)",
                     elem_id="image",
                 )
-                self.thumbs = gr.HTML(self._thumbs(), js_on_load=_chips_script("name"), elem_id="examples")
-                self.status = gr.HTML(drawings.status(1, 1, ""), elem_id="status")
-                self.share = gr.Button("Make a link to this", size="sm", elem_id="share", visible=False)
-                self.link = gr.Textbox(
-                    label="A link to this image, these questions and changes",
-                    info="The link contains everything, with a smaller image. The server stores nothing.",
-                    visible=False,
-                    interactive=False,
-                    max_lines=1,
-                    buttons=["copy"],
-                    elem_id="link",
-                )
+                self.pointed = gr.HTML("", visible=False, js_on_load=_chips_script("question"), elem_id="pointed")
             with gr.Column(scale=6, min_width=300):
                 self.warning = gr.HTML(visible=False, elem_id="warning")
                 self.chat = gr.Chatbot(
                     label="Answers",
-                    height=360,
+                    height=None,
+                    min_height=120,
+                    max_height=280,
                     buttons=[],
                     feedback_options=None,
                     elem_id="chat",
@@ -139,8 +131,10 @@ class Page:
                     render_markdown=False,
                     allow_file_downloads=False,
                 )
-                self.suggestions = gr.HTML("", js_on_load=_chips_script("question"), elem_id="suggestions")
-                with gr.Row(visible=self.reader.question_task is not None):
+                with gr.Row(elem_id="progress"):
+                    self.status = gr.HTML(drawings.status(1, 1, ""), elem_id="status")
+                    self.stop = gr.Button("Stop", variant="secondary", size="sm", elem_id="stop")
+                with gr.Row(visible=self.reader.question_task is not None, elem_id="asking"):
                     self.question = gr.Textbox(
                         label="Your question",
                         placeholder="What color is …?",
@@ -148,18 +142,40 @@ class Page:
                         lines=1,
                         max_lines=1,
                         scale=5,
+                        min_width=180,
                         elem_id="question",
                     )
-                    with gr.Column(scale=1, min_width=110):
-                        self.ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                        self.stop = gr.Button("Stop", variant="secondary", elem_id="stop")
-        self.result = gr.HTML("", elem_id="result")
+                    self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
+                self.suggestions = gr.HTML("", js_on_load=_chips_script("question"), elem_id="suggestions")
+        self.thumbs = gr.HTML(self._thumbs(), js_on_load=_chips_script("name"), elem_id="examples")
+        with gr.Row(equal_height=False, elem_id="answers"):
+            self.result = gr.HTML("", elem_id="result")
+            self.compared = gr.HTML("", visible=False, elem_id="compared")
+        with gr.Row(elem_id="tools"):
+            self.other = gr.Dropdown(
+                [(NO_OTHER, ""), *((name, name) for name in self.readers.others)],
+                value="",
+                label="Compare with",
+                visible=bool(self.readers.others),
+                filterable=False,
+                elem_id="other",
+            )
+            self.share = gr.Button("Make a link to this", size="sm", elem_id="share", visible=False)
+        self.link = gr.Textbox(
+            label="A link to this image, these questions and changes",
+            info="The link contains everything, with a smaller image. The server stores nothing.",
+            visible=False,
+            interactive=False,
+            max_lines=1,
+            buttons=["copy"],
+            elem_id="link",
+        )
         self.looked = gr.HTML("", elem_id="looked")
         with gr.Column(visible=False) as self.after:
             if self.names:
                 gr.HTML(
                     '<h2 class="section-title">Output of each expert</h2><p class="quiet">Switch an expert off, '
-                    "replace its output by noise, or edit it. The last answer is then computed again.</p>"
+                    "replace its output by noise, or edit it. The new answer then appears below it.</p>"
                 )
                 self.restore_all = gr.Button("Restore all experts", size="sm", elem_id="restore")
                 with gr.Row(elem_classes="cards"):
@@ -172,6 +188,7 @@ class Page:
                                 label=f"{self.reader.title(name)}: input of the model",
                                 elem_id=f"switch-{name}",
                             )
+                            self.effects[name] = gr.HTML("", elem_id=f"effect-{name}")
                             self.edit_buttons[name] = gr.Button(
                                 f"Edit {self.reader.title(name).lower()}", size="sm", elem_id=f"edit-{name}"
                             )
@@ -183,7 +200,6 @@ class Page:
                         apply_default_css=False,
                     )
                     self.close_editor = gr.Button("Close the editor", size="sm", elem_id="close")
-            self.bar = gr.HTML("", elem_id="bar", visible=bool(self.names))
         self.fragment = gr.Textbox(label="link", visible=False, max_length=links.MAX_LINK)
 
     def _build_classify(self, tab: gr.Tab) -> None:
@@ -194,12 +210,14 @@ class Page:
                 self.labels = gr.Textbox(
                     label="Your labels",
                     info="Separated by commas.",
-                    value="red, green, blue, yellow",
+                    value=self.examples.classification([]).get("labels", "red, green, blue, yellow"),
                     max_length=MAX_LABEL_LETTERS,
+                    elem_id="labels",
                 )
                 self.class_prompt = gr.Textbox(
                     label="The question" if self.reader.question_task else "The text before the label",
-                    value=self.reader.ranking_task.prompt or "What color is it?",
+                    value=self.reader.ranking_task.prompt
+                    or self.examples.classification([]).get("question", "What color is it?"),
                     max_length=2 * MAX_LETTERS,
                 )
                 self.rank = gr.Button("Rank the labels", variant="primary", elem_id="rank")
@@ -215,9 +233,9 @@ class Page:
             )
             return
         gr.HTML(
-            '<h2>The contribution of each expert</h2><p class="quiet">46 short trainings on scenes, two seeds each. '
-            "Full marks are means, bars are standard deviations, and white marks are single seeds. docs/study.md in "
-            "the repository has the tables.</p>"
+            '<h2>The contribution of each expert</h2><p class="quiet">46 short trainings on rendered scenes, two of '
+            f"each kind. docs/study.md in the repository has the tables.</p>{READING_AID}",
+            elem_id="reading-aid",
         )
         for file in figures:
             title = f"Figure of the study: {file.stem.replace('_', ' ')}"
@@ -229,7 +247,7 @@ class Page:
 
     def _thumbs(self) -> str:
         made = []
-        for example in self.examples.values():
+        for example in self.examples.images.values():
             with Image.open(example.file) as image:
                 small = drawings.fit(image.convert("RGB"), 160)
             made.append(
@@ -248,12 +266,15 @@ class Page:
             self.chat,
             self.suggestions,
             self.result,
+            self.compared,
             self.looked,
-            self.bar,
+            self.pointed,
             self.after,
             self.share,
+            self.labels,
+            self.class_prompt,
         ]
-        experts = [*self.cards.values(), *self.switches.values()]
+        experts = [*self.cards.values(), *self.switches.values(), *self.effects.values()]
         editor = [self.editor_place] if self.names else []
         everything = [*shown, *experts, *editor, self.link]
         stoppable = self._stoppable
@@ -264,13 +285,20 @@ class Page:
         self.image.clear(guarded(self._forget), None, everything, **PRIVATE, queue=False)
         self.thumbs.click(stoppable(self._take_example), None, [self.image, *everything], **BUSY)
 
-        asked = [self.status, self.chat, self.question, self.result, self.looked, self.bar]
+        self.image.select(guarded(self._point), None, self.pointed, **PRIVATE, queue=False, show_progress="hidden")
+
+        answer = [self.status, self.chat, self.result, self.compared, self.looked]
+        asked = [*answer, self.question]
         for trigger in (self.question.submit, self.ask.click):
             trigger(stoppable(self._ask), self.question, asked, **BUSY)
-        self.suggestions.click(stoppable(self._ask_suggested), None, asked, **BUSY)
+        for place in (self.suggestions, self.pointed):
+            place.click(stoppable(self._ask_suggested), None, asked, **BUSY)
+        self.other.input(
+            stoppable(self._choose_other), self.other, answer, preprocess=False, trigger_mode="always_last", **BUSY
+        )
         self.rank.click(guarded(self._rank), [self.labels, self.class_prompt], self.ranking, **BUSY)
 
-        again = [self.status, self.chat, self.result, self.looked, self.bar]
+        again = [*answer, *self.effects.values()]
         for name in self.names:
             outputs = [*again, self.cards[name], self.switches[name]]
             self.switches[name].input(
@@ -296,7 +324,9 @@ class Page:
             self.restore_all.click(stoppable(self._restore_all), None, [*outputs, *editor], **BUSY)
 
         self.stop.click(guarded(self._stop), None, self.status, **PRIVATE, queue=False)
-        self.chat.clear(guarded(self._clear_chat), None, [self.result, self.looked], **PRIVATE, queue=False)
+        self.chat.clear(
+            guarded(self._clear_chat), None, [self.result, self.compared, self.looked], **PRIVATE, queue=False
+        )
         self.share.click(guarded(self._share), None, self.link, **PRIVATE, show_progress="hidden").then(
             None,
             self.link,
@@ -330,14 +360,15 @@ class Page:
     def _leave(self, request: gr.Request) -> None:
         self.sessions.forget(request.session_hash or "")
 
-    def _clear_chat(self, request: gr.Request) -> tuple[str, str]:
+    def _clear_chat(self, request: gr.Request) -> tuple[str, dict, str]:
         self._session(request).turns.clear()
-        return "", ""
+        return "", gr.update(value="", visible=False), ""
 
     def _stoppable(self, function: Callable) -> Callable:
         """
         A guarded generator that ends after the current step if its visitor presses Stop, and ends without output if
-        they remove the image. gradio's `cancels` sometimes shows "Error" in place of the answer.
+        they remove the image. gradio's `cancels` sometimes shows "Error" in place of the answer. After an error, the
+        page shows that nothing runs.
         """
 
         @functools.wraps(function)
@@ -355,6 +386,9 @@ class Page:
                         if session.stopped:
                             yield {self.status: STOPPED}
                             return
+            except gr.Error:
+                yield {self.status: drawings.status(1, 1, ""), self.chat: _messages(session.turns)}
+                raise
             finally:
                 self.sessions.weigh(request.session_hash or "")
 
@@ -372,8 +406,9 @@ class Page:
             self.chat: [],
             self.suggestions: "",
             self.result: "",
+            self.compared: gr.update(value="", visible=False),
             self.looked: "",
-            self.bar: "",
+            self.pointed: gr.update(value="", visible=False),
             self.after: gr.update(visible=False),
             self.share: gr.update(visible=False),
             self.link: gr.update(visible=False, value=""),
@@ -383,6 +418,7 @@ class Page:
         for name in self.names:
             empty[self.cards[name]] = drawings.waiting_card(self.reader, name)
             empty[self.switches[name]] = gr.update(choices=_choices(False), value="seen", interactive=True)
+            empty[self.effects[name]] = ""
         return empty
 
     def _forget(self, request: gr.Request) -> dict:
@@ -396,6 +432,7 @@ class Page:
             yield self._nothing()
             return
         self._session(request).take(image, upload=payload["path"])
+        self._session(request).shown_size = shown_size(payload["path"])
         yield from self._look(self._session(request))
 
     def _take_example(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
@@ -407,11 +444,12 @@ class Page:
         """Starts a session with an image, or with an example, and shows the image on the page."""
         if image is None:
             name = as_text(example, "example", MAX_LETTERS)
-            if name not in self.examples:
-                raise Refused(f"example: this name is unknown; known are: {', '.join(self.examples)}.")
-            with Image.open(self.examples[name].file) as file:
+            if name not in self.examples.images:
+                raise Refused(f"example: this name is unknown; known are: {', '.join(self.examples.images)}.")
+            with Image.open(self.examples.images[name].file) as file:
                 image = file.convert("RGB")
         session.take(image, example, upload=keep(image))
+        session.shown_size = image.size
         return {self.image: session.upload}
 
     def _open_link(self, link: str | None, request: gr.Request) -> Iterator[dict]:
@@ -429,7 +467,6 @@ class Page:
     def _look(self, session: Session, modes: dict[str, str] | None = None) -> Iterator[dict]:
         """Runs the experts and shows each output as it comes. Then writes the caption."""
         total = len(self.names) + 1
-        source = self.examples.get(session.source or "")
         yield {
             **self._nothing(),
             self.status: drawings.status(0, total, "Running the experts …"),
@@ -459,16 +496,28 @@ class Page:
                 f"up to {limit:.0f} is usual), so its answers may make no sense."
             )
             yield {self.warning: gr.update(value=drawings.warning(text), visible=True)}
-        questions = source.questions if source and self.reader.question_task else []
-        chips = "".join(f'<button type="button" data-question="{escape(q)}">{escape(q)}</button>' for q in questions)
-        yield {self.suggestions: f'<div class="chips">{chips}</div>' if chips else ""}
+        yield self._suggest(session)
         if self.reader.caption_task:
             yield from self._answer(session, None)
         else:
             yield {self.status: drawings.status(1, 1, "Ready. Ask a question.")}
 
-    def _answer(self, session: Session, text: str | None, is_new: bool = True) -> Iterator[dict]:
-        """Streams the answer, then shows the versions side by side and the attention of the model."""
+    def _suggest(self, session: Session) -> dict:
+        """Questions and labels that fit the image."""
+        if self.reader.question_task is None:
+            return {self.suggestions: ""}
+        things = find_things(self.reader, session.seen)
+        chosen = self.examples.classification(things)
+        shown = {self.suggestions: drawings.chips(self.examples.questions(session.source, things))}
+        return shown | ({self.labels: chosen["labels"], self.class_prompt: chosen["question"]} if chosen else {})
+
+    def _answer(
+        self, session: Session, text: str | None, is_new: bool = True
+    ) -> Generator[dict, None, dict[str, Said]]:
+        """
+        Streams the answer, then shows the versions side by side and the attention of the model. Returns the answers by
+        version.
+        """
         self.reader.prompt(self.reader.task_of(text), text)  # raises an error for a question that cannot be read
         before = [turn for turn in session.turns] if is_new else session.turns[:-1]
         encoding = session.encoding("yours", self.reader)
@@ -484,21 +533,89 @@ class Page:
         if not self.names:
             titles["seen"] = ("The answer", "this checkpoint has no experts")
         which = self._versions(session)
-        found: dict[str, Any] = {}
+        found: dict[str, Said] = {}
+        name = self.reader.name if self.readers.others else ""
         for version in sorted(which, key=["yours", "seen", "none"].index):
             found[version] = self.reader.explain(session.encoding(version, self.reader), text)
             versions = [(*titles[each], found.get(each)) for each in which]
-            yield {
-                self.result: drawings.turn_panel(text, versions),
-                self.bar: drawings.answer_bar(text, versions),
-            }
-        shown = "yours" if session.changed else "seen"
-        labels = {name: session.label(name, self.reader) for name in self.names}
-        note = "with your changes" if session.changed else "with all experts" if self.names else "from the image"
-        yield {
-            self.looked: drawings.looked_panel(self.reader, session, labels, found[shown], note),
-            self.status: drawings.status(1, 1, "Done."),
-        }
+            yield {self.result: drawings.turn_panel(text, versions, name)}
+        shown = found["yours" if session.changed else "seen"]
+        if shown.looked is not None:
+            labels = {name: session.label(name, self.reader) for name in self.names}
+            note = "with your changes" if session.changed else "with all experts" if self.names else "from the image"
+            yield {self.looked: drawings.looked_panel(self.reader, session, labels, shown, note)}
+        yield from self._compare(session, text)
+        yield {self.status: drawings.status(1, 1, "Done.")}
+        return found
+
+    # ---- another checkpoint ----
+
+    def _choose_other(self, name: str | None, request: gr.Request) -> Iterator[dict]:
+        session = self._session(request)
+        name = as_text(name or "", "checkpoint", MAX_LETTERS)
+        if name and name not in self.readers.others:
+            raise Refused(f"checkpoint: this must be one of {', '.join(self.readers.others)}.")
+        session.other = name or None
+        if session.turns:
+            yield from self._compare(session, session.turns[-1][0])
+            yield {self.status: drawings.status(1, 1, "Done.")}
+
+    def _compare(self, session: Session, text: str | None) -> Iterator[dict]:
+        """Shows the answer of the other checkpoint beside that of this one. It uses its own experts."""
+        if session.other is None:
+            yield {self.compared: gr.update(value="", visible=False)}
+            return
+        name = session.other
+        yield {self.status: drawings.status(0, 2, f"{name}: running …")}
+        reader = self.readers[name]
+        try:
+            reader.prompt(reader.task_of(text), text)
+        except Refused as error:
+            yield {self.compared: gr.update(value=drawings.refusal_panel(text, name, str(error)), visible=True)}
+            return
+        other = session.compared.get(name)
+        if other is None:
+            other = Session(image=session.image)
+            for seen in reader.look(session.image):
+                other.seen[seen.name], other.modes[seen.name] = seen.label, "seen"
+                yield {self.status: drawings.status(1, 2, f"{name}: {reader.title(seen.name).lower()} …")}
+            session.compared = {name: other}
+        titles = {"seen": ("With all experts", "its own experts"), "none": (VERSIONS["none"], "the image alone")}
+        which = ["seen", "none"] if reader.specs else ["seen"]
+        found: dict[str, Said] = {}
+        for version in which:
+            found[version] = reader.explain(other.encoding(version, reader), text)
+            versions = [(*titles[each], found.get(each)) for each in which]
+            yield {self.compared: gr.update(value=drawings.turn_panel(text, versions, name), visible=True)}
+
+    # ---- a place of the image ----
+
+    def _point(self, request: gr.Request, event: gr.EventData) -> dict:
+        """Shows what the experts say about the place of a click, and questions about the object there."""
+        session = self._with_image(request)
+        try:
+            x, y = (as_number(each) / side for each, side in zip(event_value(event, "index"), session.shown_size))
+        except (TypeError, ValueError):
+            raise Refused("place: two numbers are needed, x and y in pixels.") from None
+        x, y = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
+        things = find_things(self.reader, session.seen)
+        thing = thing_at(things, x, y)
+        number = Counter(each.name for each in things)[thing.name] if thing else 0
+        questions = self.examples.questions_about(thing.name, number) if thing and self.reader.question_task else []
+        if number > 1:
+            note = (
+                f"The experts found {number} objects of this kind, so “the {thing.name}” would not name one of them."
+            )
+        elif questions:
+            note = "The model reads words, not places. These questions name the object:"
+        else:
+            note = "The model reads words, not places, and no object is known here to ask about."
+        panel = drawings.pointed_panel(
+            session.image, (x, y), thing and thing.box, words_at(self.reader, session.seen, x, y), note, questions
+        )
+        return gr.update(value=panel, visible=True)
+
+    # ---- questions ----
 
     def _versions(self, session: Session) -> list[str]:
         """Returns the versions that are shown side by side, by the names of `Session.encoding`."""
@@ -523,11 +640,18 @@ class Page:
     def _ask_suggested(self, request: gr.Request, event: gr.EventData) -> Iterator[dict]:
         yield from self._ask(event_value(event, "question"), request)
 
-    def _again(self, session: Session) -> Iterator[dict]:
-        """Computes the last answer again."""
-        if session.turns:
-            text, _ = session.turns[-1]
-            yield from self._answer(session, text, is_new=False)
+    def _again(self, session: Session, name: str | None = None) -> Iterator[dict]:
+        """Computes the last answer again, and shows it below the expert that was changed."""
+        if not session.turns:
+            return
+        text, _ = session.turns[-1]
+        yield {
+            effect: drawings.effect(text, None, None) if each == name else "" for each, effect in self.effects.items()
+        }
+        found = yield from self._answer(session, text, is_new=False)
+        if name is not None:
+            effect = drawings.effect(text, found["yours"], found["seen"]) if session.changed else ""
+            yield {self.effects[name]: effect}
 
     # ---- experts ----
 
@@ -546,7 +670,7 @@ class Page:
             session = self._with_image(request)
             session.set_mode(name, mode)
             yield {self.cards[name]: self._card(session, name)}
-            yield from self._again(session)
+            yield from self._again(session, name)
 
         return switch
 
@@ -596,7 +720,7 @@ class Page:
 
     def _changed(self, session: Session, name: str) -> Iterator[dict]:
         yield {self.cards[name]: self._card(session, name), self.switches[name]: self._switch_value(session, name)}
-        yield from self._again(session)
+        yield from self._again(session, name)
 
     # ---- the other tabs, and the link ----
 

@@ -45,11 +45,12 @@ class Encoding:
     """
     An image and its experts' labels, encoded.
 
-    `states` is (1, patches + latents, width). `sources` has, for each expert, the share that each latent took from
-    each place of its map, (latents, height, width). `distance` is the distance from the training images.
+    `states` is (1, patches + latents, width), or what a language model needs. `sources` has, for each expert, the
+    share that each latent took from each place of its map, (latents, height, width). `distance` is the distance from
+    the training images.
     """
 
-    states: torch.Tensor
+    states: Any
     sources: dict[str, torch.Tensor] = field(default_factory=dict)
     distance: float | None = None
 
@@ -59,7 +60,7 @@ class Said:
     """
     An answer of the model: its probability, the mean probability of its words, the alternatives with their
     probabilities, and the attention on the image (height, width) and on each expert's map. All attention sums to 1,
-    together with the part that belongs to no place.
+    together with the part that belongs to no place. There is no attention for a PrismerLM.
     """
 
     text: str
@@ -72,15 +73,31 @@ class Said:
 
 class Reader:
     """
+    A Prismer. [`LanguageReader`] is the same for a PrismerLM.
+
     Args:
         path (`str`): a checkpoint: a folder or a Hub id.
         device (`str`, *optional*): by default a GPU, if there is one.
     """
 
-    def __init__(self, path: str, device: str | None = None):
+    def __init__(self, path: str, device: str | None = None, **kwargs: Any):
         transformers_logging.disable_progress_bar()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.name = Path(path).name
+        self._load(path, **kwargs)
+        self.specs = {spec.name: spec for spec in read_specs(self.processor.image_processor.experts)}
+        generated = [task for task in self._tasks() if not task.is_ranked]
+        self.question_task = next((task for task in generated if task.prompt is None), None)
+        self.caption_task = next((task for task in generated if task.prompt is not None), None)
+        self.ranking_task = self.question_task or self._tasks()[0]
+        self._lock = Lock()  # hooks belong to the network, so calls with hooks must not overlap
+        self._experts_on_gpu = on_gpu(self._run_expert)
+        self._encode_on_gpu = on_gpu(self._encode)
+        self._say_on_gpu = on_gpu(self._say)
+        self._explain_on_gpu = on_gpu(self._explain)
+        self._rank_on_gpu = on_gpu(self._rank)
+
+    def _load(self, path: str) -> None:
         self.processor = PrismerProcessor.from_pretrained(path, expert_device=self.device)
         # eager attention returns the attention weights
         dtype = torch.float32 if self.device == "cpu" else "auto"
@@ -89,18 +106,9 @@ class Reader:
         if dtype == torch.float32:
             optimize_for_cpu(self.model)
         self.familiarity = Familiarity.from_pretrained(path)
-        self.specs = {spec.name: spec for spec in read_specs(self.processor.image_processor.experts)}
-        tasks = [find_task(name) for name in self.processor.tasks or [self.processor.task]]
-        generated = [task for task in tasks if not task.is_ranked]
-        self.question_task = next((task for task in generated if task.prompt is None), None)
-        self.caption_task = next((task for task in generated if task.prompt is not None), None)
-        self.ranking_task = self.question_task or find_task(self.processor.task)
-        self._lock = Lock()  # hooks belong to the network, so calls with hooks must not overlap
-        self._experts_on_gpu = on_gpu(self._run_expert)
-        self._encode_on_gpu = on_gpu(self._encode)
-        self._say_on_gpu = on_gpu(self._say)
-        self._explain_on_gpu = on_gpu(self._explain)
-        self._rank_on_gpu = on_gpu(self._rank)
+
+    def _tasks(self) -> list[Task]:
+        return [find_task(name) for name in self.processor.tasks or [self.processor.task]]
 
     # ---- experts ----
 
@@ -223,6 +231,15 @@ class Reader:
         inputs = self.processor(blank, text, experts=[], task=task.name, **settings)
         return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
+    def _inputs(self, encoding: Encoding, task: Task, text: str | None) -> dict[str, Any]:
+        """The inputs of `generate`: tokens of the text, and the encoded image."""
+        return {**self.prompt(task, text), "encoder_outputs": (encoding.states,)}
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs on the device of the network."""
+        placed = {name: tensor.to(self.device) for name, tensor in inputs.items() if isinstance(tensor, torch.Tensor)}
+        return {**placed, "encoder_outputs": (inputs["encoder_outputs"][0].to(self.device),)}
+
     def _text(self, row: list[int], task: Task) -> str:
         return self.processor.post_process_generation([row], task=task.name)[0]
 
@@ -232,23 +249,19 @@ class Reader:
         Closing the iterator stops the network.
         """
         task = self.task_of(text)
-        for row in self._say_on_gpu(encoding.states, self.prompt(task, text)):
+        for row in self._say_on_gpu(self._inputs(encoding, task, text)):
             yield self._text(row, task)
 
-    def _say(self, states: torch.Tensor, prompt: dict[str, torch.Tensor]) -> Iterator[list[int]]:
+    def _say(self, inputs: dict[str, Any]) -> Iterator[list[int]]:
         """Yields the tokens so far after each step, and at last those of the result."""
-        length = prompt["input_ids"].shape[1]
+        length = inputs["input_ids"].shape[1]
         watch = _Watch()
         problems: list[Exception] = []
 
         def generate() -> None:
             try:
-                generated = self.model.generate(
-                    **{name: tensor.to(self.device) for name, tensor in prompt.items()},
-                    encoder_outputs=(states.to(self.device),),
-                    do_sample=False,
-                    stopping_criteria=[watch],
-                )
+                settings = {**self._settings, "stopping_criteria": [watch]}
+                generated = self.model.generate(**self._placed(inputs), **settings)
                 watch.rows.put(generated[0])
             except Exception as error:  # raised below, in the thread of the reader
                 problems.append(error)
@@ -268,52 +281,73 @@ class Reader:
     def explain(self, encoding: Encoding, text: str | None = None) -> Said:
         """Returns the answer to a question, or a caption, with its probability, alternatives and attention."""
         task = self.task_of(text)
-        rows, probabilities, cross = self._explain_on_gpu(encoding.states, self.prompt(task, text))
+        rows, probabilities, cross = self._explain_on_gpu(self._inputs(encoding, task, text))
         texts = [self._text(row, task) for row in rows]
         ranked: dict[str, float] = {}
         for each, probability in zip(texts, probabilities):
             ranked[each] = ranked.get(each, 0.0) + probability
         text_said = texts[0]
         others = sorted(((each, p) for each, p in ranked.items() if each != text_said), key=lambda pair: -pair[1])
+        per_word = probabilities[0] ** (1 / max(1, len(rows[0])))
+        said = Said(text_said, ranked[text_said], per_word, others[:NUM_OTHERS])
+        if cross is not None:
+            said.looked, said.looked_at_experts = self._looked(cross, encoding.sources)
+        return said
+
+    def _looked(
+        self, cross: torch.Tensor, sources: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The attention on the image and on each expert's map, from that on the tokens (patches + latents)."""
         side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
         looked, latents = cross[: side**2].reshape(side, side), cross[side**2 :]
-        experts = {name: torch.einsum("l,lhw->hw", latents, source) for name, source in encoding.sources.items()}
-        per_word = probabilities[0] ** (1 / len(rows[0]))
-        return Said(text_said, ranked[text_said], per_word, others[:NUM_OTHERS], looked, experts)
+        return looked, {name: torch.einsum("l,lhw->hw", latents, source) for name, source in sources.items()}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"do_sample": False}
 
     @torch.inference_mode()
-    def _explain(
-        self, states: torch.Tensor, prompt: dict[str, torch.Tensor]
-    ) -> tuple[list[list[int]], list[float], torch.Tensor]:
+    def _explain(self, inputs: dict[str, Any]) -> tuple[list[list[int]], list[float], torch.Tensor | None]:
         """Returns continuations, the answer first, with probabilities, and the answer's attention (tokens,)."""
-        prompt = {name: tensor.to(self.device) for name, tensor in prompt.items()}
-        encoder_outputs = (states.to(self.device),)
-        length, end = prompt["input_ids"].shape[1], self.model.config.eos_token_id
-        settings = {"encoder_outputs": encoder_outputs, "do_sample": False}
-        answer = self.model.generate(**prompt, **settings)
-        others = self.model.generate(**prompt, **settings, num_beams=NUM_BEAMS, num_return_sequences=NUM_BEAMS)
+        inputs = self._placed(inputs)
+        length, ends = inputs["input_ids"].shape[1], self._ends
+        answer = self.model.generate(**inputs, **self._settings)
+        others = self.model.generate(
+            **inputs, **{**self._settings, "num_beams": NUM_BEAMS, "num_return_sequences": NUM_BEAMS}
+        )
         rows: list[list[int]] = []
         for row in [*answer[:, length:].tolist(), *others[:, length:].tolist()]:
-            row = row[: row.index(end) + 1] if end in row else row
-            if row not in rows:
-                rows.append(row)
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            if row[: end + 1] not in rows:
+                rows.append(row[: end + 1])
         longest = max(map(len, rows))
-        padded = torch.tensor(
-            [row + [self.model.config.pad_token_id] * (longest - len(row)) for row in rows], device=self.device
-        )
-        sequences = torch.cat([prompt["input_ids"].repeat(len(rows), 1), padded], dim=1)
-        mask = torch.ones_like(sequences)
-        for number, row in enumerate(rows):
-            mask[number, length + len(row) :] = 0
-        outputs = self.model(
-            input_ids=sequences, attention_mask=mask, encoder_outputs=encoder_outputs, output_attentions=True
-        )
+        padding = self.processor.tokenizer.pad_token_id
+        padded = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
+        texts = {
+            "input_ids": torch.cat([inputs["input_ids"].repeat(len(rows), 1), padded], dim=1),
+            "attention_mask": torch.cat([inputs["attention_mask"].repeat(len(rows), 1), mask], dim=1),
+        }
+        outputs = self.model(**{**inputs, **texts}, **self._attention)
         log_probabilities = outputs.logits[:, length - 1 : -1].float().log_softmax(-1)
-        of_tokens = log_probabilities.gather(2, padded[..., None])[..., 0] * mask[:, length:]
+        of_tokens = log_probabilities.gather(2, padded[..., None])[..., 0] * mask
         # the positions at which the words were chosen, without the end of the text
-        chosen = slice(length - 1, length - 1 + max(1, len(rows[0]) - (end in rows[0])))
-        cross = torch.stack([layer[0, :, chosen].float().mean((0, 1)) for layer in outputs.cross_attentions]).mean(0)
-        return rows, of_tokens.sum(1).exp().tolist(), cross.cpu()
+        chosen = slice(length - 1, length - 1 + max(1, len(rows[0]) - (rows[0][-1] in ends)))
+        return rows, of_tokens.sum(1).exp().tolist(), self._cross_attention(outputs, chosen)
+
+    _attention = {"output_attentions": True}
+
+    @property
+    def _ends(self) -> set[int]:
+        """The tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends])
+
+    def _cross_attention(self, outputs: Any, chosen: slice) -> torch.Tensor | None:
+        """The mean attention of the chosen positions of the first row, (tokens,)."""
+        return (
+            torch.stack([layer[0, :, chosen].float().mean((0, 1)) for layer in outputs.cross_attentions]).mean(0).cpu()
+        )
 
     def rank(self, encoding: Encoding, labels: list[str], text: str | None = None) -> list[dict[str, Any]]:
         """
@@ -322,17 +356,17 @@ class Reader:
         """
         task = self.ranking_task
         candidates = dict(self.processor.prepare_candidates(labels, task=task.name))
-        scores, indices = self._rank_on_gpu(encoding.states, self.prompt(task, text), candidates)
+        scores, indices = self._rank_on_gpu(self._inputs(encoding, task, text), candidates)
         shares = torch.tensor(scores).softmax(0).tolist()
         return [
             {"label": labels[index], "score": score, "share": share}
             for index, score, share in zip(indices, scores, shares)
         ]
 
-    def _rank(self, states: torch.Tensor, prompt: dict, candidates: dict) -> tuple[list[float], list[int]]:
-        given = {name: tensor.to(self.device) for name, tensor in {**prompt, **candidates}.items()}
+    def _rank(self, inputs: dict[str, Any], candidates: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:
+        candidates = {name: tensor.to(self.device) for name, tensor in candidates.items()}
         k = len(candidates["candidate_ids"])
-        ranking = self.model.rank_candidates(**given, k=k, encoder_outputs=(states.to(self.device),))
+        ranking = self.model.rank_candidates(**self._placed(inputs), **candidates, k=k)
         return ranking.scores[0].float().tolist(), ranking.indices[0].tolist()
 
 

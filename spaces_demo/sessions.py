@@ -12,6 +12,7 @@ import edits
 import numpy as np
 import torch
 from checks import Refused
+from lm_reader import Look
 from PIL import Image
 from reader import Encoding, Reader
 
@@ -37,12 +38,15 @@ class Session:
     notes: dict[str, tuple[str, bool]] = field(default_factory=dict)  # time of each expert, and whether it failed
     encodings: OrderedDict = field(default_factory=OrderedDict)
     used: float = field(default_factory=time.monotonic)
+    shown_size: tuple[int, int] | None = None  # width and height of the image on the page, which may be larger
+    other: str | None = None  # the name of a checkpoint to compare with
+    compared: dict[str, "Session"] = field(default_factory=dict)  # what that checkpoint's experts found
     stopped: bool = False  # the visitor pressed Stop
     forgotten: bool = False
 
     def take(self, image: Image.Image | None, source: str | None = None, upload: str | None = None) -> None:
         """Starts again with a new image. Everything about the previous one is forgotten."""
-        self.__init__(image=image, source=source, upload=upload)  # type: ignore[misc]
+        self.__init__(image=image, source=source, upload=upload, other=self.other)  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +163,7 @@ def size_of(value: Any) -> int:
         return value.width * value.height * len(value.getbands())
     if isinstance(value, np.ndarray | torch.Tensor):
         return int(value.nbytes)
-    if isinstance(value, Encoding):
+    if isinstance(value, Encoding | Session | Look):
         return size_of(vars(value))
     if isinstance(value, Mapping):
         return 64 + sum(64 + size_of(each) for each in list(value.values()))

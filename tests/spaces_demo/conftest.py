@@ -1,5 +1,6 @@
 """Makes the Space's modules importable by their plain names, as on the Hub, and starts one server for all tests."""
 
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -30,12 +31,14 @@ def shape():
 
 
 @pytest.fixture(scope="session")
-def space():
-    """The app with a bundled checkpoint, not launched, and its sessions."""
+def space(tmp_path_factory):
+    """The app with a bundled checkpoint and a copy to compare it with, not launched, and its sessions."""
     pytest.importorskip("gradio")
     import app
 
-    return app.make_app(pretrained_path("prismer-easy-vqa"), "cpu")
+    path = pretrained_path("prismer-easy-vqa")
+    copy = shutil.copytree(path, tmp_path_factory.mktemp("checkpoints") / "a-copy")
+    return app.make_app([path, str(copy)], "cpu")
 
 
 @pytest.fixture(scope="session")

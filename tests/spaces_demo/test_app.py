@@ -12,6 +12,7 @@ pytest.importorskip("gradio")
     "arguments, message",
     [
         (("--model", "no/such/folder"), "--model no/such/folder cannot be used: .*no/such/folder"),
+        (("--model", "prismer-scenes", "no-such-name"), "--model prismer-scenes no-such-name cannot be used"),
         (("--device", "gpu"), "--device gpu cannot be used: .*gpu"),
         (("--port", "99999"), "--port 99999 cannot be used"),
     ],

@@ -162,10 +162,12 @@ def slow_experts(reader, monkeypatch):
 
 
 def test_stop_ends_after_the_running_expert(page, slow_experts):
+    assert not page.is_visible("#stop")
     upload(page, ROOT / "modeling_prismer/assets/shape.png")
     wait_for(page, "expert 1 of 2")
     page.click("#stop")
     wait_for(page, "Stopped.")
+    assert not page.is_visible("#stop")
     page.wait_for_timeout(4000)  # the time that the other expert would take
     assert page.locator("#card-edge img").count() == 1 and page.locator("#card-ocr img").count() == 0
     assert "Stopped." in page.inner_text("#status") and "Error" not in page.inner_text("body")
@@ -190,6 +192,47 @@ def test_too_long_question_gets_a_message(page):
     assert "too long" in page.inner_text(".toast-body")
 
 
+def click_image(page, x, y):
+    """Clicks on a place of the image, between 0 and 1."""
+    box = page.locator("#image img").first.bounding_box()
+    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+
+
+def test_click_on_the_image_shows_what_is_there(page, monkeypatch):
+    from suggestions import Examples, Thing
+
+    things = [Thing("shape", (0.2, 0.2, 0.8, 0.8)), Thing("frame", (0, 0, 1, 1))]
+    monkeypatch.setattr("page.find_things", lambda reader, labels: things)
+    monkeypatch.setattr(Examples, "questions_about", lambda self, name, number: [f"What color is the {name}?"])
+    choose_example(page)
+    click_image(page, 0.5, 0.6)
+    wait_for(page, "What color is the shape?", "#pointed")
+    assert page.locator("#pointed img").get_attribute("alt")
+    click_image(page, 0.1, 0.9)
+    wait_for(page, "What color is the frame?", "#pointed")
+    page.click("#pointed button")
+    wait_for(page, "What color is the frame?", "#chat")
+    wait_for(page, "Done.")
+
+
+def test_another_checkpoint_answers_beside_this_one(page):
+    choose_example(page)
+    assert not page.is_visible("#compared")
+    page.click("#other input")
+    page.get_by_role("option", name="a-copy").click()
+    ask(page, SHAPE)
+    wait_for(page, "Done.")
+    wait_for(page, "a-copy", "#compared")
+    shown = page.inner_text("#compared").replace("a-copy", "prismer-easy-vqa")
+    shown = shown.replace("its own experts", "their unchanged output")
+    assert shown == page.inner_text("#result")  # it is the same checkpoint
+    left, right = (page.locator(place).bounding_box() for place in ("#result", "#compared"))
+    assert left["y"] == right["y"] and right["x"] > left["x"]
+    page.click("#other input")
+    page.get_by_role("option", name="no other checkpoint").click()
+    page.wait_for_selector("#compared", state="hidden")
+
+
 def test_off_and_noise_change_only_the_visitors_answer(page):
     choose_example(page)
     ask(page, SHAPE)
@@ -203,6 +246,10 @@ def test_off_and_noise_change_only_the_visitors_answer(page):
     assert versions[0] == seen
     chance = [each.split("\n")[-1] for each in versions]
     assert chance[1] == chance[2]  # all experts off gives the same result as no experts
+    page.wait_for_selector("#effect-ocr b")
+    effect = page.inner_text("#effect-ocr")
+    assert "now triangle" in effect and "with all experts triangle" in effect
+    assert page.inner_text("#effect-edge").strip() == ""
     page.click("#switch-edge label:has-text('Noise')")
     wait_for(page, "edges noise", "#result")
     page.click("#restore")
@@ -282,8 +329,7 @@ def test_classify_tab_ranks_labels(page):
     page.get_by_role("tab", name="Ask").click()
     choose_example(page)
     page.get_by_role("tab", name="Classify").click()
-    page.get_by_label("Your labels").fill("circle, triangle, rectangle")
-    page.get_by_label("The question", exact=True).fill(SHAPE)
+    assert page.input_value("#labels textarea, #labels input") == "circle, rectangle, triangle"
     page.click("#rank")
     page.wait_for_selector("#ranking .ranking")
     assert page.inner_text("#ranking .ranking li >> nth=0").startswith("triangle")
@@ -294,6 +340,8 @@ def test_study_tab_shows_each_figure_with_its_finding(page):
 
     page.get_by_role("tab", name="Study").click()
     page.wait_for_selector("figure.study")
+    aid, figure = page.locator("#reading-aid").bounding_box(), page.locator("figure.study").first.bounding_box()
+    assert "How to read the figures" in page.inner_text("#reading-aid") and aid["y"] < figure["y"]
     captions = page.locator("figure.study figcaption").all_inner_texts()
     assert captions == list(FINDINGS.values()) and page.locator("figure.study img").count() == len(captions)
     assert {path.stem for path in (ROOT / "docs/study").glob("*.png")} == set(FINDINGS)
@@ -309,6 +357,47 @@ def test_new_image_replaces_the_previous_one(page):
     wait_for(page, "Ready")
     assert page.locator("#switch-edge input:checked").get_attribute("value") == "seen"
     assert SHAPE not in page.inner_text("#chat")
+
+
+COVERED = """() => {
+    const covered = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const node = walker.currentNode, parent = node.parentElement;
+        const isVisible = parent.checkVisibility({visibilityProperty: true, opacityProperty: true});
+        if (!node.textContent.trim() || !isVisible) continue;
+        const range = document.createRange();
+        range.selectNodeContents(node);
+        const box = range.getClientRects()[0];
+        if (!box || box.width < 2 || box.bottom < 0 || box.top > innerHeight) continue;
+        const x = box.left + box.width / 2, y = box.top + box.height / 2;
+        const top = y > 0 && y < innerHeight ? document.elementFromPoint(x, y) : null;
+        if (top && !parent.contains(top) && !top.contains(parent)) covered.push(node.textContent.trim());
+    }
+    return covered;
+}"""
+
+
+def test_phone_shows_the_answer_and_covers_no_text(browser, server):
+    page = open_page(browser, server, PHONE)
+    choose_example(page)
+    page.evaluate("() => scrollTo(0, 0)")
+    ask(page, SHAPE)
+    answer = page.locator("#chat").bounding_box()
+    assert 0 <= answer["y"] and answer["y"] + answer["height"] <= PHONE["height"]
+    height = page.evaluate("() => document.documentElement.scrollHeight")
+    for top in range(0, height, PHONE["height"] // 2):
+        page.evaluate("(top) => scrollTo(0, top)", top)
+        page.wait_for_timeout(100)
+        assert page.evaluate(COVERED) == []
+    page.context.close()
+
+
+def test_cards_have_equal_heights_and_aligned_parts(page):
+    choose_example(page)
+    for part in (".expert", ".expert .card img", ".expert fieldset", ".expert button"):
+        boxes = [each.bounding_box() for each in page.locator(part).all() if each.is_visible()]
+        assert len(boxes) >= 2 and len({(round(box["y"]), round(box["height"])) for box in boxes}) == 1, part
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])

@@ -419,6 +419,7 @@ def test_page_names_inputs_of_a_wrong_kind(http_client, space, value):
         ("_edit", [], {"name": "ocr", "edit": {"boxes": [{"box": [0, 0, 1, 1], "text": value}]}}, ("word", "edit")),
         ("_reset", [], {"name": value}, "name of the expert"),
         ("switch", [value], None, "Edges: input of the model"),
+        ("_choose_other", [value], None, "Compare with"),
         ("_open_link", [value if len(str(value)) < 1000 else "x" * 300_000], None, "link"),
     ):
         kind, said = page_call(http_client, blocks, function, data, event=event)
@@ -437,6 +438,21 @@ def test_missing_event_data_are_named(http_client, space):
         for function, named in (("_take_example", "example"), ("_edit", "name of the expert"), ("_reset", "name")):
             kind, said = page_call(http_client, blocks, function, [], event=event)
             assert kind == "error" and said.startswith(named)
+
+
+@pytest.mark.parametrize("value", [None, 5, "12", [1], ["a", "b"], [1, float("inf")], {"x": 1, "y": 2}, [[1], [2]]])
+def test_place_of_a_click_is_checked(http_client, space, value):
+    blocks = space[0]
+    page_call(http_client, blocks, "_take_example", [], event={"name": "shape.png"})
+    index = next(i for i, each in blocks.fns.items() if getattr(each.fn, "__name__", None) == "_point")
+    body = {"data": [], "fn_index": index, "session_hash": "visitor", "event_data": {"index": value}}
+    answer = post(http_client, "/run/predict", body)
+    assert answer.json()["error"] == "place: two numbers are needed, x and y in pixels."
+
+
+def test_unknown_checkpoint_to_compare_with_is_refused(http_client, space):
+    kind, said = page_call(http_client, space[0], "_choose_other", ["../secret"])
+    assert kind == "error" and said == "checkpoint: this must be one of a-copy."
 
 
 def test_visitors_without_a_session_do_not_share_one(http_client, space):
