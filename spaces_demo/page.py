@@ -116,7 +116,7 @@ class Page:
                     placeholder=f"Drop an image here, or click to choose one\n(up to {MAX_BYTES // 1024**2} MB)",
                     elem_id="image",
                 )
-                self.pointed = gr.HTML("", visible=False, js_on_load=_chips_script("question"), elem_id="pointed")
+                self.pointed = gr.HTML("", js_on_load=_chips_script("question"), elem_id="pointed")
             with gr.Column(scale=6, min_width=300):
                 self.warning = gr.HTML(visible=False, elem_id="warning")
                 self.chat = gr.Chatbot(
@@ -284,9 +284,7 @@ class Page:
         self.image.input(took, self.image, everything, preprocess=False, trigger_mode="always_last", **BUSY)
         self.image.clear(guarded(self._forget), None, everything, **PRIVATE, queue=False)
         self.thumbs.click(stoppable(self._take_example), None, [self.image, *everything], **BUSY)
-
         self.image.select(guarded(self._point), None, self.pointed, **PRIVATE, queue=False, show_progress="hidden")
-
         answer = [self.status, self.chat, self.result, self.compared, self.looked]
         asked = [*answer, self.question]
         for trigger in (self.question.submit, self.ask.click):
@@ -317,7 +315,7 @@ class Page:
                 show_progress="hidden",
             )
         if self.names:
-            outputs = [*again, *experts]
+            outputs = [*answer, *experts]
             self.editor.edit(stoppable(self._edit), None, outputs, trigger_mode="always_last", **BUSY)
             self.editor.reset(stoppable(self._reset), None, outputs, trigger_mode="always_last", **BUSY)
             self.close_editor.click(lambda: gr.update(visible=False), None, self.editor_place, **PRIVATE, queue=False)
@@ -408,7 +406,7 @@ class Page:
             self.result: "",
             self.compared: gr.update(value="", visible=False),
             self.looked: "",
-            self.pointed: gr.update(value="", visible=False),
+            self.pointed: "",
             self.after: gr.update(visible=False),
             self.share: gr.update(visible=False),
             self.link: gr.update(visible=False, value=""),
@@ -590,7 +588,7 @@ class Page:
 
     # ---- a place of the image ----
 
-    def _point(self, request: gr.Request, event: gr.EventData) -> dict:
+    def _point(self, request: gr.Request, event: gr.EventData) -> str:
         """Shows what the experts say about the place of a click, and questions about the object there."""
         session = self._with_image(request)
         try:
@@ -610,10 +608,9 @@ class Page:
             note = "The model reads words, not places. These questions name the object:"
         else:
             note = "The model reads words, not places, and no object is known here to ask about."
-        panel = drawings.pointed_panel(
+        return drawings.pointed_panel(
             session.image, (x, y), thing and thing.box, words_at(self.reader, session.seen, x, y), note, questions
         )
-        return gr.update(value=panel, visible=True)
 
     # ---- questions ----
 
