@@ -50,6 +50,7 @@ IMAGE_TOKEN = "<image>"
 EXPERTS_TOKEN = "<experts>"  # in front of a vision-language model, whose image tokens are its own
 FUSIONS = ("prefix", "cross_attention")
 EXPERTS_AS = ("tokens", "words", "both")
+DEFAULT_PROMPTS = {"caption": "Describe the image in one sentence.", "vqa": "{}"}
 NO_LIMIT = 10**9  # tokenizers without a limit have a larger one
 
 
@@ -90,6 +91,9 @@ class PrismerLMProcessor(ExpertsProcessor):
         max_word_tokens (`int`, *optional*, defaults to 128): limit for the words about one image, in tokens.
         word_positions (`str`, *optional*, defaults to `"names"`):
             `"names"` such as `top left`, or `"boxes"`, in percent of the image's sides.
+        prompts (`dict[str, str]`, *optional*):
+            The prompts with which the model was trained, by task: `"caption"`, and `"vqa"` with `{}` for the question.
+            See [`PrismerLMProcessor.prompt_for`].
 
     Raises:
         ValueError: if the tokenizer has neither `pad_token` nor `eos_token`, or a setting is not accepted.
@@ -133,6 +137,7 @@ class PrismerLMProcessor(ExpertsProcessor):
         encoders: list[dict[str, Any]] | None = None,
         max_word_tokens: int = 128,
         word_positions: str = "names",
+        prompts: dict[str, str] | None = None,
     ):
         if chat_template is None:
             chat_template = getattr(vlm_processor, "chat_template", None) or tokenizer.chat_template
@@ -161,6 +166,7 @@ class PrismerLMProcessor(ExpertsProcessor):
         self.encoders = [{}] if encoders is None else encoders
         self.max_word_tokens = max_word_tokens
         self.word_positions = word_positions
+        self.prompts = prompts
         self.experts = experts
 
     @property
@@ -806,6 +812,17 @@ class PrismerLMProcessor(ExpertsProcessor):
         special = tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         is_apart = self._is_paligemma or not text or text[-1].isspace() or text.endswith(special)
         return "chat" if is_apart else "text"
+
+    def prompt_for(self, task: str, text: str | None = None) -> str:
+        """
+        The user's turn for a task, as the model was trained: `prompts` of the processor.
+
+        Args:
+            task (`str`): `"caption"` or `"vqa"`.
+            text (`str`, *optional*): the question.
+        """
+        prompt = {**DEFAULT_PROMPTS, **(self.prompts or {})}[task]
+        return prompt if text is None else prompt.replace("{}", text)
 
     def prepare_candidates(
         self,

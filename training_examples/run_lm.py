@@ -464,6 +464,7 @@ def make_lm_trainer(
     )
     if args.cache_features and parts:
         use_cache(collator, model, parts, args, training_args)
+    processor.prompts = {"caption": args.caption_prompt, "vqa": args.question_prompt}  # saved with the checkpoint
     both = [rows for rows in (train_rows, chats) if rows is not None]
     generation = {name: getattr(args, name) or value for name, value in GENERATION[args.stage].items()}
     facts = CardFacts(

@@ -22,9 +22,6 @@ from modeling_prismer.processing.tasks import find_task
 from .common import checkpoint_path, first_line, model_type
 
 
-CAPTION_PROMPT = "Describe the image in one sentence."  # of a PrismerLM
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """
@@ -263,7 +260,8 @@ class PrismerLMReader(Reader):
     def prepare(
         self, images: list[Image.Image], texts: Sequence[str | None], task: str, labels: list[dict[str, Any]]
     ) -> Any:
-        prompts = [CAPTION_PROMPT if text is None else text for text in texts]
+        is_caption, prompt_for = task == "caption", self.processor.prompt_for
+        prompts = [text if is_caption and text is not None else prompt_for(task, text) for text in texts]
         settings: dict[str, Any] = {"expert_labels": labels, "experts": self.expert_names, "return_tensors": "pt"}
         if self.processor.chat_template is None:
             inputs = self.processor(images, [prompts] * len(images), **settings)
@@ -288,11 +286,15 @@ class PrismerLMReader(Reader):
             _turn(prompt), add_generation_prompt=True, sanitize_control_tokens=True
         )
 
+    def prepare_to_rank(self, images: list[Image.Image], text: str | None, labels: list[dict[str, Any]]) -> Any:
+        return self.prepare(images, [text], "vqa", labels)
+
     def prepare_candidates(self, candidates: list[str], text: str | None) -> Any:
         if text is None:
             raise ValueError("a PrismerLM needs a question that the labels answer: --question")
         is_chat = self.processor.chat_template is not None
-        task = self.processor.task_for(self._apply_template(text) if is_chat else text)
+        prompt = self.processor.prompt_for("vqa", text)
+        task = self.processor.task_for(self._apply_template(prompt) if is_chat else prompt)
         return self.processor.prepare_candidates(candidates, task=task).to(self.checkpoint.device)
 
 

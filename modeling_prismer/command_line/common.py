@@ -47,6 +47,8 @@ class Command(TyperCommand):
         except RuntimeError as error:
             from modeling_prismer.processing.experts import ExpertError
 
+            if type(error).__name__ == "OutOfMemoryError":
+                raise failed(f"{first_line(error)}. A smaller --batch-size or --dtype bfloat16 needs less") from error
             if not isinstance(error, ExpertError):
                 raise
             raise failed(in_options(str(error), self.params)) from error

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -115,7 +116,8 @@ def _open_collection(
 
     source = open_source(name, image_column, key_column)
     if isinstance(source, TarImages) or not is_only:
-        before = name if os.path.isdir(name) else os.path.dirname(name.split("*")[0])
+        beginning = name if exists(name) else re.split(r"[*?[]", name)[0]  # of a glob
+        before = name if os.path.isdir(name) else os.path.dirname(beginning)
         prefix = f"{path_as_key(before, None)}/" if before else ""
         return prefix, source
     return "", source

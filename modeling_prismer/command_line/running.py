@@ -99,8 +99,7 @@ def run_over_images(
     """
     check_files(images)
     start(model, device)
-    from modeling_prismer.processing.many_images.processes import launched_place, parse_shard, progress_bar
-    from modeling_prismer.processing.many_images.ray_engine import LabelEngine
+    from modeling_prismer.processing.many_images import LabelEngine, launched_place, parse_shard, progress_bar
 
     from .common import find_device
     from .images import open_images
@@ -123,7 +122,7 @@ def run_over_images(
         if results is not None:
             source = source.without(results.done)
             summary.failed_before = results.failed_before
-        is_shown = None if is_one else sys.stderr.isatty()
+        is_shown = not is_one and sys.stderr.isatty()
         with progress_bar(source, "images", process, is_shown) as advance:
             for row in engine.run(source, worker, options.batch_size):
                 if results is not None:

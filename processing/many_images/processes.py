@@ -57,7 +57,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 @contextmanager
 def progress_bar(
-    images: ImageSource, name: str, process: tuple[int, int] = (0, 1), is_shown: bool | None = True
+    images: ImageSource, name: str, process: tuple[int, int] = (0, 1), is_shown: bool = True
 ) -> Iterator[Callable[[], None]]:
     """
     Shows a bar with rate and time left, one on each machine.
@@ -66,15 +66,14 @@ def progress_bar(
         images ([`ImageSource`]): the images.
         name (`str`): what is made of them.
         process (`tuple[int, int]`, *optional*): number of this process and of all processes.
-        is_shown (`bool`, *optional*, defaults to `True`): `None` shows the bar on a terminal only.
+        is_shown (`bool`, *optional*, defaults to `True`): whether to show the bar.
 
     Yields:
         `Callable`: to be called after each image.
     """
     name = name if process[1] == 1 else f"{name}, process {process[0]} of {process[1]}"
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    disable = None if is_shown is None and is_first else not (is_shown and is_first)
-    with tqdm(total=images.num_images, desc=name, unit="image", disable=disable) as bar:
+    with tqdm(total=images.num_images, desc=name, unit="image", disable=not (is_shown and is_first)) as bar:
 
         def advance() -> None:
             reading = images.progress()

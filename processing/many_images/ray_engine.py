@@ -5,14 +5,15 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from .engines import LabelEngine
 from .sources import ImageSource
 from .worker import ImageWorker
 
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # the largest number of parts that a run is split into
 MAX_PARTS = 20_000
@@ -100,7 +101,8 @@ class _RunParts:
         self.pool = ThreadPoolExecutor(num_threads)
         self.schema = worker.schema
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[pa.Table]:
+    def __call__(self, batch: dict[str, Any]) -> Iterator["pa.Table"]:
+        import pyarrow as pa
         import ray
 
         for number in batch["id"]:

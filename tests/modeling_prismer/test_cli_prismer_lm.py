@@ -87,6 +87,18 @@ def test_captions_and_answers_equal_those_of_the_api(folder):
     assert texts_of(run(*ask, "--prompt", QUESTIONS[0])) == [expected[0][:1]]
 
 
+def test_the_prompts_of_the_training_are_used(folder, tmp_path):
+    shutil.copytree(folder / "whole", tmp_path / "whole")
+    processor = PrismerLMProcessor.from_pretrained(folder / "whole")
+    processor.prompts = {"caption": "A", "vqa": "{}\nA triangle or a circle?"}
+    processor.save_pretrained(tmp_path / "whole")
+    model = PrismerLMForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    image, settings = folder / "0.png", ("--model", tmp_path / "whole", "--json")
+    assert texts_of(run("caption", image, *settings)) == [[answer(model, processor, image, "A")]]
+    expected = answer(model, processor, image, f"{QUESTIONS[0]}\nA triangle or a circle?")
+    assert texts_of(run("ask", image, QUESTIONS[0], *settings)) == [[expected]]
+
+
 def test_labels_are_ranked_for_a_question(folder):
     ask = ("classify", folder / "0.png", *LABELS, "--model", folder / "whole")
     assert "a PrismerLM needs a question that the labels answer: --question" in run(*ask).stderr
