@@ -20,6 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from feature_cache import FeatureCache
+from model_card import measured
 from modeling_prismer import DataCollatorForPrismerLM, PrismerLMForConditionalGeneration
 from training import Rows, TextTrainer
 
@@ -215,10 +216,7 @@ class LmTrainer(TextTrainer):
 
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
-        of_run = ("_runtime", "_per_second", "epoch")
-        self.facts.metrics = {
-            name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(of_run)
-        }
+        self.facts.metrics = measured(metrics)
         if self.args.do_train and self.is_world_process_zero():
             self.create_model_card()
         return metrics

@@ -31,6 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints, speed_metrics
 
 from data import images_of, leave_undecoded, load_rows, raise_together, shorten_answers
+from model_card import measured, write_model_card
 from modeling_prismer import (
     DataCollatorForPrismer,
     PrismerForConditionalGeneration,
@@ -345,6 +346,7 @@ class PrismerTrainer(TextTrainer):
         num_ranked (`int`): the number of candidates to score in full, those with the most probable first tokens.
         generation (`dict`, *optional*): the generation settings of the model, for evaluation and for its
             generation_config.json. They replace all settings of the task that it was trained for before.
+        sources (`list[str]`, *optional*): where the model's weights came from, for the model card.
         args, kwargs: as those of [`TextTrainer`].
     """
 
@@ -354,11 +356,14 @@ class PrismerTrainer(TextTrainer):
         candidates: list[str] | None = None,
         num_ranked: int = 16,
         generation: dict[str, Any] | None = None,
+        sources: Sequence[str] = (),
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.candidates = candidates
         self.num_ranked = num_ranked
+        self.sources = sources
+        self.metrics: dict[str, float] = {}
         if generation is not None:
             replace_generation_settings(self.model, generation)
         self.loss_is_scaled_for_ga = True  # by compute_loss
@@ -428,6 +433,20 @@ class PrismerTrainer(TextTrainer):
             model = PrismerForConditionalGeneration.from_pretrained(self.args.output_dir)
         copy.deepcopy(model).half().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
+        write_model_card(folder, model, self.processing_class, self.sources, self.metrics)
+
+    # ---- the model card ----
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        self.metrics = measured(metrics)
+        if self.args.do_train and self.is_world_process_zero():
+            self.create_model_card()
+        return metrics
+
+    def create_model_card(self, **kwargs) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        write_model_card(self.args.output_dir, model, self.processing_class, self.sources, self.metrics)
 
 
 class _CountEpochs(TrainerCallback):
@@ -567,6 +586,9 @@ def make_trainer(
         ),
         eval_collator=DataCollatorForPrismer(processor, eval_labels, with_suffix=False, experts=experts),
         generation=find_task(processor.task).generation if generation is None else generation,
+        sources=[args.model]
+        if args.model
+        else [getattr(args, name) for name in ("vision", "text") if hasattr(args, name)],
         **kwargs,
     )
 
@@ -599,7 +621,7 @@ def run(
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         if trainer.is_world_process_zero():
-            trainer.create_model_card(tasks="image-text-to-text", finetuned_from=args.model)
+            trainer.create_model_card()
     if training_args.do_eval and trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

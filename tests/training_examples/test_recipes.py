@@ -37,6 +37,7 @@ def captions(checkpoint, image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("captions")
     data = ("--train_data", image_folder, "--eval_data", image_folder)
     arguments = ("--do_train", "--do_eval", "--num_train_epochs", 2, "--publish_to", folder / "published")
+    arguments += ("--report_to", "tensorboard")
     return run(run_captioning, folder, *small(checkpoint), *data, *arguments)
 
 
@@ -50,7 +51,21 @@ def test_output_folder_has_model_processor_and_card(captions):
     processor = PrismerProcessor.from_pretrained(captions)
     PrismerForConditionalGeneration.from_pretrained(captions)
     assert processor.task == "caption" and list(processor.experts) == ["edge"]
-    assert "library_name: transformers" in (captions / "README.md").read_text()
+
+
+def test_cards_have_the_metrics_and_no_local_paths(captions):
+    for folder in (captions, captions / "published"):
+        card = (folder / "README.md").read_text()
+        assert "pipeline_tag: image-text-to-text" in card and "| experts | edge |" in card and "| cider |" in card
+        assert str(captions.parent) not in card
+
+
+def test_tensorboard_gets_the_losses(captions):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = list(captions.rglob("events.out.tfevents.*"))  # of the training and of the evaluation after it
+    tags = {tag for file in files for tag in EventAccumulator(str(file)).Reload().Tags()["scalars"]}
+    assert {"train/loss", "eval/cider"} <= tags
 
 
 def test_published_model_has_half_precision(captions):
