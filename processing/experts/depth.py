@@ -27,7 +27,9 @@ class DepthEstimator(PretrainedExpert):
 
     Args:
         model_id (`str`, *optional*, defaults to `"Intel/dpt-hybrid-midas"`):
-            Hub id or folder; `"depth-anything/Depth-Anything-V2-Small-hf"` is small and quick.
+            Hub id or folder. `"depth-anything/Depth-Anything-V2-Small-hf"` is small and quick, `"apple/DepthPro-hf"`
+            has sharp outlines (its licence is for research), and `"facebook/dinov3-vitl16-chmv2-dpt-head"` gives the
+            heights of trees in aerial images.
         image_processor (`dict`, *optional*):
             Settings of the image processor that differ from the model's own. By default those above for
             `"Intel/dpt-hybrid-midas"`, and none for other models.
@@ -66,6 +68,8 @@ class DepthEstimator(PretrainedExpert):
             },
         ),
         "depth-anything/Depth-Anything-V2-Small-hf": KnownModel("apache-2.0", 99_200_000),
+        "apple/DepthPro-hf": KnownModel("apple-amlr (research only)", 3_808_000_000),
+        "facebook/dinov3-vitl16-chmv2-dpt-head": KnownModel("dinov3-license", 1_348_000_000),
     }
 
     def __init__(

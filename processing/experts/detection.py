@@ -120,6 +120,7 @@ class ObjectDetector(ClassNames, Detector):
     known_models = {
         "ustc-community/dfine-xlarge-obj365": KnownModel("apache-2.0", 254_000_000),
         "PekingU/rtdetr_v2_r18vd": KnownModel("apache-2.0", 81_000_000),
+        "Roboflow/rf-detr-base": KnownModel("apache-2.0", 129_000_000),
     }
 
     def find(self, images: list[Image.Image]) -> list[Boxes]:

@@ -95,8 +95,10 @@ class PretrainedExpert(Expert):
         auto_model = getattr(transformers, self.auto_model)
         model = auto_model.from_pretrained(self.model_id, dtype=torch.float32)
         self._config = model.config
-        image_processor = transformers.AutoImageProcessor.from_pretrained(self.model_id)
-        accepted = image_processor.valid_kwargs.__annotations__
+        # OneFormer's would open a file of names, wherever a checkpoint says
+        no_file = {"class_info_file": None} if model.config.model_type == "oneformer" else {}
+        image_processor = transformers.AutoImageProcessor.from_pretrained(self.model_id, **no_file)
+        accepted = {*image_processor.valid_kwargs.__annotations__} - {"class_info_file", "repo_path"}
         # as arguments of from_pretrained, they could also change the source and allow its code to run
         if unknown := sorted(set(self.image_processor) - set(accepted)):
             raise ValueError(

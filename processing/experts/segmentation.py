@@ -9,9 +9,10 @@ from PIL import Image
 from ...expert_spec import BACKGROUND
 from .base import size_within
 from .look import ExpertLook
-from .pretrained import ClassNames, KnownModel, PretrainedExpert, resize_bilinear
+from .pretrained import ClassNames, KnownModel, PretrainedExpert, resize_bilinear, within_aspect
 
 
+PADDED_FAMILIES = ("eomt", "eomt_dinov3")
 PUBLISHED_SIZE = {"size": {"shortest_edge": 479, "longest_edge": 480}}
 
 
@@ -54,18 +55,19 @@ class Segmentation(ClassNames, PretrainedExpert):
             for place, index in enumerate(indices):
                 size = size_within(images[index].size, self.max_pixels)
                 # (height, width); on a CPU, `argmax` takes three times as long
-                classes = self.scores(outputs, place, size).max(0).indices.byte().cpu().numpy()
+                classes = self.scores(outputs, place, images[index], size).max(0).indices.byte().cpu().numpy()
                 if size != images[index].size:
                     enlarged = Image.fromarray(classes).resize(images[index].size, Image.Resampling.NEAREST)
                     classes = np.array(enlarged)
                 labels[index] = classes
         return labels
 
-    def scores(self, outputs: Any, place: int, size: tuple[int, int]) -> torch.Tensor:
+    def scores(self, outputs: Any, place: int, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
         """
         Args:
             outputs: the model's output for a batch.
             place (`int`): the number of the image in the batch.
+            image (`PIL.Image.Image`): the image.
             size (`tuple[int, int]`): width and height of the scores.
 
         Returns:
@@ -76,7 +78,7 @@ class Segmentation(ClassNames, PretrainedExpert):
 
 class UniversalSegmentation(Segmentation):
     """
-    Segmentation by a model that returns masks with their classes: Mask2Former, MaskFormer.
+    Segmentation by a model that returns masks with their classes: Mask2Former, MaskFormer, OneFormer, EoMT.
 
     The default is the expert of the published checkpoints, Mask2Former Swin-L trained on COCO panoptic, with its
     settings: a short side of 479 pixels and a long side of at most 480. The score of a class at a pixel is the sum,
@@ -85,7 +87,8 @@ class UniversalSegmentation(Segmentation):
     Label: uint8 (height, width), 133 classes of COCO panoptic. Weights of the default: 216 million parameters, 866 MB.
     Their licence is "other" on the Hub. The authors' list of models says CC BY-NC 4.0, which excludes commercial use;
     their code is MIT by now. `"facebook/mask2former-swin-large-ade-panoptic"` has the 150 classes of ADE20K, and
-    `"facebook/mask2former-swin-tiny-coco-panoptic"` is small. The licence of both is the same.
+    `"facebook/mask2former-swin-tiny-coco-panoptic"` is small. The licence of both is the same. EoMT, a plain vision
+    transformer with the 133 classes of COCO panoptic, and OneFormer have the MIT licence.
 
     Args:
         model_id (`str`, *optional*, defaults to `"facebook/mask2former-swin-large-coco-panoptic"`): Hub id or folder.
@@ -115,17 +118,50 @@ class UniversalSegmentation(Segmentation):
         "facebook/mask2former-swin-large-coco-panoptic": KnownModel(license, size_in_bytes, PUBLISHED_SIZE),
         "facebook/mask2former-swin-large-ade-panoptic": KnownModel(license, size_in_bytes, PUBLISHED_SIZE),
         "facebook/mask2former-swin-tiny-coco-panoptic": KnownModel(license, 190_000_000, PUBLISHED_SIZE),
+        "tue-mps/coco_panoptic_eomt_large_640": KnownModel("mit", 1_267_000_000),
+        "shi-labs/oneformer_ade20k_swin_tiny": KnownModel("mit", 203_000_000),
     }
 
     def load_model(self) -> torch.nn.Module:
-        if self.model_config.model_type == "oneformer":
-            raise ValueError(f"{self.model_id} is a OneFormer, which also needs a text: not supported")
-        return super().load_model()
+        model = super().load_model()
+        family = self.model_config.model_type
+        self._task: torch.Tensor | None = None
+        if family == "oneformer":
+            self._task = self._tokenized_task()
+        self._is_padded = family in PADDED_FAMILIES
+        if self._is_padded:  # one size, because the position embeddings are of this size
+            self._image_processor.do_split_image, self._image_processor.do_pad = False, True
+        return model
 
-    def scores(self, outputs: Any, place: int, size: tuple[int, int]) -> torch.Tensor:
+    def _tokenized_task(self) -> torch.Tensor:
+        """The tokens of OneFormer's task, 0 after the last: `(1, length)`."""
+        from transformers import AutoTokenizer
+
+        length = self.model_config.task_seq_len
+        tokens = AutoTokenizer.from_pretrained(self.model_id)(
+            ["the task is semantic"], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return tokens["input_ids"] * tokens["attention_mask"]
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        if self._task is not None:
+            inputs = {**inputs, "task_inputs": self._task.to(self.device).expand(len(inputs["pixel_values"]), -1)}
+        return super().forward(inputs)
+
+    def scores(self, outputs: Any, place: int, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
         probabilities = outputs.class_queries_logits[place].float().softmax(-1)[:, :-1]  # (queries, classes)
-        masks = resize_bilinear(outputs.masks_queries_logits[place].float(), size).sigmoid()
+        masks = outputs.masks_queries_logits[place].float()
+        if self._is_padded:
+            masks = self._without_padding(masks, within_aspect(image))
+        masks = resize_bilinear(masks, size).sigmoid()
         return torch.einsum("qc,qhw->chw", probabilities, masks)
+
+    def _without_padding(self, masks: torch.Tensor, image: Image.Image) -> torch.Tensor:
+        """The part of (queries, height, width) that shows the image, which was enlarged into the upper left corner."""
+        side = self._image_processor.size.shortest_edge
+        scale = side / max(image.size)
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        return resize_bilinear(masks, (side, side))[:, :height, :width]
 
 
 class SemanticSegmentation(Segmentation):
@@ -159,5 +195,5 @@ class SemanticSegmentation(Segmentation):
     auto_model = "AutoModelForSemanticSegmentation"
     known_models = {"nvidia/segformer-b0-finetuned-ade-512-512": KnownModel(license, size_in_bytes)}
 
-    def scores(self, outputs: Any, place: int, size: tuple[int, int]) -> torch.Tensor:
+    def scores(self, outputs: Any, place: int, image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
         return resize_bilinear(outputs.logits[place].float(), size)

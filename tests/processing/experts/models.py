@@ -6,9 +6,15 @@ from transformers import (
     BertConfig,
     BertTokenizer,
     BitConfig,
+    CHMv2Config,
+    CHMv2ForDepthEstimation,
+    CHMv2ImageProcessor,
     CLIPTokenizer,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
+    DepthProConfig,
+    DepthProForDepthEstimation,
+    DepthProImageProcessor,
     DetrConfig,
     DetrForObjectDetection,
     DetrImageProcessor,
@@ -18,6 +24,9 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTImageProcessor,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    EomtImageProcessor,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessor,
@@ -28,12 +37,26 @@ from transformers import (
     Mask2FormerImageProcessor,
     MMGroundingDinoConfig,
     MMGroundingDinoForObjectDetection,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    OneFormerImageProcessor,
+    OneFormerProcessor,
     Owlv2Config,
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
     ResNetConfig,
+    RfDetrConfig,
+    RfDetrForObjectDetection,
+    RfDetrImageProcessor,
     RTDetrImageProcessor,
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2ImageProcessor,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
     Sapiens2Config,
     Sapiens2ForNormalEstimation,
     Sapiens2ImageProcessor,
@@ -240,6 +263,165 @@ def detr(classes=6):
     return DetrForObjectDetection(config), DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
 
 
+def clip_tokenizer():
+    """Knows the letters. A text that starts with the token 0 is taken for padding by some models."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    tokens = ["!", "<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+
+
+def eomt(classes=5):
+    config = EomtConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+        mlp_ratio=1,
+        num_blocks=1,
+        num_queries=6,
+        **names(classes),
+    )
+    processor = EomtImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}, do_pad=True)
+    return EomtForUniversalSegmentation(config), processor
+
+
+def oneformer(classes=5):
+    config = OneFormerConfig(
+        backbone_config=SwinConfig(
+            image_size=32,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        num_queries=8,
+        task_seq_len=24,
+        text_encoder_width=16,
+        text_encoder_context_length=24,
+        text_encoder_num_layers=1,
+        text_encoder_vocab_size=80,
+        text_encoder_n_ctx=2,
+        conv_dim=32,
+        mask_dim=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=3,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        query_dec_layers=1,
+        **names(classes),
+    )
+    processor = OneFormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    return OneFormerForUniversalSegmentation(config), OneFormerProcessor(processor, clip_tokenizer())
+
+
+def depth_pro():
+    vision = {
+        "model_type": "dinov2",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "mlp_ratio": 1,
+    }
+    config = DepthProConfig(
+        patch_size=32,
+        fusion_hidden_size=8,
+        intermediate_hook_ids=[3, 1],
+        intermediate_feature_dims=[8, 8],
+        scaled_images_ratios=[0.5, 1.0],
+        scaled_images_overlap_ratios=[0.0, 0.2],
+        scaled_images_feature_dims=[8, 8],
+        merge_padding_value=0,
+        image_model_config=dict(vision),
+        patch_model_config=dict(vision),
+        fov_model_config=dict(vision),
+    )
+    return DepthProForDepthEstimation(config), DepthProImageProcessor(size={"height": 64, "width": 64})
+
+
+def chmv2():
+    backbone = {
+        "model_type": "dinov3_vit",
+        "image_size": 64,
+        "patch_size": 16,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "num_register_tokens": 1,
+        "out_indices": [1, 2, 3, 4],
+        "reshape_hidden_states": True,
+        "apply_layernorm": True,
+        "return_class_token": True,
+    }
+    config = CHMv2Config(
+        backbone_config=backbone,
+        post_process_channels=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+        number_output_channels=16,
+    )
+    return CHMv2ForDepthEstimation(config), CHMv2ImageProcessor(size={"height": 64, "width": 64})
+
+
+def rf_detr(classes=6):
+    backbone = {
+        "model_type": "rf_detr_dinov2",
+        "image_size": 64,
+        "patch_size": 16,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "mlp_ratio": 1,
+        "num_register_tokens": 0,
+        "out_features": ["stage2", "stage4"],
+        "num_windows": 2,
+    }
+    config = RfDetrConfig(
+        backbone_config=backbone,
+        d_model=16,
+        decoder_ffn_dim=16,
+        decoder_layers=1,
+        decoder_self_attention_heads=2,
+        decoder_cross_attention_heads=2,
+        decoder_n_points=2,
+        num_queries=12,
+        group_detr=1,
+        **names(classes),
+    )
+    return RfDetrForObjectDetection(config), RfDetrImageProcessor(size={"height": 64, "width": 64})
+
+
+def sam2():
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[64, 64],
+        blocks_per_stage=[1, 1, 1, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[4, 4, 4, 4],
+        window_positional_embedding_background_size=[4, 4],
+        global_attention_blocks=[2],
+        mlp_ratio=1.0,
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        fpn_hidden_size=32,
+    )
+    decoder = Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16)
+    prompts = Sam2PromptEncoderConfig(hidden_size=32, image_size=64)
+    config = Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    size = {"height": 64, "width": 64}
+    return Sam2Model(config), Sam2ImageProcessor(size=size, mask_size={"height": 16, "width": 16})
+
+
 def bert_tokenizer():
     """Knows the letters. The models read BERT's numbers of the full stop and of the special tokens."""
     vocabulary = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
@@ -290,13 +472,10 @@ def original_grounding_dino():
 
 
 def owlv2():
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    # a text that starts with the token 0 is taken for padding
-    tokens = ["!", "<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+    tokenizer = clip_tokenizer()
     config = Owlv2Config(
         text_config={
-            "vocab_size": len(tokens),
+            "vocab_size": len(tokenizer),
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_hidden_layers": 1,
