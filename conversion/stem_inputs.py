@@ -28,6 +28,7 @@ SEARCHED = 8  # images on which faults are undone
 # Distances, see `StemFinding`. For `prismer-scenes` they were measured on 32 test scenes.
 FAMILIAR = 0.03  # below, nothing is looked for; the right maps have at most 0.007
 UNLIKE = 0.5  # above, the maps are of another kind, even if no fault explains it; augmentation in training gave 0.3
+ORDERED = 0.4  # classes in the right order have at most this share of the distance of classes in random order
 EXPLAINED = 0.3  # a fault is the cause if its removal leaves at most this share of the distance
 
 
@@ -179,9 +180,9 @@ def _examine_label(
     faults = [Fault(cause, _reorder(classes, order)) for cause, order in _class_orders(num_classes, orders)]
     found = _search(stem, inputs, faults)
     if found.cause in (None, UNKNOWN) and found.distance > FAMILIAR + 2 * found.noise:
-        if found.distance >= 0.8 * _shuffled_distance(stem, inputs, classes, num_classes):
+        if found.distance >= ORDERED * _shuffled_distance(stem, inputs, classes, num_classes):
             found.cause = (
-                "its ids fit the table of class features no better than ids in random order: the labels are in "
+                "its ids fit the table of class features hardly better than ids in random order: the labels are in "
                 "another order than the table, or are other labels"
             )
     elif found.cause == UNKNOWN and not stem.class_features[-1].any():

@@ -139,14 +139,19 @@ def _run_experts(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The labels of all experts for each image, and by expert the reason why it does not run."""
     labels: list[dict[str, Any]] = [dict(known) for known in given] if given is not None else [{} for _ in images]
-    failures = {}
+    failures: dict[str, str] = {}
+    done: list[str] = []
     for name in [expert["name"] for expert in processor.image_processor.experts]:
+        known = [{each: own[each] for each in (*done, name) if each in own} for own in labels]
         try:
-            labels = processor.run_experts(images, labels, experts=[*{name: None, **labels[0]}])
+            found = processor.run_experts(images, known, experts=[*done, name])
         except Exception as error:  # an expert can fail in any way, and the others are to be checked
             failures[name] = " ".join(str(error).split())
-        for own in labels:
-            own.setdefault(name, None)
+            found = [{}] * len(images)
+        else:
+            done.append(name)
+        for own, new in zip(labels, found):
+            own[name] = new.get(name)
     return labels, failures
 
 

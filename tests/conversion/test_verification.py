@@ -20,7 +20,7 @@ from modeling_prismer.conversion.class_tables import (
 )
 from modeling_prismer.conversion.stem_inputs import examine_stem
 from modeling_prismer.processing import JointAugmentation, image_processing_prismer
-from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, HashedNgrams
+from modeling_prismer.processing.experts import CannyEdges, Expert, ExpertSuite, HashedNgrams
 from scenes.labels import DETECTION_CLASSES
 from scenes.render import CLASSES
 from scenes.scenes import make_example
@@ -128,12 +128,17 @@ def flip_sign(normals):
 
 
 def shift_classes(own):
-    own["segmentation"] = (own["segmentation"].astype(int) + 1).astype(np.uint8)
+    own["segmentation"] = own["segmentation"] + np.uint8(1)
 
 
 def shuffle_classes(own):
     order = np.random.default_rng(1).permutation(len(CLASSES)).astype(np.uint8)
     own["segmentation"] = order[own["segmentation"]]
+
+
+def shuffle_objects(own):
+    order = np.random.default_rng(1).permutation(len(DETECTION_CLASSES))
+    own["detection"]["classes"] = [int(order[number]) for number in own["detection"]["classes"]]
 
 
 def enlarge_features(own):
@@ -149,7 +154,7 @@ BROKEN = {
     "normals that point down": ("normal", change_normals(flip_sign), "the opposite sign in channel 1"),
     "constant edges": ("edge", lambda own: own.update(edge=np.zeros((128, 128), np.uint8)), "are constant"),
     "classes from 1": ("segmentation", shift_classes, "class numbers are one too large"),
-    "shuffled classes": ("segmentation", shuffle_classes, "no better than ids in random order"),
+    "shuffled classes": ("segmentation", shuffle_classes, "hardly better than ids in random order"),
     "large features": ("ocr", enlarge_features, "about 10 times too large"),
     "no objects": ("detection", lambda own: own["detection"]["ids"].fill(255), "finds nothing in any image"),
     "no label": ("depth", lambda own: own.update(depth=None), "no image has a label"),
@@ -190,9 +195,12 @@ def test_few_images_are_not_judged(verify):
 
 
 def test_an_expert_that_does_not_run_is_named(scenes, model, verify):
-    suite = ExpertSuite([CannyEdges(sigma=-1)])
-    problems = verify(lambda own: own.pop("edge"), suite=suite)
-    assert list(problems) == ["edge"] and "the expert does not run" in problems["edge"]
+    """A broken expert, and one with other classes than the network, do not stop the others."""
+    suite = ExpertSuite([CannyEdges(sigma=-1), Named("segmentation", ["wall", "floor"])])
+    problems = verify(lambda own: own.pop("edge"), number=4, suite=suite)
+    assert list(problems) == ["segmentation", "edge"]
+    assert "the live expert 'segmentation' has num_classes=2" in problems["segmentation"]
+    assert "the expert does not run" in problems["edge"]
 
 
 # ---- classes ----
@@ -200,11 +208,14 @@ def test_an_expert_that_does_not_run_is_named(scenes, model, verify):
 NAMES = {"segmentation": list(CLASSES), "detection": list(DETECTION_CLASSES)}
 
 
-class Named(CannyEdges):
+class Named(Expert):
     """An expert with class names; it never runs."""
+
+    kind, channels = "label", 64
 
     def __init__(self, name, class_names):
         self.name, self.class_names = name, class_names
+        self.num_classes, self.instances = len(class_names), name == "detection"
 
 
 def set_names(model):
@@ -308,18 +319,18 @@ def test_rows_in_another_order_than_their_names_are_named():
 def test_wrong_settings_of_the_image_are_named(settings, message, verify):
     for name, value in settings.items():
         setattr(verify.processor.image_processor, name, value)
-    problems = verify()
+    problems = verify(number=4)
     assert list(problems) == ["image"] and message in problems["image"]
 
 
 def test_another_tokenizer_is_named(verify):
     verify.processor.tokenizer.pad_token = "</s>"
-    assert "pad_token_id is 2 in the tokenizer, 1 in the config" in verify()["text"]
+    assert "pad_token_id is 2 in the tokenizer, 1 in the config" in verify(number=4)["text"]
 
 
 def test_weights_that_are_not_finite_are_named(verify, model):
     model.lm_head.dense.bias.data[0] = torch.inf
-    assert "lm_head.dense.bias has numbers that are not finite" in verify()["weights"]
+    assert "lm_head.dense.bias has numbers that are not finite" in verify(number=4)["weights"]
 
 
 @pytest.mark.parametrize(
