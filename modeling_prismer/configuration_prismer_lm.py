@@ -117,8 +117,8 @@ class PrismerLMConfig(ExpertsConfigMixin, PreTrainedConfig):
         grid_size (`int`, *optional*):
             Side of the grid of patch features; that of the first encoder unless given.
         feature_scale (`float`, *optional*, defaults to 1.0):
-            Root mean square of the projected features at the start. [`from_backbones`] sets that of the language
-            model's word embeddings.
+            Root mean square of what takes the place of word embeddings, at the start: projected features in prefix
+            fusion, the placeholder in cross-attention. [`from_backbones`] sets that of the word embeddings.
         label_smoothing (`float`, *optional*, defaults to 0.0): label smoothing of the scores of `rank_candidates`.
         strict_experts (`bool`, *optional*, defaults to `True`):
             Whether an expert that is neither given nor masked out by `expert_mask` is an error.

@@ -58,7 +58,10 @@ class PrismerLMExperts(ExpertsMixin, nn.Module):
 
 
 class PrismerLMProjection(nn.Module):
-    """Two layers into the language model's width. The output starts at the scale of its word embeddings."""
+    """
+    Two layers into the language model's width. The output starts at the scale of its word embeddings in prefix fusion,
+    and at 1 for the gated blocks.
+    """
 
     def __init__(self, config: PrismerLMConfig, input_size: int):
         super().__init__()
@@ -67,7 +70,7 @@ class PrismerLMProjection(nn.Module):
         self.activation = ACT2FN["gelu"]
         self.fc2 = nn.Linear(inner_size, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.feature_scale = config.feature_scale
+        self.feature_scale = config.feature_scale if config.fusion == "prefix" else 1.0
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.norm(self.fc2(self.activation(self.fc1(features.to(self.norm.weight.dtype)))))

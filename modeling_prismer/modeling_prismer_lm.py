@@ -181,6 +181,8 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PrismerLMProjection):
             init.constant_(module.norm.weight, module.feature_scale)
         elif isinstance(module, PrismerLMGatedBlock):
+            for layer in (*module.cross_attn.children(), module.mlp.fc1, module.mlp.fc2):
+                init.normal_(layer.weight, std=layer.in_features**-0.5)  # keeps the variance: attention then selects
             init.zeros_(module.attn_gate)
             init.zeros_(module.mlp_gate)
         elif isinstance(module, PrismerLMModel) and module.image_embedding is not None:

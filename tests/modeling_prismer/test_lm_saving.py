@@ -101,12 +101,22 @@ def test_what_the_backbones_determine(folder):
     assert model.generation_config.eos_token_id == 2
 
 
-def test_features_start_at_the_scale_of_word_embeddings(folder):
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_features_start_at_the_scale_of_their_readers(folder, fusion):
     model = PrismerLMForConditionalGeneration.from_backbones(
-        str(folder / "language"), str(folder / "vision"), EXPERTS, experts_config=EXPERTS_CONFIG
+        str(folder / "language"),
+        str(folder / "vision"),
+        EXPERTS,
+        experts_config=EXPERTS_CONFIG,
+        fusion=fusion,
+        cross_attention_every=1,
     )
     features = model.get_image_features(**image_inputs(model.config, 2)).pooler_output
-    assert features.pow(2).mean().sqrt().item() == pytest.approx(model.config.feature_scale, rel=0.05)
+    scale = model.config.feature_scale if fusion == "prefix" else 1.0  # word embeddings, or a gated block
+    assert features.pow(2).mean().sqrt().item() == pytest.approx(scale, rel=0.05)
+    for block in model.model.cross_blocks.values():  # queries and keys of about 1: attention is not uniform
+        keys = block.cross_attn.k_proj(features)
+        assert keys.pow(2).mean().sqrt().item() == pytest.approx(1.0, rel=0.25)
 
 
 def test_the_encoder_of_a_model_with_two_towers_is_taken():
