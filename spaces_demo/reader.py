@@ -333,7 +333,7 @@ class Reader:
         of_tokens = log_probabilities.gather(2, padded[..., None])[..., 0] * mask
         # the positions at which the words were chosen, without the end of the text
         chosen = slice(length - 1, length - 1 + max(1, len(rows[0]) - (rows[0][-1] in ends)))
-        return rows, of_tokens.sum(1).exp().tolist(), self._cross_attention(outputs, chosen)
+        return rows, of_tokens.double().sum(1).exp().tolist(), self._cross_attention(outputs, chosen)
 
     _attention = {"output_attentions": True}
 
