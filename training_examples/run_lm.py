@@ -56,7 +56,7 @@ DEFAULTS = {
 }
 TASKS = {"captions": "caption", "questions": "vqa"}
 GENERATION = {"captions": {"num_beams": 3, "max_new_tokens": 30}, "questions": {"num_beams": 1, "max_new_tokens": 10}}
-SUITES = ("published", "fast", "offline")
+SUITES = ("published", "fast", "commercial", "offline")
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}EOS"
     "{% else %}{{ message.content }}{% endif %}{% endfor %}"

@@ -43,7 +43,8 @@ class PretrainingArguments(RecipeArguments):
     )
     text: str = field(default="FacebookAI/roberta-base", metadata={"help": "RoBERTa: a folder or a Hub id."})
     expert_suite: str = field(
-        default="published", metadata={"help": "published, fast, offline, or none for a model without experts."}
+        default="published",
+        metadata={"help": "published, fast, commercial, offline, or none for a model without experts."},
     )
     text_encoder: str = field(
         default="openai/clip-vit-large-patch14",
