@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .common import Command, DeviceOption, ModelOption, err, find_device, out, printable, start
 from .running import (
@@ -30,7 +31,7 @@ MAX_DAMAGED = 10  # images that are printed
 
 @commands.command(cls=Command)
 def experts(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=ImagesHelp)],
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGES...", help=ImagesHelp)] = None,
     folder: Annotated[
         Path | None, typer.Option("--out", "--panels", help="Draw a panel of each image into this folder.")
     ] = None,
@@ -39,8 +40,8 @@ def experts(
         str | None,
         typer.Option(
             "--experts",
-            help="Names of the checkpoint's experts (depth,ocr), a suite (offline, fast, published), experts of a "
-            "suite (fast:depth) or the experts of another checkpoint.",
+            help="Names of the checkpoint's experts (depth,ocr), a suite (offline, fast, commercial, published), "
+            "experts of a suite (fast:depth) or the experts of another checkpoint.",
             show_default="all of the checkpoint",
         ),
     ] = None,
@@ -53,12 +54,23 @@ def experts(
     device: DeviceOption = "auto",
     num_workers: WorkersOption = None,
     shard: ShardOption = None,
+    listed: Annotated[
+        str | None,
+        typer.Option("--list", metavar="SUITE", help="List the models, licences and sizes of a suite, and exit."),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="With --list: the table in Markdown.")] = False,
 ) -> None:
     """
     Draws the output of each expert for images, or writes it in words.
 
     prismer experts photo.jpg --out panels
     """
+    if listed is not None:
+        return _list_suite(listed, as_markdown)
+    if as_markdown:
+        raise ValueError("--markdown belongs to --list SUITE")
+    if not images:
+        raise ValueError("no images are given; prismer experts photo.jpg --out panels")
     if folder is None and not as_json and output is None:
         raise ValueError("nothing is written: --out FOLDER draws panels, --json and --output write words")
     if folder is not None and folder.exists() and not folder.is_dir():
@@ -79,6 +91,20 @@ def experts(
         *(output, as_json, batch_size, retry_failed, image_column, key_column), num_workers=num_workers, shard=shard
     )
     run_over_images(images, options, make_worker, say, model, device)
+
+
+def _list_suite(suite: str, as_markdown: bool) -> None:
+    from modeling_prismer.processing.experts import suite_markdown
+
+    markdown = suite_markdown(suite)
+    if as_markdown:
+        print(markdown)
+        return
+    header, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in markdown.splitlines())
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*(Text(cell.replace("`", "")) for cell in row))
+    out.print(table)
 
 
 def _list_engines(wanted: bool) -> None:

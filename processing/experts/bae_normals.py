@@ -29,7 +29,7 @@ class BaeNormals(Expert):
     and Exploiting the Aleatoric Uncertainty in Surface Normal Estimation](https://arxiv.org/abs/2109.09881). The
     package timm has its encoder.
 
-    Label: uint8 (height, width, 3). Weights: 72.6 million parameters, 291 MB, MIT licence.
+    Label: uint8 (height, width, 3). Weights: 72.4 million parameters, 290 MB, MIT licence.
 
     Args:
         checkpoint (`str`, *optional*):

@@ -53,7 +53,9 @@ class OpenVocabularyDetector(Detector):
     first. Weights of the default: 172 million parameters, 689 MB, Apache-2.0.
 
     Args:
-        class_names (`Sequence[str]`, *optional*): the names of the classes in order. By default the 80 of COCO.
+        class_names (`Sequence[str]`, *optional*):
+            The names of the classes in order. By default those of the checkpoint whose processor the expert belongs
+            to, if they are known, and the 80 of COCO otherwise.
         model_id (`str`, *optional*, defaults to `"openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det"`):
             Hub id or folder, with the tokenizer.
         image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
@@ -99,7 +101,10 @@ class OpenVocabularyDetector(Detector):
         super().__init__(model_id, image_processor, min_score, max_overlap)
         if not 0 < same_object <= 1:
             raise ValueError(f"same_object is {same_object}; a number from 0 to 1 is needed")
-        self.class_names = coco_names() if class_names is None else class_names
+        self.has_default_names = class_names is None
+        self._class_names = coco_names()
+        if class_names is not None:
+            self.class_names = class_names
         self.same_object = same_object
 
     @property
@@ -111,7 +116,7 @@ class OpenVocabularyDetector(Detector):
     def class_names(self, names: Sequence[str]) -> None:
         if isinstance(names, str) or not names or not all(isinstance(name, str) and spoken(name) for name in names):
             raise ValueError(f"class_names is {names!r}; a list of names, none of them empty, is needed")
-        self._class_names = list(names)
+        self._class_names, self.has_default_names = list(names), False
         if self.is_loaded:
             self._prompts = list(self._make_prompts())
 

@@ -1,7 +1,7 @@
 """`ExpertSuite` runs several experts in one call."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ from PIL import Image
 from transformers.utils import logging
 
 from ...expert_spec import check_expert_name
+from .bae_normals import BaeNormals
 from .base import Expert, ExpertError, expert_from_dict
 from .depth import DepthEstimator
 from .detection import ObjectDetector
 from .edge import CannyEdges, DexiNedEdges
 from .normal import NormalEstimator, NormalsFromDepth
+from .open_vocabulary import OpenVocabularyDetector
 from .saved_files import require_inside
 from .segmentation import UniversalSegmentation
 from .text import RapidOcrText
@@ -25,10 +27,10 @@ logger = logging.get_logger(__name__)
 SUITES: dict[str, Callable[[], list[Expert]]] = {
     "published": lambda: [
         DepthEstimator("Intel/dpt-hybrid-midas"),
-        NormalEstimator("google/tipsv2-b14-dpt"),
+        BaeNormals(),
         UniversalSegmentation("facebook/mask2former-swin-large-coco-panoptic"),
         DexiNedEdges(),
-        ObjectDetector("ustc-community/dfine-xlarge-obj365"),
+        OpenVocabularyDetector(),
         RapidOcrText(),
     ],
     "fast": lambda: [
@@ -37,6 +39,14 @@ SUITES: dict[str, Callable[[], list[Expert]]] = {
         UniversalSegmentation("facebook/mask2former-swin-tiny-coco-panoptic"),
         CannyEdges(),
         ObjectDetector("PekingU/rtdetr_v2_r18vd"),
+        RapidOcrText(),
+    ],
+    "commercial": lambda: [
+        DepthEstimator("depth-anything/Depth-Anything-V2-Small-hf"),
+        NormalEstimator("google/tipsv2-b14-dpt"),
+        UniversalSegmentation("tue-mps/coco_panoptic_eomt_large_640"),
+        DexiNedEdges(),
+        ObjectDetector("ustc-community/dfine-xlarge-obj365"),
         RapidOcrText(),
     ],
     "offline": lambda: [CannyEdges(), RapidOcrText()],
@@ -217,6 +227,17 @@ class ExpertSuite(MutableMapping):
         names = {name: getattr(expert, "class_names", None) for name, expert in self.items()}
         return {name: own for name, own in names.items() if own is not None}
 
+    def use_class_names(self, class_names: Mapping[str, Sequence[str]]) -> None:
+        """
+        Gives the names of a network's classes to the experts that find any names, unless they were made with names.
+
+        Args:
+            class_names (`dict`): by expert, the names of its classes in order, such as `config.class_names`.
+        """
+        for name, names in class_names.items():
+            if name in self and getattr(self[name], "has_default_names", False):
+                self[name].class_names = list(names)  # type: ignore[attr-defined]
+
     def without(self, *names: str) -> "ExpertSuite":
         """
         A suite of the same experts without those named. If another expert needs the labels of an expert that is left
@@ -287,11 +308,13 @@ class ExpertSuite(MutableMapping):
         Args:
             name (`str`):
                 - `"published"`: the six experts closest to those of the published checkpoints: [`DepthEstimator`]
-                  (DPT-Hybrid), [`NormalEstimator`] (TIPSv2), [`UniversalSegmentation`] (Mask2Former Swin-L, COCO
-                  panoptic), [`DexiNedEdges`], [`ObjectDetector`] (D-FINE-X, Objects365) and [`RapidOcrText`]. The
-                  first, third and fourth are the same models; the others replace models that transformers lacks.
+                  (DPT-Hybrid), [`BaeNormals`], [`UniversalSegmentation`] (Mask2Former Swin-L, COCO panoptic),
+                  [`DexiNedEdges`], [`OpenVocabularyDetector`] (MM-Grounding-DINO) and [`RapidOcrText`]. The first four
+                  are the same models; the detector finds the names of the published detector's classes.
                 - `"fast"`: six small ones: Depth-Anything-V2-Small, [`NormalsFromDepth`], Mask2Former Swin-T,
                   [`CannyEdges`], RT-DETRv2-R18 and [`RapidOcrText`].
+                - `"commercial"`: six whose licences allow commercial use: Depth-Anything-V2-Small, TIPSv2, EoMT-L,
+                  [`DexiNedEdges`], D-FINE-X (Objects365) and [`RapidOcrText`].
                 - `"offline"`: [`CannyEdges`] and [`RapidOcrText`]; nothing is downloaded.
 
                 All of them use [`HashedNgrams`] for words. A converted checkpoint needs [`ClipTextFeatures`] with the

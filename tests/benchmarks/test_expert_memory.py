@@ -6,33 +6,41 @@ import pytest
 import torch
 
 from benchmarks import expert_memory
-from benchmarks.expert_memory import MODELS
 from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, NormalsFromDepth, PretrainedExpert
+from modeling_prismer.processing.experts.architectures import ARCHITECTURES
 from modeling_prismer.processing.experts.depth import DepthEstimator
 from modeling_prismer.processing.experts.detection import ObjectDetector
 from modeling_prismer.processing.experts.normal import NormalEstimator
+from modeling_prismer.processing.experts.open_vocabulary import OpenVocabularyDetector
 from modeling_prismer.processing.experts.segmentation import SemanticSegmentation, UniversalSegmentation
 
 
 KNOWN = {
     name: known.size_in_bytes
-    for expert in (DepthEstimator, NormalEstimator, UniversalSegmentation, SemanticSegmentation, ObjectDetector)
+    for expert in (
+        DepthEstimator,
+        NormalEstimator,
+        UniversalSegmentation,
+        SemanticSegmentation,
+        ObjectDetector,
+        OpenVocabularyDetector,
+    )
     for name, known in expert.known_models.items()
 }
 
 
-@pytest.mark.parametrize("model_id", MODELS)
+@pytest.mark.parametrize("model_id", ARCHITECTURES)
 def test_models_have_the_stated_size(model_id):
     with torch.device("meta"):
-        model, _ = MODELS[model_id]()
+        model, _ = ARCHITECTURES[model_id]()
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     assert size == pytest.approx(KNOWN[model_id], rel=0.02)
 
 
-@pytest.mark.parametrize("suite", ["published", "fast"])
+@pytest.mark.parametrize("suite", ["published", "fast", "commercial"])
 def test_every_model_of_a_suite_can_be_measured(suite):
     experts = ExpertSuite.from_name(suite).values()
-    assert {expert.model_id for expert in experts if isinstance(expert, PretrainedExpert)} <= MODELS.keys()
+    assert {expert.model_id for expert in experts if isinstance(expert, PretrainedExpert)} <= ARCHITECTURES.keys()
 
 
 def test_peak_memory_is_measured_for_several_batch_sizes(monkeypatch, tmp_path, capsys):

@@ -5,12 +5,14 @@ import pytest
 from PIL import Image
 
 from modeling_prismer.processing.experts import (
+    BaeNormals,
     CannyEdges,
     DexiNedEdges,
     Expert,
     ExpertError,
     ExpertSuite,
     HashedNgrams,
+    OpenVocabularyDetector,
 )
 
 
@@ -84,7 +86,9 @@ def test_the_offline_suite_needs_no_download(page):
 
 
 def test_an_unknown_suite_is_refused_by_name():
-    with pytest.raises(ValueError, match="no suite of experts 'fastest'; accepted are 'published', 'fast', 'offline'"):
+    with pytest.raises(
+        ValueError, match="no suite of experts 'fastest'; accepted are 'published', 'fast', 'commercial', 'offline'"
+    ):
         ExpertSuite.from_name("fastest")
 
 
@@ -138,7 +142,7 @@ def test_the_report_counts_images_and_seconds(suite):
     assert report["edge"]["loading_seconds"] > 0
 
 
-@pytest.mark.parametrize("name", ["published", "fast"])
+@pytest.mark.parametrize("name", ["published", "fast", "commercial"])
 def test_suites_of_six_have_the_order_of_the_configuration(name):
     suite = ExpertSuite.from_name(name)
     assert list(suite) == ["depth", "normal", "segmentation", "edge", "detection", "ocr"]
@@ -152,8 +156,23 @@ def test_the_published_suite_has_the_available_published_models():
     suite = ExpertSuite.from_name("published")
     assert suite["depth"].model_id == "Intel/dpt-hybrid-midas"
     assert suite["segmentation"].model_id == "facebook/mask2former-swin-large-coco-panoptic"
+    assert isinstance(suite["normal"], BaeNormals)
     assert isinstance(suite["edge"], DexiNedEdges)
+    assert isinstance(suite["detection"], OpenVocabularyDetector)
+    assert (suite["detection"].min_score, suite["detection"].max_overlap) == (0.5, 0.95)
     assert sum(expert.size_in_bytes for expert in suite.values()) < 3e9
+
+
+def test_names_of_a_network_go_to_experts_without_names():
+    suite = ExpertSuite.from_name("published")
+    names = {"detection": ["lamp", "sofa"], "segmentation": ["wall"], "other": ["thing"]}
+    suite.use_class_names(names)
+    assert suite["detection"].class_names == ["lamp", "sofa"]
+    suite.use_class_names({"detection": ["cup"]})  # they are those of its network now
+    assert suite["detection"].class_names == ["lamp", "sofa"]
+    chosen = ExpertSuite([OpenVocabularyDetector(["cat"])])
+    chosen.use_class_names(names)
+    assert chosen["detection"].class_names == ["cat"]
 
 
 # ---- experts that need others ----
