@@ -39,9 +39,10 @@ class ClassTable(NamedTuple):
     Example:
 
     ```python
+    >>> import torch
     >>> from modeling_prismer.conversion import ClassTable
 
-    >>> table = ClassTable.from_names(["cat", "dog", "grass"], encoder=clip)  # a CLIP: a folder or a Hub id
+    >>> table = ClassTable(torch.randn(3, 64), ["cat", "dog", "grass"])  # or ClassTable.from_names(["cat", …])
     >>> tuple(table.features.shape), table.class_names[2]
     ((3, 64), 'grass')
     ```

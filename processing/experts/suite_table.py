@@ -47,7 +47,8 @@ def suite_rows(name: str) -> list[SuiteRow]:
         name (`str`): `"published"`, `"fast"`, `"commercial"` or `"offline"`.
 
     Returns:
-        `list[SuiteRow]`: one row for each expert.
+        `list[SuiteRow]`: for each expert its name `expert`, `model`, `license`, `parameters`, `size` and `memory` in
+        bytes, and `classes`.
 
     Example:
 
