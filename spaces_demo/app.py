@@ -147,8 +147,9 @@ def main() -> None:
     try:
         blocks, sessions = make_app(args.model, args.device, args.language)
     except (OSError, ValueError, RuntimeError) as error:
-        given = f"--model {' '.join(args.model)}" + (f" --device {args.device}" if args.device else "")
-        raise SystemExit(f"{given} cannot be used: {error}") from error
+        given = {"model": " ".join(args.model), "device": args.device, "language": args.language}
+        named = " ".join(f"--{name} {value}" for name, value in given.items() if value)
+        raise SystemExit(f"{named or 'the checkpoint'} cannot be used: {error}") from error
     try:
         launch(blocks, sessions, args.host, args.port)
     except (OSError, OverflowError) as error:
