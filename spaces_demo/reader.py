@@ -78,7 +78,10 @@ class Reader:
     Args:
         path (`str`): a checkpoint: a folder or a Hub id.
         device (`str`, *optional*): by default a GPU, if there is one.
+        kwargs: further arguments of a subclass.
     """
+
+    _attention: dict[str, Any] = {"output_attentions": True}  # arguments of `forward` that return the attention
 
     def __init__(self, path: str, device: str | None = None, **kwargs: Any):
         transformers_logging.disable_progress_bar()
@@ -334,8 +337,6 @@ class Reader:
         # the positions at which the words were chosen, without the end of the text
         chosen = slice(length - 1, length - 1 + max(1, len(rows[0]) - (rows[0][-1] in ends)))
         return rows, of_tokens.double().sum(1).exp().tolist(), self._cross_attention(outputs, chosen)
-
-    _attention = {"output_attentions": True}
 
     @property
     def _ends(self) -> set[int]:
