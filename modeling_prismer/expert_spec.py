@@ -32,8 +32,10 @@ class ExpertSpec:
 
     Args:
         name (`str`): an identifier such as `"depth"`. The expert's tensors are called `<name>_<suffix>`.
-        kind (`str`): `"dense"` for a map of values, `"label"` for a map of ids that are painted with features.
-        channels (`int`): channels of the map of values, or of the features.
+        kind (`str`):
+            `"dense"` for a map of values, `"label"` for a map of ids that are painted with features, `"features"` for
+            a grid of vectors, such as the last layer of a vision encoder.
+        channels (`int`): channels of the map of values, of the features, or of the vectors.
         num_classes (`int`, *optional*):
             Size of the table of class features that is saved with the model. Without it the features come with each
             sample, as for the words of OCR. Label experts only.
@@ -67,18 +69,18 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         check_expert_name(self.name)
         start = f"expert '{self.name}' has"
-        if self.kind not in ("dense", "label"):
-            raise ValueError(f"{start} the kind {self.kind!r}; accepted are 'dense' and 'label'")
+        if self.kind not in ("dense", "label", "features"):
+            raise ValueError(f"{start} the kind {self.kind!r}; accepted are 'dense', 'label' and 'features'")
         if not _is_count(self.channels):
             raise ValueError(f"{start} channels={self.channels!r}; a positive integer is needed")
         if self.num_classes is not None and not _is_count(self.num_classes):
             raise ValueError(f"{start} num_classes={self.num_classes!r}; a positive integer or None is needed")
         if self.instances not in (None, True, False):
             raise ValueError(f"{start} instances={self.instances!r}; True or False is needed")
-        if self.kind == "dense" and (self.instances or (self.num_classes, self.class_names) != (None, None)):
+        if self.kind != "label" and (self.instances or (self.num_classes, self.class_names) != (None, None)):
             raise ValueError(
-                f"expert '{self.name}' is dense: 'num_classes', 'class_names' and 'instances' belong to the kind "
-                "'label'"
+                f"expert '{self.name}' is of the kind '{self.kind}': 'num_classes', 'class_names' and 'instances' "
+                "belong to the kind 'label'"
             )
         object.__setattr__(self, "instances", bool(self.instances))
         object.__setattr__(self, "class_names", _check_class_names(self.name, self.class_names))
@@ -120,7 +122,12 @@ class ExpertSpec:
 
     @property
     def is_dense(self) -> bool:
-        return self.kind == "dense"
+        """Whether its map has values: a dense map, or a grid of vectors."""
+        return self.kind in ("dense", "features")
+
+    @property
+    def is_features(self) -> bool:
+        return self.kind == "features"
 
     @property
     def is_label(self) -> bool:
@@ -128,7 +135,12 @@ class ExpertSpec:
 
     @property
     def label_parts(self) -> tuple[str, ...]:
-        """The parts of a label beside its map: none, `("classes",)` of instances or `("words", "features")`."""
+        """
+        The parts of a label beside its map: none, `("classes",)` of instances, `("words", "features")`, or `("low",
+        "high")` of a grid of vectors.
+        """
+        if self.is_features:
+            return ("low", "high")
         if self.is_label and self.num_classes is None:
             return ("words", "features")
         return ("classes",) if self.instances else ()
@@ -139,7 +151,9 @@ class ExpertSpec:
         Suffixes of the tensors that the processor makes: `("values",)`, `("ids",)` if the ids are classes,
         `("ids", "classes")` or `("ids", "features")`.
         """
-        return ("values" if self.is_dense else "ids", *(part for part in self.label_parts if part != "words"))
+        if self.is_dense:
+            return ("values",)
+        return ("ids", *(part for part in self.label_parts if part != "words"))
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class PrismerExpertStem(nn.Module):
     """
     Turns an expert's map into tokens on a grid: a bilinear resize, four 3×3 convolutions each followed by BatchNorm
     and ReLU, and a 1×1 convolution. Ids are painted with features during the resize, so that the painted map never
-    exists at full size.
+    exists at full size. A grid of vectors keeps its size and has two convolutions.
     """
 
     def __init__(self, config: PrismerVisionConfig, spec: ExpertSpec):
@@ -39,11 +39,13 @@ class PrismerExpertStem(nn.Module):
         self.num_instance_embeddings = config.num_instance_embeddings if spec.instances else 0
         # After this resize, strides of 16 in all (dense) or 4 (label) lead to the grid of the image's patches.
         self.scale_factor = (4 if spec.is_label else 16) / config.patch_size
-        strides = (2, 2, 1, 1) if spec.is_label else (2, 2, 2, 2)
-        sizes = (self.channels, width // 8, width // 4, width // 2, width)
+        strides: tuple[int, ...] = (2, 2, 1, 1) if spec.is_label else (2, 2, 2, 2)
+        sizes: tuple[int, ...] = (self.channels, width // 8, width // 4, width // 2, width)
+        if spec.is_features:
+            self.scale_factor, strides, sizes = 1.0, (1, 1), (self.channels, width, width)
         self.convs = nn.ModuleList(
-            nn.Conv2d(sizes[i], sizes[i + 1], kernel_size=3, stride=strides[i], padding=1, bias=False)
-            for i in range(4)
+            nn.Conv2d(sizes[i], sizes[i + 1], kernel_size=3, stride=stride, padding=1, bias=False)
+            for i, stride in enumerate(strides)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(size, eps=1e-5) for size in sizes[1:])
         self.projection = nn.Conv2d(width, width, kernel_size=1, bias=False)

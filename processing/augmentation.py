@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from .expert_labels import (
     BACKGROUND,
     ExpertFields,
+    grid_side,
     read_experts,
     read_ids,
     read_values,
@@ -147,7 +148,8 @@ class JointAugmentation:
     def _lay_over(self, image: Image.Image, label: Any, expert: ExpertFields) -> "ExpertMap":
         values = read_values(label, expert) if expert.is_dense else read_ids(label, expert)[None]
         values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        return (DenseMap if expert.is_dense else IdMap)(values, (image.height, image.width), self.expert_size)
+        side = grid_side(self.expert_size) if expert.is_features else self.expert_size
+        return (DenseMap if expert.is_dense else IdMap)(values, (image.height, image.width), side)
 
 
 def _replace_map(label: Any, expert_map: "ExpertMap | None") -> Any:

@@ -26,7 +26,12 @@ class ExpertFields(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        return self.kind == "dense"
+        """Whether its map has values: a dense map, or a grid of vectors."""
+        return self.kind in ("dense", "features")
+
+    @property
+    def is_features(self) -> bool:
+        return self.kind == "features"
 
     @property
     def tensor_suffixes(self) -> tuple[str, ...]:
@@ -53,11 +58,11 @@ def read_experts(experts: Sequence[Mapping[str, Any]]) -> list[ExpertFields]:
         is_named = isinstance(expert.name, str) and expert.name.isidentifier() and expert.name not in _TAKEN_NAMES
         counts = [expert.channels, 1 if expert.num_classes is None else expert.num_classes]
         are_counts = all(type(number) is int and number >= 1 for number in counts)
-        if not (is_named and are_counts and expert.kind in ("dense", "label")):
+        if not (is_named and are_counts and expert.kind in ("dense", "label", "features")):
             raise ValueError(
                 f"experts has {description}; it needs a 'name' that is an identifier (not "
-                f"{' or '.join(map(repr, _TAKEN_NAMES))}), the 'kind' 'dense' or 'label', and positive integers as "
-                "'channels' and 'num_classes'"
+                f"{' or '.join(map(repr, _TAKEN_NAMES))}), the 'kind' 'dense', 'label' or 'features', and positive "
+                "integers as 'channels' and 'num_classes'"
             )
         if names.count(expert.name) > 1:
             raise ValueError(f"expert '{expert.name}' is described twice")
@@ -128,7 +133,9 @@ def check_expert_labels(labels: Mapping[str, Any], experts: Sequence[ExpertField
         if label is None:
             continue
         try:
-            if expert.is_dense:
+            if expert.is_features:
+                read_vectors(label, expert)
+            elif expert.is_dense:
                 read_values(label, expert)
             else:
                 read_ids(label, expert)
@@ -143,8 +150,8 @@ def check_expert_labels(labels: Mapping[str, Any], experts: Sequence[ExpertField
 
 def label_parts(label: Any, is_dense: bool) -> dict[str, Any]:
     """
-    The parts of a label: `values` of a dense expert; `ids` of a label expert, with `classes`, or `features` and
-    `words`. A bare map stands for its `values` or `ids`.
+    The parts of a label: `values` of a dense expert, with `low` and `high` for a grid of vectors; `ids` of a label
+    expert, with `classes`, or `features` and `words`. A bare map stands for its `values` or `ids`.
     """
     return dict(label) if isinstance(label, Mapping) else {"values" if is_dense else "ids": label}
 
@@ -163,6 +170,34 @@ def read_values(label: Any, expert: ExpertFields) -> np.ndarray:
         found = values.shape[0] if values.shape[0] < values.shape[-1] else values.shape[-1]
         raise ValueError(f"{name} label has {found} channels; the config's expert '{name}' has {channels}")
     return values
+
+
+def read_vectors(label: Any, expert: ExpertFields) -> np.ndarray:
+    """
+    The vectors of a grid as (C, h, w) float32. A label is `{"values": (h, w, C) uint8, "low": (groups,), "high":
+    (groups,)}`: 0 to 255 stand for `low` to `high` of the channel's group. All groups have the same size.
+    """
+    name, channels = expert.name, expert.channels
+    if not isinstance(label, Mapping) or any(label.get(part) is None for part in ("values", "low", "high")):
+        raise ValueError(f"{name} label is not {{'values': (h, w, {channels}), 'low': (groups,), 'high': (groups,)}}")
+    values = _values_of_8_bits(label["values"], name)
+    if values.ndim != 3 or values.shape[2] != channels:
+        raise ValueError(f"{name} label has values of shape {values.shape}; (h, w, {channels}) is needed")
+    low, high = (np.asarray(label[part], np.float32) for part in ("low", "high"))
+    if low.ndim != 1 or low.shape != high.shape or not low.size or channels % low.size:
+        raise ValueError(
+            f"{name} label has low of shape {low.shape} and high of shape {high.shape}; one number for each group is "
+            f"needed, and the groups share the {channels} channels equally"
+        )
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError(f"{name} label has NaN or inf in low or high; finite numbers are accepted")
+    low, high = (np.repeat(bound, channels // low.size) for bound in (low, high))
+    return (low + values.astype(np.float32) * ((high - low) / 255)).transpose(2, 0, 1)
+
+
+def grid_side(expert_size: int) -> int:
+    """The side of a grid of vectors among maps of `expert_size`: one vector for 16 pixels."""
+    return max(1, expert_size // 16)
 
 
 def read_ids(label: Any, expert: ExpertFields) -> np.ndarray:

@@ -16,11 +16,13 @@ from .expert_labels import (
     BACKGROUND,
     ExpertFields,
     check_expert_labels,
+    grid_side,
     match_expert_labels,
     read_experts,
     read_ids,
     read_items,
     read_values,
+    read_vectors,
 )
 from .image_loading import MAX_IMAGE_PIXELS, load_image, load_images
 
@@ -120,6 +122,8 @@ class _ImageAndExpertMaps(_Backend):
                 of the image. A map is a NumPy array, a torch tensor or a PIL image, of integers:
 
                 - dense: (H, W), (H, W, C) or (C, H, W), values from 0 to 255;
+                - features: `{"values": (h, w, C) uint8, "low": (groups,), "high": (groups,)}`; 0 to 255 stand for
+                  `low` to `high` of the group of a channel;
                 - label: (H, W) or `{"ids": (H, W)}`, class ids;
                 - label with `instances`: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
                 - label without `num_classes`: `{"ids": (H, W), "features": (n, channels) float}`; the ids are numbers
@@ -138,6 +142,7 @@ class _ImageAndExpertMaps(_Backend):
             `expert_size`:
 
             - `<name>_values` (batch, channels, S, S) float32 in [-1, 1], for dense; 0 where missing;
+            - `<name>_values` (batch, channels, S // 16, S // 16) float32, for features; 0 where missing;
             - `<name>_ids` (batch, S, S) uint8, for label; 255 where missing or background;
             - `<name>_classes` (batch, max_instances) int64, for label with instances; 0 beyond the last;
             - `<name>_features` (batch, max_words, channels) float32, for label without `num_classes`; 0 beyond the
@@ -202,7 +207,9 @@ class _ImageAndExpertMaps(_Backend):
         data = {"pixel_values": self._pixel_values(images, device=device, **kwargs)}
         for expert in described:
             own = [labels.get(expert.name) for labels in expert_labels]
-            if expert.is_dense:
+            if expert.is_features:
+                data.update(_vector_tensors(own, expert, grid_side(expert_size)))
+            elif expert.is_dense:
                 data.update(_dense_tensors(own, expert, expert_size))
             else:
                 max_items = max_instances if expert.instances else max_words
@@ -352,6 +359,15 @@ def _dense_tensors(labels: list[Any], expert: ExpertFields, size: int) -> dict[s
         stretched = 2 * (np.arange(256, dtype=np.float32) / 255 - low) / (high - low + np.float32(1e-6)) - 1
         for out, channel in zip(row, channels):
             np.take(stretched, channel, out=out)
+    return {f"{expert.name}_values": values}
+
+
+def _vector_tensors(labels: list[Any], expert: ExpertFields, side: int) -> dict[str, np.ndarray]:
+    values = np.zeros((len(labels), expert.channels, side, side), np.float32)
+    for row, label in zip(values, labels):
+        if label is not None:
+            vectors = torch.from_numpy(np.ascontiguousarray(read_vectors(label, expert)))[None]
+            row[:] = torch.nn.functional.interpolate(vectors, size=(side, side), mode="bilinear", antialias=True)[0]
     return {f"{expert.name}_values": values}
 
 

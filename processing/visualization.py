@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..expert_spec import BACKGROUND, ExpertSpec, read_specs
-from .expert_labels import ids_of_8_bits, label_parts
+from .expert_labels import ExpertFields, ids_of_8_bits, label_parts, read_vectors
 from .experts.base import Expert, look_of
 from .experts.look import Color, ExpertLook
 
@@ -326,6 +326,8 @@ def _draw(expert: str | ExpertSpec, label: Any, image: Image.Image, class_names:
     look = look_of(name)
     if label is None:
         return Drawing(look.title)
+    if isinstance(label, Mapping) and "low" in label:
+        label = _main_directions(name, label)
     parts = _read_parts(name, label, is_dense)
     if "values" in parts:
         return _draw_values(look, parts["values"], image)
@@ -335,6 +337,18 @@ def _draw(expert: str | ExpertSpec, label: Any, image: Image.Image, class_names:
     if "classes" in parts:
         return _draw_instances(look, ids, [int(index) for index in parts["classes"]], image, class_names)
     return _draw_classes(look, ids, image, class_names)
+
+
+def _main_directions(name: str, label: Mapping[str, Any]) -> np.ndarray:
+    """A grid of vectors as an image: its three main directions as red, green and blue, (h, w, 3) uint8."""
+    height, width, channels = np.shape(label["values"])
+    vectors = read_vectors(label, ExpertFields(name, "features", channels, None, None)).reshape(channels, -1).T
+    vectors = vectors - vectors.mean(0)
+    found = vectors @ np.linalg.svd(vectors, full_matrices=False)[2][:3].T
+    image = np.zeros((len(found), 3), np.float32)
+    image[:, : found.shape[1]] = found
+    spread = np.abs(image).max(0) + 1e-12
+    return np.round((image / spread + 1) * 127.5).astype(np.uint8).reshape(height, width, 3)
 
 
 def _read_parts(name: str, label: Any, is_dense: bool) -> dict[str, Any]:

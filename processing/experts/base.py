@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ...expert_spec import ExpertSpec, check_expert_name
-from ..expert_labels import ids_of_8_bits, label_parts
+from ..expert_labels import ids_of_8_bits, label_parts, read_experts, read_vectors
 from .look import ExpertLook
 from .saved_files import copy_into, find_saved, require_hub_id, require_inside
 
@@ -274,7 +274,7 @@ class Expert(FrozenModel):
 
     Attributes:
         name (`str`): the name of the expert in the config: `"edge"`, `"ocr"`, …
-        kind (`str`): `"dense"` for maps of values, `"label"` for maps of ids.
+        kind (`str`): `"dense"` for maps of values, `"label"` for maps of ids, `"features"` for grids of vectors.
         channels (`int`): channels of a dense map, or of the features that a label map is painted with.
         num_classes (`int`, *optional*): number of classes of a label map whose ids are classes or instances.
         instances (`bool`): whether the ids of a label map are instances, each with a class.
@@ -374,6 +374,7 @@ class Expert(FrozenModel):
             without a label:
 
             - dense: uint8 array (H, W) or (H, W, channels);
+            - features: `{"values": (h, w, channels) uint8, "low": (groups,), "high": (groups,)}`, of any grid;
             - label, ids are classes: array (H, W) of integers, or `{"ids": (H, W)}`;
             - label, ids are instances: `{"ids": (H, W), "classes": [class of instance 0, …]}`;
             - label, ids are words: `{"ids": (H, W), "words": [str, …], "features": float32 (words, channels)}`.
@@ -455,6 +456,10 @@ class Expert(FrozenModel):
         """The label as arrays, or an error that says what does not fit the expert's description."""
         if label is None:
             return None
+        if self.kind == "features":
+            (fields,) = read_experts([self.description])
+            read_vectors(label, fields)
+            return dict(label)
         is_dense, size = self.kind == "dense", (image.height, image.width)
         parts = label_parts(label, is_dense)
         part = "values" if is_dense else "ids"

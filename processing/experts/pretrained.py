@@ -105,7 +105,9 @@ class PretrainedExpert(Expert):
                 f"image_processor of the expert '{self.name}' has {', '.join(unknown)}; "
                 f"{type(image_processor).__name__} has {', '.join(sorted(accepted))}"
             )
-        self._image_processor = type(image_processor).from_dict(image_processor.to_dict(), **self.image_processor)
+        self._image_processor = image_processor
+        if self.image_processor:
+            self._image_processor = type(image_processor).from_dict(image_processor.to_dict(), **self.image_processor)
         return model
 
     def place_model(self) -> None:

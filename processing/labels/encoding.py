@@ -30,12 +30,15 @@ def label_features(specs: Sequence[ExpertSpec]) -> Features:
         `datasets.Features`: `key`; `error`, null unless something failed; and one column for each expert: an image for
         a dense expert, `{"ids": image, …}` for a label expert, and null for a missing label.
     """
-    parts = {"classes": List(Value("int32")), "words": List(Value("string"))}
+    parts: dict[str, Any] = {"classes": List(Value("int32")), "words": List(Value("string"))}
+    parts.update({part: List(Value("float32")) for part in ("low", "high")})
     columns: dict[str, Any] = {"key": Value("string"), "error": Value("string")}
     for spec in specs:
         if spec.name in columns:
             raise ValueError(f"an expert has the name '{spec.name}'; the columns {', '.join(columns)} exist already")
-        if spec.is_dense:
+        if spec.is_features:
+            columns[spec.name] = {"values": ImageFeature(), **{part: parts[part] for part in spec.label_parts}}
+        elif spec.is_dense:
             columns[spec.name] = ImageFeature()
         else:
             parts["features"] = List(List(Value("float32"), length=spec.channels))
@@ -72,6 +75,9 @@ def _encode(label: Any, spec: ExpertSpec, map_size: int | None) -> dict[str, Any
     missing = [part for part in needed if part not in parts and part != "words"]
     if missing:
         raise ValueError(f"the label of '{spec.name}' has no '{missing[0]}'; it has {', '.join(parts) or 'nothing'}")
+    if spec.is_features:  # a grid is small as it is
+        grid = _encode_map(parts["values"], spec.name, spec.channels, None)
+        return {"values": grid, **{part: np.asarray(parts[part], np.float32).tolist() for part in spec.label_parts}}
     if spec.is_dense:
         return _encode_map(parts["values"], spec.name, spec.channels, map_size)
     row: dict[str, Any] = {"ids": _encode_map(parts["ids"], spec.name, 1, map_size)}
@@ -145,6 +151,10 @@ def decode_labels(row: Mapping[str, pa.Scalar], specs: Sequence[ExpertSpec]) -> 
 def _decode(stored: pa.Scalar, spec: ExpertSpec) -> Any:
     if not stored.is_valid:
         return None
+    if spec.is_features:
+        bounds = {part: np.array(stored[part].as_py(), np.float32) for part in spec.label_parts}
+        values = _decode_map(stored["values"], spec.channels)
+        return {"values": values[..., None] if spec.channels == 1 else values, **bounds}
     if spec.is_dense:
         return _decode_map(stored, spec.channels)
     label: dict[str, Any] = {"ids": _decode_map(stored["ids"], 1)}

@@ -65,7 +65,7 @@ def test_an_unknown_variant_is_refused():
     "experts, message",
     [
         ([dense(), dense()], "expert 'depth' is described twice"),
-        ([dense(kind="video")], "accepted are 'dense' and 'label'"),
+        ([dense(kind="video")], "accepted are 'dense', 'label' and 'features'"),
         ([label(colour="red")], r"unknown fields \['colour'\]"),
     ],
 )

@@ -41,7 +41,7 @@ ACCEPTED = [
 # with wrong values in fields that the processor reads
 REFUSED = {
     "identifier such as 'depth'": [dense(name="my depth"), dense(name=None), dense(name="../x"), dense(name=7)],
-    "accepted are 'dense' and 'label'": [dense(kind="video"), dense(kind=None), dense(kind=["dense"])],
+    "accepted are 'dense', 'label' and 'features'": [dense(kind="video"), dense(kind=None), dense(kind=["dense"])],
     "channels=.*a positive integer is needed": [
         *(dense(channels=value) for value in (0, -1, None, "three", True, 1.0, float("nan")))
     ],

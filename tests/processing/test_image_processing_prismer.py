@@ -375,7 +375,7 @@ def test_labels_of_a_wrong_type_are_refused(image_processor, image):
 
 
 def test_a_wrong_description_of_an_expert_is_refused(experts):
-    with pytest.raises(ValueError, match="experts has .*'map'.*; it needs a 'name' .* the 'kind' 'dense' or 'label'"):
+    with pytest.raises(ValueError, match="experts has .*'map'.*; it needs a 'name' .* the 'kind' 'dense', 'label' or"):
         PrismerImageProcessor(experts=[{"name": "depth", "kind": "map", "channels": 1}])
     with pytest.raises(ValueError, match=r"experts is \['depth'\]; a list of descriptions is needed"):
         PrismerImageProcessor(experts=["depth"])
