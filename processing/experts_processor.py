@@ -65,6 +65,10 @@ class ExpertsProcessor(ProcessorMixin):
     def experts(self, experts: Any) -> None:
         self._experts = Shared(experts if _is_description(experts) else as_suite(experts))
         self._experts_source = None
+        if hasattr(self._experts.value, "use_class_names"):
+            described = self.image_processor.experts
+            names = {own["name"]: own["class_names"] for own in described if own.get("class_names")}
+            self._experts.value.use_class_names(names)
 
     # ---- images and experts ----
 
@@ -152,6 +156,12 @@ class ExpertsProcessor(ProcessorMixin):
         wanted, live = self.check_experts(experts)
         suite: Any = self.experts if wanted else None
         labels = [{name: given[name] for name in configured if name in given and name in wanted} for given in labels]
+
+        for name in live:
+            if hasattr(suite[name], "label_from"):  # an expert that takes input
+                for image, given in zip(images, labels):
+                    if given.get(name) is not None:
+                        given[name] = suite[name].label_from(given[name], image)
 
         rows_by_need: dict[tuple[str, ...], list[int]] = {}
         for row, given in enumerate(labels):
@@ -264,7 +274,7 @@ class ExpertsProcessor(ProcessorMixin):
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
             experts (*optional*, defaults to `"saved"`):
                 `"saved"` restores the experts that were saved with it; `None` leaves them out; else as in the
-                constructor: `"published"`, `"fast"`, `"offline"`, a list of experts, a suite.
+                constructor: `"published"`, `"fast"`, `"commercial"`, `"offline"`, a list of experts, a suite.
             expert_device (`str` or `torch.device`, *optional*): where the experts run.
             expert_dtype (`torch.dtype`, *optional*): in which precision they run.
             experts_memory (`str`, *optional*):

@@ -401,7 +401,7 @@ def sam2():
     backbone = Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[64, 64],
-        blocks_per_stage=[1, 1, 1, 1],
+        blocks_per_stage=[1, 2, 1, 1],
         embed_dim_per_stage=[8, 16, 32, 64],
         num_attention_heads_per_stage=[1, 1, 2, 2],
         window_size_per_stage=[4, 4, 4, 4],
