@@ -20,6 +20,7 @@ from modeling_prismer.expert_stems import PrismerExpertStem
 Inputs = dict[str, torch.Tensor]  # the arguments of a stem
 
 MIN_IMAGES = 4  # fewer say too little about means and variances
+MIN_IMAGES_OF_CLASSES = 8  # the classes in fewer images say too little about their order
 CHUNK = 8  # images that run together
 NUM_RESAMPLES = 32
 NUM_SHUFFLES = 16
@@ -28,7 +29,7 @@ SEARCHED = 8  # images on which faults are undone
 # Distances, see `StemFinding`. For `prismer-scenes` they were measured on 32 test scenes.
 FAMILIAR = 0.03  # below, nothing is looked for; the right maps have at most 0.007
 UNLIKE = 0.5  # above, the maps are of another kind, even if no fault explains it; augmentation in training gave 0.3
-ORDERED = 0.4  # classes in the right order have at most this share of the distance of classes in random order
+UNORDERED = 0.1, 0.5  # classes are in another order from this distance, and this share of that of random orders
 EXPLAINED = 0.3  # a fault is the cause if its removal leaves at most this share of the distance
 
 
@@ -179,13 +180,14 @@ def _examine_label(
     num_classes = len(stem.class_features) - 1
     faults = [Fault(cause, _reorder(classes, order)) for cause, order in _class_orders(num_classes, orders)]
     found = _search(stem, inputs, faults)
-    if found.cause in (None, UNKNOWN) and found.distance > FAMILIAR + 2 * found.noise:
-        if found.distance >= ORDERED * _shuffled_distance(stem, inputs, classes, num_classes):
+    is_enough = len(inputs["ids"]) >= MIN_IMAGES_OF_CLASSES and found.distance > UNORDERED[0]
+    if found.cause in (None, UNKNOWN) and is_enough:
+        if found.distance >= UNORDERED[1] * _shuffled_distance(stem, inputs, classes, num_classes):
             found.cause = (
                 "its ids fit the table of class features hardly better than ids in random order: the labels are in "
                 "another order than the table, or are other labels"
             )
-    elif found.cause == UNKNOWN and not stem.class_features[-1].any():
+    if found.cause == UNKNOWN and not stem.class_features[-1].any():
         found.cause = "the feature of the background is zero; convert again with background_features.pt"
     return found
 

@@ -36,6 +36,15 @@ class Check:
         name (`str`): what was checked.
         holds (`bool`, *optional*): whether it is right; `None` if it could not be checked.
         detail (`str`): the figures, or what is wrong and the likely cause.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.conversion import Check
+
+    >>> Check("edge: maps", holds=False, detail="its maps are inverted").holds
+    False
+    ```
     """
 
     name: str
@@ -51,6 +60,16 @@ class Verification:
     Args:
         checks (`list[Check]`): each with its `name`, whether it `holds` (`None`: could not be checked), and `detail`.
         texts (`dict[str, str]`): the caption or answer of each image, to be read by you.
+
+    Example:
+
+    ```python
+    >>> from modeling_prismer.conversion import Check, Verification
+
+    >>> found = Verification([Check("weights", True, "all finite"), Check("edge: maps", False, "inverted")])
+    >>> [check.name for check in found.problems]
+    ['edge: maps']
+    ```
     """
 
     checks: list[Check] = field(default_factory=list)

@@ -105,6 +105,7 @@ class PublishedLayout:
     ):
         self.folder = Path(folder)
         specs = read_specs(PUBLISHED_EXPERTS if experts is None else experts)
+        _require_maps(specs)
         self._places = {spec.name: _place(self.folder, spec.name, folders) for spec in specs}
         lacking = [place.name for place in self._places.values() if not place.is_dir()]
         if len(lacking) == len(specs) or (lacking and experts is not None):
@@ -146,6 +147,13 @@ class PublishedLayout:
             ids = np.full(size, BACKGROUND, np.uint8)
             return {"ids": ids, "words": [], "features": _no_words(spec.channels)}, None
         return None, None
+
+
+def _require_maps(specs: Iterable[ExpertSpec]) -> None:
+    """Refuses experts whose maps no PNG can hold."""
+    for spec in specs:
+        if not spec.is_label and not (spec.is_dense and spec.channels in (1, 3)):
+            raise ValueError(f"the expert '{spec.name}' is {spec.kind} of {spec.channels} channels; a PNG has 1 or 3")
 
 
 def _require_inside(key: str, folder: Path) -> None:
@@ -332,9 +340,7 @@ class PublishedLayoutWriter:
         self.specs = read_specs(experts)
         names = {**PUBLISHED_FOLDERS, **(folders or {})}
         self._places = {spec.name: self.folder / names.get(spec.name, spec.name) for spec in self.specs}
-        for spec in self.specs:
-            if spec.is_dense and spec.channels not in (1, 3):
-                raise ValueError(f"the expert '{spec.name}' has {spec.channels} channels; a PNG has 1 or 3")
+        _require_maps(self.specs)
         self._written: set[bytes] = set()
 
     @property

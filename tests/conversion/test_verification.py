@@ -231,9 +231,11 @@ def test_classes_in_another_order_are_named(name, verify, model):
     verify.processor.image_processor.experts = model.config.experts
     sound = ExpertSuite([Named(each, [name.title() for name in names]) for each, names in NAMES.items()])
     assert verify(suite=sound) == {}
-    wrong = ExpertSuite([Named(name, sorted(NAMES[name]))])
-    problem = verify(suite=wrong)[f"{name}: classes"]
-    assert "the classes are in another order" in problem and f"'{NAMES[name][0]}' in the table" in problem
+    other = sorted(NAMES[name])
+    problem = verify(suite=ExpertSuite([Named(name, other)]))[f"{name}: classes"]
+    first = next(i for i, each in enumerate(other) if each != NAMES[name][i])
+    assert "the classes are in another order" in problem
+    assert f"class {first} is '{NAMES[name][first]}' in the table and '{other[first]}' in the expert" in problem
 
 
 def test_labels_in_the_order_of_their_names_are_mended(verify, model):
