@@ -118,7 +118,11 @@ assert modeling_prismer.__all__
 for name in modeling_prismer.__all__:
     getattr(modeling_prismer, name)
 for module in pkgutil.walk_packages(modeling_prismer.__path__, "modeling_prismer."):
-    file = pathlib.Path(importlib.import_module(module.name).__file__).resolve()
+    try:
+        file = pathlib.Path(importlib.import_module(module.name).__file__).resolve()
+    except ModuleNotFoundError as error:
+        assert error.name == "lmms_eval", error  # the extra `eval` is not part of `dev`
+        continue
     assert prefix in file.parents, f"{module.name} came from {file}"
 assert "processing" not in sys.modules
 try:
