@@ -79,7 +79,8 @@ class PrismerLMProjection(nn.Module):
 class PrismerLMGatedBlock(nn.Module):
     """
     Flamingo's block before a decoder layer: cross-attention to the images' features and an MLP, each behind a tanh
-    gate that starts at zero.
+    gate that starts at zero. What they add is relative to the root mean square of each token's hidden states, which
+    grows from layer to layer: a frozen language model would not notice anything smaller.
     """
 
     def __init__(self, config: PrismerLMConfig, index: int):
@@ -102,8 +103,9 @@ class PrismerLMGatedBlock(nn.Module):
             attention_mask=None if images.mask is None else images.mask.to(hidden_states),
             keys_values=images.keys_values(self.cross_attn, hidden_states),
         )
-        hidden_states = hidden_states + self.attn_gate.tanh() * attn_output
-        hidden_states = hidden_states + self.mlp_gate.tanh() * self.mlp(self.mlp_layer_norm(hidden_states))
+        scale = hidden_states.pow(2).mean(dim=-1, keepdim=True).sqrt()
+        hidden_states = hidden_states + scale * self.attn_gate.tanh() * attn_output
+        hidden_states = hidden_states + scale * self.mlp_gate.tanh() * self.mlp(self.mlp_layer_norm(hidden_states))
         hidden_states = hidden_states.to(residual)
         if images.sees_image is None:
             return hidden_states

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig, SiglipVisionConfig, TimmWrapperConfig
 
 from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration, PrismerVisionConfig
-from modeling_prismer.image_features import patch_features
+from modeling_prismer.image_features import VisibleImages, patch_features
 
 from .tiny_lm import (
     ENCODERS,
@@ -300,6 +300,22 @@ def test_class_features_are_set():
     model.set_class_features("segmentation", torch.randn(3, 8), class_names=["sky", "tree", "road"])
     assert model.config.class_names == {"segmentation": ["sky", "tree", "road"]}
     assert not torch.equal(model(**inputs).logits, old)
+
+
+# ---- gated blocks ----
+
+
+def test_what_a_block_adds_grows_with_the_hidden_states():
+    model = tiny_model(fusion="cross_attention")
+    block = next(iter(model.model.cross_blocks.values()))
+    with torch.no_grad():
+        block.attn_gate.fill_(0.5)
+        block.mlp_gate.fill_(-0.5)
+    images = VisibleImages(torch.randn(2, 5, model.config.hidden_size))
+    hidden_states = torch.randn(2, 3, model.config.hidden_size)
+    expected = block(hidden_states, images)
+    assert not torch.allclose(expected, hidden_states, atol=1e-2)
+    torch.testing.assert_close(block(1000 * hidden_states, images) / 1000, expected, rtol=1e-3, atol=1e-4)
 
 
 # ---- the question conditions the resampler ----
