@@ -73,10 +73,20 @@ def notebook(name: str) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join(parts), images
 
 
+# typer's command line, for a package whose `__init__` is left out: it would import torch
+_TYPER = """
+import sys, types
+package = types.ModuleType("modeling_prismer")
+package.__path__ = [sys.argv.pop(1)]
+sys.modules["modeling_prismer"] = package
+from typer.cli import main
+main()
+"""
+
+
 def command_line() -> str:
     """What `prismer --help` and the help of its commands say, as a page."""
-    # the file, not the module: without torch, which the package would import
-    command = [sys.executable, "-m", "typer", str(ROOT / "modeling_prismer" / "cli.py"), "utils", "docs"]
+    command = [sys.executable, "-c", _TYPER, str(ROOT / "modeling_prismer"), "modeling_prismer.cli", "utils", "docs"]
     command += ["--name", "prismer", "--title", "Command line"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
 

@@ -58,7 +58,7 @@ ImageSuffixes = (
 def ask(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGES... QUESTIONS...", help=f"{ImagesHelp} Then questions, each in quotes."),
+        typer.Argument(metavar="IMAGES... QUESTIONS", help=f"{ImagesHelp} Then questions, each in quotes."),
     ],
     question: Annotated[
         list[str] | None,
@@ -119,7 +119,7 @@ def ask(
 
 @commands.command(cls=Command)
 def caption(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help=ImagesHelp)],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES", help=ImagesHelp)],
     model: ModelOption = None,
     language: LanguageOption = None,
     prompt: Annotated[
@@ -167,7 +167,7 @@ def caption(
 def classify(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGES... LABELS...", help=f"{ImagesHelp} Then the labels to choose from."),
+        typer.Argument(metavar="IMAGES... LABELS", help=f"{ImagesHelp} Then the labels to choose from."),
     ],
     label: Annotated[
         list[str] | None,

@@ -31,7 +31,7 @@ MAX_DAMAGED = 10  # images that are printed
 
 @commands.command(cls=Command)
 def experts(
-    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGES...", help=ImagesHelp)] = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGES", help=ImagesHelp)] = None,
     folder: Annotated[
         Path | None, typer.Option("--out", "--panels", help="Draw a panel of each image into this folder.")
     ] = None,
