@@ -11,6 +11,8 @@ from modeling_prismer.processing.experts import (
     expert_from_dict,
     paint_boxes,
 )
+from modeling_prismer.processing.experts_processor import ExpertsProcessor
+from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessor
 
 from .models import detr, grounding_dino, original_grounding_dino, owlv2, photograph, save
 
@@ -183,6 +185,18 @@ def test_by_default_it_finds_the_objects_of_coco():
     expert = OpenVocabularyDetector()
     assert (expert.num_classes, expert.class_names[0], expert.class_names[-1]) == (80, "person", "toothbrush")
     assert not expert.is_loaded
+
+
+def test_a_processor_gives_the_names_of_its_configuration():
+    processor = object.__new__(ExpertsProcessor)  # without a tokenizer
+    experts = [{"name": "detection", "kind": "label", "channels": 64, "num_classes": 2, "instances": True}]
+    processor.image_processor = PrismerImageProcessor(experts=[{**experts[0], "class_names": ["lamp", "sofa"]}])
+    processor.experts = [OpenVocabularyDetector()]
+    assert processor.experts["detection"].class_names == ["lamp", "sofa"]
+    assert processor.experts.descriptions == experts
+    processor.experts = [OpenVocabularyDetector(["cat", "dog"])]
+    assert processor.experts["detection"].class_names == ["cat", "dog"]
+    processor.experts = None
 
 
 def test_a_detector_without_names_is_refused(tmp_path):
