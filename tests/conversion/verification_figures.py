@@ -11,7 +11,7 @@ import copy
 import torch
 from PIL import Image
 
-from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+from modeling_prismer import ExpertSpec, PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
 from modeling_prismer.conversion.stem_inputs import examine_stem
 from scenes.scenes import make_example
 from tests.conversion.test_verification import BROKEN, shuffle_objects
@@ -38,8 +38,16 @@ def main() -> None:
             continue
         inputs = processor.image_processor(images, labels, return_tensors="pt")
         of_expert = {suffix: inputs[f"{name}_{suffix}"] for suffix in specs[name].tensor_suffixes}
-        found = examine_stem(model.model.vision_model.expert_stems[name], specs[name], of_expert)
-        print(f"| {case} | {name} | {found.distance:.3f} | {found.cause or 'none'} |", flush=True)
+        show(case, model, specs[name], of_expert)
+        if case == "right edge":
+            for unit in (1, 255):
+                values = (of_expert["values"] + 1) / 2 * unit
+                show(f"edges from 0 to {unit}", model, specs[name], {"values": values})
+
+
+def show(case: str, model: PrismerForConditionalGeneration, spec: ExpertSpec, inputs: dict[str, torch.Tensor]) -> None:
+    found = examine_stem(model.model.vision_model.expert_stems[spec.name], spec, inputs)
+    print(f"| {case} | {spec.name} | {found.distance:.3f} | {found.cause or 'none'} |", flush=True)
 
 
 if __name__ == "__main__":
