@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -134,16 +134,18 @@ class Prismer(lmms):
             self.cache_hook.add_partial("generate_until", request.args[:2], text)
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """
         For each continuation its mean negative log-probability per token, and whether it is what the model would
         write. As for the other models of lmms-eval, this is a loss: the tasks choose the smallest one.
+
+        lmms-eval 0.7.3 turns a plain tuple into a string. It leaves the content of a `GenerationResult` as it is.
         """
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             context, _, _, *document = request.args
             groups[context, *document].append(number)
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        results: dict[int, GenerationResult] = {}
         for numbers in tqdm(groups.values(), desc="Prismer", disable=self.rank != 0):
             context, _, *document = requests[numbers[0]].args
             continuations = [self._continuation(*requests[number].args) for number in numbers]
@@ -151,8 +153,8 @@ class Prismer(lmms):
             losses = self._losses(conversation, continuations)
             (written,) = self._write([conversation], {"num_beams": 1, "do_sample": False})
             for number, continuation, loss in zip(numbers, continuations, losses):
-                results[number] = loss, written.lower() == continuation.lower()
-        return results
+                results[number] = GenerationResult((loss, written.lower() == continuation.lower()))
+        return [results[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not supported."""
