@@ -28,7 +28,9 @@ def expert(tmp_path_factory):
         size={"height": 64, "width": 64}, do_center_crop=False, crop_size={"height": 64, "width": 64}
     )
     image_processor.image_seq_length = 5
-    Florence2Processor(image_processor, tokenizer).save_pretrained(folder)
+    Florence2Processor(
+        image_processor, tokenizer, post_processor_config={"ocr": {"PATTERN": None, "AREA_THRESHOLD": 0.0}}
+    ).save_pretrained(folder)
     config = Florence2Config(
         vision_config=Florence2VisionConfig(
             depths=[1, 1, 1, 1],
@@ -36,7 +38,7 @@ def expert(tmp_path_factory):
             num_heads=[1, 1, 2, 2],
             num_groups=[1, 1, 2, 2],
             window_size=2,
-            mlp_ratio=1,
+            mlp_ratio=1.0,
             projection_dim=16,
         ),
         text_config=BartConfig(
