@@ -194,6 +194,7 @@ def test_too_long_question_gets_a_message(page):
 
 def click_image(page, x, y):
     """Clicks on a place of the image, between 0 and 1."""
+    page.wait_for_function("() => document.querySelector('#image img')?.naturalWidth > 0")
     box = page.locator("#image img").first.bounding_box()
     page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
 
@@ -364,7 +365,8 @@ COVERED = """() => {
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (walker.nextNode()) {
         const node = walker.currentNode, parent = node.parentElement;
-        const isVisible = parent.checkVisibility({visibilityProperty: true, opacityProperty: true});
+        const isVisible = parent.checkVisibility({visibilityProperty: true, opacityProperty: true})
+            && !parent.closest("[class*=visually-hidden]") && getComputedStyle(parent).pointerEvents !== "none";
         if (!node.textContent.trim() || !isVisible) continue;
         const range = document.createRange();
         range.selectNodeContents(node);
