@@ -12,11 +12,14 @@ from typing import Any
 import transformers
 
 
+Architecture = tuple[transformers.PreTrainedModel, Any]  # a model and its processor
+
+
 def classes(number: int) -> dict[str, Any]:
     return {"id2label": {index: f"class {index}" for index in range(number)}, "num_labels": number}
 
 
-def dpt_hybrid():
+def dpt_hybrid() -> Architecture:
     """The configuration of dpt_hybrid-midas-501f0c75.pt in transformers' conversion script; 490 MB on the Hub."""
     config = transformers.DPTConfig(
         is_hybrid=True,
@@ -29,7 +32,7 @@ def dpt_hybrid():
     return transformers.DPTForDepthEstimation(config), transformers.DPTImageProcessor()
 
 
-def depth_anything_small():
+def depth_anything_small() -> Architecture:
     """DINOv2-S with a DPT head of 48 to 384 channels; 99.2 MB on the Hub."""
     config = transformers.DepthAnythingConfig(
         backbone_config=transformers.Dinov2Config(
@@ -50,13 +53,15 @@ def depth_anything_small():
     return transformers.DepthAnythingForDepthEstimation(config), processor
 
 
-def tipsv2_normals():
+def tipsv2_normals() -> Architecture:
     """The defaults are google/tipsv2-b14-dpt. It has three heads; only the one for normals is loaded."""
     config = transformers.Tipsv2DptConfig()
     return transformers.Tipsv2DptForNormalEstimation(config), transformers.Tipsv2DptImageProcessor()
 
 
-def mask2former(embed_dim, depths, num_heads, window_size, image_size, num_queries):
+def mask2former(
+    embed_dim: int, depths: list[int], num_heads: list[int], window_size: int, image_size: int, num_queries: int
+) -> Architecture:
     """From Mask2Former's configuration files; Swin-L is `maskformer2_swin_large_IN21k_384_bs16_100ep`, 866 MB."""
     config = transformers.Mask2FormerConfig(
         backbone_config=transformers.SwinConfig(
@@ -73,7 +78,7 @@ def mask2former(embed_dim, depths, num_heads, window_size, image_size, num_queri
     return transformers.Mask2FormerForUniversalSegmentation(config), transformers.Mask2FormerImageProcessor()
 
 
-def dfine_xlarge():
+def dfine_xlarge() -> Architecture:
     """dfine_x_obj365 in transformers' conversion script, 366 classes; 252 MB with the 80 classes of COCO."""
     config = transformers.DFineConfig(
         backbone_config=transformers.HGNetV2Config(
@@ -94,7 +99,7 @@ def dfine_xlarge():
     return transformers.DFineForObjectDetection(config), transformers.RTDetrImageProcessor()
 
 
-def rtdetr_v2_r18():
+def rtdetr_v2_r18() -> Architecture:
     """ResNet-18 with three decoder layers, COCO; 20.2 million parameters."""
     config = transformers.RTDetrV2Config(
         backbone_config=transformers.RTDetrResNetConfig(
@@ -111,25 +116,25 @@ def rtdetr_v2_r18():
     return transformers.RTDetrV2ForObjectDetection(config), transformers.RTDetrImageProcessor()
 
 
-def segformer_b0():
+def segformer_b0() -> Architecture:
     """The defaults with the 150 classes of ADE20K; 15 MB on the Hub."""
     config = transformers.SegformerConfig(**classes(150))
     return transformers.SegformerForSemanticSegmentation(config), transformers.SegformerImageProcessor()
 
 
-def eomt_large():
+def eomt_large() -> Architecture:
     """The defaults are tue-mps/coco_panoptic_eomt_large_640: a ViT-L/16 at 640 pixels, 133 classes."""
     config = transformers.EomtConfig(**classes(133))
     return transformers.EomtForUniversalSegmentation(config), transformers.EomtImageProcessor(do_pad=True)
 
 
-def oneformer_swin_tiny():
+def oneformer_swin_tiny() -> Architecture:
     """The defaults are shi-labs/oneformer_ade20k_swin_tiny, 150 classes."""
     config = transformers.OneFormerConfig(**classes(150))
     return transformers.OneFormerForUniversalSegmentation(config), transformers.OneFormerImageProcessor()
 
 
-def depth_pro():
+def depth_pro() -> Architecture:
     """Three DINOv2-L: for the image, for its parts and for the angle of view."""
     vision = {
         "model_type": "dinov2",
@@ -148,18 +153,18 @@ def depth_pro():
     return transformers.DepthProForDepthEstimation(config), transformers.DepthProImageProcessor()
 
 
-def chmv2():
+def chmv2() -> Architecture:
     """The defaults are facebook/dinov3-vitl16-chmv2-dpt-head, on a DINOv3 ViT-L/16."""
     return transformers.CHMv2ForDepthEstimation(transformers.CHMv2Config()), transformers.CHMv2ImageProcessor()
 
 
-def rf_detr_base():
+def rf_detr_base() -> Architecture:
     """The defaults are Roboflow/rf-detr-base, with the 91 numbers of COCO's classes."""
     config = transformers.RfDetrConfig(**classes(91))
     return transformers.RfDetrForObjectDetection(config), transformers.RfDetrImageProcessor()
 
 
-def mm_grounding_dino_tiny():
+def mm_grounding_dino_tiny() -> Architecture:
     """The defaults: Swin-T and BERT-base. The tokenizer only knows letters; it stands for BERT's."""
     vocabulary = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012}
     for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz"):
