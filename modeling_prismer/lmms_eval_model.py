@@ -98,10 +98,11 @@ class Prismer(lmms):
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        is_given = device is not None and self._world_size == 1
-        if is_given and device.startswith("cuda") and not torch.cuda.is_available():
-            is_given = False  # lmms-eval's default
-        self.device = torch.device(device if is_given else self.accelerator.device)
+        if device is None or self._world_size > 1:
+            device = str(self.accelerator.device)
+        if device.startswith("cuda") and not torch.cuda.is_available():  # lmms-eval's default
+            device = str(self.accelerator.device)
+        self.device = torch.device(device)
         reader = Checkpoint(pretrained, str(self.device), dtype, experts, language).load()
         self.network, self.processor, self.experts = reader.network, reader.processor, reader.expert_names
         self.is_lm = self.network.config.model_type == "prismer_lm"

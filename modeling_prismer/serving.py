@@ -59,7 +59,7 @@ class Job:
 
     messages: list[dict[str, Any]]
     settings: dict[str, Any]
-    deliver: Callable[[Any], None]
+    deliver: Callable[[Any], object]
     stops: list[str] = field(default_factory=list)
     streams: bool = False
     is_cancelled: bool = False

@@ -3,7 +3,7 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -151,7 +151,7 @@ def verify(
         raise ValueError(f"model {model!r} is a PrismerLM; only a Prismer can be verified")
     network = PrismerForConditionalGeneration.from_pretrained(reader.checkpoint.path, dtype=reader.dtype)
     network = network.to(reader.checkpoint.device).eval()
-    options = {} if question is None else {"question": question}
+    options: dict[str, Any] = {} if question is None else {"question": question}
     found = verify_model(network, reader.processor, opened, **options)
     table = Table("check", "holds", "result", title=f"{model} on {len(opened)} images")
     for check in found.checks:

@@ -125,7 +125,7 @@ class ResultFiles:
     def _read_done(self) -> KeyIndex:
         digests = [key_digests([])]
         for path in self.files():
-            keys = []
+            keys: list[str] = []
             for row in read_rows(path):
                 if not keys:
                     self._require_same(row, path)

@@ -118,7 +118,7 @@ class Generating(ResultWorker):
     ):
         self.task, self.texts, self.num_beams, self.with_scores = task, list(texts), num_beams, with_scores
         name = "question" if task == "vqa" else "prompt"
-        same = {name: texts[0]} if len(texts) == 1 and texts[0] is not None else {}
+        same: dict[str, Any] = {name: texts[0]} if len(texts) == 1 and texts[0] is not None else {}
         if len(texts) > 1:
             same = {"questions": self.texts}
         super().__init__(checkpoint, same)

@@ -153,7 +153,7 @@ class ClipTextFeatures(WordFeatures):
         for name in ("mean", "components"):
             if name not in analysis:
                 raise ValueError(f"{self.pca} has no tensor '{name}'; it has {', '.join(analysis)}")
-        self._encoder = TextEncoder(self.model_name)
+        self._encoder: Any = TextEncoder(self.model_name)
         shape = tuple(analysis["components"].shape)
         if shape != (self.channels, self._encoder.width):
             raise ValueError(

@@ -154,7 +154,7 @@ class _Prefixed(KeyIndex):
 # ---- files ----
 
 
-def walk_files(folder: Path) -> Iterator[str]:
+def walk_files(folder: str | Path) -> Iterator[str]:
     """All files except hidden ones, sorted by name. Links to folders are followed once."""
 
     def warn(error: OSError) -> None:
