@@ -14,8 +14,11 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    BitImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     RobertaConfig,
     RobertaForMaskedLM,
     TrainingArguments,
@@ -101,6 +104,8 @@ def test_python_of_a_guide_runs(monkeypatch, capsys, guide, printed):
 def given_experts():
     config = AutoConfig.for_model("roberta", vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
     vision = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**vision)).save_pretrained("dinov2")
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained("dinov2")
     return {
         "path": pretrained_path("prismer-easy-vqa"),
         "image": Image.open("modeling_prismer/assets/shape.png"),
@@ -162,7 +167,11 @@ def given_new_model():
 
 # replacements for names in guides that need a GPU or the Hub
 AT_HAND = {'"fast"': '"offline"', '"cuda"': '"cpu"', '["depth", "ocr"]': '["edge", "ocr"]'}
-AT_HAND |= {'"openai/clip-vit-base-patch16"': '"clip"', '"FacebookAI/roberta-base"': '"roberta"'}
+AT_HAND |= {
+    '"openai/clip-vit-base-patch16"': '"clip"',
+    '"FacebookAI/roberta-base"': '"roberta"',
+    '"facebook/dinov2-small"': '"dinov2"',
+}
 
 
 @pytest.mark.parametrize(

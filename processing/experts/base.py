@@ -357,8 +357,8 @@ class Expert(FrozenModel):
         try:
             super().load()
         except OSError as error:
-            model = "its model" if self.model_id is None else f"its model {self.model_id}"
-            raise OSError(f"the expert '{self.name}' cannot load {model}: {error}") from error
+            model_id = "" if self.model_id is None else f" {self.model_id}"
+            raise OSError(f"the expert '{self.name}' cannot load its model{model_id}: {error}") from error
 
     def run(self, images: list[Image.Image], *_: Any, **others: Any) -> list[Any]:
         """

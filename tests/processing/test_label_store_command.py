@@ -55,7 +55,7 @@ def test_damaged_images_are_reported_in_a_file(run, tmp_path):
 @pytest.mark.parametrize(
     "experts, message",
     [
-        ("best", "--experts: there is no 'best'; accepted are published, fast, offline, a checkpoint"),
+        ("best", "--experts: there is no 'best'; accepted are published, fast, commercial, offline, a checkpoint"),
         ("offline:depth", "--experts: offline has no 'depth'; it has edge, ocr"),
         ("none", "--experts: none leaves no expert to run"),
     ],
