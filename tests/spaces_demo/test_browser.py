@@ -193,10 +193,13 @@ def test_too_long_question_gets_a_message(page):
 
 
 def click_image(page, x, y):
-    """Clicks on a place of the image, between 0 and 1."""
+    """Clicks on a place of the image, between 0 and 1. Small images are not enlarged to the element's size."""
     page.wait_for_function("() => document.querySelector('#image img')?.naturalWidth > 0")
-    box = page.locator("#image img").first.bounding_box()
-    page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
+    image = page.locator("#image img").first
+    box, sizes = image.bounding_box(), image.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+    scale = min(1, box["width"] / sizes[0], box["height"] / sizes[1])
+    middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.click(*(at + (part - 0.5) * scale * size for at, part, size in zip(middle, (x, y), sizes)))
 
 
 def test_click_on_the_image_shows_what_is_there(page, monkeypatch):
