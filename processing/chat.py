@@ -1,5 +1,6 @@
 """Conversations with images: their messages, their text by a chat template, and the assistant's turns in it."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -171,7 +172,16 @@ def _end_of_turn(text: str, start: int, message: dict, stop_tokens: re.Pattern[s
     return stop.end() if stop else end
 
 
+def _as_dict(value: Any) -> Any:
+    """Dataclasses and models of pydantic, such as the messages of openai, as dicts; other values as they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    dump = getattr(value, "model_dump", None)
+    return dump() if callable(dump) else value
+
+
 def _read_message(message: Any) -> dict[str, Any]:
+    message = _as_dict(message)
     if not isinstance(message, dict):
         raise ValueError(f"a message is {message!r}; a dict {{'role': …, 'content': …}} is needed")
     if "from" in message and "value" in message:
@@ -196,6 +206,7 @@ def _read_message(message: Any) -> dict[str, Any]:
 
 
 def _read_item(item: Any) -> dict[str, Any]:
+    item = _as_dict(item)
     if isinstance(item, str):
         return {"type": "text", "text": item}
     kind = item.get("type") if isinstance(item, dict) else None

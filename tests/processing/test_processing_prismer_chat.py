@@ -1,6 +1,7 @@
 """Conversations about images for PrismerProcessor: the chat template, its tensors, and saving it."""
 
 import base64
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -47,6 +48,18 @@ def test_shipped_checkpoints_have_the_template(name):
     with open(f"{path}/chat_template.jinja", encoding="utf-8") as file:
         assert file.read() == QUESTION_TEMPLATE
     assert AutoProcessor.from_pretrained(path, experts=None).chat_template == QUESTION_TEMPLATE
+
+
+def test_messages_may_be_objects(processor):
+    @dataclass
+    class Message:
+        role: str
+        content: list | str
+
+    message = Message("user", FIRST["content"])
+    assert processor.apply_chat_template([message]) == COLOR
+    inputs = processor.apply_chat_template([[message], [message]], **TENSORS)
+    assert_same(inputs, processor.apply_chat_template([[FIRST], [FIRST]], **TENSORS))
 
 
 def test_the_template_is_saved_and_loaded(processor, tmp_path):

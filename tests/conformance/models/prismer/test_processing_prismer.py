@@ -31,6 +31,22 @@ class PrismerProcessorTest(ProcessorTesterMixin, unittest.TestCase):
     def test_processor_text_has_no_visual(self):
         pass
 
+    @unittest.skip("PrismerProcessor refuses a conversation without an image")
+    def test_apply_chat_template_image_0(self):
+        pass
+
+    @unittest.skip("PrismerProcessor refuses a conversation without an image")
+    def test_apply_chat_template_image_1(self):
+        pass
+
+    @unittest.skip("PrismerProcessor refuses a conversation without an image")
+    def test_apply_chat_template_assistant_mask(self):
+        pass
+
+    @unittest.skip("A template gets every image as {'type': 'image'}, without its address")
+    def test_chat_template_message_objects(self):
+        pass
+
     @parameterized.expand(["images", "videos", "audio"])
     def test_subprocessor_defaults_preserved_by_kwargs(self, modality):
         if modality == "images":
