@@ -138,6 +138,10 @@ def test_types_are_left_out_of_the_training(scenes):
     [
         (("--without_types", "smell"), "there is no type of question 'smell'"),
         (("--shots", 2), "--shots needs --without_types"),
+        (
+            ("--vision", "none", "--question_queries", "--packed_answers"),
+            "--packed_answers: the questions of this model",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(recipe, language, arguments, message):

@@ -327,6 +327,8 @@ def main() -> None:
     if args.trained_weights and not args.model:
         choose_width(args)
     model, processor = load_model(args, training_args.do_train)
+    if args.packed_answers and (model.config.question_queries or model.config.has_vision_language_model):
+        raise SystemExit("--packed_answers: the questions of this model cannot be packed; leave it out to generate")
 
     train_scenes = splits["train"].select(
         range(min(args.max_train_rows or len(splits["train"]), len(splits["train"])))
