@@ -207,7 +207,8 @@ def load_trained(
     model = assemble(cls, config, language_model, encoders)
     if cached_file(folder, GENERATION_CONFIG_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False):
         model.generation_config = GenerationConfig.from_pretrained(folder, **hub_kwargs)
-    weights = load_file(cached_file(folder, SAFE_WEIGHTS_NAME, **hub_kwargs))
+    path = cached_file(folder, SAFE_WEIGHTS_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
+    weights = {} if path is None else load_file(path)  # with experts as words alone, there are none
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.startswith(_FROZEN)]
     if missing or unexpected:

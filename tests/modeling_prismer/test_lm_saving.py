@@ -287,6 +287,15 @@ def test_other_backbones_are_refused(folder, kind, tmp_path):
         PrismerLMForConditionalGeneration.from_pretrained(tmp_path, **backbones)
 
 
+def test_a_model_without_trained_weights_loads_again(folder, tmp_path):
+    language = str(folder / "language")
+    model = PrismerLMForConditionalGeneration.from_backbones(language, experts=EXPERTS, experts_as="words")
+    model.save_pretrained(tmp_path, trained_only=True)
+    loaded = PrismerLMForConditionalGeneration.from_pretrained(tmp_path)
+    ids = prompts(model.config, 2)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_missing_and_unknown_trained_weights_are_named(folder, tmp_path):
     build(folder).save_pretrained(tmp_path, trained_only=True)
     weights = load_file(tmp_path / "model.safetensors")
