@@ -104,9 +104,10 @@ def cache_features(
     """
     cache = FeatureCache(folder / cache_name(model, processor, experts))
     first = np.unique(np.asarray(images["image_id"][:]), return_index=True)[1]
-    missing = [int(row) for row in np.sort(first) if images[int(row)]["image_id"] not in cache.files]
     state = PartialState()
-    missing = missing[state.process_index :: state.num_processes]
+    # shares of all images, since the other processes may have written some of the missing ones already
+    share = np.sort(first)[state.process_index :: state.num_processes]
+    missing = [int(row) for row in share if images[int(row)]["image_id"] not in cache.files]
     is_training = model.training
     model.eval()
     features: dict[str, torch.Tensor] = {}
