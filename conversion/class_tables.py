@@ -80,7 +80,7 @@ def possible_orders(table: Sequence[str] | None, labels: Sequence[str] | None) -
 
 def fault_of_table(features: torch.Tensor, background: torch.Tensor, names: Sequence[str] | None) -> str | None:
     """
-    What is wrong with a table by itself; `None` if nothing is.
+    Finds an error in a table, without its encoder. Returns `None` if there is none.
 
     Args:
         features (`torch.Tensor` of shape `(classes, channels)`): the rows.
@@ -112,7 +112,7 @@ def fault_of_order(
     features: torch.Tensor, names: Sequence[str], text_features: Callable[[list[str]], np.ndarray]
 ) -> str | None:
     """
-    Whether each row of a table has the features of its name; `None` if it has.
+    Checks that each row of a table has the features of its name. Returns `None` if it has.
 
     Args:
         features (`torch.Tensor` of shape `(classes, channels)`): the rows.

@@ -57,12 +57,12 @@ def _compute(texts: list[str], encoder: str, analysis: dict[str, torch.Tensor] |
 
 def _fit(embeddings: torch.Tensor, channels: int) -> dict[str, torch.Tensor]:
     """A principal component analysis (channels, width). Few texts have few components; the others are zero."""
-    mean = embeddings.double().mean(0)
-    found = torch.linalg.svd(embeddings.double() - mean, full_matrices=False).Vh[:channels]
-    largest = found.gather(1, found.abs().argmax(1, keepdim=True))
+    from sklearn.decomposition import PCA
+
+    found = PCA(min(channels, *embeddings.shape), svd_solver="full").fit(embeddings.double().numpy())
     components = torch.zeros(channels, embeddings.shape[1])
-    components[: len(found)] = (found * largest.sign()).float()  # the sign of a component is arbitrary
-    return {"mean": mean.float(), "components": components}
+    components[: found.n_components_] = torch.from_numpy(found.components_).float()
+    return {"mean": torch.from_numpy(found.mean_).float(), "components": components}
 
 
 def _read_analysis(pca: str | Path, channels: int) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def _cache_file(cache_dir: str | Path | None, key: list[Any]) -> Path:
 
 
 def _version_of(encoder: str) -> list[Any]:
-    """What changes when the encoder changes: the files of a folder, the commit of a model on the Hub."""
+    """Identifies the version of an encoder: by the files of its folder, or by the commit of a model on the Hub."""
     folder = Path(encoder).expanduser()
     if folder.is_dir():
         files = sorted(file for file in folder.rglob("*") if file.is_file())

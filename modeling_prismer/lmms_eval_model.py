@@ -98,9 +98,8 @@ class Prismer(lmms):
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        if device is None or self._world_size > 1:
-            device = str(self.accelerator.device)
-        if device.startswith("cuda") and not torch.cuda.is_available():  # lmms-eval's default
+        is_missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+        if device is None or is_missing or self._world_size > 1:  # lmms-eval's default is cuda
             device = str(self.accelerator.device)
         self.device = torch.device(device)
         reader = Checkpoint(pretrained, str(self.device), dtype, experts, language).load()
@@ -246,7 +245,7 @@ class Prismer(lmms):
 
 
 def manifests() -> Any:
-    """What lmms-eval asks of the entry point: the model's names and where its class is."""
+    """The entry point of lmms-eval. Returns the names of the model and the place of its class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("prismer", f"{__name__}.{Prismer.__name__}", aliases=("prismer_lm",))

@@ -12,7 +12,9 @@ from typing import Any
 
 import edits
 import numpy as np
+import torch
 from reader import Reader
+from torchvision.ops import box_iou
 
 from modeling_prismer.expert_spec import BACKGROUND, ExpertSpec
 from modeling_prismer.processing.expert_labels import label_parts
@@ -115,7 +117,7 @@ def thing_at(things: Sequence[Thing], x: float, y: float) -> Thing | None:
 
 
 def words_at(reader: Reader, labels: Mapping[str, Any], x: float, y: float) -> list[tuple[str, str]]:
-    """What each expert says about a place, as (title of the expert, its words). Normals and edges say nothing."""
+    """Describes a place in words: pairs of an expert's title and its words. Normals and edges have none."""
     said = []
     for name, spec in reader.specs.items():
         if labels.get(name) is None:
@@ -147,5 +149,4 @@ def _area(box: Box) -> float:
 
 
 def _iou(one: Box, other: Box) -> float:
-    shared = _area([*map(max, one[:2], other[:2]), *map(min, one[2:], other[2:])])
-    return shared / max(_area(one) + _area(other) - shared, 1e-9)
+    return box_iou(torch.tensor([list(one)]), torch.tensor([list(other)])).item()

@@ -54,3 +54,19 @@ def clip_folder(tmp_path_factory):
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of `datasets`."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder for a user's data."""
+    folder = tmp_path / "photos [2024]"
+    folder.mkdir()
+    return folder

@@ -20,8 +20,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from feature_cache import FeatureCache
-from model_card import measured
+from model_card import results_section
 from modeling_prismer import DataCollatorForPrismerLM, PrismerLMForConditionalGeneration
+from modeling_prismer.processing.prompts import NOT_LEARNED
 from training import Rows, TextTrainer
 
 
@@ -30,12 +31,7 @@ BACKBONES = ("model.language_model.", "model.vision_encoders.")
 
 class RecipeCollator(DataCollatorForPrismerLM):
     """
-    Puts captions and questions into prompts, and takes encoded images from a cache.
-
-    Args:
-        caption_prompt (`str`): the prompt for captions.
-        question_prompt (`str`): the prompt for a question, which takes the place of `{}`.
-        args, kwargs: as those of [`DataCollatorForPrismerLM`].
+    Puts captions and questions into the prompts of the processor, and takes encoded images from a cache.
 
     Attributes:
         features ([`FeatureCache`], *optional*): patch features of the images, in place of pixels.
@@ -44,11 +40,6 @@ class RecipeCollator(DataCollatorForPrismerLM):
 
     features: FeatureCache | None = None
     encoded_names: tuple[str, ...] = ("pixel_values",)
-
-    def __init__(self, *args, caption_prompt: str, question_prompt: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.caption_prompt = caption_prompt
-        self.question_prompt = question_prompt
 
     def __call__(self, rows):
         return super().__call__([self.with_prompts(row) for row in rows])
@@ -59,13 +50,14 @@ class RecipeCollator(DataCollatorForPrismerLM):
             return row
         text, suffix = row.get("text"), row.get("suffix")
         if text is None:
-            row["text"] = [self.caption_prompt] * len(suffix) if isinstance(suffix, list) else self.caption_prompt
+            prompt = self.processor.prompt_for("caption")
+            row["text"] = [prompt] * len(suffix) if isinstance(suffix, list) else prompt
         else:
             row["text"] = list(map(self.prompt_for, text)) if isinstance(text, list) else self.prompt_for(text)
         return row
 
     def prompt_for(self, question: str) -> str:
-        return self.question_prompt.replace("{}", question.strip())
+        return self.processor.prompt_for("vqa", question.strip())
 
     def _collate(self, rows):
         batch = super()._collate(rows)
@@ -134,8 +126,8 @@ def tidy_answer(text: str) -> str:
 
 def with_learned_logits(inputs: dict[str, Any]) -> dict[str, Any]:
     """Has logits computed where a row learns the next token only. The head is a fifth of a small language model."""
-    next_tokens = functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
-    places = (next_tokens != -100).any(dim=0).nonzero().flatten()
+    next_tokens = functional.pad(inputs["labels"][:, 1:], (0, 1), value=NOT_LEARNED)
+    places = (next_tokens != NOT_LEARNED).any(dim=0).nonzero().flatten()
     return {**inputs, "shift_labels": next_tokens[:, places], "logits_to_keep": places}
 
 
@@ -150,7 +142,6 @@ class CardFacts:
         prompt (`str`): a prompt as those of the training.
         is_chat (`bool`): whether the prompts are turns of a conversation.
         training (`str`): a sentence about the training.
-        metrics (`dict`): what was measured.
     """
 
     language_id: str | None = None
@@ -158,7 +149,6 @@ class CardFacts:
     prompt: str = "What is this?"
     is_chat: bool = True
     training: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class LmTrainer(TextTrainer):
@@ -214,15 +204,8 @@ class LmTrainer(TextTrainer):
                 predictions[number] = self.read_text(text)
         return predictions
 
-    def evaluate(self, *args, **kwargs):
-        metrics = super().evaluate(*args, **kwargs)
-        self.facts.metrics = measured(metrics)
-        if self.args.do_train and self.is_world_process_zero():
-            self.create_model_card()
-        return metrics
-
     def create_model_card(self, **kwargs) -> None:
-        write_model_card(self.args.output_dir, self.accelerator.unwrap_model(self.model), self.facts)
+        write_model_card(self.args.output_dir, self.accelerator.unwrap_model(self.model), self.facts, self.metrics)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -249,7 +232,7 @@ class LmTrainer(TextTrainer):
         half = {name: own.half() if own.is_floating_point() else own for name, own in load_file(path).items()}
         save_file(half, path, metadata={"format": "pt"})
         self.processing_class.save_pretrained(folder)
-        write_model_card(folder, model, self.facts)
+        write_model_card(folder, model, self.facts, self.metrics)
 
 
 # ---- the model card ----
@@ -296,7 +279,9 @@ inputs = processor.apply_chat_template(
 )"""
 
 
-def write_model_card(folder: str | Path, model: PrismerLMForConditionalGeneration, facts: CardFacts) -> None:
+def write_model_card(
+    folder: str | Path, model: PrismerLMForConditionalGeneration, facts: CardFacts, metrics: dict[str, float]
+) -> None:
     """Writes README.md: base models, experts, how to load it, and what was measured."""
     config, (language, *vision) = model.config, public_ids(model, facts)
     adapter = config.backbones["language"].get("adapter")
@@ -320,9 +305,7 @@ def write_model_card(folder: str | Path, model: PrismerLMForConditionalGeneratio
     )
     if facts.training:
         card += f"\n## Training\n\n{facts.training}\n"
-    if facts.metrics:
-        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in facts.metrics.items())
-        card += f"\n## Results\n\n| metric | value |\n| --- | --- |\n{rows}\n"
+    card += results_section(metrics)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",

@@ -75,9 +75,7 @@ def write_model_card(
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad) / 1e6,
         call=CLASSIFY if task.is_ranked else GENERATE.format(text=text),
     )
-    if metrics:
-        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-        card += f"\n## Results\n\n| metric | value |\n| --- | --- |\n{rows}\n"
+    card += results_section(metrics or {})
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -115,6 +113,12 @@ def measured(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, floa
     """The metrics of an evaluation without times and speeds."""
     of_run = ("_runtime", "_per_second", "epoch")
     return {name.removeprefix(prefix): value for name, value in metrics.items() if not name.endswith(of_run)}
+
+
+def results_section(metrics: dict[str, float]) -> str:
+    """The section of a card with a table of metrics; empty without metrics."""
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    return f"\n## Results\n\n| metric | value |\n| --- | --- |\n{rows}\n" if metrics else ""
 
 
 def _linked(bases: Sequence[str], sources: Sequence[str]) -> str:

@@ -17,10 +17,8 @@ The defaults are the paper's: 3 epochs, batches of 256, learning rate 5e-5 with 
 """
 
 import shutil
-from pathlib import Path
 
-import evaluate
-
+from modeling_prismer.processing.metrics import load_metric
 from result_files import write_caption_results
 from training import load_checkpoint, load_data, make_trainer, parse_arguments, run
 
@@ -36,7 +34,7 @@ PAPER = {
 
 
 def score_captions(captions, rows):
-    metrics = evaluate.load(str(Path(__file__).with_name("metrics") / "caption_metrics"))
+    metrics = load_metric("caption_metrics")
     # without Java, measure approximately what is possible (with a warning), so that no training is lost
     options = {} if shutil.which("java") else {"metrics": ["cider", "bleu", "rouge_l"], "tokenizer": "regex"}
     return metrics.compute(predictions=captions, references=rows["references"], **options)

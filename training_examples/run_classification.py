@@ -11,11 +11,9 @@ or come from a JSON file {folder: name}. The defaults are the paper's: 20 epochs
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import evaluate
-
-from data import read_class_names
+from modeling_prismer.processing.data import read_class_names
+from modeling_prismer.processing.metrics import load_metric
 from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run, write_json
 
 
@@ -39,7 +37,7 @@ class ClassificationArguments(RecipeArguments):
 
 
 def top_1(classes, rows):
-    accuracy = evaluate.load(str(Path(__file__).with_name("metrics") / "top_accuracy"))
+    accuracy = load_metric("top_accuracy")
     references = [names[0] for names in rows["references"]]
     return accuracy.compute(predictions=[[name] for name in classes], references=references)
 

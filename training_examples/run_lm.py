@@ -31,14 +31,15 @@ from transformers.pytorch_utils import Conv1D
 
 import run_captioning
 import run_vqa
-from data import group_by_image, images_of, is_chat_file, leave_undecoded, load_chats
-from data.images import refuse_doubled_names
 from feature_cache import cache_features
 from lm_training import CardFacts, LmTrainer, RecipeCollator, tidy_answer
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor
 from modeling_prismer.conversion import class_features_from_names
 from modeling_prismer.pretrained import find_checkpoint
+from modeling_prismer.processing.data import group_by_image, images_of, is_chat_file, leave_undecoded, load_chats
+from modeling_prismer.processing.data.images import refuse_doubled_names
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
+from modeling_prismer.processing.experts.suite import SUITES
 from training import RecipeArguments, Rows, label_rows, load_data, make_augmentation, parse_arguments, run
 
 
@@ -56,7 +57,6 @@ DEFAULTS = {
 }
 TASKS = {"captions": "caption", "questions": "vqa"}
 GENERATION = {"captions": {"num_beams": 3, "max_new_tokens": 30}, "questions": {"num_beams": 1, "max_new_tokens": 10}}
-SUITES = ("published", "fast", "commercial", "offline")
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}EOS"
     "{% else %}{{ message.content }}{% endif %}{% endfor %}"
@@ -449,9 +449,8 @@ def make_lm_trainer(
         "experts": experts,
         "as_chat": args.chat and processor.chat_template is not None,
         "max_length": args.max_length,
-        "caption_prompt": args.caption_prompt,
-        "question_prompt": args.question_prompt,
     }
+    processor.prompts = {"caption": args.caption_prompt, "vqa": args.question_prompt}  # saved with the checkpoint
     collator = RecipeCollator(
         processor,
         train_labels,
@@ -464,7 +463,6 @@ def make_lm_trainer(
     )
     if args.cache_features and parts:
         use_cache(collator, model, parts, args, training_args)
-    processor.prompts = {"caption": args.caption_prompt, "vqa": args.question_prompt}  # saved with the checkpoint
     both = [rows for rows in (train_rows, chats) if rows is not None]
     generation = {name: getattr(args, name) or value for name, value in GENERATION[args.stage].items()}
     facts = CardFacts(

@@ -22,11 +22,9 @@ package, in half an hour.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import evaluate
-
-from data import group_by_image, read_candidates
+from modeling_prismer.processing.data import group_by_image, read_candidates
+from modeling_prismer.processing.metrics import load_metric
 from result_files import write_vqa_results
 from training import RecipeArguments, load_checkpoint, load_data, make_trainer, parse_arguments, run
 
@@ -57,7 +55,7 @@ class VqaArguments(RecipeArguments):
 
 
 def score_answers(answers, rows):
-    accuracy = evaluate.load(str(Path(__file__).with_name("metrics") / "vqa_accuracy"))
+    accuracy = load_metric("vqa_accuracy")
     return accuracy.compute(predictions=answers, references=rows["references"])
 
 

@@ -30,7 +30,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints, speed_metrics
 
-from data import images_of, leave_undecoded, load_rows, raise_together, shorten_answers
 from model_card import measured, write_model_card
 from modeling_prismer import (
     DataCollatorForPrismer,
@@ -43,6 +42,7 @@ from modeling_prismer import (
 from modeling_prismer.expert_spec import read_specs
 from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing import JointAugmentation
+from modeling_prismer.processing.data import images_of, leave_undecoded, load_rows, raise_together, shorten_answers
 from modeling_prismer.processing.labels import label_images, label_source
 from modeling_prismer.processing.tasks import find_task
 
@@ -307,6 +307,7 @@ class TextTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
         self.score = score
+        self.metrics: dict[str, float] = {}  # for the model card
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             # otherwise one process reads for all, and cannot distribute batches of different lengths
             self.accelerator.dataloader_config.dispatch_batches = False
@@ -323,7 +324,14 @@ class TextTrainer(Trainer):
         """Writes the model in half precision, with its processor."""
         raise NotImplementedError
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(self, *args, **kwargs):
+        metrics = self._evaluate(*args, **kwargs)
+        self.metrics = measured(metrics)
+        if self.args.do_train and self.is_world_process_zero():
+            self.create_model_card()
+        return metrics
+
+    def _evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.score is None or isinstance(dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -363,7 +371,6 @@ class PrismerTrainer(TextTrainer):
         self.candidates = candidates
         self.num_ranked = num_ranked
         self.sources = sources
-        self.metrics: dict[str, float] = {}
         if generation is not None:
             replace_generation_settings(self.model, generation)
         self.loss_is_scaled_for_ga = True  # by compute_loss
@@ -434,15 +441,6 @@ class PrismerTrainer(TextTrainer):
         copy.deepcopy(model).half().save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         write_model_card(folder, model, self.processing_class, self.sources, self.metrics)
-
-    # ---- the model card ----
-
-    def evaluate(self, *args, **kwargs):
-        metrics = super().evaluate(*args, **kwargs)
-        self.metrics = measured(metrics)
-        if self.args.do_train and self.is_world_process_zero():
-            self.create_model_card()
-        return metrics
 
     def create_model_card(self, **kwargs) -> None:
         model = self.accelerator.unwrap_model(self.model)

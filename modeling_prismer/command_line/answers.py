@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .common import Command, DeviceOption, DtypeOption, ModelOption, exists, is_url, out, printable
+from .arguments import DeviceOption, DtypeOption, ExpertsOption, LanguageOption, ModelOption, exists, is_url
+from .console import Command, out, printable
 from .running import (
     BatchOption,
     ColumnOption,
@@ -35,18 +36,6 @@ BeamsOption = Annotated[
         help="Number of beams.",
         show_default="the checkpoint's, in its generation_config.json",
     ),
-]
-ExpertsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Names of the checkpoint's experts (depth,ocr), none, a suite (offline, fast, published) or the experts "
-        "of another checkpoint.",
-        show_default="all of the checkpoint",
-    ),
-]
-LanguageOption = Annotated[
-    str | None,
-    typer.Option(help="The language model of a PrismerLM: a folder or a Hub id.", show_default="the one it names"),
 ]
 ImageSuffixes = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm", ".pgm"),

@@ -1,6 +1,7 @@
 """Loads a Prismer or a PrismerLM as the command line names it, and prepares their inputs in the same way."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,8 @@ from modeling_prismer.processing.experts import ExpertSuite
 from modeling_prismer.processing.experts.suite import SUITES
 from modeling_prismer.processing.tasks import find_task
 
-from .common import checkpoint_path, first_line, model_type
+from .arguments import checkpoint_path, model_type
+from .console import first_line
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class ExpertsReader:
         return sum(expert.loading_seconds for expert in self.suite.values())
 
 
-class Reader(ExpertsReader):
+class Reader(ExpertsReader, ABC):
     """
     A loaded checkpoint.
 
@@ -156,15 +158,15 @@ class Reader(ExpertsReader):
         network = network_class.from_pretrained(self.checkpoint.path, dtype=self.dtype, **kwargs)
         return network.to(self.checkpoint.device).eval()
 
+    @abstractmethod
     def prepare(
         self, images: list[Image.Image], texts: Sequence[str | None], task: str, labels: list[dict[str, Any]]
     ) -> Any:
         """The network's inputs for the same texts about each image. `labels` are those of the experts that ran."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare_candidates(self, candidates: list[str], text: str | None) -> Any:
         """The inputs of `rank_candidates` for candidates that follow a text."""
-        raise NotImplementedError
 
     def prepare_to_rank(self, images: list[Image.Image], text: str | None, labels: list[dict[str, Any]]) -> Any:
         """As `prepare`, for the text that candidates follow."""
@@ -189,11 +191,11 @@ class PrismerReader(Reader):
     processor_class = "PrismerProcessor"
     network_class = "PrismerForConditionalGeneration"
 
-    def load_network(self, **kwargs: Any) -> Any:
+    def load_network(self, optimize: bool = True, **kwargs: Any) -> Any:
         from modeling_prismer import optimize_for_cpu
 
         network = super().load_network(**kwargs)
-        is_fast = self.checkpoint.device == "cpu" and network.dtype == torch.float32
+        is_fast = optimize and self.checkpoint.device == "cpu" and network.dtype == torch.float32
         return optimize_for_cpu(network) if is_fast else network
 
     @cached_property
@@ -296,6 +298,20 @@ class PrismerLMReader(Reader):
         prompt = self.processor.prompt_for("vqa", text)
         task = self.processor.task_for(self._apply_template(prompt) if is_chat else prompt)
         return self.processor.prepare_candidates(candidates, task=task).to(self.checkpoint.device)
+
+
+def load_prismer(checkpoint: Checkpoint, what: str) -> tuple[Any, Any]:
+    """
+    The network of a Prismer, not optimised for a CPU, and its processor.
+
+    Args:
+        checkpoint ([`Checkpoint`]): the checkpoint.
+        what (`str`): what a PrismerLM cannot be, for the error message, such as `"exported"`.
+    """
+    reader = checkpoint.load()
+    if not isinstance(reader, PrismerReader):
+        raise ValueError(f"model {checkpoint.name!r} is a PrismerLM; only a Prismer can be {what}")
+    return reader.load_network(optimize=False), reader.processor
 
 
 def _turn(prompt: str, image: Image.Image | None = None) -> list[dict[str, Any]]:

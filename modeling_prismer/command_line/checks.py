@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .common import Command, DeviceOption, check_device_name, find_device, printable, start
+from .arguments import DeviceOption, check_device_name, find_device, start
+from .console import Command, out, printable
 
 
 commands = typer.Typer()
@@ -22,8 +23,6 @@ def check(
     from transformers import logging
 
     from modeling_prismer.self_check import SelfCheck
-
-    from .common import out
 
     logging.disable_progress_bar()
     device = find_device(device)

@@ -8,19 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .common import (
-    CHECKPOINT,
-    Command,
-    DeviceOption,
-    checkpoint_path,
-    err,
-    failed,
-    find_device,
-    out,
-    printable,
-    start,
-    warn,
-)
+from .arguments import CHECKPOINT, DeviceOption, checkpoint_path, find_device, start
+from .console import Command, err, failed, out, printable, warn
 
 
 if TYPE_CHECKING:
@@ -140,19 +129,14 @@ def verify(
     different are named: inverted, swapped channels, not normalised, classes in another order. Then read the texts.
     """
     start(model=model, device=device)
-    from modeling_prismer import PrismerForConditionalGeneration
     from modeling_prismer.conversion import verify_model
 
-    from .checkpoints import Checkpoint, PrismerReader
+    from .checkpoints import Checkpoint, load_prismer
 
     opened = _open_some(images, max_images)
-    reader = Checkpoint(model, find_device(device), dtype="float32").load()
-    if not isinstance(reader, PrismerReader):
-        raise ValueError(f"model {model!r} is a PrismerLM; only a Prismer can be verified")
-    network = PrismerForConditionalGeneration.from_pretrained(reader.checkpoint.path, dtype=reader.dtype)
-    network = network.to(reader.checkpoint.device).eval()
+    network, processor = load_prismer(Checkpoint(model, find_device(device), dtype="float32"), "verified")
     options: dict[str, Any] = {} if question is None else {"question": question}
-    found = verify_model(network, reader.processor, opened, **options)
+    found = verify_model(network, processor, opened, **options)
     table = Table("check", "holds", "result", title=f"{model} on {len(opened)} images")
     for check in found.checks:
         holds = {True: "yes", False: "NO", None: "not checked"}[check.holds]
@@ -241,15 +225,11 @@ def export(
 ) -> None:
     """Writes a model as ONNX, for onnxruntime: encoder.onnx, decoder.onnx, the processor."""
     start(model=model)
-    from modeling_prismer import PrismerForConditionalGeneration
     from modeling_prismer.conversion import export_onnx
     from modeling_prismer.conversion.output_folder import check_output_dir
 
-    from .checkpoints import Checkpoint, PrismerReader
+    from .checkpoints import Checkpoint, load_prismer
 
     check_output_dir(output, overwrite)
-    reader = Checkpoint(model).load()
-    if not isinstance(reader, PrismerReader):
-        raise ValueError(f"model {model!r} is a PrismerLM; only a Prismer can be exported")
-    network = PrismerForConditionalGeneration.from_pretrained(reader.checkpoint.path, dtype=reader.dtype)
-    print(export_onnx(network, reader.processor, output, opset_version=opset, overwrite=overwrite))
+    network, processor = load_prismer(Checkpoint(model), "exported")
+    print(export_onnx(network, processor, output, opset_version=opset, overwrite=overwrite))

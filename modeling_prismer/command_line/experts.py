@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .common import Command, DeviceOption, ModelOption, err, find_device, out, printable, start
+from .arguments import SUITE_NAMES, DeviceOption, ExpertsOption, ModelOption, find_device, start
+from .console import Command, err, out, printable
 from .running import (
     BatchOption,
     ColumnOption,
@@ -36,15 +37,7 @@ def experts(
         Path | None, typer.Option("--out", "--panels", help="Draw a panel of each image into this folder.")
     ] = None,
     model: ModelOption = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            "--experts",
-            help="Names of the checkpoint's experts (depth,ocr), a suite (offline, fast, commercial, published), "
-            "experts of a suite (fast:depth) or the experts of another checkpoint.",
-            show_default="all of the checkpoint",
-        ),
-    ] = None,
+    experts: ExpertsOption = None,
     batch_size: BatchOption = 8,
     as_json: JsonOption = False,
     output: OutputOption = None,
@@ -80,7 +73,7 @@ def experts(
         from .checkpoints import Checkpoint
         from .workers import Drawing
 
-        return Drawing(Checkpoint(model, device, experts=suite), folder, is_one)
+        return Drawing(Checkpoint(model, device, experts=experts), folder, is_one)
 
     def say(row: dict[str, Any], is_one: bool) -> str:
         if is_one:
@@ -131,9 +124,7 @@ def label(
     output: Annotated[Path, typer.Option("--out", help="The label store, a folder. It is continued if it exists.")],
     experts: Annotated[
         str,
-        typer.Option(
-            help="A suite (offline, fast, published), the experts of a checkpoint, or some of these (fast:depth)."
-        ),
+        typer.Option(help=f"A suite ({SUITE_NAMES}), the experts of a checkpoint, or some of these (fast:depth)."),
     ] = "offline",
     engine: Annotated[str, typer.Option(help="Where the experts run; --list-engines lists the names.")] = "local",
     list_engines: Annotated[

@@ -18,7 +18,7 @@ from modeling_prismer.processing.many_images.sources import (
     walk_files,
 )
 
-from .common import exists, is_url
+from .arguments import exists, is_url
 
 
 ACCEPTED = "accepted are files, folders, globs, http(s) URLs, webdataset tars, Parquet files, saved data sets, and -"

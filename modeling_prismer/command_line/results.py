@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
+from modeling_prismer.processing.labels.durable_files import publish
 from modeling_prismer.processing.many_images.key_index import KeyIndex, key_digests
 
 
@@ -148,7 +149,7 @@ class ResultFiles:
         if len(kept) < len(lines):
             temporary = path.with_name(f".{path.name}.unfinished")
             temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, path)
+            publish(temporary, path)
 
     # ---- writing ----
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import check_files, err, failed, printable, start, warn
+from .arguments import check_files, start
+from .console import err, failed, printable, warn
 
 
 if TYPE_CHECKING:
@@ -99,18 +100,22 @@ def run_over_images(
     """
     check_files(images)
     start(model, device)
-    from modeling_prismer.processing.many_images import LabelEngine, launched_place, parse_shard, progress_bar
+    from modeling_prismer.processing.many_images import (
+        LabelEngine,
+        launched_place,
+        parse_shard,
+        progress_bar,
+        wait_for_others,
+    )
 
-    from .common import find_device
+    from .arguments import find_device
     from .images import open_images
 
     engine_options = {"num_workers": options.num_workers, "gpus_per_worker": options.gpus_per_worker}
     engine = LabelEngine.from_name(
         options.engine, **{name: value for name, value in engine_options.items() if value is not None}
     )
-    process, own_device = ((0, 1), None) if options.shard is None else (parse_shard(options.shard), None)
-    if options.shard is None:
-        process, own_device = launched_place()
+    process, own_device = launched_place() if options.shard is None else (parse_shard(options.shard), None)
     source = open_images(images, options.image_column, options.key_column)
     is_one = source.num_images == 1
     if device == "auto" and own_device is not None:
@@ -133,6 +138,8 @@ def run_over_images(
                         _print(text)
                 summary.add(row)
                 advance()
+    if options.shard is None:
+        wait_for_others()
     summary.end()
 
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Command, DeviceOption, DtypeOption, ModelOption, err, find_device, start
+from .arguments import DeviceOption, DtypeOption, ExpertsOption, LanguageOption, ModelOption, find_device, start
+from .console import Command, err
 
 
 commands = typer.Typer()
@@ -20,10 +21,8 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     batch_size: Annotated[int, typer.Option(min=1, help="Most requests that are answered at once.")] = 16,
-    experts: Annotated[
-        str | None, typer.Option(help="Experts to run instead of the checkpoint's, as for prismer caption.")
-    ] = None,
-    language: Annotated[str | None, typer.Option(help="The language model of a PrismerLM: a folder.")] = None,
+    experts: ExpertsOption = None,
+    language: LanguageOption = None,
     allow_urls: Annotated[
         bool, typer.Option("--allow-urls", help="Fetch images from public http(s) URLs, not only data: URIs.")
     ] = False,

@@ -2,6 +2,7 @@
 
 import json
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,9 +87,9 @@ class ResultWorker(ImageWorker):
             result["seconds"] = round(seconds / len(images), 4)
         return [(result, None) for result in results]
 
+    @abstractmethod
     def run(self, images: list[Image.Image], labels: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The results of each image. `labels` are those of the experts that ran."""
-        raise NotImplementedError
 
     def encode(self, key: str, result: dict[str, Any], error: str | None) -> dict[str, Any]:
         error = None if error is None else as_text(error)

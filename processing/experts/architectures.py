@@ -177,7 +177,7 @@ def mm_grounding_dino_tiny() -> Architecture:
 
 SWIN_LARGE = (192, [2, 2, 18, 2], [6, 12, 24, 48], 12, 384, 200)
 SWIN_TINY = (96, [2, 2, 6, 2], [3, 6, 12, 24], 7, 224, 100)
-ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
+ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "Intel/dpt-hybrid-midas": dpt_hybrid,
     "depth-anything/Depth-Anything-V2-Small-hf": depth_anything_small,
     "google/tipsv2-b14-dpt": tipsv2_normals,

@@ -8,14 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .base import Expert, hub_file, read_weights
+from .base import Expert, hub_file, load_network, read_weights
 from .normal import NORMALS, to_rgb
 from .pretrained import autocast, place, resize_bilinear
 
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 LEAST_KAPPA = 0.01
 
 
@@ -70,14 +69,7 @@ class BaeNormals(Expert):
             return NormalNetwork()
         remedy = "Give a local file, BaeNormals(checkpoint=…), or use NormalsFromDepth, which needs no weights"
         path = self.checkpoint or hub_file(self.model_id, self.filename, remedy)
-        weights = own_names(read_weights(path))
-        with torch.device("meta"):
-            model = NormalNetwork()
-        try:
-            model.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not hold the weights of NLL-AngMF: {error}") from error
-        return model
+        return load_network(NormalNetwork, own_names(read_weights(path)), path, "NLL-AngMF")
 
     def place_model(self) -> None:
         place(self.model, self.device, self.running_dtype)
@@ -85,7 +77,10 @@ class BaeNormals(Expert):
     def run(self, images: list[Image.Image]) -> list[np.ndarray]:
         pixels = np.stack([np.asarray(image.resize(self.input_size, Image.Resampling.BILINEAR)) for image in images])
         pixel_values = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+        mean, std = (
+            torch.tensor(values, device=self.device)[:, None, None]
+            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
         pixel_values = (pixel_values - mean) / std
         with autocast(self.device, self.running_dtype):
             normals = self.model(pixel_values.to(next(self.model.parameters()).dtype))[:, :3].float()

@@ -4,7 +4,7 @@ import builtins
 import inspect
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -601,6 +601,30 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: '{name}' is a {type(value).__name__}; a tensor is needed")
     return dict(weights)
+
+
+def load_network(
+    make: Callable[[], torch.nn.Module], weights: Mapping[str, torch.Tensor], file: str, name: str
+) -> Any:
+    """
+    A network with the weights of a file. It is made without allocating or initialising weights, which takes longer
+    than reading the file.
+
+    Args:
+        make (`Callable`): makes the network.
+        weights (`dict[str, torch.Tensor]`): all of its weights.
+        file, name (`str`): the file, and what it should hold, for the error message.
+
+    Raises:
+        ValueError: if the weights are not those of the network.
+    """
+    with torch.device("meta"):
+        model = make()
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not hold the weights of {name}: {error}") from error
+    return model
 
 
 def hub_file(model_id: str, filename: str, remedy: str) -> str:

@@ -1,10 +1,12 @@
 """Experts for edges: weight-free Canny, and DexiNed, the expert of the published checkpoints."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from PIL import Image
 
-from .base import Expert, hub_file, read_weights, size_within
+from .base import Expert, hub_file, load_network, read_weights, size_within
 from .look import ExpertLook
 from .pretrained import autocast, place
 
@@ -176,16 +178,8 @@ class DexiNedEdges(Expert):
         # kornia's own download ignores HF_HUB_OFFLINE
         remedy = "Give a local file, DexiNedEdges(checkpoint=…), or use CannyEdges, which needs no weights"
         weights = read_weights(self.checkpoint or hub_file(self.model_id, self.filename, remedy))
-        # kornia initialises every weight at random, which takes longer than reading the file
-        with torch.device("meta"):
-            model = DexiNed(pretrained=False)
-        try:
-            model.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{self.checkpoint or self.filename} does not hold the weights of DexiNed: {error}"
-            ) from error
-        return model
+        file = self.checkpoint or self.filename
+        return load_network(partial(DexiNed, pretrained=False), weights, file, "DexiNed")
 
     def place_model(self) -> None:
         place(self.model, self.device, self.running_dtype)

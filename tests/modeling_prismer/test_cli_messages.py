@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from modeling_prismer import __version__, environment, pretrained_path, sample_image
 from modeling_prismer.cli import app
-from modeling_prismer.command_line.common import in_options, model_type
+from modeling_prismer.command_line.arguments import model_type
+from modeling_prismer.command_line.console import in_options
 
 
 def run(*arguments):

@@ -11,9 +11,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from PIL import Image
 from typer.testing import CliRunner
 

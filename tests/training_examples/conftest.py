@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -109,18 +108,3 @@ def suites(tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp(name)
         ExpertSuite(experts).save_pretrained(folders[name])
     return folders
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache of `datasets`."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """An empty folder for a user's data."""
-    folder = tmp_path / "photos [2024]"
-    folder.mkdir()
-    return folder

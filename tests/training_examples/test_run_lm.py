@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import SiglipVisionModel, TrainerCallback
 
 import run_lm
-from data import load_chats
 from feature_cache import FeatureCache
 from lm_training import batches_by_length, tidy_answer, with_learned_logits
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor
+from modeling_prismer.processing.data import load_chats
 from modeling_prismer.processing.experts import CannyEdges
 from tests.processing.tiny_lm_processors import make_vlm, make_vlm_processor
 

@@ -12,8 +12,8 @@ peft = pytest.importorskip("peft")
 
 from transformers import GenerationConfig  # noqa: E402
 
-from data import load_rows  # noqa: E402
 from modeling_prismer import TASKS, PrismerForConditionalGeneration, PrismerProcessor  # noqa: E402
+from modeling_prismer.processing.data import load_rows  # noqa: E402
 from run_peft import DEFAULTS, PARTS, PeftArguments, load_model, main  # noqa: E402
 from training import make_trainer, parse_arguments  # noqa: E402
 

@@ -158,18 +158,19 @@ def find_answers(trainer: LmTrainer, scenes: datasets.Dataset, batch_size: int =
             ]
         )
         inputs = with_learned_logits({name: tensor.to(model.device) for name, tensor in inputs.items()})
-        labels, learned, places = inputs.pop("labels"), inputs.pop("shift_labels"), inputs["logits_to_keep"]
+        labels, next_tokens = inputs.pop("labels"), inputs.pop("shift_labels")
         is_right = torch.zeros_like(labels, dtype=torch.bool)
-        is_right[:, places] = model(**inputs).logits.argmax(dim=-1) == learned
-        for row, own_labels, own in zip(rows, labels.tolist(), is_right.tolist()):
-            # a token is predicted at the place before it; what is learned of a text is a run of places
-            places = zip(own_labels[1:], own[:-1])
-            runs = [
-                list(run) for is_learned, run in groupby(places, lambda pair: pair[0] != NOT_LEARNED) if is_learned
-            ]
-            hits = [all(right for _, right in run) for run in runs]
+        is_right[:, inputs["logits_to_keep"] + 1] = model(**inputs).logits.argmax(dim=-1) == next_tokens
+        for row, *own in zip(rows, labels.tolist(), is_right.tolist()):
+            hits = runs_right(*own)
             found.append([q["answer"] if hit else "" for q, hit in zip(row["questions"], hits, strict=True)])
     return found
+
+
+def runs_right(labels: list[int], is_right: list[bool]) -> list[bool]:
+    """Whether all tokens of each text are right. The learned tokens of a text are a run in its row."""
+    runs = groupby(zip(labels, is_right), key=lambda pair: pair[0] != NOT_LEARNED)
+    return [all(right for _, right in run) for is_learned, run in runs if is_learned]
 
 
 def answers_interval(said: list[list[str]], scenes: datasets.Dataset, resamples: int = 2000) -> list[float]:

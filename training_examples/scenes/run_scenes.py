@@ -23,7 +23,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
@@ -41,6 +40,7 @@ from modeling_prismer.conversion import class_features_from_names
 from modeling_prismer.familiarity import Familiarity, image_features
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
 from modeling_prismer.processing.labels import open_source
+from modeling_prismer.processing.metrics import load_metric
 from muon import muon_with
 from training import RecipeArguments, load_checkpoint, make_trainer, parse_arguments, run, write_json
 
@@ -233,7 +233,7 @@ def score_answers(said: list[list[str]], scenes: Dataset) -> dict[str, float]:
 
 def score_captions(captions: list[str], scenes: Dataset) -> dict[str, float]:
     """CIDEr; the share of named objects that exist with all their attributes; the number of named objects."""
-    metrics = evaluate.load(str(Path(__file__).parents[1] / "metrics" / "caption_metrics"))
+    metrics = load_metric("caption_metrics")
     scores = metrics.compute(predictions=captions, references=scenes["captions"], metrics=["cider"], tokenizer="regex")
     right, said = np.sum([true_share(caption, facts) for caption, facts in zip(captions, scenes["facts"])], axis=0)
     return {

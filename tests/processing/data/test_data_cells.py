@@ -2,7 +2,6 @@
 
 import base64
 import json
-import pickle
 import unicodedata
 
 import datasets
@@ -13,10 +12,13 @@ import pytest
 from datasets import ClassLabel, Features, List, Value
 from PIL import Image
 
-from data import leave_undecoded, load_rows, read_candidates, read_class_names, shorten_answers
-from modeling_prismer import PrismerConfig, PrismerProcessor
+from modeling_prismer.processing.data import (
+    load_rows,
+    read_candidates,
+    read_class_names,
+)
 from modeling_prismer.processing.labels import open_source
-from tests.training_examples.data_files import (
+from tests.processing.data.data_files import (
     columns,
     example_image,
     png,
@@ -388,19 +390,6 @@ def test_stream_with_a_split_column_needs_a_split():
     assert columns(load_rows(stream, split="val", train=False), "references") == [["q"]]
     with pytest.raises(ValueError, match="pass the split to evaluate on"):
         load_rows(stream, train=False)
-
-
-def test_streams_can_be_sent_to_other_processes(checkpoint, folder):
-    processor = PrismerProcessor.from_pretrained(checkpoint)
-    processor.task = "vqa"
-    features = {"image": datasets.Image(), "question": Value("string"), "answer": Value("string")}
-    rows = {"image": [example_image(0)], "question": ["q"], "answer": ["x"], "split": ["train"]}
-    stream = datasets.Dataset.from_dict(rows, Features(features | {"split": Value("string")})).to_iterable_dataset()
-    write_tar(folder / "x.tar", {"a.png": png(0), "a.json": b'{"question": "q", "answer": "x"}'})
-    config = PrismerConfig.from_pretrained(checkpoint).text_config
-    for source in (stream, str(folder)):
-        sent = leave_undecoded(shorten_answers(load_rows(source, "vqa", streaming=True), processor, config))
-        assert columns(pickle.loads(pickle.dumps(sent)), "suffix") == ["x"]
 
 
 def test_row_without_a_split_is_named(folder):

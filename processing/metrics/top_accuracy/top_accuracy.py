@@ -1,7 +1,7 @@
 """
 Computes top-k accuracy: the share of samples whose class is among the first k classes of the ranking.
 
-    top_accuracy = evaluate.load("training_examples/metrics/top_accuracy")
+    top_accuracy = load_metric("top_accuracy")
     top_accuracy.compute(predictions=[[3, 1, 7, 0, 2], [5, 4, 1, 0, 2]], references=[1, 5], k=(1, 5))
 """
 
@@ -36,7 +36,7 @@ Returns:
 Raises:
     `ValueError` if a k is below 1 or a ranking is shorter than the largest k.
 Examples:
-    >>> top_accuracy = evaluate.load("training_examples/metrics/top_accuracy")
+    >>> top_accuracy = load_metric("top_accuracy")
     >>> top_accuracy.compute(predictions=[[3, 1, 7], [5, 4, 1]], references=[1, 5], k=(1, 3))
     {'top_1': 0.5, 'top_3': 1.0}
 """

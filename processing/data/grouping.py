@@ -13,7 +13,8 @@ def join_references(rows: Dataset) -> Dataset:
     if "references" not in rows.column_names:
         return rows
     columns = [rows[name][:] for name in ("image_id", "text", "question_id") if name in rows.column_names]
-    first, references = {}, defaultdict(list)
+    first: dict[tuple, int] = {}
+    references: dict[tuple, list[str]] = defaultdict(list)
     for row, (key, texts) in enumerate(zip(zip(*columns), rows["references"][:])):
         first.setdefault(key, row)
         references[key] += texts
@@ -36,7 +37,8 @@ def group_by_image(rows: Dataset) -> Dataset:
     transform = rows.format["format_kwargs"].get("transform")
     rows = rows.with_format(None)
     listed = [name for name in ("text", "suffix", "weight") if name in rows.column_names]
-    first, groups = {}, {name: defaultdict(list) for name in listed}
+    first: dict[str, int] = {}
+    groups: dict[str, dict[str, list]] = {name: defaultdict(list) for name in listed}
     for row, (image_id, *values) in enumerate(zip(rows["image_id"][:], *(rows[name][:] for name in listed))):
         first.setdefault(image_id, row)
         for name, value in zip(listed, values):

@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.utils.file_utils import xopen
 
-from modeling_prismer.processing.labels import KEY_COLUMNS
-from modeling_prismer.processing.tasks import Task
-
+from ..labels import KEY_COLUMNS
+from ..tasks import Task
 from .faults import SHOWN, BadRecord, Faults, MissingFile, checked, place_of_record
 from .grouping import draw_shots, join_references
 from .images import (
@@ -232,7 +231,7 @@ class RowMaker:
             asked = self.task.prompt_column
             common["text"] = one_text_of(self.value(record, asked), asked)
         learned = self.task.suffix_column
-        texts = None
+        texts: Any = None  # a list of str; None where the data have no such column
         if learned == "class" and learned in self.columns:
             texts = [self.class_name(one_text_of(self.value(record, learned), learned))]
             common["suffix"] = texts[0]
@@ -250,8 +249,10 @@ class RowMaker:
 
     def value(self, record: dict[str, Any], role: str) -> Any:
         column = self.columns.get(role)
-        if column is None or column in record:
-            return record.get(column)
+        if column is None:
+            return None
+        if column in record:
+            return record[column]
         if "{" in column:
             lacking = [part for part in _parts(column) if record.get(part) is None]
             if lacking:

@@ -1,6 +1,7 @@
 """Collects the faulty rows of a data set and reports them together."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -76,7 +77,7 @@ def checked(text: str, what: str) -> str:
     return text
 
 
-def raise_together(problems: list[Exception]) -> None:
+def raise_together(problems: Sequence[Exception]) -> None:
     """Raises the errors of several data sets as one error."""
     if len(problems) == 1:
         raise problems[0]

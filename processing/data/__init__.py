@@ -27,8 +27,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
-from modeling_prismer.processing.tasks import find_task
-
+from ..tasks import find_task
 from .answers import shorten_answers
 from .chats import is_chat_file, load_chats
 from .faults import checked, raise_together
@@ -139,6 +138,18 @@ def load_rows(
     Raises:
         FileNotFoundError: The source does not exist, or image files are missing and nothing else is wrong.
         ValueError: A list cannot be read, a column or a split is missing, or rows cannot be used.
+
+    Examples:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from modeling_prismer import sample_image
+    >>> from modeling_prismer.processing.data import load_rows
+
+    >>> data = Dataset.from_dict({"image": [sample_image()], "caption": ["a red ball"]})
+    >>> load_rows(data, "caption")["suffix"][:]
+    ['a red ball']
+    ```
     """
     found_task = find_task(task)
     own = {name.removesuffix("_column"): column for name, column in own_columns.items()}
@@ -151,9 +162,9 @@ def load_rows(
         raise ValueError(f"bad_rows is {bad_rows!r}; accepted are 'error' and 'skip'")
     if isinstance(class_names, str | os.PathLike):
         class_names = read_class_names(class_names)
-    columns = {"image": image_column, "caption": caption_column, "question": question_column}
-    columns |= {"answer": answer_column, "class": class_column, "key": key_column, "split": split_column}
-    columns = {role: column for role, column in {**columns, **own}.items() if column}
+    named = {"image": image_column, "caption": caption_column, "question": question_column}
+    named |= {"answer": answer_column, "class": class_column, "key": key_column, "split": split_column}
+    columns = {role: column for role, column in {**named, **own}.items() if column}
     folders = image_folder if isinstance(image_folder, list) else [image_folder] * len(sources)
     if len(folders) != len(sources):
         raise ValueError(f"{len(folders)} image folders for {len(sources)} sources; give one, or one for each")

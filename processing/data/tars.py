@@ -8,8 +8,7 @@ from typing import Any
 
 import fsspec
 
-from modeling_prismer.processing.labels import IMAGE_SUFFIXES
-
+from ..labels import IMAGE_SUFFIXES
 from .faults import BadRecord
 from .lists import parse_json
 
@@ -73,7 +72,8 @@ class _Sample:
         if member.size > MAX_BYTES:
             self.problems.append(f"{kind} has {member.size:,} bytes; at most {MAX_BYTES:,} are read")
             return
-        content = tar.extractfile(member).read()
+        file = tar.extractfile(member)
+        content = file.read() if file is not None else b""
         if is_image:
             fields["image"] = content
             return

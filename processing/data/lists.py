@@ -16,9 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from modeling_prismer.processing.labels import IMAGE_SUFFIXES
-from modeling_prismer.processing.tasks import Task
-
+from ..labels import IMAGE_SUFFIXES
+from ..tasks import Task
 from .faults import BadRecord, checked
 from .published_lists import published_list
 
@@ -153,8 +152,8 @@ class _Delimited:
     def reader(self, lines: Iterable[str]) -> Any:
         if self.quotes:
             return csv.reader(lines, delimiter=self.separator, strict=True)
-        options = {"quoting": csv.QUOTE_NONE, "skipinitialspace": self.separator == "|"}
-        return csv.reader(lines, delimiter=self.separator, **options)
+        spaces = self.separator == "|"
+        return csv.reader(lines, delimiter=self.separator, quoting=csv.QUOTE_NONE, skipinitialspace=spaces)
 
 
 def _read_delimited(path: Path) -> Iterator[Record]:

@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from modeling_prismer.processing.labels import KEY_COLUMNS, TAR_SUFFIXES
-from modeling_prismer.processing.tasks import Task
-
+from ..labels import KEY_COLUMNS, TAR_SUFFIXES
+from ..tasks import Task
 from .images import is_image, undecoded
 from .lists import LIST_SUFFIXES, columns_in, fits, is_list
 from .rows import ROW_NUMBER
@@ -123,7 +122,11 @@ def _opened(splits: Any, streaming: bool = False) -> Tables:
     splits = splits if isinstance(splits, dict) else {"train": splits}
     if streaming:
         splits = {name: _stream(table) for name, table in splits.items()}
-    return {str(name): lambda table=table: table for name, table in splits.items()}
+    return {str(name): partial(_itself, table) for name, table in splits.items()}
+
+
+def _itself(table: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    return table
 
 
 def _stream(table: Dataset | IterableDataset) -> IterableDataset:
@@ -180,8 +183,8 @@ def choose_split(
         if not usual and len(tables) > 1:
             raise ValueError(f"{source} has the splits {', '.join(tables)}; pass one as split")
         split = (usual or list(tables))[0]
-    parts = [part.strip().partition("[") for part in split.split("+")]
-    parts = [(SPLITS.get(name, name), bracket + slice_) for name, bracket, slice_ in parts]
+    pieces = [part.strip().partition("[") for part in split.split("+")]
+    parts = [(SPLITS.get(name, name), bracket + slice_) for name, bracket, slice_ in pieces]
     for name, _ in parts:
         if name not in tables:
             raise ValueError(

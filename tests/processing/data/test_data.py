@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 from torch.utils.data import DataLoader
 
-import data
-from data import group_by_image, images_of, load_rows, read_class_names
-from data.rows import RowMaker
-from modeling_prismer import TASKS, Task, register_task
+from modeling_prismer import TASKS, Task, processing, register_task
+from modeling_prismer.processing import data
+from modeling_prismer.processing.data import group_by_image, images_of, load_rows, read_class_names
+from modeling_prismer.processing.data.rows import RowMaker
 from modeling_prismer.processing.labels import open_source
-from tests.training_examples.data_files import (
+from tests.processing.data.data_files import (
     captioned,
     columns,
     example_image,
@@ -321,8 +321,9 @@ def test_changed_code_does_not_use_cached_rows(folder, tmp_path, monkeypatch):
     assert load_rows(str(folder))._fingerprint != fingerprint
     copy = shutil.copytree(Path(data.__file__).parent, tmp_path / "changed_data")
     (copy / "images.py").write_text((copy / "images.py").read_text() + "# changed\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert importlib.import_module("changed_data.rows").RowMaker.code != RowMaker.code
+    monkeypatch.setattr(processing, "__path__", [*processing.__path__, str(tmp_path)])
+    changed = importlib.import_module("modeling_prismer.processing.changed_data.rows")
+    assert changed.RowMaker.code != RowMaker.code
 
 
 # ---- the published lists ----

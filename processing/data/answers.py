@@ -5,9 +5,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from modeling_prismer import PrismerProcessor
-from modeling_prismer.processing.tasks import Task, find_task
-
+from ..processing_prismer import PrismerProcessor
+from ..tasks import Task, find_task
 from .faults import SHOWN
 
 

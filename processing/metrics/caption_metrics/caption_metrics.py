@@ -1,7 +1,7 @@
 """
 Computes the scores of the COCO caption evaluation with pycocoevalcap: CIDEr, BLEU, METEOR, ROUGE-L and SPICE.
 
-    caption_metrics = evaluate.load("training_examples/metrics/caption_metrics")
+    caption_metrics = load_metric("caption_metrics")
     caption_metrics.compute(predictions=["a dog runs"], references=[["a dog is running", "the dog runs"]])
 """
 
@@ -92,7 +92,7 @@ Raises:
     `ValueError` for an unknown metric or tokenizer, or an image without references; `RuntimeError` if Java is missing
     or fails; `FileNotFoundError` if the files of SPICE are missing.
 Examples:
-    >>> caption_metrics = evaluate.load("training_examples/metrics/caption_metrics")
+    >>> caption_metrics = load_metric("caption_metrics")
     >>> predictions = ["a red bus waits here", "a dog runs on grass"]
     >>> references = [["a red bus waits there", "a bus"], ["a dog runs on grass"]]
     >>> caption_metrics.compute(predictions=predictions, references=references, metrics=["bleu", "rouge_l"])

@@ -21,8 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
 
-from modeling_prismer.processing import load_image
-
+from ..image_loading import load_image
 from .faults import SHOWN, BadRecord, MissingFile
 
 

@@ -17,11 +17,12 @@ pytest.importorskip("pycocoevalcap")
 from pycocoevalcap.spice import spice  # noqa: E402
 from pycocoevalcap.tokenizer import ptbtokenizer  # noqa: E402
 
-from training_examples.metrics.caption_metrics.caption_metrics import tokenize_regex  # noqa: E402
-from training_examples.metrics.vqa_accuracy.vqa_accuracy import normalize_answer, soft_accuracy  # noqa: E402
+from modeling_prismer.processing.metrics import load_metric  # noqa: E402
+from modeling_prismer.processing.metrics.caption_metrics.caption_metrics import tokenize_regex  # noqa: E402
+from modeling_prismer.processing.metrics.vqa_accuracy.vqa_accuracy import normalize_answer, soft_accuracy  # noqa: E402
 
 
-METRICS = Path(__file__).parents[2] / "training_examples" / "metrics"
+METRICS = Path(__file__).parents[2] / "processing" / "metrics"
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
 # The first is the example in cocoEvalCapDemo.ipynb of coco-caption; the others are difficult for a tokeniser.
@@ -380,3 +381,9 @@ def test_top_accuracy_accepts_class_names(top_accuracy):
 def test_k_must_fit_the_rankings(top_accuracy, k, message):
     with pytest.raises(ValueError, match=message):
         top_accuracy.compute(predictions=[[3, 1], [5, 4]], references=[1, 5], k=k)
+
+
+def test_unknown_metric_is_named():
+    with pytest.raises(ValueError, match="no metric 'bleu'; there are caption_metrics, top_accuracy, vqa_accuracy"):
+        load_metric("bleu")
+    assert load_metric("top_accuracy").compute(predictions=[["a"]], references=["a"]) == {"top_1": 1.0}

@@ -12,8 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from modeling_prismer.processing.chat import IMAGE_MARKER, as_text, read_messages
-
+from ..chat import IMAGE_MARKER, as_text, read_messages
 from .faults import BadRecord, Faults, MissingFile, place_of_record
 from .images import fault_of, find_file, image_in, is_there, place_of
 from .lists import columns_in, read_list
@@ -65,7 +64,9 @@ def load_chats(
     """
     path = Path(path)
     root = os.path.abspath(image_folder or path.parent)
-    rows, faults, opened = [], Faults(os.fspath(path), 0), {}
+    rows: list[dict[str, Any]] = []
+    faults = Faults(os.fspath(path), 0)
+    opened: dict[str, BadRecord | None] = {}
     for number, record in enumerate(islice(read_list(path, root), max_rows), 1):
         faults.total = number
         try:
@@ -84,7 +85,7 @@ def _row(record: dict[str, Any], root: str, opened: dict[str, BadRecord | None] 
     images = record.get("images", record.get("image"))
     given = [] if images in (None, "") else images if isinstance(images, list) else [images]
     try:
-        messages, images = read_messages(record.get("messages") or record.get("conversations"), given or None)
+        messages, images = read_messages(record.get("messages") or record.get("conversations") or [], given or None)
         messages = as_text(messages, IMAGE_MARKER, lambda text: text.replace(IMAGE_MARKER, "< image>"))
     except (ValueError, TypeError, AttributeError) as error:
         raise BadRecord(str(error)) from error
@@ -106,6 +107,7 @@ def _place(image: Any, root: str, opened: dict[str, BadRecord | None] | None) ->
     file, name = place_of(cell, root)
     if not is_there(file):
         file = find_file(file, root) or file
+    problem: BadRecord | None
     if opened is None:
         problem = None if is_there(file) else MissingFile(f"image {file} is missing or empty")
     elif file in opened:

@@ -1,7 +1,7 @@
 """
 Computes the accuracy of the VQA challenge: an answer scores 1 if three people gave it.
 
-    vqa_accuracy = evaluate.load("training_examples/metrics/vqa_accuracy")
+    vqa_accuracy = load_metric("vqa_accuracy")
     vqa_accuracy.compute(predictions=["two"], references=[["2", "2", "2", "2", "3", "2", "two", "2", "2", "many"]])
 """
 
@@ -52,7 +52,7 @@ Returns:
 Raises:
     `ValueError` if a question has no references, or the lengths of `answer_types` and the predictions differ.
 Examples:
-    >>> vqa_accuracy = evaluate.load("training_examples/metrics/vqa_accuracy")
+    >>> vqa_accuracy = load_metric("vqa_accuracy")
     >>> vqa_accuracy.compute(predictions=["Yes.", "a dog"], references=[["yes"] * 10, ["dog"] * 2 + ["cat"] * 8])
     {'vqa_accuracy': 0.8}
 """

@@ -14,8 +14,7 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Image, IterableDataset, Value
 
-from modeling_prismer.processing.labels import TAR_SUFFIXES
-
+from ..labels import TAR_SUFFIXES
 from .faults import BadRecord
 from .images import place_of
 from .lists import forget_json, read_list
@@ -94,7 +93,7 @@ def _pack(files: list[tuple], root: str, split_column: str, code: str) -> Iterat
         records = read_tar(path) if is_tar else read_list(Path(path), root)
         try:
             for number, record in enumerate(records, 1):
-                packed = {**empty, NUMBER: number}
+                packed: dict[str, Any] = {**empty, NUMBER: number}
                 if isinstance(record, BadRecord):
                     packed[FAULT] = str(record).encode(errors="backslashreplace").decode()
                 else:

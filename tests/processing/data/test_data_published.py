@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from data import load_rows
-from tests.training_examples.data_files import columns, write_csv, write_images, write_json
+from modeling_prismer.processing.data import load_rows
+from tests.processing.data.data_files import columns, write_csv, write_images, write_json
 
 
 pytestmark = pytest.mark.usefixtures("cache")
