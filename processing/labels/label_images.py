@@ -13,7 +13,7 @@ from ..many_images.engines import LabelEngine, is_on_cpu
 from ..many_images.processes import launched_place, progress_bar
 from .labelling import Labeller
 from .manifest import make_manifest
-from .shards import LabelWriter, set_aside_damaged
+from .shards import LabelWriter, count_failed, set_aside_damaged
 from .sources import open_source
 
 
@@ -35,6 +35,7 @@ class LabelReport:
             Seconds that each expert ran in this process, without loading. The engine `"ray"` leaves them at 0.
         errors (`dict[str, str]`):
             The errors of the first 100 failed images, by key. `LabelStore(folder).errors` has all of them.
+        failed_before (`int`): number of images with an `error` that were in the store before this run.
 
     Example:
 
@@ -54,6 +55,7 @@ class LabelReport:
     bytes: int
     expert_seconds: dict[str, float]
     errors: dict[str, str] = field(default_factory=dict)
+    failed_before: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -180,6 +182,7 @@ def label_images(
     with writer:
         if repair:
             set_aside_damaged(output)
+        failed_before = count_failed(output)
         # first share, then leave out: the shares must not depend on what other processes have finished meanwhile
         images = images.share(*process).without(writer.done)
         with progress_bar(images, "labels", process, progress) as advance:
@@ -197,4 +200,5 @@ def label_images(
         bytes=writer.bytes_written,
         expert_seconds={name: expert.seconds - seconds_before[name] for name, expert in suite.items()},
         errors=errors,
+        failed_before=failed_before,
     )

@@ -147,6 +147,12 @@ def index_keys(folder: str | Path) -> KeyIndex:
     return KeyIndex(np.concatenate([key_digests([]), *read_key_digests(shard_files(folder))]))
 
 
+def count_failed(folder: str | Path) -> int:
+    """The number of images in the finished shards of a store that have an error. Only the column `error` is read."""
+    columns = (read_columns(path, ["error"])["error"] for path in shard_files(folder))
+    return sum(len(column) - column.null_count for column in columns)
+
+
 class LabelWriter:
     """
     Writes labels into a store, shard by shard.

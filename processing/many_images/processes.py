@@ -3,11 +3,15 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from tqdm import tqdm
 
 from .sources import ImageSource
+
+
+LONGEST_WAIT = timedelta(days=7)  # of a process that has finished its images, for the others
 
 
 def launched_place() -> tuple[tuple[int, int], torch.device | None]:
@@ -25,12 +29,24 @@ def launched_place() -> tuple[tuple[int, int], torch.device | None]:
     from accelerate.utils import parse_flag_from_env
 
     # without `cpu`, PartialState sees processes without an accelerator as one process
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu, timeout=LONGEST_WAIT)
     if state.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but accelerate sees {state.num_processes}; give shard"
         )
     return (state.process_index, state.num_processes), None if state.device.type == "cpu" else state.device
+
+
+def wait_for_others() -> None:
+    """
+    Waits until every process that [`launched_place`] counts is here. A launcher ends all processes as soon as one
+    exits with an error, so a process with failed images must not exit before the others have finished.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
 
 
 def parse_shard(text: str) -> tuple[int, int]:
