@@ -21,6 +21,7 @@ reads.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def load_rows(
     max_rows: int | None = None,
     bad_rows: str | None = None,
     check_images: bool = True,
+    kept_columns: Sequence[str] = (),
     **own_columns: str | None,
 ) -> Dataset | IterableDataset:
     """
@@ -129,6 +131,9 @@ def load_rows(
         check_images (`bool`):
             Whether to open each image before training (in a stream: when it is read). This takes about 5 ms per image
             and core. You can turn it off if `prismer label` has already read the images.
+        kept_columns (`Sequence[str]`, *optional*):
+            Further columns to keep, as texts, such as the type of a question. If several lines become one row, the
+            first one counts.
 
     Returns:
         `Dataset`, or `IterableDataset` if `streaming`. Paths and texts are in the cache of `datasets` on disk, not in
@@ -175,7 +180,7 @@ def load_rows(
         try:
             tables, root = open_tables(one, found_task, folder, columns, streaming)
             records, used_column = choose_split(tables, split, train, name, split_column, streaming)
-            known = find_columns(records, found_task, train, columns, name)
+            known = find_columns(records, found_task, train, columns, name, kept_columns)
             maker = RowMaker(
                 source=name,
                 task=found_task,
@@ -186,6 +191,7 @@ def load_rows(
                 columns=known | ({"split": used_column} if used_column else {}),
                 features=records.features,
                 class_names=class_names,
+                kept=kept_columns,
             )
             if isinstance(records, IterableDataset):
                 parts.append(stream_rows(records, maker))

@@ -117,9 +117,11 @@ def read_vqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
         )
     questions = sorted(load_json(path)["questions"], key=lambda question: question["question_id"])
     annotations = path.with_name(path.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
-    answers: dict[int, list] = {}
+    answers: dict[int, dict[str, Any]] = {}
     if annotations.exists():
-        answers = {entry["question_id"]: entry["answers"] for entry in load_json(annotations)["annotations"]}
+        for entry in load_json(annotations)["annotations"]:
+            kept = {field: entry[field] for field in ("question_type", "answer_type") if field in entry}
+            answers[entry["question_id"]] = {"answers": entry["answers"], **kept}
         if answers.keys() != {question["question_id"] for question in questions}:
             raise ValueError(f"{annotations} has {len(answers)} questions, other than the {len(questions)} of {path}")
     elif named.group(2) != "test":
@@ -128,8 +130,7 @@ def read_vqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:
     folder = _in_folder(root, name)
     for question in questions:
         image = f"{folder}COCO_{name}_{int(question['image_id']):012d}.jpg"
-        known = {"answers": answers[question["question_id"]]} if answers else {}
-        yield {"image": image, **question, **known}
+        yield {"image": image, **question, **answers.get(question["question_id"], {})}
 
 
 def read_aokvqa(path: Path, root: str, load_json: Callable) -> Iterator[Record]:

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import Any
@@ -42,10 +42,16 @@ READ_AHEAD = 100  # records of a list that are read to find its columns
 
 
 def find_columns(
-    records: Dataset | IterableDataset, task: Task, train: bool, known: dict[str, str], source: str
+    records: Dataset | IterableDataset,
+    task: Task,
+    train: bool,
+    known: dict[str, str],
+    source: str,
+    kept: Sequence[str] = (),
 ) -> dict[str, str]:
     """
-    Finds the column for each role: `{"image": "file_name", "caption": "text"}`.
+    Finds the column for each role: `{"image": "file_name", "caption": "text"}`. The role of a
+    column that is kept is `"kept <name>"`.
 
     Raises:
         ValueError: A column that the task needs is missing, or a column of `known` is.
@@ -79,6 +85,10 @@ def find_columns(
                 f"{source} has no column that is known as {role}: it has {_listed(features)}; known are "
                 f"{', '.join(names[role])}. Name another by {role}_column"
             )
+    for name in kept:
+        if name not in features:
+            raise ValueError(f"{source} has no column '{name}'; it has {_listed(features)}")
+        columns[f"kept {name}"] = name
     return columns
 
 
@@ -131,6 +141,7 @@ class RowMaker:
         columns (`dict`): The column for each role.
         features (`Features`): The features of the records.
         class_names (`dict`, *optional*): The names of classes in words.
+        kept (`Sequence[str]`): Further columns of the rows, as texts.
         is_stream (`bool`): Whether the records are a stream, so that images and faults are handled at once.
         numbered (`bool`): Whether rows have the number of the image's record, `image_row`, in place of `image`.
     """
@@ -144,6 +155,7 @@ class RowMaker:
     columns: dict[str, str]
     features: Features
     class_names: dict[str, str] | None = None
+    kept: Sequence[str] = ()
     is_stream: bool = False
     numbered: bool = False
     code: str = CODE
@@ -170,6 +182,9 @@ class RowMaker:
                 features["question_id"] = Value("string")
             if not is_in_data_set or "image_number" in self.columns:
                 features["image_number"] = Value("int64")
+        if known_names := sorted(features.keys() & set(self.kept)):
+            raise ValueError(f"kept_columns has '{known_names[0]}', which rows have with another content")
+        features |= {name: Value("string") for name in self.kept}
         if not self.is_stream:
             features |= {"place": Value("string"), "fault": Value("string")}
         return Features(features)
@@ -230,6 +245,7 @@ class RowMaker:
         if self.task.prompt is None:
             asked = self.task.prompt_column
             common["text"] = one_text_of(self.value(record, asked), asked)
+        common |= {name: one_text_of(self.value(record, f"kept {name}"), name) for name in self.kept}
         learned = self.task.suffix_column
         texts: Any = None  # a list of str; None where the data have no such column
         if learned == "class" and learned in self.columns:

@@ -159,6 +159,33 @@ def test_question_id_defaults_to_the_row_number(folder):
     assert columns(rows, "question_id") == ["x7"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_further_columns_are_kept_as_texts(folder, streaming):
+    write_images(folder, "a.png", "b.png")
+    lines = [("a.png", "Who?", "cat", "7"), ("b.png", "Red?", "no", "yes/no"), ("b.png", "Red?", "pink", "other")]
+    write_csv(folder / "q.csv", ("image", "question", "answer", "answer type"), *lines)
+    settings = {"kept_columns": ["answer type"], "streaming": streaming}
+    rows = load_rows(str(folder), "vqa", **settings)
+    assert columns(rows, "suffix", "answer type") == [("cat", "7"), ("no", "yes/no"), ("pink", "other")]
+    rows = load_rows(str(folder), "vqa", train=False, **settings)
+    assert columns(rows, "answer type") == ["7", "yes/no", "other"][: 3 if streaming else 2]
+    # a column can also be kept under a name that means something else
+    settings["kept_columns"], settings["answer_column"] = ["answer"], "answer type"
+    rows = load_rows(str(folder), "vqa", **settings)
+    assert columns(rows, "suffix", "answer")[0] == ("7", "cat")
+
+
+def test_kept_columns_must_exist_and_be_free(folder):
+    with pytest.raises(ValueError, match="has no column 'kind'; it has image, caption"):
+        load_rows(captioned(folder), "caption", kept_columns=["kind"])
+    write_csv(folder / "captions.csv", ("image", "caption", "weight"), ("a.png", "a cat", "1"))
+    with pytest.raises(ValueError, match="kept_columns has 'weight', which rows have with another content"):
+        load_rows(str(folder), "caption", kept_columns=["weight"])
+    write_csv(folder / "captions.csv", ("image", "caption", "kind"), ("a.png", "a cat", ""))
+    with pytest.raises(ValueError, match="the kind is empty"):
+        load_rows(str(folder), "caption", kept_columns=["kind"])
+
+
 def test_each_task_finds_its_list_in_a_folder(folder):
     captioned(folder)
     write_json(folder / "questions.jsonl", [{"image": "a.png", "question": "Who?", "answer": "cat"}], lines=True)
@@ -386,6 +413,7 @@ def vqa_files(folder, split="train2014", answers=True):
         {
             "question_id": number,
             "multiple_choice_answer": given[number][0],
+            "answer_type": "other" if number == 40 else "yes/no",
             "answers": [
                 {"answer": answer, "answer_confidence": "yes", "answer_id": i} for i, answer in enumerate(texts)
             ],
@@ -410,6 +438,7 @@ def test_vqa_v2(folder):
     rows = load_rows(str(folder), "vqa", train=False)
     assert columns(rows, "question_id", "image_number") == [(40, 4), (91, 9)]
     assert rows["references"][1] == ["yes"] * 7 + ["no"] * 3
+    assert load_rows(str(folder), "vqa", kept_columns=["answer_type"])["answer_type"][:2] == ["other", "yes/no"]
 
 
 def test_vqa_v2_test_questions_have_no_answers(folder):
