@@ -13,8 +13,6 @@ from modeling_prismer.processing.tasks import Task
 
 
 QUESTION = Task("question", max_prompt_tokens=128)
-CAPTION = Task("caption", prompt="A picture of")
-MAX_NEW_TOKENS = 40
 
 
 @dataclass
@@ -52,7 +50,7 @@ class LanguageReader(Reader):
         self.familiarity = None
 
     def _tasks(self) -> list[Task]:
-        return [QUESTION, CAPTION]
+        return [QUESTION, Task("caption", prompt=self.processor.prompt_for("caption"))]
 
     @torch.inference_mode()
     def _encode(self, image: Image.Image, labels: dict[str, Any]) -> Encoding:
@@ -74,13 +72,13 @@ class LanguageReader(Reader):
         **settings: Any,
     ) -> dict[str, torch.Tensor]:
         """The tokens of a prompt. Without an image, only those of the text."""
-        text = (text or task.prompt or "").strip()
+        text = task.prompt or self.processor.prompt_for("vqa", (text or "").strip())
         images = [] if image is None else [image]
         given = {"images": images, "expert_labels": [dict(labels)] if labels else None}
         if self.processor.chat_template is None:
             token = self.processor.image_token
             text = text.replace(token, f"{token[0]} {token[1:]}")  # a visitor's text has no images
-            inputs = self.processor(text=token * len(images) + text, **given)
+            inputs = self.processor(text=text, **given)
         else:
             content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
             inputs = self.processor.apply_chat_template(
@@ -97,10 +95,6 @@ class LanguageReader(Reader):
         return {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
 
     def _cross_attention(self, outputs: Any, chosen: slice) -> None:
         return None

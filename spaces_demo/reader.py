@@ -307,6 +307,7 @@ class Reader:
 
     @property
     def _settings(self) -> dict[str, Any]:
+        """Those of the checkpoint, without sampling: the page explains the answer that it showed."""
         return {"do_sample": False}
 
     @torch.inference_mode()

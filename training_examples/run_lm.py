@@ -433,6 +433,9 @@ def make_lm_trainer(
         raise SystemExit("nothing is trained: without images or experts as tokens, give --lora or --dora")
     if chats is not None and (processor.chat_template is None or not args.chat):
         raise SystemExit("conversations need the chat template of the language model")
+    if not args.chat:
+        for part in filter(None, (processor, processor.tokenizer, processor.vlm_processor)):
+            part.chat_template = None  # users ask as the model was trained
     if chats is not None and isinstance(train_rows, datasets.IterableDataset):
         raise SystemExit("--streaming: conversations cannot be joined to a stream")
 
@@ -447,7 +450,7 @@ def make_lm_trainer(
         eval_labels = label_rows([eval_rows], processor, args.labels, store / "eval", experts)
     settings = {
         "experts": experts,
-        "as_chat": args.chat and processor.chat_template is not None,
+        "as_chat": processor.chat_template is not None,
         "max_length": args.max_length,
     }
     processor.prompts = {"caption": args.caption_prompt, "vqa": args.question_prompt}  # saved with the checkpoint

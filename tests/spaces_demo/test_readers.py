@@ -1,9 +1,11 @@
 """The checkpoints of the page, PrismerLM among them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -16,6 +18,7 @@ from sessions import size_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor, pretrained_path
+from modeling_prismer.command_line.checkpoints import Checkpoint
 from tests.processing.tiny_lm_processors import EXPERTS, EXPERTS_CONFIG, SIZES, labels_of, make_tokenizer
 
 
@@ -89,6 +92,26 @@ def test_prismer_lm_answers_with_probabilities(lm):
     ranking = lm.rank(encoding, ["a dog", "a circle"], "What shape is it?")
     assert {row["label"] for row in ranking} == {"a dog", "a circle"}
     assert size_of(encoding) > 24 * 40 * 3
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_page_and_command_line_say_the_same(lm_folders, tmp_path, is_chat):
+    folder = shutil.copytree(lm_folders[0], tmp_path / "my-lm")
+    processor = PrismerLMProcessor.from_pretrained(folder)
+    processor.prompts = {"caption": "Say it.", "vqa": "{} In one word."}
+    if not is_chat:
+        processor.chat_template = None
+        (folder / "chat_template.jinja").unlink()
+    processor.save_pretrained(folder)
+    reader = Readers([str(folder)], "cpu", lm_folders[1]).main
+    command = Checkpoint(str(folder), device="cpu", language=lm_folders[1]).load()
+    encoding = reader.encode(IMAGE, LABELS)
+    for task, text in (("caption", None), ("vqa", "Is it red?")):
+        inputs = command.prepare([IMAGE], [text], task, [LABELS])
+        assert torch.equal(inputs["input_ids"], reader._inputs(encoding, reader.task_of(text), text)["input_ids"])
+        generated = command.network.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        said = command.processor.post_process_generation(generated)[0]
+        assert list(reader.say(encoding, text))[-1] == said
 
 
 def test_words_of_the_experts_reach_the_prompt(lm):

@@ -105,6 +105,7 @@ def test_each_way_trains_and_loads_again(recipe, language, vision, image_folder,
     model, processor = load(folder)
     inputs = processor(str(image_folder / "00.png"), "what color is it")
     assert torch.isfinite(model(**inputs).logits).all()
+    assert (processor.chat_template is None) == ("--no_chat" in options)
     assert any("lora_B" in name for name in load_file(folder / "model.safetensors")) == ("--dora" in options)
 
 
