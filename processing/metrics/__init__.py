@@ -13,7 +13,8 @@ def load_metric(name: str) -> Any:
     Load a metric of this folder. Nothing is downloaded.
 
     Args:
-        name (`str`): `"caption_metrics"`, `"vqa_accuracy"` or `"top_accuracy"`.
+        name (`str`):
+            `"caption_metrics"`, `"vqa_accuracy"`, `"top_accuracy"`, `"yes_no_accuracy"` or `"choice_accuracy"`.
 
     Returns:
         `evaluate.EvaluationModule`: has `compute(predictions=..., references=...)`.

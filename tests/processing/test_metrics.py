@@ -1,7 +1,9 @@
 """The metrics load from their folders offline, and agree with hand-computed scores and the original programs."""
 
+import importlib.util
 import logging
 import math
+import random
 import shutil
 import stat
 import sys
@@ -14,12 +16,24 @@ import pytest
 
 evaluate = pytest.importorskip("evaluate")
 pytest.importorskip("pycocoevalcap")
+from pycocoevalcap.bleu.bleu import Bleu  # noqa: E402
+from pycocoevalcap.cider.cider import Cider  # noqa: E402
+from pycocoevalcap.meteor.meteor import Meteor  # noqa: E402
+from pycocoevalcap.rouge.rouge import Rouge  # noqa: E402
 from pycocoevalcap.spice import spice  # noqa: E402
 from pycocoevalcap.tokenizer import ptbtokenizer  # noqa: E402
 
 from modeling_prismer.processing.metrics import load_metric  # noqa: E402
 from modeling_prismer.processing.metrics.caption_metrics.caption_metrics import tokenize_regex  # noqa: E402
-from modeling_prismer.processing.metrics.vqa_accuracy.vqa_accuracy import normalize_answer, soft_accuracy  # noqa: E402
+from modeling_prismer.processing.metrics.choice_accuracy.choice_accuracy import read_letter  # noqa: E402
+from modeling_prismer.processing.metrics.vqa_accuracy.vqa_accuracy import (  # noqa: E402
+    CONTRACTIONS,
+    PUNCTUATION,
+    SPELLINGS,
+    normalize_answer,
+    soft_accuracy,
+)
+from modeling_prismer.processing.metrics.yes_no_accuracy.yes_no_accuracy import means_yes  # noqa: E402
 
 
 METRICS = Path(__file__).parents[2] / "processing" / "metrics"
@@ -89,6 +103,16 @@ def top_accuracy():
     return load("top_accuracy")
 
 
+@pytest.fixture(scope="module")
+def yes_no_accuracy():
+    return load("yes_no_accuracy")
+
+
+@pytest.fixture(scope="module")
+def choice_accuracy():
+    return load("choice_accuracy")
+
+
 @pytest.fixture
 def program_instead_of_java(tmp_path, monkeypatch):
     """Puts a Python program named `java` on the PATH, and nothing else."""
@@ -111,7 +135,9 @@ def no_java(tmp_path, monkeypatch):
 # ---- all metrics ----
 
 
-@pytest.mark.parametrize("name", ["caption_metrics", "vqa_accuracy", "top_accuracy"])
+@pytest.mark.parametrize(
+    "name", ["caption_metrics", "vqa_accuracy", "top_accuracy", "yes_no_accuracy", "choice_accuracy"]
+)
 def test_metric_describes_itself(name, request):
     metric = request.getfixturevalue(name)
     assert isinstance(metric, evaluate.Metric) and metric.name == name
@@ -188,6 +214,31 @@ def test_scores_equal_those_of_the_coco_evaluation(caption_metrics):
     scores = caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES)
     assert scores == pytest.approx(COCO_SCORES, rel=1e-9)
     assert set(Path(ptbtokenizer.__file__).parent.iterdir()) == before
+
+
+@needs_java
+def test_degenerate_captions_have_the_official_scores(caption_metrics):
+    source = random.Random(0)
+    words = "a the red dog's cat runs, on ( grass ) -- 2.5 it's U.S. . ! couldn't \u00e9 T-shirt".split(" ")
+
+    def caption():
+        return " ".join(source.choices(words, k=source.randint(1, 9)))
+
+    predictions = [caption() for _ in range(60)] + ["", "?!", " ", "a dog"]
+    references = [[caption() for _ in range(source.randint(1, 4))] for _ in range(60)]
+    references += [["a dog"], ["a dog", ""], [""], ["...", "!"]]
+    scores = caption_metrics.compute(predictions=predictions, references=references)
+    official = ptbtokenizer.PTBTokenizer()
+    truth = official.tokenize(
+        {number: [{"caption": text} for text in texts] for number, texts in enumerate(references)}
+    )
+    said = official.tokenize({number: [{"caption": text}] for number, text in enumerate(predictions)})
+    bleu, _ = Bleu(4).compute_score(truth, said, verbose=0)
+    expected = {f"bleu_{n + 1}": bleu[n] for n in range(4)}
+    expected["cider"], _ = Cider().compute_score(truth, said)
+    expected["rouge_l"], _ = Rouge().compute_score(truth, said)
+    expected["meteor"], _ = Meteor().compute_score(truth, said)
+    assert scores == pytest.approx(expected, rel=1e-9)
 
 
 @needs_java
@@ -327,14 +378,83 @@ def test_soft_accuracy_of_few_answers_needs_agreement(answers, accuracy):
         ("Two dogs", "2 dogs"),
         ("none", "0"),
         ("the man on a horse", "man on horse"),
-        ("couldntve", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
         ("well", "well"),
         ("red,white/blue (mostly)!", "red white blue mostly"),
         ("\tblack \n and white", "black and white"),
+        # what the challenge's program makes of rare spellings
+        ("couldntve", "couldntve"),
+        ("somebody'd", "somebodyd"),
+        ("im an artist", "im artist"),
+        ("t-shirt", "t shirt"),
+        ("t-shirt - red", "tshirt red"),
+        ("1,000 t-shirts", "1000 tshirts"),
+        ("red, white", "red white"),
+        ("3. 5.", "3 5"),
+        (".5 U.S.A.", ".5 usa"),
+        ("what?!", "what"),
+        ("50% #1 a&b", "50% #1 a&b"),
+        # nothing is left of these
+        ("", ""),
+        (" \n", ""),
+        ("?!", ""),
+        ("the", ""),
     ],
 )
 def test_answer_normalization(answer, normalized):
     assert normalize_answer(answer) == normalized
+
+
+def generated_answers(number):
+    """Answers with all that the processing is about."""
+    source = random.Random(0)
+    words = [*CONTRACTIONS, *SPELLINGS, "A", "an", "the", "none", "Two", "ten", "eleven", "I'm", "im", "T-shirt", ""]
+    words += ["1,000", "10,9,8", "3.5", "2:50", "u.s.a", "girl's", "."]
+    marks = [*PUNCTUATION, *".:'&%$#*~^|", *[" "] * 20, "\n", "\t", "  "]
+    for _ in range(number):
+        pieces = [
+            source.choice(words) + source.choice([source.choice(marks), ""]) for _ in range(source.randint(0, 6))
+        ]
+        yield "".join(pieces) + source.choice(["", "", "", "." * 40 + " x."])
+
+
+def test_processing_equals_that_of_lmms_eval():
+    package = importlib.util.find_spec("lmms_eval")
+    if package is None:
+        pytest.skip("needs lmms-eval")
+    path = Path(package.submodule_search_locations[0], "tasks", "_task_utils", "vqa_eval_metric.py")
+    spec = importlib.util.spec_from_file_location("vqa_eval_metric", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    theirs = module.EvalAIAnswerProcessor()
+    answers = list(generated_answers(1000))
+    expected = []
+    for answer in answers:  # as its task vqav2 does
+        answer = answer.replace("\n", " ").replace("\t", " ").strip()
+        expected.append(theirs.process_digit_article(theirs.process_punctuation(answer)))
+    assert len(set(expected)) > 800
+    assert [normalize_answer(answer) for answer in answers] == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "accuracy"),
+    [
+        ("", ["", "", "", "red"], 1),  # an empty answer is an answer that people may have given
+        ("?", ["!"], 1),
+        ("red", ["", "?"], 0),
+        ("", ["red"] * 10, 0),
+    ],
+)
+def test_empty_answers_are_compared_as_any_other(vqa_accuracy, prediction, answers, accuracy):
+    scores = vqa_accuracy.compute(predictions=[prediction], references=[answers])
+    assert scores["vqa_accuracy"] == pytest.approx(accuracy, abs=0.26 if len(answers) == 4 else 0)
+
+
+def test_accuracy_of_each_question(vqa_accuracy):
+    scores = vqa_accuracy.compute(
+        predictions=["red", "no"], references=[["red"] * 3, ["yes"]], question_ids=[7, 8], per_question=True
+    )
+    assert scores == {"vqa_accuracy": 0.5, "vqa_accuracy_per_question": [1, 0]}
 
 
 def test_vqa_accuracy_averages_over_questions_and_types(vqa_accuracy):
@@ -353,11 +473,132 @@ def test_vqa_accuracy_averages_over_questions_and_types(vqa_accuracy):
         ({"references": [["a"], []]}, r"references\[1\] is \[\]"),
         ({"predictions": ["a", None]}, r"predictions\[1\] is None"),
         ({"answer_types": ["other"]}, "answer_types has 1 entries; there are 2 predictions"),
+        ({"question_ids": [7]}, "question_ids has 1 entries; there are 2 predictions"),
+        ({"question_ids": [7, 7]}, "question_ids has 7 twice; each question needs one prediction"),
     ],
 )
 def test_invalid_answers_are_refused(vqa_accuracy, arguments, message):
     with pytest.raises(ValueError, match=message):
         vqa_accuracy.compute(**({"predictions": ["a", "b"], "references": [["a"], ["b"]]} | arguments))
+
+
+# ---- yes and no ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_yes"),
+    [
+        ("Yes, there is a dog in the image.", True),
+        ("No, there is no dog in the image.", False),
+        ("no", False),
+        ("There is not a dog.", False),
+        ("There is a dog. But no cat.", True),  # the first sentence counts
+        ("I do not know", False),
+        ("nobody", True),
+        ("NO", True),  # as POPE's program reads it
+        ("No!", True),
+        ("", True),
+    ],
+)
+def test_answers_mean_yes_or_no_as_in_pope(answer, is_yes):
+    assert means_yes(answer) == is_yes
+
+
+def test_pope_scores_agree_with_hand_computed_ones(yes_no_accuracy):
+    # yes is right: 3 answers yes (2 of them right), 2 answers no (1 of them right), 1 answer without either word
+    predictions = ["Yes.", "Yes, a dog", "yes", "No, there is none", "no", "A dog"]
+    references = ["yes", "yes", "no", "no", "yes", "no"]
+    scores = yes_no_accuracy.compute(predictions=predictions, references=references, per_question=True)
+    assert scores.pop("is_yes_per_question") == [True, True, True, False, False, True]
+    # says yes 4 times, right 2 times; the answer is yes 3 times
+    assert scores == pytest.approx(
+        {
+            "accuracy": 3 / 6,
+            "precision": 2 / 4,
+            "recall": 2 / 3,
+            "f1": 2 * (2 / 4) * (2 / 3) / (2 / 4 + 2 / 3),
+            "yes_ratio": 4 / 6,
+        }
+    )
+    never = yes_no_accuracy.compute(predictions=["no", "no"], references=["yes", "no"])
+    assert never == {"accuracy": 0.5, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"predictions": ["yes", None]}, r"predictions\[1\] is None"),
+        ({"references": ["yes", "maybe"]}, r"references\[1\] is 'maybe'; accepted are 'yes' and 'no'"),
+        ({"references": ["yes", ""]}, r"references\[1\] is ''"),
+        ({"question_ids": ["a", "a"]}, "question_ids has 'a' twice"),
+        ({"question_ids": ["a"]}, "question_ids has 1 entries; there are 2 predictions"),
+    ],
+)
+def test_invalid_yes_and_no_are_refused(yes_no_accuracy, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        yes_no_accuracy.compute(**({"predictions": ["yes", "no"], "references": ["yes", "no"]} | arguments))
+
+
+# ---- multiple choice ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("(a) Open", "A"),
+        ("A. Open", "A"),
+        ("The answer is (B).", "B"),
+        ("Answer: a", "A"),
+        ("I would say the answer is B, since it is closed", "B"),
+        ("It is closed.", "B"),
+        ("a closed door", "B"),  # an article is no letter
+        ("I choose option B", "B"),
+        ("It must be A", "A"),
+        ("open or closed?", None),
+        ("A or B", "A"),
+        ("Either option A or option B", None),
+        ("disclosed", None),
+        ("C", None),
+        ("", None),
+        ("?", None),
+    ],
+)
+def test_letter_of_an_answer(answer, letter):
+    assert read_letter(answer, ["Open", "Closed"]) == letter
+
+
+def test_pairs_agree_with_hand_computed_ones(choice_accuracy):
+    # MMVP: a pair counts if both are right: here the first and not the second; 5 of 6 are right, 6 have a letter
+    scores = choice_accuracy.compute(
+        predictions=["(a)", "B. closed", "(a)", "(a) open", "closed", "open"],
+        references=["A", "B", "A", "B", "B", "A"],
+        options=[["open", "closed"]] * 6,
+        pairs=["1", "1", "2", "2", "3", "3"],
+        per_question=True,
+    )
+    assert scores["accuracy"] == pytest.approx(5 / 6) and scores["pair_accuracy"] == pytest.approx(2 / 3)
+    assert scores["read"] == 1 and scores["letters"] == ["A", "B", "A", "A", "B", "A"]
+    assert scores["is_right_per_question"] == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"predictions": ["A", None]}, r"predictions\[1\] is None"),
+        ({"references": ["A", "C"]}, r"references\[1\] is 'C'; accepted are A, B"),
+        ({"options": [["x", "y"], ["x"]]}, r"options\[1\] is \['x'\]; at least two"),
+        ({"options": [["x", "y"], ["x", " "]]}, r"options\[1\] is .* none is empty"),
+        ({"options": [["x", "y"]]}, "options has 1 entries; there are 2 predictions"),
+        ({"pairs": ["1"]}, "pairs has 1 entries"),
+        ({"question_ids": [1, 1]}, "question_ids has 1 twice"),
+    ],
+)
+def test_invalid_choices_are_refused(choice_accuracy, arguments, message):
+    given = {"predictions": ["A", "B"], "references": ["A", "B"], "options": [["x", "y"]] * 2}
+    with pytest.raises(ValueError, match=message):
+        choice_accuracy.compute(**(given | arguments))
 
 
 # ---- rankings ----
@@ -384,6 +625,6 @@ def test_k_must_fit_the_rankings(top_accuracy, k, message):
 
 
 def test_unknown_metric_is_named():
-    with pytest.raises(ValueError, match="no metric 'bleu'; there are caption_metrics, top_accuracy, vqa_accuracy"):
+    with pytest.raises(ValueError, match="no metric 'bleu'; there are caption_metrics, choice_accuracy, top_acc"):
         load_metric("bleu")
     assert load_metric("top_accuracy").compute(predictions=[["a"]], references=["a"]) == {"top_1": 1.0}

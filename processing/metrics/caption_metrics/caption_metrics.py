@@ -16,6 +16,7 @@ from pathlib import Path
 import datasets
 import evaluate
 from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
@@ -87,7 +88,8 @@ Returns:
       the given references, so it is only meaningful for many images. It is 0 for a single image.
     - bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_l, spice: 0 to 1. Papers print them times 100.
     With `per_caption=True`, also `<score>_per_caption` for each of them, a `list[float]` in the order of the
-    predictions.
+    predictions; and with BLEU, which is no mean over captions, `bleu_counts_per_caption`: right 1- to 4-grams, all 1-
+    to 4-grams, length, and length of the nearest reference. BLEU of any captions is a formula of the sums of these.
 Raises:
     `ValueError` for an unknown metric or tokenizer, or an image without references; `RuntimeError` if Java is missing
     or fails; `FileNotFoundError` if the files of SPICE are missing.
@@ -149,6 +151,8 @@ class CaptionMetrics(evaluate.Metric):
             results |= {name: float(score) for name, (score, _) in scores.items()}
             if per_caption:
                 results |= {f"{name}_per_caption": [float(s) for s in each] for name, (_, each) in scores.items()}
+        if per_caption and "bleu" in metrics:
+            results["bleu_counts_per_caption"] = count_ngrams(references, predictions)
         return results
 
 
@@ -239,6 +243,18 @@ def tokenize_regex(texts):
 def score_bleu(references, predictions):
     scores, per_caption = Bleu(4).compute_score(references, predictions, verbose=0)
     return {f"bleu_{n + 1}": (scores[n], per_caption[n]) for n in range(4)}
+
+
+def count_ngrams(references, predictions):
+    """For each image: right 1- to 4-grams, all 1- to 4-grams, length, and length of the nearest reference."""
+    scorer = BleuScorer(n=4)
+    for i, (prediction,) in predictions.items():
+        scorer += (prediction, references[i])
+    counts = []
+    for own in scorer.ctest:
+        nearest = min(own["reflen"], key=lambda length: (abs(length - own["testlen"]), length))
+        counts.append([*own["correct"], *own["guess"], own["testlen"], nearest])
+    return counts
 
 
 def score_cider(references, predictions):

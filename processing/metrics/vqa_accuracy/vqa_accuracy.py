@@ -5,9 +5,8 @@ Computes the accuracy of the VQA challenge: an answer scores 1 if three people g
     vqa_accuracy.compute(predictions=["two"], references=[["2", "2", "2", "2", "3", "2", "two", "2", "2", "many"]])
 """
 
-import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import lru_cache
 
 import datasets
@@ -33,9 +32,10 @@ _CITATION = """\
 _DESCRIPTION = """\
 The soft accuracy of the VQA challenge, by the rule at https://visualqa.org/evaluation.html. An answer scores
 min(number of people who gave it / 3, 1), averaged over all ways to leave out one of the ten people. Before that,
-predictions and references are normalised in the same way: they are put in lower case; periods are removed except in
-decimals, and commas between digits; other punctuation except apostrophes and colons becomes a space; number words
-become digits; articles are removed; contractions get their missing apostrophes.
+predictions and references are processed as by the challenge's program: periods are removed except in front of a digit;
+a mark of punctuation is removed if it stands next to a space anywhere in the answer, or if a number has a comma, and
+else becomes a space; apostrophes and colons stay; all becomes lower case; number words become digits; articles are
+removed; contractions get their missing apostrophe.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -45,12 +45,16 @@ Args:
         fewer than four answers, all others must agree in place of three. A single answer is compared directly.
     answer_types (`list[str]`, *optional*): the type of each question, in the order of the predictions, to compute an
         accuracy for each type. Those of VQAv2 are "yes/no", "number" and "other".
+    question_ids (`list`, *optional*): the id of each question, to find questions that occur twice.
+    per_question (`bool`, defaults to `False`): whether to return the accuracy of each question as well.
 Returns:
     `dict` with
     - vqa_accuracy (`float`): 0 to 1. Papers print it times 100.
     - vqa_accuracy_per_answer_type (`dict[str, float]`): only with `answer_types`.
+    - vqa_accuracy_per_question (`list[float]`): only with `per_question=True`.
 Raises:
-    `ValueError` if a question has no references, or the lengths of `answer_types` and the predictions differ.
+    `ValueError` if a prediction is missing, a question has no references, an id occurs twice, or the lengths of
+    `answer_types` or `question_ids` and the predictions differ.
 Examples:
     >>> vqa_accuracy = load_metric("vqa_accuracy")
     >>> vqa_accuracy.compute(predictions=["Yes.", "a dog"], references=[["yes"] * 10, ["dog"] * 2 + ["cat"] * 8])
@@ -60,16 +64,17 @@ Examples:
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
-PUNCTUATION_TO_SPACES = str.maketrans(dict.fromkeys('!"()+,-/;<=>?@[\\]_`{}', " "))
-# without those that are another word if the apostrophe is missing: we'd, she'll, it's, let's, ...
+PUNCTUATION = '!"()+,-/;<=>?@[\\]_`{}'
+MOST_PERIODS = 32  # the program removes no more from an answer
+# Those that the program knows. Of those with "I", and of that'd, that'll and there'll, it mends no spelling.
 CONTRACTIONS = """
 ain't aren't can't couldn't couldn't've could've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
-not've o'clock oughtn't shan't she'd've she's shouldn't shouldn't've should've somebody'd somebody'd've somebody'll
-somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that'd that'll
-that's there'd there'd've there'll there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-weren't we've what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
-why're why's won't wouldn't wouldn't've would've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
+oughtn't 'ow's'at shan't she'd've shouldn't shouldn't've should've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
+they'd they'd've they'll they're they've 'twas wasn't we'd've weren't we've what'll what're what's what've when's
+where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't wouldn't wouldn't've would've
+y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """.split()
 
 
@@ -90,9 +95,14 @@ class VqaAccuracy(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1505.00468", "https://arxiv.org/abs/1612.00837"],
         )
 
-    def _compute(self, predictions, references, answer_types=None):
-        if answer_types is not None and len(answer_types) != len(predictions):
-            raise ValueError(f"answer_types has {len(answer_types)} entries; there are {len(predictions)} predictions")
+    def _compute(self, predictions, references, answer_types=None, question_ids=None, per_question=False):
+        for name, values in (("answer_types", answer_types), ("question_ids", question_ids)):
+            if values is not None and len(values) != len(predictions):
+                raise ValueError(f"{name} has {len(values)} entries; there are {len(predictions)} predictions")
+        if question_ids is not None:
+            doubled = [question_id for question_id, number in Counter(question_ids).items() if number > 1]
+            if doubled:
+                raise ValueError(f"question_ids has {doubled[0]!r} twice; each question needs one prediction")
         scores, by_type = [], defaultdict(list)
         for i, (prediction, answers) in enumerate(zip(predictions, references)):
             if prediction is None:
@@ -105,6 +115,8 @@ class VqaAccuracy(evaluate.Metric):
         results = {"vqa_accuracy": mean(scores)}
         if answer_types is not None:
             results["vqa_accuracy_per_answer_type"] = {name: mean(by_type[name]) for name in sorted(by_type)}
+        if per_question:
+            results["vqa_accuracy_per_question"] = scores
         return results
 
 
@@ -127,20 +139,21 @@ def soft_accuracy(prediction, answers):
 
 @lru_cache(maxsize=2**16)
 def normalize_answer(answer):
-    answer = re.sub(r"(?<=\d),(?=\d)", "", answer.lower())
-    answer = answer.translate(PUNCTUATION_TO_SPACES)
-    answer = re.sub(r"\.(?!\d)", "", answer)
-    words = (DIGITS.get(word, word) for word in answer.split() if word not in ARTICLES)
-    return " ".join(WITH_APOSTROPHES.get(word, word) for word in words)
+    """The answer as the challenge's program compares it."""
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    has_comma_in_number = re.search(r"\d,+\d", answer) is not None
+    is_removed = {m: has_comma_in_number or f"{m} " in answer or f" {m}" in answer for m in PUNCTUATION}
+    answer = answer.translate(str.maketrans({mark: "" if removed else " " for mark, removed in is_removed.items()}))
+    answer = re.sub(r"\.(?!\d)", "", answer, count=MOST_PERIODS)
+    words = (DIGITS.get(word, word) for word in answer.lower().split())
+    return " ".join(SPELLINGS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def lacking_apostrophes(contraction):
-    """The spellings of a contraction without one or more apostrophes: couldntve, couldn'tve and couldnt've."""
-    parts = contraction.split("'")
-    for marks in itertools.product(("", "'"), repeat=len(parts) - 1):
-        spelling = parts[0] + "".join(mark + part for mark, part in zip(marks, parts[1:]))
-        if spelling != contraction:
-            yield spelling
+def without_one_apostrophe(contraction):
+    """couldn'tve and couldnt've for couldn't've."""
+    for found in re.finditer("'", contraction):
+        yield contraction[: found.start()] + contraction[found.end() :]
 
 
-WITH_APOSTROPHES = {spelling: word for word in CONTRACTIONS for spelling in lacking_apostrophes(word)}
+SPELLINGS = {spelling: word for word in CONTRACTIONS for spelling in without_one_apostrophe(word)}
+SPELLINGS["somebody'd"] = "somebodyd"  # as in the program
