@@ -1,0 +1,134 @@
+"""
+Compares models on your data: Prismer, PrismerLM, vision-language models of transformers, CLIP and SigLIP, and language
+models without images.
+
+    python training_examples/compare.py --models runs/answers Qwen/Qwen2.5-VL-3B-Instruct runs/SmolLM2-135M-Instruct \\
+        --tasks vqa yes_no --data my_questions --output_dir runs/comparison
+    python training_examples/compare.py --models prismer-scenes prismer-scenes@none openai/clip-vit-base-patch32 \\
+        --tasks caption retrieval --data scenes --max_rows 200 --output_dir runs/comparison
+
+Each model runs in a process of its own. Its results are kept in the output folder: a comparison that was stopped goes
+on, and a model that is added later runs alone. `table.md`, `scores.png` and `results.json` have each score with its
+95 % interval, the paired difference to the first model, seconds and memory for an image, parameters and experts. A
+model that cannot do a task is listed with the reason. docs/comparison.md lists the tasks and their data.
+"""
+
+import logging
+import multiprocessing
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import HfArgumentParser, set_seed
+from transformers import logging as transformers_logging
+
+from comparison.arguments import CompareArguments, ModelName, read_models
+from comparison.measuring import measure_cost
+from comparison.models import CannotDo, Model, open_model
+from comparison.report import Described, Result, write_report
+from comparison.trials import Trial, make_trials
+
+
+logger = logging.getLogger("prismer")
+
+# arguments that change no result
+SHOWN_ONLY = ("models", "tasks", "output_dir", "own_process", "shots")
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    try:
+        models = read_models(args.models)
+        if args.output_dir is None:
+            raise ValueError("--output_dir is missing: the folder of results, table and figure")
+        if args.shots_by == "similar":
+            args.similar_by = args.similar_by or args.models[0]
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        trials = make_trials(args)
+        failed = []
+        for name in models:
+            try:
+                in_own_process(name, args) if args.own_process else measure_model(name, args)
+            except ValueError:
+                raise
+            except Exception:  # the others still run, and a second start repeats this one alone
+                logger.exception("%s failed", name.name)
+                failed.append(name.name)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"compare.py: {error}") from error
+    paths = [file_of(args, name, trial) for trial in trials for name in models]
+    results = [Result.load(path) for path in paths if path.exists()]
+    if results:
+        write_report(trials, results, Path(args.output_dir), args.seed)
+        print((Path(args.output_dir) / "table.md").read_text())
+    if failed:
+        raise SystemExit(f"compare.py: {', '.join(failed)} failed, see above; the report has the others")
+
+
+def in_own_process(name: ModelName, args: CompareArguments) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(measure_model, name, args).result()
+
+
+def measure_model(name: ModelName, args: CompareArguments) -> None:
+    """Runs the trials of a model that have no results yet."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    transformers_logging.set_verbosity_error()
+    settings = {"path": name.path, "experts": name.experts, **settings_of(args)}
+    trials = [trial for trial in make_trials(args) if not is_done(file_of(args, name, trial), settings)]
+    if not trials:
+        logger.info("%s: all results are there", name.name)
+        return
+    set_seed(args.seed)
+    model = open_model(name, args)
+    described = Described(
+        name.name,
+        name.path,
+        model.kind,
+        model.num_parameters,
+        model.num_trained,
+        model.experts,
+        model.expert_bytes,
+    )
+    for trial in trials:
+        measure_trial(model, described, trial, args, settings).save(file_of(args, name, trial))
+
+
+def measure_trial(model: Model, described: Described, trial: Trial, args: CompareArguments, settings: dict) -> Result:
+    try:
+        said, cost = measure_cost(lambda: trial.ask(model), args.torch_device)
+    except CannotDo as error:
+        logger.info("%s, %s: %s", described.name, trial.title, error)
+        return Result(described, trial.title, reason=str(error), settings=settings)
+    scores = trial.score(said)
+    shown = ", ".join(f"{score.name} {score.value:.1f}" for score in scores)
+    logger.info("%s, %s: %s", described.name, trial.title, shown)
+    return Result(
+        described,
+        trial.title,
+        scores,
+        said if isinstance(said[0], str) else [],
+        cost.seconds / trial.num_images,
+        cost.megabytes / min(args.batch_size, trial.num_images),
+        settings=settings,
+    )
+
+
+def settings_of(args: CompareArguments) -> dict:
+    return {name: value for name, value in asdict(args).items() if name not in SHOWN_ONLY}
+
+
+def file_of(args: CompareArguments, name: ModelName, trial: Trial) -> Path:
+    folder = re.sub(r"[^\w.@,+-]+", "_", name.name)
+    return Path(args.output_dir or ".", "runs", folder, f"{trial.file_name}.json")
+
+
+def is_done(path: Path, settings: dict) -> bool:
+    return path.exists() and Result.load(path).settings == settings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The arguments of compare.py."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """
+    A model as the command line names it: `NAME=PATH@EXPERTS`, of which only the path is needed.
+
+    Args:
+        name (`str`): its name in the report.
+        path (`str`): a folder, a Hub id, or the name of a shipped checkpoint.
+        experts (`str`, *optional*): the experts of a Prismer, as in `prismer caption --experts`.
+    """
+
+    name: str
+    path: str
+    experts: str | None = None
+
+    @classmethod
+    def read(cls, text: str) -> "ModelName":
+        name, _, rest = text.rpartition("=")
+        path, _, experts = rest.partition("@")
+        if not path:
+            raise ValueError(f"--models {text!r} names no model; accepted are PATH, NAME=PATH and PATH@EXPERTS")
+        last = Path(path).name
+        return cls(name or (f"{last}@{experts}" if experts else last), path, experts or None)
+
+
+def read_models(texts: list[str]) -> list[ModelName]:
+    """
+    The models of `--models`.
+
+    Raises:
+        ValueError: if there are none, or if two have the same name.
+    """
+    models = [ModelName.read(text) for text in texts]
+    names = [model.name for model in models]
+    if not models:
+        raise ValueError("--models is missing: a folder, a Hub id or the name of a shipped checkpoint; several")
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--models has several models called {doubled[0]!r}; give names: NAME=PATH")
+    return models
+
+
+@dataclass
+class CompareArguments:
+    models: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "The models: folders, Hub ids or names of shipped checkpoints. Differences are to the first one. "
+            "NAME=PATH gives a name for the report, PATH@EXPERTS the experts of a Prismer (prismer-scenes@none)."
+        },
+    )
+    tasks: list[str] = field(default_factory=list, metadata={"help": "The tasks; several. See docs/comparison.md."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "The data, as --eval_data of the recipes; or easy-vqa, or scenes."},
+    )
+    split: str | None = field(default=None, metadata={"help": "Split of --data."})
+    support_data: str | None = field(
+        default=None,
+        metadata={"help": "The data of examples, for --shots and few_shot_classes; by default the training split."},
+    )
+    support_split: str | None = field(default=None, metadata={"help": "Split of --support_data."})
+    data_dir: str | None = field(default=None, metadata={"help": "The cache folder of --data scenes."})
+    image_folder: str | None = field(default=None, metadata={"help": "The folder with the images of a list."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of captions or questions.", "aliases": ["--caption_column", "--question_column"]},
+    )
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the answers."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the classes.", "aliases": ["--class_column"]}
+    )
+    id_column: str | None = field(default=None, metadata={"help": "Column with the ids of images in a data set."})
+    split_column: str | None = field(default=None, metadata={"help": "Column with the name of the split."})
+    max_rows: int | None = field(
+        default=None,
+        metadata={"help": "Measure on the first rows only; on the first images of easy-vqa and scenes."},
+    )
+    shots: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Numbers of examples in context for caption and vqa (0 4 8 16 32), by default none; images of "
+            "each class for few_shot_classes, by default 1 4 16."
+        },
+    )
+    shots_by: Literal["random", "similar"] = field(
+        default="random",
+        metadata={"help": "Whether examples in context are random, or of similar images (RICES)."},
+    )
+    similar_by: str | None = field(
+        default=None,
+        metadata={"help": "The model whose embeddings decide which images are similar; by default the first one."},
+    )
+    num_support: int = field(default=2048, metadata={"help": "Rows from which examples in context are taken."})
+    text_examples: int = field(
+        default=0,
+        metadata={"help": "Examples without their images if --shots is 0. Flamingo's figures have 2."},
+    )
+    candidates: str | None = field(
+        default=None,
+        metadata={"help": "The answers that vqa_ranking ranks, a file; by default all answers of the data."},
+    )
+    class_names: str | None = field(default=None, metadata={"help": "JSON file {folder: name of the class}."})
+    class_prompt: str = field(
+        default="a photo of a {}.", metadata={"help": "The text of a class for CLIP and SigLIP."}
+    )
+    class_question: str | None = field(
+        default=None, metadata={"help": "The question that class names answer; by default each model's own prompt."}
+    )
+    question_prompt: str | None = field(
+        default=None, metadata={"help": "The prompt with {} for the question; by default that of each family."}
+    )
+    caption_prompt: str | None = field(
+        default=None, metadata={"help": "The prompt for captions; by default that of each family."}
+    )
+    num_beams: int | None = field(
+        default=None,
+        metadata={"help": "Number of beams; by default that of a Prismer's checkpoint, and 1 for other models."},
+    )
+    labels: str = field(
+        default="live", metadata={"help": "The labels of a Prismer's experts: live, or a label store."}
+    )
+    language: str | None = field(default=None, metadata={"help": "The language model of a PrismerLM."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:1, … or auto."})
+    dtype: str = field(default="auto", metadata={"help": "float32, float16, bfloat16 or auto."})
+    batch_size: int = field(default=8, metadata={"help": "Number of texts that run at once."})
+    own_process: bool = field(
+        default=True,
+        metadata={"help": "Whether each model runs in its own process, so that memory is comparable."},
+    )
+    seed: int = field(default=0, metadata={"help": "The seed of examples and bootstrap."})
+    output_dir: str | None = field(default=None, metadata={"help": "The folder of results, table and figure."})
+
+    @property
+    def torch_device(self) -> torch.device:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return torch.device(name)
+
+    @property
+    def torch_dtype(self) -> Any:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        # half precision on a CPU is slower than float32
+        return torch.float32 if self.torch_device.type == "cpu" else "auto"

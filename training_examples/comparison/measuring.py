@@ -1,0 +1,49 @@
+"""The seconds and the memory that a model needs."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from studies.experts import peak_memory
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Args:
+        seconds (`float`): of the whole measurement.
+        megabytes (`float`): growth of memory at its peak, with a batch of samples.
+    """
+
+    seconds: float
+    megabytes: float
+
+
+def measure_cost(work: Callable[[], T], device: torch.device) -> tuple[T, Cost]:
+    """
+    Runs `work`, and returns its result with its cost. On a CPU, memory that was freed before and is used again does
+    not count.
+    """
+    before = _reset_peak(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, Cost(time.perf_counter() - start, max(0.0, peak_memory() - before))
+
+
+def _reset_peak(device: torch.device) -> float:
+    """Makes the present memory the peak, and returns it in MB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # Linux alone has this
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
