@@ -162,7 +162,8 @@ def label(
     """
     Runs experts over many images once and stores their labels.
 
-    Run the same command again after an interruption or a full disk: it labels the images that are left.
+    Run the same command again after an interruption or a full disk: it labels the images that are left. The exit code
+    is 1 if an image of the store is damaged or an expert failed on it.
     """
     start(device=device)
     from modeling_prismer.processing.labels import (
@@ -172,6 +173,7 @@ def label(
         parse_shard,
         set_aside_damaged,
     )
+    from modeling_prismer.processing.many_images import wait_for_others
 
     from .checkpoints import read_suite
 
@@ -203,8 +205,15 @@ def label(
     elif done.failed > MAX_DAMAGED:
         err.print(f"and {done.failed - MAX_DAMAGED} more; --report damaged.jsonl lists all", soft_wrap=True)
     rate = f"{done.images_per_second:.1f} images/s, {done.bytes / max(1, done.images) / 1000:.1f} kB each"
-    err.print(f"{done.images} images labelled, {done.failed} of them damaged; {rate}", soft_wrap=True)
+    summary = f"{done.images} images labelled, {done.failed} of them damaged"
+    if done.failed_before:
+        summary += f" and {done.failed_before} before, --retry-failed labels them again"
+    err.print(f"{summary}; {rate}", soft_wrap=True)
     print(output)
+    if part is None:
+        wait_for_others()
+    if done.failed or done.failed_before:
+        raise typer.Exit(1)
 
 
 def _write_report(path: Path, errors: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from modeling_prismer.cli import app
 from modeling_prismer.processing.experts import CannyEdges, ExpertSuite
 from modeling_prismer.processing.labels import LabelStore, LabelWriter, read_manifest
 
-from .label_experts import write_images
+from .label_experts import FailsOn, write_images
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_damaged_images_are_listed_by_name(run, tmp_path):
     for number in range(12):
         (tmp_path / f"photos/bad {number:02d}[red].jpg").write_bytes(b"no image")
     code, lines = run()
-    assert code == 0 and lines[0].startswith("damaged: bad 00[red].jpg: ValueError: 'bad 00[red].jpg' is not an image")
+    assert code == 1 and lines[0].startswith("damaged: bad 00[red].jpg: ValueError: 'bad 00[red].jpg' is not an image")
     assert sum(line.startswith("damaged: ") for line in lines) == 10 and lines[10].startswith(
         "and 2 more; --report damaged.jsonl lists all"
     )
@@ -45,10 +45,12 @@ def test_damaged_images_are_reported_in_a_file(run, tmp_path):
     report = tmp_path / "reports" / "damaged.jsonl"
     code, lines = run("--report", str(report))
     rows = [json.loads(line) for line in report.read_text().splitlines()]
-    assert code == 0 and [row["file"] for row in rows] == [f"bad {number:02d}.jpg" for number in range(12)]
+    assert code == 1 and [row["file"] for row in rows] == [f"bad {number:02d}.jpg" for number in range(12)]
     assert all(row["error"].startswith("ValueError: 'bad ") for row in rows)
     assert not any("more" in line for line in lines)
-    assert run("--report", str(report))[0] == 0  # of the whole store, also if nothing was left to do
+    code, lines = run("--report", str(report))  # of the whole store, also if nothing was left to do
+    assert code == 1
+    assert lines[-1].startswith("0 images labelled, 0 of them damaged and 12 before, --retry-failed labels them again")
     assert len(report.read_text().splitlines()) == 12
 
 
@@ -77,12 +79,23 @@ def test_some_experts_of_a_suite_label(tmp_path, experts):
 
 def test_failed_images_are_labelled_again_on_request(run, tmp_path):
     (tmp_path / "photos/bad.png").write_bytes(b"no image")
-    run()
+    assert run()[0] == 1
     write_images(tmp_path / "photos", 1)
     (tmp_path / "photos/part0/0000.png").replace(tmp_path / "photos/bad.png")
-    assert run()[1][-1].startswith("0 images labelled")
-    assert run("--retry-failed")[1][-1].startswith("1 images labelled, 0 of them damaged")
+    code, lines = run()
+    assert code == 1 and lines[-1].startswith("0 images labelled")
+    code, lines = run("--retry-failed")
+    assert code == 0 and lines[-1].startswith("1 images labelled, 0 of them damaged; ")
     assert not LabelStore(tmp_path / "labels").errors
+
+
+def test_failure_of_an_expert_is_an_exit_code(tmp_path):
+    write_images(tmp_path / "photos", 3)
+    ExpertSuite([FailsOn(width=19)]).save_pretrained(tmp_path / "suite")  # the second image
+    paths = (str(tmp_path / "photos"), "--out", str(tmp_path / "labels"), "--experts", str(tmp_path / "suite"))
+    result = CliRunner().invoke(app, ["label", *paths])
+    assert result.exit_code == 1 and "3 images labelled, 1 of them damaged; " in result.stderr
+    assert "no depth here" in result.stderr
 
 
 def test_damaged_shard_is_repaired_by_the_command_in_the_error(run, tmp_path):

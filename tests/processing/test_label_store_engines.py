@@ -164,21 +164,49 @@ def test_launched_processes_share_the_images(photos, local, outputs):
     assert_same_labels(LabelStore(outputs / "launched"), local)
 
 
+# The first process has the damaged image, ends first, and exits with code 1. The second one labels its images later.
+SLOW_SECOND = """
+import os, sys, time
+from pathlib import Path
+from modeling_prismer.cli import app
+from modeling_prismer.processing.experts import CannyEdges
+
+run, folder = CannyEdges.run, Path(sys.argv[sys.argv.index("--out") + 1])
+
+def run_after_the_first(self, images):
+    if self.num_images == 0:
+        while not list(folder.glob("labels-00000-of-00002-*.parquet")):
+            time.sleep(0.05)
+        time.sleep(3)
+    return run(self, images)
+
+if os.environ["RANK"] == "1":
+    CannyEdges.run = run_after_the_first
+app()
+"""
+
+
 def test_accelerate_launch_shares_the_images(photos, tmp_path):
     ExpertSuite([CannyEdges()]).save_pretrained(tmp_path / "suite")
+    (tmp_path / "program.py").write_text(SLOW_SECOND)
     launch = "launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     label = ["label", str(photos[0]), "--experts", str(tmp_path / "suite"), "--out", str(tmp_path / "launched")]
     finished = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch.split(), "--main_process_port", "0"]
-        + ["-m", "modeling_prismer.cli", *label],
+        + [str(tmp_path / "program.py"), *label],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"},
+            "PYTHONPATH": str(REPOSITORY),
+        },
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=120,
     )
-    assert finished.returncode == 0, finished.stdout
+    assert finished.returncode == 1, finished.stdout
+    assert f"{IMAGES // 2} images labelled, 1 of them damaged" in finished.stdout
     # each process wrote its own half under its own number
     rows = {path.name: pq.read_metadata(path).num_rows for path in (tmp_path / "launched").glob("labels-*")}
     assert rows == {f"labels-0000{process}-of-00002-000000.parquet": IMAGES // 2 for process in range(2)}
@@ -301,7 +329,7 @@ def test_command_line_and_errors_list_own_engine(photos, backwards, tmp_path):
     command = ["label", str(photos[0]), "--experts", str(tmp_path / "suite"), "--out", str(tmp_path / "labels")]
     listed = CliRunner().invoke(app, ["label", "--list-engines"])
     assert listed.exit_code == 0 and "backwards" in listed.output
-    assert CliRunner().invoke(app, [*command, "--engine", "backwards"]).exit_code == 0
+    assert CliRunner().invoke(app, [*command, "--engine", "backwards"]).exit_code == 1  # one image is damaged
     assert len(LabelStore(tmp_path / "labels")) == IMAGES
     assert "accepted are 'local', 'ray', 'backwards'" in CliRunner().invoke(app, [*command, "--engine", "x"]).stderr
 
