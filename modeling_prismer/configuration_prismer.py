@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .expert_spec import PUBLISHED_EXPERTS, ExpertsConfigMixin, read_specs
+from .imitation_spec import ImitationConfigMixin
 
 
 _ROBERTA_LARGE = {
@@ -74,7 +75,7 @@ def _require_multiple(config: PreTrainedConfig, heads: str) -> None:
 
 
 @strict
-class PrismerVisionConfig(ExpertsConfigMixin, PreTrainedConfig):
+class PrismerVisionConfig(ImitationConfigMixin, ExpertsConfigMixin, PreTrainedConfig):
     r"""
     Configuration of the vision encoder of Prismer: a CLIP vision transformer (field names of `CLIPVisionConfig`) with
     adaptors, the experts' stems and the resampler. The defaults are those of `prismer_base`, without experts.
@@ -90,6 +91,9 @@ class PrismerVisionConfig(ExpertsConfigMixin, PreTrainedConfig):
             Number of attention heads of the resampler.
         num_instance_embeddings (`int`, *optional*, defaults to 128):
             Number of rows in the embedding table of a detector's instances.
+        imitation (`dict`, *optional*):
+            The experts to imitate where they are missing; a dict with the fields of [`ImitationSpec`]. Without it, the
+            network is the paper's.
 
     Example:
 
@@ -126,6 +130,7 @@ class PrismerVisionConfig(ExpertsConfigMixin, PreTrainedConfig):
     resampler_layers: int = 4
     resampler_attention_heads: int = 8
     num_instance_embeddings: int = 128
+    imitation: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
@@ -136,7 +141,9 @@ class PrismerVisionConfig(ExpertsConfigMixin, PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
         validate_fields(self)
-        read_specs(self.experts)
+        specs = read_specs(self.experts)
+        if self.imitation_spec is not None:
+            self.imitation_spec.check(specs, self.num_hidden_layers)
         _require_multiple(self, "num_attention_heads")
         if self.experts:
             _require_multiple(self, "resampler_attention_heads")
@@ -228,7 +235,7 @@ class _NoProblemType:
 
 
 @strict
-class PrismerConfig(ExpertsConfigMixin, PreTrainedConfig):
+class PrismerConfig(ImitationConfigMixin, ExpertsConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`PrismerModel`] or [`PrismerForConditionalGeneration`]. The architecture is that of
     [Prismer](https://huggingface.co/papers/2303.02506).
@@ -240,12 +247,14 @@ class PrismerConfig(ExpertsConfigMixin, PreTrainedConfig):
             The text decoder.
         experts (`list[dict]`, *optional*):
             One description for each expert, in the order of `expert_mask`: a dict with the fields of [`ExpertSpec`].
-            A network without experts is the paper's PrismerZ. `experts` and the next two fields are stored in
+            A network without experts is the paper's PrismerZ. `experts` and the next three fields are stored in
             `vision_config`. `expert_specs` returns `experts` as a list of [`ExpertSpec`].
         num_latents (`int`, *optional*, defaults to 64):
             Number of latents of the resampler.
         resampler_layers (`int`, *optional*, defaults to 4):
             Number of blocks of the resampler.
+        imitation (`dict`, *optional*):
+            The experts to imitate where they are missing, with the fields of [`ImitationSpec`].
         label_smoothing (`float`, *optional*, defaults to 0.1):
             Label smoothing of the training loss and of the scores of `rank_candidates`.
         strict_experts (`bool`, *optional*, defaults to `True`):
@@ -305,7 +314,7 @@ class PrismerConfig(ExpertsConfigMixin, PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        vision_fields = ("experts", "num_latents", "resampler_layers", "resampler_attention_heads")
+        vision_fields = ("experts", "num_latents", "resampler_layers", "resampler_attention_heads", "imitation")
         given = {field: kwargs.pop(field) for field in vision_fields if field in kwargs}
         given = {field: value for field, value in given.items() if value is not None}
         vocab_size = kwargs.pop("vocab_size", None)
@@ -338,6 +347,14 @@ class PrismerConfig(ExpertsConfigMixin, PreTrainedConfig):
     def experts(self, experts: list[dict]) -> None:
         read_specs(experts)
         self.vision_config.experts = experts
+
+    @property
+    def imitation(self) -> dict | None:
+        return self.vision_config.imitation
+
+    @imitation.setter
+    def imitation(self, imitation: dict | None) -> None:
+        self.vision_config.imitation = imitation
 
     @property
     def num_latents(self) -> int:

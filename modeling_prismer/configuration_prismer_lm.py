@@ -9,6 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_prismer import validate_fields
 from .expert_spec import ExpertsConfigMixin, ExpertSpec, read_specs
+from .imitation_spec import ImitationConfigMixin
 
 
 FUSIONS = ("prefix", "cross_attention")
@@ -16,7 +17,7 @@ EXPERTS_AS = ("tokens", "words", "both")
 
 
 @strict
-class PrismerExpertsConfig(ExpertsConfigMixin, PreTrainedConfig):
+class PrismerExpertsConfig(ImitationConfigMixin, ExpertsConfigMixin, PreTrainedConfig):
     r"""
     The experts' part of a PrismerLM: a stem for each expert, position embeddings of their own, and the resampler.
 
@@ -30,6 +31,9 @@ class PrismerExpertsConfig(ExpertsConfigMixin, PreTrainedConfig):
         resampler_layers (`int`, *optional*, defaults to 4): blocks of the resampler.
         resampler_attention_heads (`int`, *optional*, defaults to 8): attention heads of the resampler.
         num_instance_embeddings (`int`, *optional*, defaults to 128): rows of the table of instance embeddings.
+        imitation (`dict`, *optional*):
+            The experts to imitate from the features of the vision encoders where they are missing; a dict with the
+            fields of [`ImitationSpec`].
 
     Example:
 
@@ -57,6 +61,7 @@ class PrismerExpertsConfig(ExpertsConfigMixin, PreTrainedConfig):
     resampler_layers: int = 4
     resampler_attention_heads: int = 8
     num_instance_embeddings: int = 128
+    imitation: dict | None = None
     layer_norm_eps: float = 1e-5
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
@@ -68,7 +73,9 @@ class PrismerExpertsConfig(ExpertsConfigMixin, PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`-powered validation."""
         validate_fields(self)
-        read_specs(self.experts)
+        specs = read_specs(self.experts)
+        if self.imitation_spec is not None:
+            self.imitation_spec.check(specs)
         if self.hidden_size % self.resampler_attention_heads or self.hidden_size < 8:
             raise ValueError(
                 f"hidden_size={self.hidden_size}; at least 8 and a multiple of "
@@ -83,7 +90,7 @@ class PrismerExpertsConfig(ExpertsConfigMixin, PreTrainedConfig):
 
 
 @strict
-class PrismerLMConfig(ExpertsConfigMixin, PreTrainedConfig):
+class PrismerLMConfig(ImitationConfigMixin, ExpertsConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a [`PrismerLMForConditionalGeneration`]: frozen vision encoders and experts in front of any
     language model, or of any vision-language model.
@@ -215,6 +222,8 @@ class PrismerLMConfig(ExpertsConfigMixin, PreTrainedConfig):
             )
         if self.question_queries and self.experts_config is None:
             raise ValueError("question_queries=True needs experts_config: the question conditions the resampler")
+        if self.imitation is not None and not self.vision_config:
+            raise ValueError("imitation needs vision_config: the experts are imitated from the encoders' features")
         if self.image_token_id < 0:
             raise ValueError(f"image_token_id={self.image_token_id}; an id of 0 or more is needed")
 
@@ -279,6 +288,12 @@ class PrismerLMConfig(ExpertsConfigMixin, PreTrainedConfig):
         if self.experts_config is None:
             raise ValueError("there is no experts_config: this model has no stems for experts")
         self.experts_config.experts = experts
+
+    @property
+    def imitation(self) -> dict[str, Any] | None:
+        if self.has_prismer_encoder:
+            return self.vision_config[0].imitation
+        return None if self.experts_config is None else self.experts_config.imitation
 
     @property
     def num_features(self) -> int:

@@ -84,6 +84,11 @@ class ExpertEditingMixin:
                 require_kind(tensor, f"{what} of '{name}'", is_float=True)
                 if not torch.isfinite(tensor.to(old.dtype)).all():
                     raise ValueError(f"{what} of '{name}' has numbers that are not finite in {old.dtype}")
+        if name in self.config.imitated_experts and len(features) != len(old) - 1:
+            raise ValueError(
+                f"{len(features)} rows of features for '{name}', whose imitation predicts {len(old) - 1} classes; set "
+                "the features before `add_imitation`"
+            )
         index = self.config.expert_names.index(name)
         spec = self.config.expert_specs[index].with_classes(len(features), class_names)
         self.config.experts[index] = spec.to_dict()

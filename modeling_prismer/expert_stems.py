@@ -7,7 +7,7 @@ Every network of this package reads experts in the same way. It takes their tens
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -162,7 +162,11 @@ class PrismerExpertStem(nn.Module):
         if self.training:
             row_of_value = torch.randint(self.num_instance_embeddings, (MAX_IDS,), device=ids.device)
             return row_of_value[ids]
-        background_row = self.num_instance_embeddings - 1
+        return self.fixed_rows(ids)
+
+    def fixed_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of ids that are not drawn at random."""
+        ids, background_row = _read_ids(ids), self.num_instance_embeddings - 1
         return torch.where(ids == BACKGROUND, background_row, ids % background_row)
 
     def embed_instances(self, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -324,7 +328,11 @@ def pop_expert_inputs(tensors: dict[str, Any], names: list[str]) -> dict[str, An
 
 
 def gather_expert_inputs(
-    tensors: dict[str, Any], expert_mask: torch.Tensor | None, names: list[str], strict: bool
+    tensors: dict[str, Any],
+    expert_mask: torch.Tensor | None,
+    names: list[str],
+    strict: bool,
+    imitated: Collection[str] = (),
 ) -> dict[str, dict[str, torch.Tensor]]:
     """
     Sorts tensors named `<expert>_<suffix>` by expert and takes them out of `tensors`. Others stay.
@@ -335,6 +343,7 @@ def gather_expert_inputs(
             Which experts each sample has.
         names (`list[str]`): the configured experts.
         strict (`bool`): whether an expert that is neither given nor masked out is an error.
+        imitated (`Collection[str]`, *optional*): experts that can be missing in any case.
 
     Returns:
         `dict[str, dict[str, torch.Tensor]]`: for each given expert, its tensors by suffix.
@@ -374,7 +383,7 @@ def gather_expert_inputs(
                 "but their tensors are not given"
             ),
         )
-    elif missing and strict:
+    elif strict and (missing := [name for name in missing if name not in imitated]):
         raise ValueError(
             f"the config's experts {', '.join(missing)} are neither given nor masked out. Give their tensors "
             "(with Trainer: is remove_unused_columns=False needed?), or pass expert_mask with False in their "

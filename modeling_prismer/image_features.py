@@ -32,8 +32,9 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
         expert_token_mask (`torch.BoolTensor` of shape `(num_images, num_tokens)`, *optional*):
             Which of those tokens there are.
 
-    The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next, and `inputs`
-    the encoded tensors for an assistant of `generate`.
+    The attribute `visible` keeps what the text cross-attends to from one step of decoding to the next, `inputs` the
+    encoded tensors for an assistant of `generate`, and `missing_experts` which imitated experts each image lacks (see
+    [`ImitatingExpertsMixin.find_missing`]).
 
     Example:
 
@@ -61,6 +62,7 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
     expert_token_mask: torch.BoolTensor | None = None
     visible = None  # not a field: a new forward pass over a prompt replaces it
     inputs = None
+    missing_experts = None
 
     @property
     def num_images(self) -> int:

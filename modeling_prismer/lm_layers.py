@@ -7,8 +7,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_prismer_lm import PrismerExpertsConfig, PrismerLMConfig
-from .expert_stems import ExpertsMixin
 from .image_features import VisibleImages, resize_grid
+from .imitation import ImitatingExpertsMixin, ImitationOutput
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP
 
 
@@ -39,12 +39,20 @@ class PrismerLMQuestion(nn.Module):
         return latents + self.gate.tanh() * attn_output
 
 
-class PrismerLMExperts(ExpertsMixin, nn.Module):
-    """The experts' stems, position embeddings of their own, and the resampler. `forward` runs the stems."""
+class PrismerLMExperts(ImitatingExpertsMixin, nn.Module):
+    """
+    The experts' stems, position embeddings of their own, and the resampler. `forward` runs the stems.
 
-    def __init__(self, config: PrismerExpertsConfig, question_size: int | None = None):
+    Imitated experts are predicted from the features of the frozen encoders, `patch_channels` wide: encoders are
+    arbitrary, run without gradients, and their features may come from a file, so that no adaptor can be inside them.
+    """
+
+    def __init__(
+        self, config: PrismerExpertsConfig, question_size: int | None = None, patch_channels: int | None = None
+    ):
         super().__init__()
         self.config = config
+        self.imitation_sizes = (patch_channels, question_size)
         self.init_experts(config)
         self.position_embedding = nn.Parameter(torch.empty(config.grid_size**2, config.hidden_size))
         if question_size is not None:
@@ -52,6 +60,11 @@ class PrismerLMExperts(ExpertsMixin, nn.Module):
 
     def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         return resize_grid(self.position_embedding[None], grid)[0]
+
+    def imitate(self, patches: torch.Tensor, *args: Any, **kwargs: Any) -> ImitationOutput:
+        if self.imitation.grid_size is None:
+            patches = resize_grid(patches, (self.config.grid_size,) * 2)
+        return self.imitation(patches, None, *args, **kwargs)
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.embed_experts(*args)

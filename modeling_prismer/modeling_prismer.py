@@ -2,8 +2,9 @@
 The Prismer network (arXiv 2303.02506): from an image and the maps of frozen experts to text.
 
 The file reads from the smallest module to the model: adaptor, vision encoder, text decoder, and both together with
-the loss. Attention and MLP are in layers.py, the experts' stems and the resampler in expert_stems.py, generation in
-generation.py, ranking in ranking.py, and building from CLIP and RoBERTa in backbones.py.
+the loss. Attention and MLP are in layers.py, the experts' stems and the resampler in expert_stems.py, the imitation of
+experts in imitation.py, generation in generation.py, ranking in ranking.py, and building from CLIP and RoBERTa in
+backbones.py.
 """
 
 import copy
@@ -37,9 +38,16 @@ from .backbones import build_from_backbones
 from .cache import CACHE_NAME, accept_past_key_values
 from .configuration_prismer import PrismerConfig, PrismerTextConfig, PrismerVisionConfig
 from .expert_editing import ExpertEditingMixin
-from .expert_stems import ExpertsMixin, gather_expert_inputs, init_expert_weights, look_up, pop_expert_inputs
+from .expert_stems import gather_expert_inputs, init_expert_weights, look_up, pop_expert_inputs
 from .generation import PrismerGenerationMixin
 from .half_precision import HalfPrecisionMixin
+from .imitation import (
+    ImitatingExpertsMixin,
+    ImitationMixin,
+    ImitationOutput,
+    init_imitation_weights,
+    uncaptured_outputs,
+)
 from .layers import PrismerAttention, PrismerLayerNorm, PrismerMLP, init_layer_weights
 from .loss import sample_losses
 from .ranking import RankingMixin
@@ -222,6 +230,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
         "PrismerVisionEmbeddings",
         "PrismerExpertStem",
         "PrismerResamplerLayer",
+        "PrismerImitation",
         "PrismerVisionLayer",
         "PrismerTextEmbeddings",
         "PrismerTextLayer",
@@ -245,6 +254,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_expert_weights(module)
+        init_imitation_weights(module)
         if isinstance(module, PrismerVisionEmbeddings):
             init.normal_(module.patch_embedding.weight, std=0.02)
             init.normal_(module.position_embedding, std=0.02)
@@ -320,7 +330,7 @@ class PrismerPreTrainedModel(PreTrainedModel):
         return loaded
 
 
-class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
+class PrismerVisionModel(ImitatingExpertsMixin, PrismerPreTrainedModel):
     """
     The vision encoder: a CLIP vision transformer with adaptors. It reads the patches of the image, and the latents to
     which the resampler condenses the experts' maps.
@@ -359,6 +369,11 @@ class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
 
     def expert_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         return self.embeddings(grid=grid)  # experts share the positions of the image
+
+    def imitate(self, patches: torch.Tensor, *args: Any, **kwargs: Any) -> ImitationOutput:
+        layers = tuple(layer.__call__ for layer in self.layers)  # accelerate would move modules among the arguments
+        with uncaptured_outputs():
+            return self.imitation(self.pre_layernorm(patches), layers, *args, **kwargs)
 
     def check_inputs(
         self,
@@ -408,7 +423,7 @@ class PrismerVisionModel(ExpertsMixin, PrismerPreTrainedModel):
         hidden_states = self.embeddings(pixel_values)
         if self.resampler is not None:
             batch_size, device = hidden_states.shape[0], hidden_states.device
-            latents = self.encode_experts(expert_inputs, expert_mask, batch_size, device, **kwargs)
+            latents = self.encode_experts(expert_inputs, expert_mask, batch_size, device, hidden_states, **kwargs)
             hidden_states = torch.cat([hidden_states, latents], dim=1)
         hidden_states = self.pre_layernorm(hidden_states)
         for layer in self.layers:
@@ -694,7 +709,7 @@ class PrismerModel(HalfPrecisionMixin, PrismerPreTrainedModel):
         ```
         """
         names, strict = self.config.expert_names, self.config.strict_experts
-        expert_inputs = gather_expert_inputs(kwargs, expert_mask, names, strict)
+        expert_inputs = gather_expert_inputs(kwargs, expert_mask, names, strict, self.config.imitated_experts)
         if expert_mask is not None:
             expert_mask = expert_mask.to(device=pixel_values.device, dtype=torch.bool)
         outputs = self.vision_model(pixel_values, expert_inputs, expert_mask, **kwargs)
@@ -743,7 +758,7 @@ class PrismerModel(HalfPrecisionMixin, PrismerPreTrainedModel):
                 Word of each pixel, 255 for background, and the feature of each word.
             expert_mask (`torch.BoolTensor` of shape `(num_images, number of experts)`, *optional*):
                 Which experts each sample has, in the order of the config, by default the given ones. An expert that is
-                masked out leaves no trace.
+                masked out leaves no trace. With `config.imitation`, its imitation takes its place.
             cache (`Cache`, *optional*):
                 The text so far, with the image that it attends to.
             encoder_outputs (`ModelOutput`, *optional*):
@@ -793,7 +808,7 @@ class PrismerLMHead(nn.Module):
 
 
 class PrismerForConditionalGeneration(
-    RankingMixin, ExpertEditingMixin, PrismerGenerationMixin, PrismerPreTrainedModel
+    RankingMixin, ExpertEditingMixin, ImitationMixin, PrismerGenerationMixin, PrismerPreTrainedModel
 ):
     """
     Prismer with its language modelling head: captions, answers, and ranking of given answers.
@@ -825,6 +840,9 @@ class PrismerForConditionalGeneration(
     @property
     def expert_network(self) -> PrismerVisionModel:
         return self.model.vision_model
+
+    def embed_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.vision_model.embeddings(pixel_values)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         if self._auto_class is not None:  # the code is saved too, so that `AutoModel` finds the model without its head

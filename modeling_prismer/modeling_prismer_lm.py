@@ -40,6 +40,7 @@ from .image_features import (
     resize_grid,
     see_images,
 )
+from .imitation import ImitationMixin, init_imitation_weights
 from .lm_backbones import BackbonesMixin
 from .lm_generation import PrismerLMGenerationMixin
 from .lm_layers import CrossAttend, PrismerLMExperts, PrismerLMGatedBlock, PrismerLMProjection, PrismerLMQuestion
@@ -174,6 +175,7 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_expert_weights(module)
+        init_imitation_weights(module)
         if isinstance(module, PrismerLMExperts):
             init.normal_(module.position_embedding, std=0.02)
         elif isinstance(module, PrismerLMQuestion):
@@ -237,7 +239,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             if config.experts_config._attn_implementation is None:
                 config.experts_config._attn_implementation = config._attn_implementation
             question_size = config.hidden_size if config.question_queries else None
-            self.experts = PrismerLMExperts(config.experts_config, question_size)
+            channels = sum(map(num_channels, vision_encoders)) or None
+            self.experts = PrismerLMExperts(config.experts_config, question_size, channels)
             self.experts_projection = PrismerLMProjection(config, config.experts_config.hidden_size)
         self.cross_blocks = nn.ModuleDict()
         self.image_embedding: Any = None
@@ -301,8 +304,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
     def encode_patches(
         self,
         pixel_values: list[torch.Tensor],
-        expert_inputs: dict[str, dict[str, torch.Tensor]],
-        expert_mask: torch.Tensor | None,
+        expert_inputs: dict[str, dict[str, torch.Tensor]] | None = None,
+        expert_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The patch features of all encoders: `(num_images, grid_size * grid_size, channels)`. A Prismer's encoder adds
@@ -353,7 +356,8 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         is_encoded = patch_features is not None
         needs_no_map = self.config.experts_as == "words" or (is_encoded and self.config.has_prismer_encoder)
         strict = self.config.strict_experts and not needs_no_map
-        expert_inputs = gather_expert_inputs(kwargs, expert_mask, self.config.expert_names, strict=strict)
+        imitated = self.config.imitated_experts
+        expert_inputs = gather_expert_inputs(kwargs, expert_mask, self.config.expert_names, strict, imitated)
         names = pixel_names(len(self.vision_encoders))
         pixels = {name: pixel_values if name == "pixel_values" else kwargs.pop(name, None) for name in names}
         missing = [name for name, tensor in pixels.items() if tensor is None]
@@ -383,10 +387,15 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         if self.experts is not None and self.config.experts:
             mask = None if expert_mask is None else expert_mask.to(device=first.device, dtype=torch.bool)
             self.experts.check_expert_inputs(expert_inputs, mask, images)
+            expert_inputs, missing = self.experts.find_missing(expert_inputs, mask)
             tokens, token_mask = self.experts(expert_inputs, mask, first.shape[0], first.device)
             if self.config.question_queries:
                 outputs.expert_tokens, outputs.expert_token_mask = tokens, token_mask
+                outputs.missing_experts = missing
             else:
+                if missing:
+                    imitated = self.experts.imitate(outputs.last_hidden_state)
+                    tokens, token_mask = self.experts.add_imitations(tokens, token_mask, imitated, missing)
                 features.append(self.experts_projection(self.experts.resampler(tokens, token_mask)))
         if features:
             outputs.pooler_output = torch.cat([part.to(features[0].device) for part in features], dim=1)
@@ -424,9 +433,17 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         image = torch.tensor([image for row in rows for image in row], device=device)
         row = torch.tensor([index for index, row in enumerate(rows) for _ in row], device=device)
         questions, mask = questions.to(device)[row], mask.to(device)[row]
+        tokens = images.expert_tokens[image]
         token_mask = None if images.expert_token_mask is None else images.expert_token_mask[image]
+        if images.missing_experts:  # the question changes the routes
+            context = (questions * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            imitated = self.experts.imitate(images.last_hidden_state[image], context=context)
+            missing = {
+                name: absent if absent is None else absent[image] for name, absent in images.missing_experts.items()
+            }
+            tokens, token_mask = self.experts.add_imitations(tokens, token_mask, imitated, missing)
         latents = self.experts.resampler(
-            images.expert_tokens[image],
+            tokens,
             token_mask,
             condition=lambda latents: self.experts.question(latents, questions, mask),
         )
@@ -636,7 +653,12 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
 
 
 class PrismerLMForConditionalGeneration(
-    RankingMixin, ExpertEditingMixin, BackbonesMixin, PrismerLMGenerationMixin, PrismerLMPreTrainedModel
+    RankingMixin,
+    ExpertEditingMixin,
+    ImitationMixin,
+    BackbonesMixin,
+    PrismerLMGenerationMixin,
+    PrismerLMPreTrainedModel,
 ):
     """
     A language model that sees images through frozen vision encoders and experts.
@@ -682,6 +704,14 @@ class PrismerLMForConditionalGeneration(
         if self.model.experts is None:
             raise ValueError("the configuration has no experts_config: this model has no stems to add an expert to")
         return self.model.experts
+
+    def embed_patches(
+        self, pixel_values: torch.Tensor | None = None, patch_features: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if patch_features is not None:
+            return patch_features
+        pixels = {"pixel_values": pixel_values, **kwargs}
+        return self.model.encode_patches([pixels[name] for name in pixel_names(len(self.model.vision_encoders))])
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()

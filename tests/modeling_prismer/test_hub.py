@@ -29,12 +29,13 @@ from modeling_prismer.processing.experts.edge import CannyEdges
 from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessorTorchvision
 
 from . import tiny_lm
-from .tiny import image_inputs, prompts, tiny_model
+from .tiny import image_inputs, prompts, tiny_model, without
 
 
 NETWORK = (
     *("modeling_prismer", "adapter_targets", "backbones", "cache", "expert_editing", "expert_stems", "generation"),
-    *("half_precision", "layers", "loss", "ranking"),
+    *("half_precision", "image_features", "imitation", "imitation_spec", "layers", "loss", "ranking"),
+    "routed_adaptors",
 )
 CODE = {f"{name}.py" for name in ("configuration_prismer", "expert_spec", *NETWORK)}
 PROCESSOR_CODE = {
@@ -50,9 +51,12 @@ def language_model_inputs():
     return {"input_ids": tiny_lm.prompts(config, 2), **tiny_lm.image_inputs(config, 2)}
 
 
-# the model and its inputs
+# the model and its inputs; one of the six experts is imitated
 MODELS = {
-    "six experts": (tiny_model, lambda: {"input_ids": prompts(), **image_inputs()}),
+    "six experts": (
+        lambda: tiny_model(imitation={"experts": ["depth"], "layers": [0, 1]}),
+        lambda: {"input_ids": prompts(), **without(image_inputs(), "depth")},
+    ),
     "no experts": (lambda: tiny_model(experts=[]), lambda: {"input_ids": prompts(), **image_inputs(experts=[])}),
     "language model": (tiny_lm.tiny_model, language_model_inputs),
 }
