@@ -414,6 +414,7 @@ def make_lm_trainer(
     eval_rows: Rows | None = None,
     chats: datasets.Dataset | None = None,
     labels_for: Callable | None = None,
+    trainer_class: type[LmTrainer] = LmTrainer,
     **kwargs,
 ) -> LmTrainer:
     """
@@ -423,7 +424,8 @@ def make_lm_trainer(
         train_rows, eval_rows: rows of images with texts; either can be missing.
         chats (`Dataset`, *optional*): conversations to train on.
         labels_for (`Callable`, *optional*): a function from ids of images to labels, in place of `--labels`.
-        kwargs: passed on to [`LmTrainer`].
+        trainer_class (`type`, *optional*): a subclass of [`LmTrainer`].
+        kwargs: passed on to the trainer.
     """
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -475,7 +477,7 @@ def make_lm_trainer(
         collator.as_chat,
         f"Trained on {args.stage}: {', '.join(Path(source).name for source in args.train_data)}.",
     )
-    return LmTrainer(
+    return trainer_class(
         model=model,
         args=training_args,
         train_dataset=ConcatDataset(both) if len(both) > 1 else next(iter(both), None),

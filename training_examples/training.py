@@ -535,6 +535,7 @@ def make_trainer(
     labels_for: Callable | None = None,
     texts_per_image: int | None = None,
     generation: dict[str, Any] | None = None,
+    trainer_class: type[PrismerTrainer] = PrismerTrainer,
     **kwargs,
 ) -> PrismerTrainer:
     """
@@ -547,7 +548,8 @@ def make_trainer(
         labels_for (`Callable`, *optional*): a function from ids of images to labels, in place of `--labels`.
         texts_per_image (`int`, *optional*): the number of texts to draw from a training row with several.
         generation (`dict`, *optional*): the generation settings of the model, by default those of the task.
-        kwargs: passed on to [`PrismerTrainer`].
+        trainer_class (`type`, *optional*): a subclass of [`PrismerTrainer`].
+        kwargs: passed on to the trainer.
     """
     output_dir = Path(training_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -567,7 +569,7 @@ def make_trainer(
         store = output_dir / "expert_labels"
         train_labels = label_rows([train_rows], processor, args.labels, store / "train", experts)
         eval_labels = label_rows([eval_rows, *other_rows], processor, args.labels, store / "eval", experts)
-    return PrismerTrainer(
+    return trainer_class(
         model=model,
         args=training_args,
         train_dataset=train_rows,
