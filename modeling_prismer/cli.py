@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .command_line import answers, checks, conversion, experts, serve
+from .command_line import answers, checks, conversion, experts, serve, worth
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
@@ -28,8 +28,8 @@ def main(
     """Prismer: captions images, answers questions about them and classifies them, with frozen experts."""
 
 
-for commands in (answers.commands, experts.commands, serve.commands, conversion.commands, checks.commands):
-    app.add_typer(commands)
+for module in (answers, experts, worth, serve, conversion, checks):
+    app.add_typer(module.commands)
 
 
 if __name__ == "__main__":
