@@ -252,6 +252,19 @@ def test_maps_have_the_channels_of_their_experts(imitating):
     assert len(imitated.routes) == len(imitated.level_states) == 2
 
 
+@torch.no_grad()
+def test_student_runs_through_the_layers_of_the_encoder():
+    model = tiny_model(imitation={**IMITATION, "layers": [1]})  # without an adaptor after layer 0
+    vision, pixels = model.model.vision_model, image_inputs()["pixel_values"]
+    states = vision.pre_layernorm(vision.embeddings(pixels))
+    states = vision.layers[1](vision.layers[0](states))
+    condition = vision.imitation.condition(states, None, None)
+    expected, routes = vision.imitation.adaptors[0](states, condition)
+    imitated = model.imitate(pixels)
+    torch.testing.assert_close(imitated.level_states[0], expected)
+    torch.testing.assert_close(imitated.routes[0].gates, routes.gates)
+
+
 def test_teacher_changes_the_routes(imitating):
     vision, pixels = imitating.model.vision_model, image_inputs()["pixel_values"]
     with torch.no_grad():
