@@ -495,5 +495,5 @@ def test_data_set_without_scenes_is_refused(tmp_path):
 
 
 def test_each_domain_has_a_configuration():
-    assert set(Scenes.builder_configs) == {"scenes", "shifted"} == set(DOMAINS)
+    assert set(Scenes.builder_configs) == {"scenes", "shifted", "scenes2"} == set(DOMAINS)
     assert Scenes.builder_configs["shifted"].image_size != Scenes.builder_configs["scenes"].image_size

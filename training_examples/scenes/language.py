@@ -24,10 +24,11 @@ from .scene import COLORS, HELD_OUT, MATERIALS, SHAPES, SIZES
 from .words import WORDS
 
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COUNTS = ("0", "1", "2", "3", "4")
 TYPES = ("color", "shape", "material", "size", "count", "relation", "nearest", "sign", "yes/no")
 CAPTIONS = 5
+MAX_GROUPS = 7  # kinds of objects that a caption lists
 
 # Share of questions to keep, by form and answer. It balances answers that are not equally frequent.
 KEPT: dict[tuple[str, str], float] = {
@@ -62,30 +63,37 @@ def article(words: str) -> str:
     return ("an " if words[0] in "aeio" else "a ") + words
 
 
-def names_of(thing: dict, objects: list[dict], without: str | None = None) -> list[str]:
+CHOICES = (
+    ("shape",),
+    ("color", "shape"),
+    ("color",),
+    ("size", "shape"),
+    ("material", "shape"),
+    ("size", "color", "shape"),
+    ("material", "color", "shape"),
+    ("size", "color"),
+    ("material", "color"),
+)
+
+
+def descriptions(thing: dict, objects: list[dict], without: str | None = None) -> list[dict[str, str]]:
     """
-    Short names that fit this object alone: `the cone`, `the red cone`, `the shiny object`. Names with three attributes
-    are used only if there is no shorter one. No name uses the attribute `without`.
+    Attributes that fit this object alone, without the attribute `without`. Three attributes are used only if fewer
+    are not enough.
     """
-    found: list[tuple[int, str]] = []
-    choices = [
-        ("shape",),
-        ("color", "shape"),
-        ("color",),
-        ("size", "shape"),
-        ("material", "shape"),
-        ("size", "color", "shape"),
-        ("material", "color", "shape"),
-        ("size", "color"),
-        ("material", "color"),
-    ]
-    for attributes in choices:
-        if without in attributes or (len(attributes) == 3 and any(length < 3 for length, _ in found)):
+    found: list[dict[str, str]] = []
+    for attributes in CHOICES:
+        if without in attributes or (len(attributes) == 3 and any(len(shorter) < 3 for shorter in found)):
             continue
         if all(other is thing or any(other[name] != thing[name] for name in attributes) for other in objects):
-            noun = None if "shape" in attributes else "object"
-            found.append((len(attributes), "the " + phrase(thing, attributes, noun)))
-    return [name for _, name in found]
+            found.append({name: thing[name] for name in attributes})
+    return found
+
+
+def names_of(thing: dict, objects: list[dict], without: str | None = None) -> list[str]:
+    """Names for the descriptions of [`descriptions`]: `the cone`, `the red cone`, `the shiny object`."""
+    found = descriptions(thing, objects, without)
+    return ["the " + phrase(each, tuple(each), each.get("shape", "object")) for each in found]
 
 
 # ---- questions ----
@@ -377,8 +385,9 @@ def captions_of(facts: Facts) -> list[str]:
     objects = sorted(facts["objects"], key=lambda thing: thing["center"][0])
     signs, place = facts["signs"], facts["place"]
     where = "on a table" if place == "table" else "in a room"
+    groups = _groups(objects)
     return [
-        f"{_listed(_groups(objects))} {where}",
+        f"{_listed(groups if len(groups) <= MAX_GROUPS else _shape_counts(objects))} {where}",
         f"a {place} with {_number_of_objects(objects)} and {_sign_words(signs)}",
         _front_caption(objects, where),
         _sign_caption(objects, signs, place),
@@ -412,8 +421,8 @@ def _sign_words(signs: list[dict]) -> str:
         return "no sign"
     if len(signs) == 1:
         return f"a sign that says {signs[0]['word']}"
-    left, right = sorted(signs, key=lambda sign: sign["center"][0])
-    return f"two signs that say {left['word']} and {right['word']}"
+    words = [sign["word"] for sign in sorted(signs, key=lambda sign: sign["center"][0])]
+    return f"{NUMBERS[len(words)]} signs that say {_listed(words)}"
 
 
 def _front_caption(objects: list[dict], where: str) -> str:
@@ -466,7 +475,11 @@ def mentions(caption: str) -> dict[str, list]:
         {name: value for name, value in match.groupdict().items() if value} for match in _MENTION.finditer(caption)
     ]
     words = re.findall(r"\bsays (\w+)", caption)
-    words += [word for pair in re.findall(r"\bsay (\w+) and (\w+)", caption) for word in pair]
+    words += [
+        word
+        for listed in re.findall(r"\bsay ((?:\w+, )*\w+ and \w+)", caption)
+        for word in re.split(", | and ", listed)
+    ]
     return {"objects": found, "words": words}
 
 

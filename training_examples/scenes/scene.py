@@ -8,7 +8,7 @@ generator, so that a scene depends on its seed alone.
 
 import colorsys
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -93,7 +93,16 @@ SHIFTED = Domain(
     elevation=(28.0, 45.0),
 )
 
-DOMAINS = {"scenes": SCENES, "shifted": SHIFTED}
+# the look of Scenes, with the cameras and lights of both domains
+COMPOSITION = replace(
+    SCENES,
+    pitch=(SHIFTED.pitch[0], SCENES.pitch[1]),
+    field_of_view=(SCENES.field_of_view[0], SHIFTED.field_of_view[1]),
+    warmth=(SHIFTED.warmth[0], SCENES.warmth[1]),
+    elevation=(SHIFTED.elevation[0], SCENES.elevation[1]),
+)
+
+DOMAINS = {"scenes": SCENES, "shifted": SHIFTED, "scenes2": COMPOSITION}
 
 
 @dataclass(frozen=True)
@@ -252,10 +261,48 @@ def plan_scene(random: np.random.Generator, domain: str = "scenes", held_out: bo
         held_out (`bool`, *optional*, defaults to `False`):
             Whether at least one object has a color and a shape of `HELD_OUT`. If `False`, no object has.
     """
+    if domain == "scenes2":
+        return _plan_composition(random, domain, held_out)
     number = int(random.choice([3, 4, 5, 6, 7], p=[0.14, 0.27, 0.29, 0.2, 0.1]))
     signs = int(random.choice([0, 1, 2], p=[0.1, 0.75, 0.15]))
     return Plan(
         kinds=tuple(_kinds(random, number, held_out)),
+        words=tuple(str(word) for word in random.choice(WORDS, size=signs, replace=False)),
+        table=bool(random.random() < 0.45),
+        domain=domain,
+        held_out=held_out,
+    )
+
+
+GROUPS = (4, 9)  # objects with a common attribute, so that counts up to 9 occur
+CROWD = 7  # with so many objects, most are small
+
+
+def _plan_composition(random: np.random.Generator, domain: str, held_out: bool) -> Plan:
+    """
+    As [`plan_scene`], for Scenes 2: each allowed pair of color and shape is equally frequent, half of the scenes have
+    a group of 4 to 9 objects with a common attribute, and there are up to three signs.
+    """
+    pairs = [(color, shape) for color in COLORS for shape in SHAPES if held_out or (color, shape) not in HELD_OUT]
+    group, kinds = int(random.integers(GROUPS[0], GROUPS[1] + 1)) if random.random() < 0.5 else 0, []
+    number = group + int(random.integers(0, 2)) if group else int(random.integers(3, 8))
+    common = int(random.integers(4)) if group else None  # shape, color, material or size
+    color, shape = pairs[random.integers(len(pairs))]
+    size = "small" if group > 5 else str(random.choice(SIZES))
+    shared = (shape, color, str(random.choice(MATERIALS)), size)
+    while len(kinds) < number:
+        color, shape = pairs[random.integers(len(pairs))]
+        small = random.random() < (0.85 if number >= CROWD else 0.5)
+        kind = [shape, color, str(random.choice(MATERIALS)), "small" if small else "large"]
+        if common is not None and len(kinds) < group:
+            kind[common] = shared[common]
+        if held_out and not kinds:
+            kind[1], kind[0] = HELD_OUT[random.integers(len(HELD_OUT))]
+        if held_out or (kind[1], kind[0]) not in HELD_OUT:
+            kinds.append(tuple(kind))
+    signs = int(random.choice([0, 1, 2, 3], p=[0.12, 0.5, 0.26, 0.12])) if number < CROWD else int(random.integers(2))
+    return Plan(
+        kinds=tuple(kinds[k] for k in random.permutation(number)),
         words=tuple(str(word) for word in random.choice(WORDS, size=signs, replace=False)),
         table=bool(random.random() < 0.45),
         domain=domain,

@@ -28,6 +28,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from . import composition
 from .facts import describe, is_clear
 from .labels import DETECTION_CLASSES, EXPERTS, true_labels
 from .language import ask, captions_of
@@ -69,11 +70,17 @@ def make_example(
     view = look(scene, image_size)
     image = render(scene, image_size, SAMPLES)
     facts = describe(scene, view)
+    captions = captions_of(facts)
+    if domain == "scenes2":
+        facts["marked"] = int(random.integers(len(facts["objects"])))
+        questions = composition.ask(facts, random, held_out)
+    else:
+        questions = ask(facts, random, held_out)
     return {
         "image": image,
         "labels": true_labels(view, image, facts),
-        "captions": captions_of(facts),
-        "questions": ask(facts, random, held_out),
+        "captions": captions,
+        "questions": questions,
         "facts": facts,
         "held_out": held_out,
     }
@@ -125,12 +132,21 @@ class Scenes(datasets.GeneratorBasedBuilder):
             validation=0,
             test=500,
         ),
+        ScenesConfig(
+            name="scenes2",
+            version=datasets.Version("2.0.0"),
+            description="More objects, signs and kinds of questions, with a marked object; 128x128",
+            domain="scenes2",
+        ),
     ]
     DEFAULT_CONFIG_NAME = "scenes"
     SHARD = 50  # scenes that a process makes at a time
 
     def _info(self) -> datasets.DatasetInfo:
         text, number = datasets.Value("string"), datasets.Value("float32")
+        question, marked = {"question": text, "answer": text, "type": text}, {}
+        if self.config.domain == "scenes2":
+            question, marked = {**question, "program": text}, {"marked": datasets.Value("int32")}
         integers = datasets.List(datasets.Value("int32"))
         place = {
             "position": datasets.List(number),
@@ -153,12 +169,13 @@ class Scenes(datasets.GeneratorBasedBuilder):
                     "detection_boxes": datasets.List(integers),
                     "ocr_words": datasets.List(text),
                     "captions": datasets.List(text),
-                    "questions": datasets.List({"question": text, "answer": text, "type": text}),
+                    "questions": datasets.List(question),
                     "held_out": datasets.Value("bool"),
                     "facts": {
                         "place": text,
                         "objects": datasets.List(thing),
                         "signs": datasets.List({**sign, **place}),
+                        **marked,
                     },
                 }
             ),
@@ -214,9 +231,10 @@ def expert_labels(row: dict[str, Any], word_features=None, names: tuple[str, ...
     Args:
         row (`dict`): a row of the data set, with its images decoded.
         word_features ([`WordFeatures`], *optional*, defaults to [`HashedNgrams`]): the features of words.
-        names (`tuple[str]`, *optional*): the experts.
+        names (`tuple[str]`, *optional*): the experts. `"regions"` is the marked object of Scenes 2.
     """
-    labels: dict[str, Any] = {name: np.asarray(row[name]) for name in names if name not in ("detection", "ocr")}
+    maps = [name for name in names if name not in ("detection", "ocr", "regions")]
+    labels: dict[str, Any] = {name: np.asarray(row[name]) for name in maps}
     if "detection" in names:
         labels["detection"] = {"ids": np.asarray(row["detection"]), "classes": list(row["detection_classes"])}
     if "ocr" in names:
@@ -226,6 +244,12 @@ def expert_labels(row: dict[str, Any], word_features=None, names: tuple[str, ...
             word_features = HashedNgrams()
         words = list(row["ocr_words"])
         labels["ocr"] = {"ids": np.asarray(row["ocr"]), "words": words, "features": word_features(words)}
+    if "regions" in names:
+        from modeling_prismer.processing.experts import UserRegions
+
+        box = row["facts"]["objects"][row["facts"]["marked"]]["box"]
+        regions = UserRegions(word_features)
+        labels["regions"] = regions.label_from([{"box": tuple(box), "name": "marked"}], row["image"])
     return {name: labels[name] for name in names}
 
 
