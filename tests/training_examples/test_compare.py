@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 import compare
@@ -27,7 +28,7 @@ from comparison.report import Result
 from comparison.retrieval import hits
 from comparison.scores import Score, difference, interval
 from comparison.sources import Sample, load_samples, load_support
-from modeling_prismer import PrismerProcessor
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.processing.metrics import load_metric
 from tests.training_examples.conftest import COLORS, NUM_IMAGES, color_of
 from tests.training_examples.tiny_contenders import BUILDERS, prismer_lm
@@ -212,6 +213,23 @@ def test_a_prismer_chooses_the_best_text(folders, image):
     query, options = Query((image,), "what color is it"), ["red", "blue", "white"]
     best = int(model.rank([query], options)[0].argmax())
     assert model.choose([query], [options]) == ["ABC"[best]]
+
+
+def test_prompts_of_a_prismer_lm_are_used_once(folders, image, other_image):
+    args = CompareArguments(device="cpu", question_prompt="Question: {} Answer:")
+    model = PrismerModel(str(folders("prismer_lm")), args)
+    query = Query((image,), "is it red", (Example("is it blue", "no", other_image),))
+    for is_chat in (True, False):
+        model.is_chat = model.collator.as_chat = is_chat
+        for asked, number in (
+            (query, 2),
+            (Query((image, other_image), "is it red"), 1),
+            (Query((image,), "is it red"), 1),
+        ):
+            inputs = model.collator([model.row([asked], None)])
+            text = model.processor.decode(inputs["input_ids"][0])
+            assert text.count("Question: ") == text.count(" Answer:") == number
+            assert "Question: is it red Answer:" in text
 
 
 def test_classes_of_clip_are_put_into_the_prompt(folders, image):
@@ -430,6 +448,24 @@ def test_yes_no_leaves_other_questions_out(run, folders, image_folder, capsys):
     assert list(results["trials"]["yes_no"][0]["scores"]) == ["accuracy", "F1", "yes ratio"]
 
 
+def test_pope_is_read_and_scored(run, folders, tmp_path):
+    rows = []
+    for number, answer in enumerate(["yes", "no", "no"]):
+        name = f"COCO_val2014_{number // 2:012d}.jpg"
+        Image.new("RGB", (40, 30), (80 * number, 10, 10)).save(tmp_path / name)
+        rows.append({"question_id": number + 1, "image": name, "text": f"Is there a dog {number}?", "label": answer})
+    path = tmp_path / "coco_pope_random.json"  # lines, in spite of its name
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    columns = ("--question_column", "text", "--answer_column", "label")
+    results = run("--models", folders("git"), "--tasks", "yes_no", "--data", path, *columns)
+    said = Result.load(tmp_path / "out" / "runs" / folders("git").name / "yes_no.json").said
+    expected = load_metric("yes_no_accuracy").compute(predictions=said, references=["yes", "no", "no"])
+    scores = {name: cell["value"]["value"] / 100 for name, cell in results["trials"]["yes_no"][0]["scores"].items()}
+    assert scores == pytest.approx(
+        {"accuracy": expected["accuracy"], "F1": expected["f1"], "yes ratio": expected["yes_ratio"]}
+    )
+
+
 # ---- data and examples ----
 
 
@@ -575,12 +611,34 @@ def test_memory_of_the_work_is_measured():
         (("--models", "prismer-scenes"), "--tasks is missing; accepted are caption"),
         (("--models", "prismer-scenes", "--tasks", "vqa"), "--data is missing"),
         (("--models", "prismer-scenes", "--tasks", "needle", "--data", "/"), "has no visual_haystack_"),
-        (("--models", "no/such-model", "--tasks", "caption", "--data", "{folder}"), "no/such-model cannot be opened"),
+        (
+            ("--models", "no/such-model", "--tasks", "caption", "--data", "{folder}"),
+            "'no/such-model' is neither",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(run, arguments, message, image_folder):
     with pytest.raises(SystemExit, match=message):
         run(*(argument.format(folder=image_folder) for argument in arguments))
+
+
+def test_another_kind_of_model_is_refused(vision, folders):
+    with pytest.raises(ValueError, match="is a siglip_vision_model; accepted are Prismer, PrismerLM"):
+        open_model(ModelName.read(str(vision)), CompareArguments())
+
+
+def test_an_adapter_of_a_prismer_is_opened(folders, tmp_path, image):
+    model = PrismerModel(str(folders("prismer")), arguments())
+    adapted = get_peft_model(PrismerForConditionalGeneration.from_pretrained(folders("prismer")), LoraConfig())
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5)
+    adapted.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    adapter = open_model(ModelName.read(str(tmp_path)), arguments())
+    first, second = (own.rank([Query((image,), "is it red")], ["yes", "no"]) for own in (model, adapter))
+    assert np.abs(first - second).max() > 1e-3
 
 
 def test_models_are_named(folders):

@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Cost:
     """
     Args:
-        seconds (`float`): of the whole measurement.
+        seconds (`float`): of the whole measurement. On a CPU the computing time of all threads, so that other programs
+            do not count.
         megabytes (`float`): growth of memory at its peak, with a batch of samples.
     """
 
@@ -33,11 +34,12 @@ def measure_cost(work: Callable[[], T], device: torch.device) -> tuple[T, Cost]:
     not count.
     """
     before = _reset_peak(device)
-    start = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
     result = work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, Cost(time.perf_counter() - start, max(0.0, peak_memory() - before))
+    return result, Cost(clock() - start, max(0.0, peak_memory() - before))
 
 
 def _reset_peak(device: torch.device) -> float:

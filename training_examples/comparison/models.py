@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -16,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import modeling_prismer.public  # noqa: F401  registers the Auto classes
+from modeling_prismer.command_line.arguments import model_type
 from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing import load_image
 
@@ -138,35 +138,31 @@ def with_letters(question: str, options: Sequence[str]) -> str:
 
 def open_model(name: ModelName, args: CompareArguments) -> Model:
     """
-    Opens a model of any kind.
+    Opens a model of any kind. An adapter is of the kind of its base model.
 
     Raises:
         ValueError: if there is no such model, or if it is of another kind.
     """
-    path = find_checkpoint(name.path)
-    try:
-        model_type = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--models {name.path} cannot be opened: {error}") from error
-    if model_type in ("prismer", "prismer_lm"):
+    path, kind = find_checkpoint(name.path), model_type(name.path)
+    if kind in ("prismer", "prismer_lm"):
         from .prismer_model import PrismerModel
 
         return PrismerModel(path, args, name.experts)
     if name.experts is not None:
-        raise ValueError(f"--models {name.path}@{name.experts}: a {model_type} has no experts")
-    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(f"--models {name.path}@{name.experts}: a {kind} has no experts")
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         from .vision_language import VisionLanguageModel
 
         return VisionLanguageModel(path, args)
-    if model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+    if kind in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         from .contrastive import ContrastiveModel
 
         return ContrastiveModel(path, args)
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         from .language import LanguageModel
 
         return LanguageModel(path, args)
     raise ValueError(
-        f"--models {name.path} is a {model_type}; accepted are Prismer, PrismerLM, models of "
+        f"--models {name.path} is a {kind}; accepted are Prismer, PrismerLM, models of "
         "AutoModelForImageTextToText, of AutoModelForZeroShotImageClassification and of AutoModelForCausalLM"
     )

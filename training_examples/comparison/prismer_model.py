@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from feature_cache import encode_images
-from lm_training import BACKBONES, RecipeCollator, batches_by_length, generate_texts
-from modeling_prismer import DataCollatorForPrismer
+from lm_training import BACKBONES, batches_by_length, generate_texts
+from modeling_prismer import DataCollatorForPrismer, DataCollatorForPrismerLM
 from modeling_prismer.command_line.checkpoints import Checkpoint
 from modeling_prismer.processing.labels import label_source
 from modeling_prismer.processing.tasks import find_task
@@ -46,13 +46,13 @@ class PrismerModel(Model):
             "with_suffix": False,
             "experts": names,
         }
+        self.is_chat = self.is_lm and self.processor.chat_template is not None
         self.collator: DataCollatorForPrismer
         if self.is_lm:
             given = {"caption": args.caption_prompt, "vqa": args.question_prompt}
             prompts = {task: prompt for task, prompt in given.items() if prompt is not None}
             self.processor.prompts = {**(self.processor.prompts or {}), **prompts}
-            is_chat = self.processor.chat_template is not None
-            self.collator = RecipeCollator(self.processor, as_chat=is_chat, **settings)
+            self.collator = DataCollatorForPrismerLM(self.processor, as_chat=self.is_chat, **settings)
         else:
             self.collator = DataCollatorForPrismer(self.processor, **settings)
 
@@ -75,7 +75,9 @@ class PrismerModel(Model):
             return self.row_of_several(first)
         (image,) = first.images
         row: dict[str, Any] = {"image": image.content, "image_id": image.image_id}
-        if first.text is not None:
+        if self.is_lm:
+            row["text"] = [self.prompt_of(query.text) for query in queries]
+        elif first.text is not None:
             row["text"] = [query.text for query in queries]
         return row if task is None else {**row, "task": [task] * len(queries)}
 
@@ -97,13 +99,13 @@ class PrismerModel(Model):
             ]
             (image,) = query.images
             last = {"image": image.content, "image_id": image.image_id}
-            return row_with_examples(shown, last, prompt, self.collator.as_chat)
+            return row_with_examples(shown, last, prompt, self.is_chat)
         content = "<image>" * len(query.images) + prompt
         row = {
             "images": [image.content for image in query.images],
             "image_ids": [image.image_id for image in query.images],
         }
-        if self.collator.as_chat:
+        if self.is_chat:
             return {**row, "messages": [{"role": "user", "content": content}]}
         return {**row, "text": content}
 
