@@ -197,6 +197,16 @@ def test_features_lie_side_by_side(reasoner):
     assert torch.equal(features[..., :16], reasoner.encoders[0](pixels).last_hidden_state[:, 1:])
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_encoders_keep_their_statistics(reasoner, frozen):
+    reasoner.freeze_backbones(vision=frozen, language=True)
+    before = {name: buffer.clone() for name, buffer in reasoner.encoders.named_buffers() if "running" in name}
+    reasoner.train()(**make_batch([5, 18]))
+    after = dict(reasoner.encoders.named_buffers())
+    assert all(torch.equal(after[name], buffer) for name, buffer in before.items()) == frozen
+    assert not reasoner.language.training and reasoner.fusion.training
+
+
 def test_values_do_not_depend_on_the_batch(reasoner):
     batch = make_batch([5, 18, 5])
     together = reasoner(**batch).values
@@ -207,11 +217,11 @@ def test_values_do_not_depend_on_the_batch(reasoner):
 
 
 def test_padding_of_questions_leaves_no_trace(reasoner):
-    batch = make_batch([5, 5])
-    padded = torch.cat([batch["input_ids"], torch.zeros(2, 3).long()], dim=1)
-    mask = torch.cat([batch["attention_mask"], torch.zeros(2, 3).long()], dim=1)
-    plain = reasoner.encode_questions(batch["input_ids"], batch["attention_mask"])
-    torch.testing.assert_close(reasoner.encode_questions(padded, mask), plain)
+    ids, mask = torch.randint(5, 30, (2, 7)), torch.ones(2, 7).long()
+    ids[1, 4:], mask[1, 4:] = 0, 0
+    together = reasoner.encode_questions(ids, mask)
+    torch.testing.assert_close(together[:1], reasoner.encode_questions(ids[:1], mask[:1]))
+    torch.testing.assert_close(together[1:], reasoner.encode_questions(ids[1:, :4], mask[1:, :4]))
 
 
 def test_loss_is_the_mean_over_instances(reasoner):

@@ -204,9 +204,14 @@ def test_answers_hold_out_one():
     assert (train, validation) == (others[:30], others[30:])  # 95 % of 32
 
 
+def test_two_largest_answers_count_as_one():
+    # frequencies 6, 4, 10, and 9 for 4 and 5 together, with a median of 7.5
+    assert held_out_answer([1] * 6 + [2] * 4 + [3] * 10 + [4] * 5 + [5] * 4) == 2
+
+
 def test_rare_answers_are_not_held_out():
-    # the answers 1, 2 and 3 are frequent, with a median of 80; 4 to 6 are not
-    assert held_out_answer([1] * 100 + [2] * 80 + [3] * 60 + [4] + [6]) == 3
+    # the answers 1, 2 and 3 are frequent, with a median of 80, which is the frequency of 3; 4 to 6 are rare
+    assert held_out_answer([1] * 100 + [2] * 60 + [3] * 80 + [4] + [6]) == 3
 
 
 def test_puzzles_of_three_parts():

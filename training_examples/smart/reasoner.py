@@ -249,7 +249,8 @@ class SmartReasoner(PreTrainedModel):
             values[places, : logits.shape[1]] = logits.argmax(dim=-1)
             if labels is not None:
                 own = labels[places, : logits.shape[1]]
-                own = own.masked_fill(own >= logits.shape[-1], NOT_LEARNED)  # a value that training did not have
+                # a head has no class for a value that is negative, or larger than those of the training
+                own = own.masked_fill((own < 0) | (own >= logits.shape[-1]), NOT_LEARNED)
                 loss = F.cross_entropy(logits.transpose(1, 2), own, ignore_index=NOT_LEARNED, reduction="none")
                 losses.append(loss.mean(dim=1).sum())
         return SmartReasonerOutput(torch.stack(losses).sum() / len(puzzles) if losses else None, values)
