@@ -7,6 +7,7 @@ from .detection import ObjectDetector, paint_boxes
 from .edge import CannyEdges, DexiNedEdges
 from .florence import FlorenceText
 from .given import GivenExpert, SensorDepth, UserRegions
+from .got_ocr import GotOcrText
 from .look import ExpertLook
 from .normal import NormalEstimator, NormalsFromDepth
 from .open_vocabulary import OpenVocabularyDetector

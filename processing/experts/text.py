@@ -193,29 +193,57 @@ class RapidOcrText(TextExpert):
         )
 
     def read(self, image: Image.Image) -> list[Word]:
-        if min(image.size) < self.least_side:
+        pixels = self._pixels(image)
+        if pixels is None:
             return []
+        detection, orientation, recognition, _ = self.model.run_ocr_steps(pixels, {})
+        if detection.boxes is None or recognition.txts is None:
+            return []
+        words = []
+        quads = self._quads(detection, orientation, image, pixels)
+        for quad, text, line in zip(quads, recognition.txts, recognition.word_results):
+            words += words_of_line(text, line, quad)
+        words = [Word(word.text.lower(), word.score, word.corners) for word in words]
+        return [word for word in words if word.score >= self.min_score][:MAX_REGIONS]
+
+    def find_lines(self, image: Image.Image) -> list[np.ndarray]:
+        """
+        Finds the lines of text without reading them. The model must be loaded.
+
+        Returns:
+            `list[np.ndarray]`: the corners of each line as in [`reading_quad`], from the top.
+        """
+        pixels = self._pixels(image)
+        if pixels is None:
+            return []
+        self.model.use_rec = False
+        try:
+            detection, orientation, *_ = self.model.run_ocr_steps(pixels, {})
+        finally:
+            self.model.use_rec = True
+        return [] if detection.boxes is None else self._quads(detection, orientation, image, pixels)
+
+    def _pixels(self, image: Image.Image) -> np.ndarray | None:
+        """The resized image, (height, width, blue-green-red); `None` if it is too small to be read."""
+        if min(image.size) < self.least_side:
+            return None
         width, height = size_within(image.size, self.max_pixels)
         scale = min(self.max_enlargement, self.min_side / min(width, height))
         if scale > 1:
             width, height = size_within((round(width * scale), round(height * scale)), self.max_pixels)
         if min(width, height) < 2 * self.least_side:
-            return []
+            return None
         resized = image.resize((width, height), Image.Resampling.BICUBIC) if (width, height) != image.size else image
-        pixels = np.ascontiguousarray(np.asarray(resized)[:, :, ::-1])  # (height, width, blue-green-red)
+        return np.ascontiguousarray(np.asarray(resized)[:, :, ::-1])
 
-        detection, orientation, recognition, _ = self.model.run_ocr_steps(pixels, {})
-        if detection.boxes is None or recognition.txts is None:
-            return []
-        words = []
-        for box, (label, score), text, line in zip(
-            detection.boxes, orientation.cls_res, recognition.txts, recognition.word_results
-        ):
+    def _quads(self, detection: Any, orientation: Any, image: Image.Image, pixels: np.ndarray) -> list[np.ndarray]:
+        """The corners of the lines in reading direction, in pixels of the image."""
+        scales = np.array([image.width / pixels.shape[1], image.height / pixels.shape[0]])
+        quads = []
+        for box, (label, score) in zip(detection.boxes, orientation.cls_res):
             upside_down = "180" in label and score > self.model.text_cls.cls_thresh
-            words += words_of_line(text, line, reading_quad(np.asarray(box, np.float64), upside_down))
-        scales = np.array([image.width / width, image.height / height])
-        words = [Word(word.text.lower(), word.score, word.corners * scales) for word in words]
-        return [word for word in words if word.score >= self.min_score][:MAX_REGIONS]
+            quads.append(reading_quad(np.asarray(box, np.float64), upside_down) * scales)
+        return quads
 
 
 class PpOcrText(TextExpert):
@@ -295,7 +323,7 @@ class PpOcrText(TextExpert):
             return []
         quads = [reading_quad(box, upside_down=False) for box in self._lines(image)]
         words: list[Word] = []
-        for (text, line), quad in zip(self._recognize([_cut_out(image, quad) for quad in quads]), quads):
+        for (text, line), quad in zip(self._recognize([cut_out(image, quad) for quad in quads]), quads):
             words += words_of_line(text, line, quad)
         words = [Word(word.text.lower(), word.score, word.corners) for word in words]
         return [word for word in words if word.score >= self.min_score][:MAX_REGIONS]
@@ -378,7 +406,7 @@ def _line(
     return "".join(letters), line
 
 
-def _cut_out(image: Image.Image, quad: np.ndarray) -> Image.Image:
+def cut_out(image: Image.Image, quad: np.ndarray) -> Image.Image:
     """The quadrilateral of a line as an upright image."""
     width = max(np.linalg.norm(quad[1] - quad[0]), np.linalg.norm(quad[2] - quad[3]))
     height = max(np.linalg.norm(quad[3] - quad[0]), np.linalg.norm(quad[2] - quad[1]))

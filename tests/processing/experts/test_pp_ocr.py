@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams, PpOcrText, expert_from_dict
-from modeling_prismer.processing.experts.text import _cut_out, _line, words_of_line
+from modeling_prismer.processing.experts.text import _line, cut_out, words_of_line
 
 from .models import photograph
 
@@ -111,10 +111,10 @@ def test_a_slanted_line_is_straightened():
     image = Image.new("RGB", (100, 100), "white")
     ImageDraw.Draw(image).rectangle((20, 40, 80, 60), fill="red")
     quad = np.array([[20, 40], [81, 40], [81, 61], [20, 61]], float)
-    flat = _cut_out(image, quad)
+    flat = cut_out(image, quad)
     assert flat.size == (61, 21)
     assert np.asarray(flat)[3:-3, 3:-3].reshape(-1, 3).tolist() == [[255, 0, 0]] * (55 * 15)
-    upright = _cut_out(image, np.roll(quad, -1, axis=0))
+    upright = cut_out(image, np.roll(quad, -1, axis=0))
     assert upright.size == (21, 61)
 
 
