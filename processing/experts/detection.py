@@ -69,10 +69,15 @@ class Detector(PretrainedExpert):
         """The objects of each image."""
         raise NotImplementedError
 
+    @property
+    def box_processor(self) -> Any:
+        """The image processor that reads boxes from the model's output."""
+        return self._image_processor
+
     def boxes_of(self, outputs: Any, images: list[Image.Image]) -> list[Boxes]:
         """The boxes of at least `min_score` in the model's output for these images."""
         outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-        results = self._image_processor.post_process_object_detection(
+        results = self.box_processor.post_process_object_detection(
             outputs,
             threshold=float(np.nextafter(np.float32(self.min_score), np.float32(-1))),  # scores must be above it
             target_sizes=[(image.height, image.width) for image in images],

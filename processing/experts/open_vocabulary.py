@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,14 @@ from .detection import Boxes, Detector
 from .pretrained import KnownModel
 
 
-# These families read one text with all names; the others read one text for each name.
+# These families read one text with all names.
 GROUNDING_FAMILIES = ("grounding-dino", "mm-grounding-dino")
+# These read one text for each name.
 OWL_FAMILIES = ("owlvit", "owlv2")
 OWL_PROMPT = "a photo of a {}"
+# This one reads one text for each name, and one with all of them.
+OMDET_FAMILY = "omdet-turbo"
+OMDET_TASK = "Detect {}."
 
 
 @dataclass
@@ -24,7 +29,7 @@ class Prompt:
     The names that the model reads at once.
 
     Attributes:
-        inputs (`dict[str, torch.Tensor]`): the text for one image, `(texts, tokens)`.
+        inputs (`dict[str, torch.Tensor]`): the text for one image, `(texts, tokens)`, and `(1,)` for their number.
         classes (`np.ndarray` of shape `(names,)`): the class of each name.
         spans (`list[slice]`, *optional*): the tokens of each name in a text of several names.
     """
@@ -37,7 +42,7 @@ class Prompt:
 class OpenVocabularyDetector(Detector):
     """
     Objects with the names that you give, found by a model that reads names: MM-Grounding-DINO, LLMDet, Grounding DINO,
-    OWLv2 or OWL-ViT.
+    OWLv2, OWL-ViT or OmDet-Turbo.
 
     With the names of a published table of class features, it fills that table, so a checkpoint that was trained with
     another detector of these classes can read its labels. The published checkpoints were trained with UniDet, which
@@ -45,8 +50,9 @@ class OpenVocabularyDetector(Detector):
     first class of a name is used.
 
     Grounding DINO reads a text of at most 256 tokens, so many names are read in several texts, and the model runs once
-    for each. The score of a name is the mean over its tokens. OWL reads each name alone, as `"a photo of a …"`. Two
-    texts may name the same object, so a box is dropped if its IoU with a box of a higher score is larger than
+    for each. The score of a name is the mean over its tokens. OWL reads each name alone, as `"a photo of a …"`.
+    OmDet-Turbo reads each name alone, too, and the names together as a task of at most 77 tokens, `"Detect …, …."`.
+    Two texts may name the same object, so a box is dropped if its IoU with a box of a higher score is larger than
     `same_object`. Boxes are then painted as for [`ObjectDetector`].
 
     Label: `{"ids": uint8 (height, width), "classes": [class of instance 0, …]}`, at most 254 instances, highest score
@@ -86,6 +92,8 @@ class OpenVocabularyDetector(Detector):
         "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det": KnownModel("apache-2.0", 689_000_000),
         "IDEA-Research/grounding-dino-tiny": KnownModel("apache-2.0", 689_000_000),
         "google/owlv2-base-patch16-ensemble": KnownModel("apache-2.0", 620_000_000),
+        "iSEE-Laboratory/llmdet_tiny": KnownModel("apache-2.0", 689_000_000),
+        "omlab/omdet-turbo-swin-tiny-hf": KnownModel("apache-2.0", 462_000_000),
     }
     batch_size = 4
 
@@ -127,21 +135,34 @@ class OpenVocabularyDetector(Detector):
     def load_model(self) -> torch.nn.Module:
         from transformers import AutoTokenizer
 
-        family = self.model_config.model_type
-        if family not in (*GROUNDING_FAMILIES, *OWL_FAMILIES):
-            accepted = ", ".join((*GROUNDING_FAMILIES, *OWL_FAMILIES))
+        family, families = self.model_config.model_type, (*GROUNDING_FAMILIES, *OWL_FAMILIES, OMDET_FAMILY)
+        if family not in families:
+            accepted = ", ".join(families)
             raise ValueError(f"{self.model_id} is of the family {family}; accepted are {accepted}")
         model = super().load_model()
         self._tokenizer = AutoTokenizer.from_pretrained(self.model_id)
         self._prompts = list(self._make_prompts())
         return model
 
+    def place_model(self) -> None:
+        super().place_model()
+        if self.model_config.model_type == OMDET_FAMILY:  # it keeps the features of texts where they were made
+            for known in (self.model.language_cache_class, self.model.language_cache_prompt):
+                known.cache.clear()
+                known.current_load = 0
+
     def find(self, images: list[Image.Image]) -> list[Boxes]:
         found: list[list[Boxes]] = [[] for _ in images]
         for indices, inputs in self.prepared(images):
             for prompt in self._prompts:
-                texts = {name: text.to(self.device).repeat(len(indices), 1) for name, text in prompt.inputs.items()}
+                texts = {
+                    name: torch.cat([text] * len(indices)).to(self.device) for name, text in prompt.inputs.items()
+                }
                 outputs = self.forward({**inputs, **texts})
+                if self.model_config.model_type == OMDET_FAMILY:
+                    outputs = SimpleNamespace(
+                        logits=outputs.decoder_class_logits, pred_boxes=outputs.decoder_coord_logits
+                    )
                 outputs.logits = name_logits(outputs.logits.float(), prompt.spans)
                 results = self.boxes_of(outputs, [images[index] for index in indices])
                 for index, (boxes, scores, names) in zip(indices, results):
@@ -154,6 +175,14 @@ class OpenVocabularyDetector(Detector):
 
         kept = nms(torch.from_numpy(found.boxes), torch.from_numpy(found.scores), self.same_object).numpy()
         return Boxes(*(part[kept] for part in found))
+
+    @property
+    def box_processor(self) -> Any:
+        if self.model_config.model_type == OMDET_FAMILY:  # that of the model, DETR's, expects a class for nothing
+            from transformers import GroundingDinoImageProcessor
+
+            return GroundingDinoImageProcessor()
+        return super().box_processor
 
     # ---- names as texts ----
 
@@ -173,10 +202,30 @@ class OpenVocabularyDetector(Detector):
             inputs = {name: texts[name] for name in ("input_ids", "attention_mask")}
             yield Prompt(inputs, np.array(classes))
             return
+        if self.model_config.model_type == OMDET_FAMILY:
+            yield from self._tasks(names, classes)
+            return
         limit = min(self.model_config.max_text_len, self.model_config.text_config.max_position_embeddings) - 2
         tokens = self._tokenizer(names, add_special_tokens=False)["input_ids"]
         for first, last in _parts([len(own) + 1 for own in tokens], limit, names):
             yield self._joined(tokens[first:last], classes[first:last])
+
+    def _tasks(self, names: list[str], classes: list[int]) -> Iterator[Prompt]:
+        """Each name as a text, and a task with as many of them as it has room for."""
+        limit = self.model_config.text_config.max_position_embeddings
+        room = limit - len(self._tokenizer(OMDET_TASK.format(""))["input_ids"])
+        tokens = self._tokenizer(names, add_special_tokens=False)["input_ids"]
+        for first, last in _parts([len(own) + 1 for own in tokens], room, names):
+            texts = self._tokenizer(
+                [OMDET_TASK.format(", ".join(names[first:last])), *names[first:last]],
+                padding="max_length",
+                max_length=limit,
+                return_tensors="pt",
+            )
+            inputs = {"classes_structure": torch.tensor([last - first])}
+            for name in ("input_ids", "attention_mask"):
+                inputs |= {f"tasks_{name}": texts[name][:1], f"classes_{name}": texts[name][1:]}
+            yield Prompt(inputs, np.array(classes[first:last]))
 
     def _joined(self, tokens: list[list[int]], classes: list[int]) -> Prompt:
         """One text with all names, a full stop after each."""

@@ -27,7 +27,8 @@ class SegmentAnything(PretrainedExpert):
 
     Args:
         model_id (`str`, *optional*, defaults to `"facebook/sam2.1-hiera-tiny"`):
-            Hub id or folder. `"facebook/sam3"` has a licence of its own.
+            Hub id or folder. `"facebook/sam3"` has a licence of its own; of its weights, those of the tracker and of
+            the image encoder are loaded.
         image_processor (`dict`, *optional*): settings of the image processor that differ from the model's own.
         points_per_side (`int`, *optional*, defaults to 16): the points of the grid in each direction.
         min_score (`float`, *optional*, defaults to 0.8): masks with a lower predicted IoU are dropped.
@@ -57,7 +58,7 @@ class SegmentAnything(PretrainedExpert):
     auto_model = "AutoModelForMaskGeneration"
     known_models = {
         "facebook/sam2.1-hiera-tiny": KnownModel("apache-2.0", 156_000_000),
-        "facebook/sam3": KnownModel("sam-license", 3_362_000_000),
+        "facebook/sam3": KnownModel("sam-license", 1_833_000_000),
     }
     class_names = ("object",)
 
@@ -83,6 +84,17 @@ class SegmentAnything(PretrainedExpert):
         self.min_score = min_score
         self.min_stability = min_stability
         self.max_pixels = max_pixels
+
+    def load_model(self) -> torch.nn.Module:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES as FAMILIES
+
+        family = self.model_config.model_type
+        if family not in FAMILIES:
+            raise ValueError(
+                f"{self.model_id} is of the family {family}; the installed transformers makes masks from points with "
+                f"{', '.join(sorted(FAMILIES))}"
+            )
+        return super().load_model()
 
     def run(self, images: list[Image.Image]) -> list[dict[str, Any]]:
         from transformers import MaskGenerationPipeline

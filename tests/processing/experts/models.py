@@ -24,6 +24,9 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTImageProcessor,
+    EdgeTamConfig,
+    EdgeTamModel,
+    EdgeTamVisionConfig,
     EomtConfig,
     EomtForUniversalSegmentation,
     EomtImageProcessor,
@@ -37,6 +40,9 @@ from transformers import (
     Mask2FormerImageProcessor,
     MMGroundingDinoConfig,
     MMGroundingDinoForObjectDetection,
+    OmDetTurboConfig,
+    OmDetTurboForObjectDetection,
+    OmDetTurboProcessor,
     OneFormerConfig,
     OneFormerForUniversalSegmentation,
     OneFormerImageProcessor,
@@ -45,6 +51,10 @@ from transformers import (
     Owlv2ForObjectDetection,
     Owlv2ImageProcessor,
     Owlv2Processor,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    OwlViTImageProcessor,
+    OwlViTProcessor,
     ResNetConfig,
     RfDetrConfig,
     RfDetrForObjectDetection,
@@ -57,6 +67,19 @@ from transformers import (
     Sam2Model,
     Sam2PromptEncoderConfig,
     Sam2VisionConfig,
+    Sam3Config,
+    Sam3ImageProcessor,
+    Sam3Model,
+    Sam3TrackerConfig,
+    Sam3TrackerModel,
+    Sam3TrackerVideoConfig,
+    Sam3VideoConfig,
+    Sam3VideoModel,
+    SamConfig,
+    SamHQConfig,
+    SamHQModel,
+    SamImageProcessor,
+    SamModel,
     Sapiens2Config,
     Sapiens2ForNormalEstimation,
     Sapiens2ImageProcessor,
@@ -64,6 +87,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
     SegformerImageProcessor,
     SwinConfig,
+    TimmWrapperConfig,
     Tipsv2DptConfig,
     Tipsv2DptForNormalEstimation,
     Tipsv2DptImageProcessor,
@@ -422,6 +446,128 @@ def sam2():
     return Sam2Model(config), Sam2ImageProcessor(size=size, mask_size={"height": 16, "width": 16})
 
 
+def sam(model=SamModel, config=SamConfig, **decoder):
+    vision = {
+        "hidden_size": 16,
+        "output_channels": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "window_size": 2,
+        "global_attn_indexes": [0],
+        "mlp_dim": 16,
+        "num_pos_feats": 8,
+    }
+    prompts = {"hidden_size": 16, "image_size": 64, "mask_input_channels": 4}
+    decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16, **decoder}
+    config = config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    processor = SamImageProcessor(
+        size={"longest_edge": 64},
+        pad_size={"height": 64, "width": 64},
+        mask_size={"longest_edge": 16},
+        mask_pad_size={"height": 16, "width": 16},
+    )
+    return model(config), processor
+
+
+def sam_hq():
+    return sam(SamHQModel, SamHQConfig, vit_dim=16)
+
+
+SAM_DECODER = {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+
+
+def edgetam():
+    backbone = TimmWrapperConfig(
+        architecture="test_resnet", model_args={"features_only": True, "out_indices": [0, 1, 2, 3]}
+    )
+    vision = EdgeTamVisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[192, 48, 32, 32],
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+        fpn_hidden_size=32,
+    )
+    prompts = {"hidden_size": 32, "image_size": 64, "patch_size": 8}
+    config = EdgeTamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=SAM_DECODER)
+    size = {"height": 64, "width": 64}
+    return EdgeTamModel(config), Sam2ImageProcessor(size=size, mask_size={"height": 32, "width": 32})
+
+
+def sam3_tracker():
+    config = Sam3TrackerConfig(**sam3_parts())
+    return Sam3TrackerModel(config), sam3_processor()
+
+
+def sam3_parts():
+    vision = {
+        "backbone_config": {
+            "model_type": "sam3_vit_model",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+            "pretrain_image_size": 28,
+        },
+        "fpn_hidden_size": 32,
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    }
+    prompts = {"hidden_size": 32, "image_size": 56, "patch_size": 14}
+    return {"vision_config": vision, "prompt_encoder_config": prompts, "mask_decoder_config": SAM_DECODER}
+
+
+def sam3_processor():
+    return Sam3ImageProcessor(size={"height": 56, "width": 56}, mask_size={"height": 16, "width": 16})
+
+
+def sam3():
+    """The model that finds masks by names."""
+    part = {"hidden_size": 32, "num_attention_heads": 2}
+    layers = {**part, "num_layers": 1, "intermediate_size": 16}
+    text = {
+        "model_type": "clip_text_model",
+        "vocab_size": 80,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 24,
+        "projection_dim": 16,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = Sam3Config(
+        vision_config=sam3_parts()["vision_config"],
+        text_config=text,
+        geometry_encoder_config=layers,
+        detr_encoder_config=layers,
+        detr_decoder_config={**layers, "num_queries": 6},
+        mask_decoder_config=part,
+    )
+    return Sam3Model(config), sam3_processor()
+
+
+def sam3_video():
+    """The model of which facebook/sam3 has the weights."""
+    memory = {
+        "memory_attention_hidden_size": 32,
+        "memory_attention_num_layers": 1,
+        "memory_attention_feed_forward_hidden_size": 16,
+        "memory_encoder_hidden_size": 32,
+        "memory_encoder_output_channels": 16,
+        "mask_downsampler_embed_dim": 32,
+        "memory_fuser_embed_dim": 32,
+        "memory_fuser_num_layers": 1,
+        "memory_fuser_intermediate_dim": 32,
+    }
+    tracker = Sam3TrackerVideoConfig(**sam3_parts(), **memory, image_size=56)
+    config = Sam3VideoConfig(detector_config=sam3()[0].config.to_dict(), tracker_config=tracker.to_dict())
+    return Sam3VideoModel(config), sam3_processor()
+
+
 def bert_tokenizer():
     """Knows the letters. The models read BERT's numbers of the full stop and of the special tokens."""
     vocabulary = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
@@ -471,9 +617,9 @@ def original_grounding_dino():
     return grounding_dino(GroundingDinoForObjectDetection, GroundingDinoConfig)
 
 
-def owlv2():
+def owlv2(model=Owlv2ForObjectDetection, config=Owlv2Config, processor=Owlv2Processor, images=Owlv2ImageProcessor):
     tokenizer = clip_tokenizer()
-    config = Owlv2Config(
+    config = config(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 16,
@@ -495,8 +641,56 @@ def owlv2():
         },
         projection_dim=16,
     )
-    processor = Owlv2ImageProcessor(size={"height": 64, "width": 64})
-    return Owlv2ForObjectDetection(config), Owlv2Processor(processor, tokenizer)
+    size = {"height": 64, "width": 64}
+    return model(config), processor(images(size=size, crop_size=size, do_center_crop=False), tokenizer)
+
+
+def owlvit():
+    return owlv2(OwlViTForObjectDetection, OwlViTConfig, OwlViTProcessor, OwlViTImageProcessor)
+
+
+def omdet_turbo():
+    tokenizer = clip_tokenizer()
+    text = {
+        "model_type": "clip_text_model",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+        "max_position_embeddings": 48,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = OmDetTurboConfig(
+        text_config=text,
+        backbone_config=SwinConfig(
+            image_size=64,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        apply_layernorm_after_vision_backbone=False,  # for a backbone of timm
+        text_projection_in_dim=16,
+        text_projection_out_dim=16,
+        class_embed_dim=16,
+        num_queries=20,
+        encoder_in_channels=[16, 32, 64],
+        encoder_hidden_dim=32,
+        encoder_attention_heads=2,
+        encoder_dim_feedforward=16,
+        vision_features_channels=[32, 32, 32],
+        task_encoder_hidden_dim=16,
+        decoder_hidden_dim=32,  # not that of the text
+        decoder_num_heads=2,
+        decoder_num_layers=2,
+        decoder_dim_feedforward=16,
+    )
+    processor = DetrImageProcessor(size={"height": 64, "width": 64})
+    return OmDetTurboForObjectDetection(config), OmDetTurboProcessor(processor, tokenizer)
 
 
 def save(make, folder, **settings):

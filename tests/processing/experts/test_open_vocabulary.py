@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
 
 from modeling_prismer.processing.experts import (
     ExpertSuite,
@@ -14,20 +15,47 @@ from modeling_prismer.processing.experts import (
 from modeling_prismer.processing.experts_processor import ExpertsProcessor
 from modeling_prismer.processing.image_processing_prismer import PrismerImageProcessor
 
-from .models import detr, grounding_dino, original_grounding_dino, owlv2, photograph, save
+from .models import (
+    detr,
+    grounding_dino,
+    omdet_turbo,
+    original_grounding_dino,
+    owlv2,
+    owlvit,
+    photograph,
+    save,
+)
 
 
 NAMES = ["cat", "Traffic_Light", "hot dog", "cat", "e.g. a"]
 
 
-@pytest.fixture(scope="module", params=[grounding_dino, original_grounding_dino, owlv2])
+FAMILIES = {
+    "mm-grounding-dino": grounding_dino,  # LLMDet as well
+    "grounding-dino": original_grounding_dino,
+    "owlv2": owlv2,
+    "owlvit": owlvit,
+    "omdet-turbo": omdet_turbo,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
-    return save(request.param, tmp_path_factory.mktemp("open"))
+    return save(FAMILIES[request.param], tmp_path_factory.mktemp("open"))
 
 
 @pytest.fixture(scope="module")
 def grounding(tmp_path_factory):
     return save(grounding_dino, tmp_path_factory.mktemp("grounding"))
+
+
+@pytest.fixture(scope="module")
+def omdet(tmp_path_factory):
+    return save(omdet_turbo, tmp_path_factory.mktemp("omdet"))
+
+
+def test_every_family_of_transformers_is_tested():
+    assert set(MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES) == set(FAMILIES)
 
 
 def detector(folder, names=NAMES, **settings):
@@ -50,14 +78,21 @@ def test_boxes_and_scores_are_those_of_the_model(folder):
         AutoProcessor.from_pretrained(folder),
         AutoModelForZeroShotObjectDetection.from_pretrained(folder),
     )
-    is_owl = model.config.model_type == "owlv2"
-    text = [f"a photo of a {name}" for name in names] if is_owl else "cat. hot dog. ant."
-    padding = {"padding": "max_length", "max_length": 24} if is_owl else {}
-    inputs = processor(images=image, text=text, return_tensors="pt", **padding)
+    family = model.config.model_type
+    text = {"omdet-turbo": names, "owl": [f"a photo of a {name}" for name in names]}
+    length = {"omdet-turbo": {"max_length": 48}, "owl": {"padding": "max_length", "max_length": 24}}
+    kind = "owl" if family.startswith("owl") else family
+    inputs = processor(
+        images=image, text=text.get(kind, "cat. hot dog. ant."), return_tensors="pt", **length.get(kind, {})
+    )
     with torch.no_grad():
         outputs = model.eval()(**inputs)
-    scores = outputs.logits[0].sigmoid()
-    if not is_owl:
+    if family == "omdet-turbo":
+        logits, pred_boxes = outputs.decoder_class_logits, outputs.decoder_coord_logits
+    else:
+        logits, pred_boxes = outputs.logits, outputs.pred_boxes
+    scores = logits[0].sigmoid()
+    if "grounding" in family:
         tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
         stops = [0, *(place for place, token in enumerate(tokens) if token == ".")]
         scores = torch.stack([scores[:, a + 1 : b].mean(1) for a, b in zip(stops, stops[1:])], dim=1)
@@ -65,9 +100,52 @@ def test_boxes_and_scores_are_those_of_the_model(folder):
     order = expected.argsort(descending=True)
     assert np.allclose(found.scores, expected[order], atol=1e-5)
     assert found.classes[:5].tolist() == classes[order][:5].tolist()
-    side = torch.tensor([96, 96, 96, 96] if is_owl else [96, 64, 96, 64])  # OWL pads to a square
-    center, size = outputs.pred_boxes[0][order].split(2, dim=1)
+    side = torch.tensor([96, 96, 96, 96] if family == "owlv2" else [96, 64, 96, 64])  # OWLv2 pads to a square
+    center, size = pred_boxes[0][order].split(2, dim=1)
     assert np.allclose(found.boxes, torch.cat([center - size / 2, center + size / 2], dim=1) * side, atol=1e-3)
+
+
+def test_omdet_turbo_finds_what_its_processor_finds(omdet):
+    image, names = photograph(), ["cat", "hot dog", "ant"]
+    (found,) = find_one(detector(omdet, names), image)
+    processor, model = AutoProcessor.from_pretrained(omdet), AutoModelForZeroShotObjectDetection.from_pretrained(omdet)
+    with torch.no_grad():
+        outputs = model.eval()(**processor(image, text=names, max_length=48, return_tensors="pt"))
+    (expected,) = processor.post_process_grounded_object_detection(
+        outputs, threshold=0.0, nms_threshold=1.0, target_sizes=[(64, 96)], max_num_det=60
+    )  # each query has a row for each name
+    queries = outputs.decoder_class_logits[0].sigmoid()
+    best = torch.isin(expected["scores"], queries.max(1).values)
+    assert best.sum() == len(found.scores) == 20
+    scores, order = expected["scores"][best].sort(descending=True)
+    assert np.allclose(found.scores, scores, atol=1e-5)
+    assert found.classes.tolist() == expected["labels"][best][order].tolist()
+    boxes = np.clip(found.boxes, 0, (96, 64, 96, 64))
+    assert np.allclose(boxes, expected["boxes"][best][order], atol=1e-3)
+
+
+def test_omdet_turbo_reads_the_names_in_tasks(omdet):
+    names = [f"thing {index}" for index in range(30)]
+    expert = detector(omdet, names)
+    expert.load()
+    assert np.concatenate([prompt.classes for prompt in expert._prompts]).tolist() == list(range(30))
+    for prompt in expert._prompts:
+        (task,) = expert._tokenizer.batch_decode(prompt.inputs["tasks_input_ids"])
+        last = names[prompt.classes[-1]].replace("thing ", "thing")
+        assert "<|endoftext|>" in task and last.replace(" ", "") in task.replace(" ", "")  # nothing is cut off
+        assert prompt.inputs["classes_structure"].tolist() == [len(prompt.classes)]
+    assert len(expert._prompts) > 1
+    with pytest.raises(ValueError, match="the name 'x{60}' has 61 tokens; the model reads at most 39"):
+        detector(omdet, ["x" * 60]).load()
+
+
+def test_omdet_turbo_forgets_its_texts_when_it_moves(omdet):
+    expert = detector(omdet).to(dtype="bfloat16")
+    expert([photograph()])
+    assert expert.model.language_cache_class.cache and expert.model.language_cache_prompt.cache
+    expert.to(dtype="float32")
+    assert not expert.model.language_cache_class.cache and not expert.model.language_cache_prompt.cache
+    assert len(expert([photograph()])[0]["classes"]) > 0
 
 
 def find_one(expert, image):
