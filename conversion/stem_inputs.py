@@ -30,6 +30,7 @@ SEARCHED = 8  # images on which faults are undone
 FAMILIAR = 0.03  # below, nothing is looked for; the right maps have at most 0.007
 UNLIKE = 0.5  # above, the maps are of another kind, even if no fault explains it; augmentation in training gave 0.3
 UNORDERED = 0.1, 0.5  # classes are in another order from this distance, and this share of that of random orders
+CODES = 100, 255  # vectors whose largest value is between these, and none negative, seem to be stored numbers
 EXPLAINED = 0.3  # a fault is the cause if its removal leaves at most this share of the distance
 
 
@@ -101,6 +102,8 @@ def examine_stem(
     Returns:
         [`StemFinding`]
     """
+    if spec.is_features:
+        return _examine_vectors(stem, inputs["values"].float())
     if spec.is_dense:
         return _examine_dense(stem, inputs["values"].float())
     return _examine_label(stem, spec, inputs, orders or {})
@@ -161,6 +164,28 @@ def _stretch(values: torch.Tensor) -> torch.Tensor:
     return 2 * (values - low) / (high - low + 1e-6) - 1
 
 
+# ---- grids of vectors ----
+
+
+def _examine_vectors(stem: PrismerExpertStem, values: torch.Tensor) -> StemFinding:
+    if (values.amax((2, 3)) - values.amin((2, 3)) == 0).all():
+        return _finding(stem, {"values": values}, "its vectors are the same everywhere in every image")
+    low, high = values.min().item(), values.max().item()
+    if low >= 0 and CODES[0] < high <= CODES[1]:
+        cause = (
+            f"its values go from {low:.3g} to {high:.3g}: they seem to be the stored 8-bit numbers, without the range "
+            "(low, high) of their channels"
+        )
+        return _finding(stem, {"values": values}, cause)
+    return _search(stem, {"values": values}, list(_vector_faults()))
+
+
+def _vector_faults() -> Iterator[Fault]:
+    yield from _scale_faults("values", "its vectors are")
+    yield Fault("its vectors have the opposite sign", lambda inputs: {"values": -inputs["values"]})
+    yield Fault("its channels are in the reverse order", lambda inputs: {"values": inputs["values"].flip(1)})
+
+
 # ---- maps of ids ----
 
 
@@ -172,7 +197,7 @@ def _examine_label(
     if (inputs["ids"] == BACKGROUND).all():
         return _finding(stem, inputs, "it finds nothing in any image: every pixel is background")
     if "features" in inputs:
-        found = _search(stem, inputs, list(_feature_faults()))
+        found = _search(stem, inputs, list(_scale_faults("features", "the features of its words are")))
         if found.cause == UNKNOWN:
             found.cause = "its words may be encoded by another encoder than in the training, or it reads other words"
         return found
@@ -223,13 +248,13 @@ def _shuffled_distance(stem: PrismerExpertStem, inputs: Inputs, classes: str, nu
     return torch.tensor(distances).median().item()
 
 
-def _feature_faults() -> Iterator[Fault]:
+def _scale_faults(name: str, what: str) -> Iterator[Fault]:
     def scaled(factor: float) -> Callable[[Inputs], Inputs]:
-        return lambda inputs: {**inputs, "features": inputs["features"] * factor}
+        return lambda inputs: {**inputs, name: inputs[name] * factor}
 
     for factor in (3, 10, 30):
-        yield Fault(f"the features of its words are about {factor} times too large", scaled(1 / factor))
-        yield Fault(f"the features of its words are about {factor} times too small", scaled(factor))
+        yield Fault(f"{what} about {factor} times too large", scaled(1 / factor))
+        yield Fault(f"{what} about {factor} times too small", scaled(factor))
 
 
 # ---- the search ----

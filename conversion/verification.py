@@ -94,7 +94,7 @@ def verify_model(
 
     The maps of an expert are compared with those of the training: the BatchNorms of its stem have recorded their means
     and variances. If they differ, known faults are undone in turn to find the cause: inverted maps, swapped channels
-    or signs, values that are not normalised, classes in another order, features of another size.
+    or signs, values that are not normalised, classes in another order, features or vectors of another size.
 
     Args:
         model ([`PrismerForConditionalGeneration`]): the model.

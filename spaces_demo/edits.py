@@ -12,15 +12,22 @@ from PIL import Image, ImageDraw
 from modeling_prismer import ExpertSpec
 from modeling_prismer.expert_spec import BACKGROUND
 from modeling_prismer.processing.expert_labels import label_parts
+from modeling_prismer.processing.experts import quantized
 
 
 MAX_STROKES, MAX_POINTS, MAX_BOXES, MAX_LETTERS = 400, 20_000, 60, 40
 MAX_PAINTED = 200.0  # times the area of the map; many wide strokes take long to draw
+NOT_EDITED = "edit: {} is a grid of vectors, which cannot be edited."
 MAX_WORD_LETTERS = 1000  # accepted; the letters beyond MAX_LETTERS are cut
 
 
 def tool_for(spec: ExpertSpec) -> str:
-    """How an expert's map is edited: `"paint"`, `"boxes"` (objects with classes) or `"words"`."""
+    """
+    How an expert's map is edited: `"paint"`, `"boxes"` (objects with classes) or `"words"`; `"none"` for a grid of
+    vectors, which have no meaning of their own.
+    """
+    if spec.is_features:
+        return "none"
     return {(): "paint", ("classes",): "boxes"}.get(spec.label_parts, "words")
 
 
@@ -51,6 +58,8 @@ def noise(spec: ExpertSpec, size: tuple[int, int], encode_words: Callable, seed:
     random = np.random.default_rng(seed)
     width, height = size
     tool = tool_for(spec)
+    if tool == "none":
+        return quantized(random.standard_normal((12, 12, spec.channels)), spec.channels)
     if tool == "paint":
         channels, highest = (spec.channels, 256) if spec.is_dense else (1, spec.num_classes)
         # squares that remain when the map is reduced to the size that the network reads
@@ -80,6 +89,8 @@ def check_edit(edit: Any, spec: ExpertSpec) -> dict[str, list]:
         Refused: if it has another form, or is too long.
     """
     tool = tool_for(spec)
+    if tool == "none":
+        raise Refused(NOT_EDITED.format(spec.name))
     try:
         if tool == "paint":
             return {"strokes": _check_strokes(edit, spec)}

@@ -190,7 +190,10 @@ class Page:
                             )
                             self.effects[name] = gr.HTML("", elem_id=f"effect-{name}")
                             self.edit_buttons[name] = gr.Button(
-                                f"Edit {self.reader.title(name).lower()}", size="sm", elem_id=f"edit-{name}"
+                                f"Edit {self.reader.title(name).lower()}",
+                                size="sm",
+                                elem_id=f"edit-{name}",
+                                visible=edits.tool_for(self.reader.specs[name]) != "none",
                             )
                 with gr.Column(visible=False, elem_id="editor") as self.editor_place:
                     self.editor = gr.HTML(
@@ -688,7 +691,10 @@ class Page:
     def _open_editor(self, name: str) -> Callable:
         def open_editor(request: gr.Request) -> tuple:
             session = self._with_image(request)
-            if edits.tool_for(self.reader.specs[name]) == "words":
+            tool = edits.tool_for(self.reader.specs[name])
+            if tool == "none":
+                raise Refused(edits.NOT_EDITED.format(name))
+            if tool == "words":
                 self.reader.encode_words(["word"])  # raises its error now rather than after the first change
             return gr.update(visible=True), drawings.editor_value(self.reader, session, name)
 

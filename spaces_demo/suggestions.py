@@ -117,7 +117,7 @@ def thing_at(things: Sequence[Thing], x: float, y: float) -> Thing | None:
 
 
 def words_at(reader: Reader, labels: Mapping[str, Any], x: float, y: float) -> list[tuple[str, str]]:
-    """Describes a place in words: pairs of an expert's title and its words. Normals and edges have none."""
+    """Describes a place in words: pairs of an expert's title and its words. Normals, edges and vectors have none."""
     said = []
     for name, spec in reader.specs.items():
         if labels.get(name) is None:
@@ -134,7 +134,7 @@ def words_at(reader: Reader, labels: Mapping[str, Any], x: float, y: float) -> l
 def _words(reader: Reader, spec: ExpertSpec, parts: Mapping[str, Any], value: Any) -> str:
     if not spec.is_label:
         look = look_of(spec.name)
-        if spec.channels > 1 or look.is_grey:
+        if spec.is_features or spec.channels > 1 or look.is_grey:
             return ""
         return f"{int(np.max(value)) / 2.55:.0f} % of the way from {look.ends[0]} to {look.ends[1]}"
     if value == BACKGROUND:

@@ -152,7 +152,9 @@ class PublishedLayout:
 def _require_maps(specs: Iterable[ExpertSpec]) -> None:
     """Refuses experts whose maps no PNG can hold."""
     for spec in specs:
-        if not spec.is_label and not (spec.is_dense and spec.channels in (1, 3)):
+        if spec.is_features:
+            raise ValueError(f"the expert '{spec.name}' gives grids of vectors; the published layout has maps alone")
+        if spec.is_dense and spec.channels not in (1, 3):
             raise ValueError(f"the expert '{spec.name}' is {spec.kind} of {spec.channels} channels; a PNG has 1 or 3")
 
 

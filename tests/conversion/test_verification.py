@@ -24,6 +24,7 @@ from modeling_prismer.processing.experts import CannyEdges, Expert, ExpertSuite,
 from scenes.labels import DETECTION_CLASSES
 from scenes.render import CLASSES
 from scenes.scenes import make_example
+from tests.modeling_prismer.tiny import tiny_config, tiny_model
 
 
 NUM_IMAGES = 12
@@ -110,6 +111,54 @@ def test_maps_of_an_augmented_training_are_not_reported(scenes, model):
             stem(**{suffix: training[f"{spec.name}_{suffix}"]})
         found = examine_stem(stem.eval(), spec, {suffix: whole[f"{spec.name}_{suffix}"]})
         assert found.cause is None, (spec.name, found)
+
+
+# ---- grids of vectors ----
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """A stem with the statistics of vectors, its expert, and vectors of other images of the same kind."""
+    config = tiny_config(experts=[{"name": "features", "kind": "features", "channels": 12}])
+    stem = tiny_model(config).model.vision_model.expert_stems["features"].train()
+    generator = torch.Generator().manual_seed(0)
+    mean, spread = torch.randn(2, 1, 12, 1, 1, generator=generator) * 2
+    mixing = torch.randn(12, 12, generator=generator) / 12**0.5
+
+    def grids(number):
+        smooth = torch.randn(number, 12, 3, 3, generator=generator)
+        smooth = torch.nn.functional.interpolate(smooth, size=(8, 8), mode="bilinear")
+        return torch.einsum("nchw,dc->ndhw", smooth, mixing) * spread + mean
+
+    for norm in stem.norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        stem(values=grids(64))
+    return stem.eval(), config.expert_specs[0], grids(16)
+
+
+def test_vectors_of_the_same_encoder_are_not_reported(vectors):
+    stem, spec, values = vectors
+    found = examine_stem(stem, spec, {"values": values})
+    assert found.cause is None, found
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda values: values * 10, "its vectors are about 10 times too large"),
+        (lambda values: values / 30, "its vectors are about 30 times too small"),
+        (lambda values: -values, "its vectors have the opposite sign"),
+        (lambda values: values.flip(1), "its channels are in the reverse order"),
+        (lambda values: (values - values.amin()) / (values.amax() - values.amin()) * 250, "the stored 8-bit numbers"),
+        (lambda values: values.mean((0, 2, 3), keepdim=True).expand_as(values), "the same everywhere in every image"),
+        (lambda values: values[:, torch.randperm(12, generator=torch.Generator().manual_seed(1))], "another expert"),
+    ],
+)
+def test_wrong_vectors_are_reported_with_their_cause(vectors, change, cause):
+    stem, spec, values = vectors
+    assert cause in examine_stem(stem, spec, {"values": change(values)}).cause
 
 
 # ---- broken maps ----

@@ -199,6 +199,9 @@ def test_published_labels_that_do_not_fit_are_named(tmp_path):
         write_published_layout([("a.jpg", {}), ("a.png", {})], tmp_path, ENTRIES)
     with pytest.raises(ValueError, match="'depth' has shape .*its expert has 1 channels"):
         write_published_layout([("b.jpg", {"depth": np.zeros((4, 4, 5), np.uint8)})], tmp_path, ENTRIES)
+    vectors = {"name": "vectors", "kind": "features", "channels": 3}
+    with pytest.raises(ValueError, match="'vectors' gives grids of vectors; the published layout has maps alone"):
+        write_published_layout([("b.jpg", {})], tmp_path, [vectors])
     with pytest.raises(ValueError, match="'depth' is dense of 5 channels; a PNG has 1 or 3"):
         write_published_layout([], tmp_path, [{**ENTRIES[0], "channels": 5}])
     for key in ("../a.jpg", "/etc/a.jpg", "a/../../b.jpg"):

@@ -8,6 +8,7 @@ from checks import Refused
 from edits import apply_edit, boxes_of, check_edit, noise, tool_for
 
 from modeling_prismer import ExpertSpec
+from modeling_prismer.processing.expert_labels import read_experts, read_vectors
 
 
 DEPTH = ExpertSpec("depth", "dense", channels=1)
@@ -15,6 +16,7 @@ NORMAL = ExpertSpec("normal", "dense", channels=3)
 SEGMENTS = ExpertSpec("segmentation", "label", channels=64, num_classes=5)
 OBJECTS = ExpertSpec("detection", "label", channels=64, num_classes=4, instances=True)
 WORDS = ExpertSpec("ocr", "label", channels=8)
+VECTORS = ExpertSpec("features", "features", channels=6)
 SIX = [DEPTH, NORMAL, SEGMENTS, OBJECTS, WORDS]
 SIZE = (40, 20)  # width, height
 
@@ -29,6 +31,7 @@ def stroke(value, *points, width=0.1):
 
 def test_each_kind_of_map_has_its_tool():
     assert [tool_for(each) for each in SIX] == ["paint", "paint", "paint", "boxes", "words"]
+    assert tool_for(VECTORS) == "none"
 
 
 def test_paint_changes_only_the_painted_pixels():
@@ -86,9 +89,21 @@ def test_noise_has_the_form_of_the_expert(spec):
     )
 
 
+def test_noise_of_vectors_is_a_grid_that_the_network_reads():
+    label = noise(VECTORS, SIZE, encode_words)
+    (fields,) = read_experts([VECTORS.to_dict()])
+    vectors = read_vectors(label, fields)
+    assert vectors.shape == (6, 12, 12)
+    assert 0.9 < vectors.std() < 1.1
+    assert np.array_equal(label["values"], noise(VECTORS, SIZE, encode_words)["values"])
+
+
 @pytest.mark.parametrize(
     "edit, description",
     [
+        (None, VECTORS),
+        (stroke([1] * 6, (0, 0)), VECTORS),
+        ({"boxes": []}, VECTORS),
         (None, DEPTH),
         ({"strokes": 3}, DEPTH),
         (stroke([1, 2, 3], (0, 0)), DEPTH),

@@ -22,6 +22,7 @@ SPECS = [
     ExpertSpec("segmentation", "label", channels=8, num_classes=2),
     ExpertSpec("detection", "label", channels=8, num_classes=3, instances=True),
     ExpertSpec("ocr", "label", channels=8),
+    ExpertSpec("vectors", "features", channels=1),
 ]
 
 
@@ -47,6 +48,7 @@ def labels():
         "segmentation": {"ids": np.ones((20, 40), np.uint8)},
         "detection": {"ids": objects, "classes": [0, 1, 1, 2]},
         "ocr": {"ids": words, "words": ["stop"], "features": np.zeros((1, 8), np.float32)},
+        "vectors": {"values": np.ones((3, 4, 1), np.uint8), "low": np.zeros(1), "high": np.ones(1)},
     }
 
 
