@@ -27,7 +27,7 @@ from .composition import TYPES, VALUES
 from .labels import DETECTION_CLASSES
 from .programs import Reader, Unclear
 from .render import CLASSES
-from .scenes import Scenes
+from .scenes import add_data_arguments, open_data
 
 
 IN_IMAGE = ("color", "material", "size")  # attributes that no label has
@@ -149,19 +149,14 @@ def share_right(rows: Dataset, answers: list[list[str]]) -> dict[str, tuple[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", required=True, help="folder of the data set; made if missing")
-    parser.add_argument("--max_rows", type=int, help="use the first scenes of each split only")
-    arguments = parser.parse_args()
-    builder = Scenes(cache_dir=arguments.data_dir, config_name="scenes2")
-    builder.download_and_prepare()
-    splits = builder.as_dataset()
+    add_data_arguments(parser, "scenes2")
+    splits = open_data(parser.parse_args())
     train, test = splits["train"].select_columns(["questions"]), splits["test"]
     parts = {
         "like the training": test.select([k for k, is_held_out in enumerate(test["held_out"]) if not is_held_out]),
         "held-out": test.select([k for k, is_held_out in enumerate(test["held_out"]) if is_held_out]),
     }
     for name, rows in parts.items():
-        rows = rows.select(range(min(len(rows), arguments.max_rows or len(rows))))
         print(
             f"\n{name}, {len(rows)} scenes\n\n| | questions | labels | labels and image |\n| --- | --- | --- | --- |"
         )

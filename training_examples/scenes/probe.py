@@ -30,7 +30,7 @@ from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, 
 
 from .run_scenes import evaluation_splits
 from .scene import SHAPES
-from .scenes import Scenes, expert_labels
+from .scenes import add_data_arguments, expert_labels, open_data
 
 
 ATTRIBUTES = ("color", "shape", "material", "size")
@@ -125,17 +125,10 @@ def probe(train: tuple[Tokens, Dataset], test: tuple[Tokens, Dataset]) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="prismer-scenes", help="a Prismer: a folder or a shipped checkpoint")
-    parser.add_argument("--data_dir", required=True, help="folder of the data set; made if missing")
-    parser.add_argument("--data_config", default="scenes", help="scenes or scenes2")
+    add_data_arguments(parser, "scenes")
     parser.add_argument("--max_rows", type=int, help="train on the first scenes only")
-    for name in ("train", "validation", "test"):
-        parser.add_argument(f"--{name}", type=int, help="scenes of a split, if not those of the data set")
     arguments = parser.parse_args()
-    numbers = {name: getattr(arguments, name) for name in ("train", "validation", "test")}
-    numbers = {name: number for name, number in numbers.items() if number is not None}
-    builder = Scenes(cache_dir=arguments.data_dir, config_name=arguments.data_config, **numbers)
-    builder.download_and_prepare()
-    splits = builder.as_dataset()
+    splits = open_data(arguments)
     path = pretrained_path(arguments.model) if "/" not in arguments.model else arguments.model
     processor = PrismerProcessor.from_pretrained(path)
     model = PrismerForConditionalGeneration.from_pretrained(path).eval()

@@ -253,6 +253,27 @@ def expert_labels(row: dict[str, Any], word_features=None, names: tuple[str, ...
     return {name: labels[name] for name in names}
 
 
+# ---- arguments of scripts ----
+
+NUMBERS = ("train", "validation", "test")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, config: str) -> None:
+    """Adds `--data_dir`, `--data_config` and the numbers of scenes, which [`open_data`] reads."""
+    parser.add_argument("--data_dir", required=True, help="folder of the data set; made if missing")
+    parser.add_argument("--data_config", default=config, choices=list(Scenes.builder_configs))
+    for name in NUMBERS:
+        parser.add_argument(f"--{name}", type=int, help="scenes of this split, if not those of the data set")
+
+
+def open_data(arguments: argparse.Namespace) -> datasets.DatasetDict:
+    """The splits of the data set that the arguments name."""
+    numbers = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
+    builder = Scenes(cache_dir=arguments.data_dir, config_name=arguments.data_config, **numbers)
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
 # ---- preview ----
 
 
