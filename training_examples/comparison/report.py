@@ -210,9 +210,10 @@ def draw(trials: Sequence[Trial], found: dict[str, Cells], models: Sequence[str]
     columns = min(3, len(by_task))
     rows = math.ceil(len(by_task) / columns)
     height = max(2.4, 0.8 + 0.34 * len(models))
-    drawing = Figure(figsize=(4.2 * columns + 0.8, height * rows + 0.5), layout="constrained")
-    panels = drawing.subplots(rows, columns, squeeze=False).flat
-    for panel, (task, own) in zip(panels, by_task.items()):
+    drawing = Figure(figsize=(3.6 * columns + 1.6, height * rows + 0.5), layout="constrained")
+    panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
+    for place, (task, own) in enumerate(by_task.items()):
+        panel = panels[place]
         scores = [name for trial in own for cells in found[trial.title].values() for name in cells]
         panel.set_title(task.replace("_", " "), fontsize=10)
         if not scores:
@@ -222,7 +223,9 @@ def draw(trials: Sequence[Trial], found: dict[str, Cells], models: Sequence[str]
             _draw_lines(panel, own, found, models, scores[0])
         else:
             _draw_points(panel, found[own[0].title], models, scores[0])
-    for panel in list(panels):  # those that are left
+            if place % columns:  # the names are at the left
+                panel.set_yticklabels([])
+    for panel in panels[len(by_task) :]:
         panel.set_axis_off()
     FigureCanvasAgg(drawing)
     temporary = path.with_name(f".{path.name}")
@@ -234,7 +237,7 @@ def _draw_points(panel: Any, cells: Cells, models: Sequence[str], score: str) ->
     for place, model in enumerate(models):
         if score in cells.get(model, {}):
             _error_bar(panel, place, cells[model][score].value, place, is_vertical=False)
-        else:
+        elif model in cells:
             panel.text(
                 0.02, place, "cannot", transform=panel.get_yaxis_transform(), va="center", color="0.4", fontsize=8
             )
