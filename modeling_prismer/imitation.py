@@ -59,6 +59,9 @@ class PrismerImitationHead(nn.Module):
     """
     Predicts the tokens and the map of one expert from the student's last level. For the training, it also predicts the
     tokens from each level before.
+
+    Tokens are predicted in the expert's own units. A distillation first measures `token_mean` and `token_scale` of the
+    stem's tokens ([`fit_teachers`]). Without them, the loss would hardly notice more than the mean.
     """
 
     def __init__(self, config: PrismerVisionConfig, spec: ExpertSpec, num_levels: int, map_scale: int):
@@ -72,6 +75,8 @@ class PrismerImitationHead(nn.Module):
         self.activation = ACT2FN["gelu"]
         self.fc2 = nn.Linear(width, width)
         self.map_proj = nn.Linear(width, channels * self.map_scale**2)
+        self.token_mean = nn.Buffer(torch.zeros(width))
+        self.token_scale = nn.Buffer(torch.ones(()))
         self.level_proj = nn.ModuleList(nn.Linear(width, width) for _ in range(num_levels - 1))
 
     def forward(self, hidden_states: torch.Tensor, with_map: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -84,15 +89,20 @@ class PrismerImitationHead(nn.Module):
             The tokens in the same shape, and the map `(batch_size, channels, side * map_scale, side * map_scale)`.
         """
         inner = self.activation(self.fc1(self.layer_norm(hidden_states)))
+        tokens = self.fc2(inner) * self.token_scale + self.token_mean
         if not with_map:
-            return self.fc2(inner), None
+            return tokens, None
         side = math.isqrt(hidden_states.shape[1])
         grid = self.map_proj(inner).transpose(1, 2).unflatten(2, (side, side))
-        return self.fc2(inner), F.pixel_shuffle(grid, self.map_scale)
+        return tokens, F.pixel_shuffle(grid, self.map_scale)
 
     def level_tokens(self, level: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The tokens as predicted from a level before the last one."""
-        return self.level_proj[level](self.layer_norm(hidden_states))
+        return self.level_proj[level](self.layer_norm(hidden_states)) * self.token_scale + self.token_mean
+
+    def normalize(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens in the expert's units, with a mean of 0 and a root mean square of 1."""
+        return (tokens.float() - self.token_mean.float()) / self.token_scale.float()
 
 
 class PrismerImitation(nn.Module):
@@ -386,3 +396,6 @@ def init_imitation_weights(module: nn.Module) -> None:
     init_adaptor_weights(module)
     if isinstance(module, PrismerImitation):
         init.normal_(module.teacher_embedding.weight, std=1.0)
+    elif isinstance(module, PrismerImitationHead):
+        init.zeros_(module.token_mean)
+        init.ones_(module.token_scale)

@@ -1,9 +1,11 @@
 """
 The losses of a distillation of experts: the student's tokens and maps against those of the experts, as in PRISM (arXiv
 2606.03444). PRISM compares features of each level with those of a teacher's level; here the tokens of an expert's stem
-are the target at every level, and the cosine is that of tokens.
+are the target at every level, and the cosine is that of tokens. The mean of an expert's tokens is subtracted and their
+scale divided out, as in PHI-S of RADIO (arXiv 2410.01680, without its rotation).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +51,12 @@ def freeze_teachers(network: ImitatingExpertsMixin) -> None:
 
 
 @torch.no_grad()
-def teacher_tokens(network: ImitatingExpertsMixin, expert_inputs: Inputs, side: int) -> dict[str, torch.Tensor]:
+def teacher_tokens(
+    network: ImitatingExpertsMixin, expert_inputs: Inputs, side: int | None = None
+) -> dict[str, torch.Tensor]:
     """
-    The tokens of the imitated experts that are given, `(batch_size, side * side, width)`. The rows of instances are
-    those of evaluation, because nobody could predict random ones.
+    The tokens of the imitated experts that are given, `(batch_size, side * side, width)`, by default on their own
+    grid. The rows of instances are those of evaluation, because nobody could predict random ones.
 
     Raises:
         ValueError: if a stem's BatchNorm is in training mode: its tokens would depend on the batch.
@@ -67,26 +71,56 @@ def teacher_tokens(network: ImitatingExpertsMixin, expert_inputs: Inputs, side: 
         if stem.num_instance_embeddings and "ids" in inputs and "rows" not in inputs:
             inputs["rows"] = stem.fixed_rows(inputs["ids"])
         grid = stem(**inputs)
-        if grid.shape[2:] != (side, side):
+        if side is not None and grid.shape[2:] != (side, side):
             grid = F.interpolate(grid.float(), size=(side, side), mode="bilinear").to(grid.dtype)
         tokens[name] = grid.flatten(2).transpose(1, 2)
     return tokens
 
 
-def token_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def fit_teachers(network: ImitatingExpertsMixin, batches: Iterable[tuple[Inputs, dict[str, torch.Tensor]]]) -> None:
     """
-    0.9 of the cosine distance of tokens and 0.1 of the smooth L1 distance, relative to the target's root mean square.
+    Measures the mean of each imitated expert's tokens, for each channel, and their scale, for all channels together.
+    The heads predict tokens in these units.
 
     Args:
-        predicted, target (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`)
+        batches: for each batch, the teachers as arguments of their stems, and the samples that have each of them.
+
+    Raises:
+        ValueError: if an expert has no sample.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    squares: dict[str, torch.Tensor] = {}
+    numbers = dict.fromkeys(network.imitation.names, 0)
+    for teachers, present in batches:
+        for name, inputs in teachers.items():
+            inputs = {suffix: tensor[present[name]] for suffix, tensor in inputs.items()}
+            if not present[name].any():
+                continue
+            tokens = teacher_tokens(network, {name: inputs})[name].double().flatten(0, 1)
+            sums[name] = sums.get(name, 0) + tokens.sum(dim=0)
+            squares[name] = squares.get(name, 0) + tokens.pow(2).sum(dim=0)
+            numbers[name] += len(tokens)
+    for name, number in numbers.items():
+        if not number:
+            raise ValueError(f"no sample has the expert '{name}', which the network is to imitate")
+        head, mean = network.imitation.heads[name], sums[name] / number
+        head.token_mean.copy_(mean)
+        head.token_scale.copy_((squares[name] / number - mean**2).mean().clamp(min=1e-12).sqrt())
+
+
+def token_losses(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """
+    0.9 of the cosine distance of tokens and 0.1 of the smooth L1 distance.
+
+    Args:
+        predicted, target (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): in the expert's units.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size,)`.
     """
-    predicted, target = predicted.float(), target.float()
     distance = 1 - F.cosine_similarity(predicted, target, dim=-1).mean(dim=1)
-    scale = target.pow(2).mean(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-6)
-    difference = F.smooth_l1_loss(predicted / scale, target / scale, reduction="none").mean(dim=(1, 2))
+    difference = F.smooth_l1_loss(predicted, target, reduction="none").mean(dim=(1, 2))
     return COSINE * distance + SMOOTH_L1 * difference
 
 
@@ -151,29 +185,37 @@ def imitation_loss(
         present (`dict[str, torch.BoolTensor]`, *optional*):
             Samples that learn from each expert, `(batch_size,)`; by default all.
     """
-    states = imitated.level_states
-    side = round(states[-1].shape[1] ** 0.5)
-    zero = states[-1].new_zeros((), dtype=torch.float32)
-    tokens = maps = zero
-    num_tokens = num_maps = zero
+    all_states = imitated.level_states
+    side = round(all_states[-1].shape[1] ** 0.5)
+    zero = all_states[-1].new_zeros((), dtype=torch.float32)
+    tokens, maps, num_tokens, num_maps = zero, zero, 0, 0
     described = {spec.name: spec for spec in specs}
-    for name, target in teacher_tokens(network, expert_inputs, side).items():
-        head = network.imitation.heads[name]
-        weights = torch.ones(len(target), device=zero.device) if present is None else present[name].to(zero)
+    for name in (name for name in network.imitation.names if name in expert_inputs):
+        head, inputs, states = network.imitation.heads[name], expert_inputs[name], all_states
+        has_samples = True
+        if present is not None:
+            rows = present[name].nonzero()[:, 0]
+            has_samples = len(rows) > 0
+            rows = rows if has_samples else rows.new_zeros(1)
+            states = tuple(level[rows.to(level.device)] for level in states)
+            inputs = {suffix: tensor[rows.to(tensor.device)] for suffix, tensor in inputs.items()}
         predicted, own_map = head(states[-1], with_map=True)
-        losses = token_losses(predicted, target)
-        for level in range(len(states) - 1):
-            losses = losses + token_losses(head.level_tokens(level, states[level]), target)
-        tokens, num_tokens = tokens + (losses * weights).sum(), num_tokens + weights.sum()
-        map_of = map_target(described[name], expert_inputs[name], own_map.shape[-1])
+        levels = [head.level_tokens(level, own) for level, own in enumerate(states[:-1])] + [predicted]
+        if not has_samples:  # every process runs each head, so that DDP sees all gradients
+            tokens = tokens + 0 * (torch.stack(levels).float().sum() + own_map.float().sum())
+            continue
+        target = head.normalize(teacher_tokens(network, {name: inputs}, side)[name].to(zero.device))
+        tokens = tokens + sum(token_losses(head.normalize(level), target).sum() for level in levels)
+        num_tokens += len(predicted)
+        map_of = map_target(described[name], inputs, own_map.shape[-1])
         if map_of is not None:
-            maps = maps + (map_losses(own_map, map_of.to(zero.device)) * weights).sum()
-            num_maps = num_maps + weights.sum()
-    far = [decorrelation(level) for level in states[:DECORRELATED_LEVELS]]
+            maps = maps + map_losses(own_map, map_of.to(zero.device)).sum()
+            num_maps += len(predicted)
+    far = [decorrelation(level) for level in all_states[:DECORRELATED_LEVELS]]
     balances = [routes.balance() for routes in imitated.routes]
     return ImitationLoss(
-        tokens=tokens / num_tokens.clamp(min=1),
-        maps=maps / num_maps.clamp(min=1),
+        tokens=tokens / max(num_tokens, 1),
+        maps=maps / max(num_maps, 1),
         decorrelation=torch.stack(far).sum(),
         balance=torch.stack(balances).mean() if balances else zero,
     )

@@ -1,5 +1,6 @@
 """The loss of a distillation of experts, for the trainers of the recipes, and a measure of the imitation."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from modeling_prismer.imitation import ImitationOutput
 from modeling_prismer.imitation_loss import (
     ImitationLoss,
     Inputs,
+    fit_teachers,
     freeze_teachers,
     imitation_loss,
     teacher_tokens,
@@ -152,8 +154,15 @@ class DistillationMixin:
         super().log(logs, *args, **kwargs)
 
 
-def prepare(model: nn.Module, distillation: Distillation) -> None:
-    """Freezes the teachers, and everything but the student unless the task is learned."""
+FIT_SAMPLES = 256  # samples on which the units of the experts' tokens are measured
+
+
+def prepare(trainer: Any) -> None:
+    """
+    Freezes the teachers, and everything but the student unless the task is learned. Measures the units of the
+    experts' tokens if the student is new.
+    """
+    model, distillation = trainer.model, trainer.distillation
     imitation = model.expert_network.imitation
     if distillation.stage != "task":
         model.requires_grad_(False)
@@ -163,6 +172,21 @@ def prepare(model: nn.Module, distillation: Distillation) -> None:
     for module in (imitation.condition_norm, imitation.image_condition):
         module.requires_grad_(distillation.stage != "teachers")
     freeze_teachers(model.expert_network)
+    if all(head.token_scale == 1 and not head.token_mean.any() for head in imitation.heads.values()):
+        model.to(trainer.args.device)
+        state = torch.get_rng_state()
+        fit_teachers(model.expert_network, _first_batches(trainer))
+        torch.set_rng_state(state)
+
+
+def _first_batches(trainer: Any) -> Iterator[tuple[Inputs, dict[str, torch.Tensor]]]:
+    """The teachers of the first samples of the training; all processes read the same ones."""
+    rows, size = iter(trainer.train_dataset), trainer.args.train_batch_size
+    taken = 0
+    while taken < FIT_SAMPLES and (batch := list(itertools.islice(rows, size))):
+        taken += len(batch)
+        tensors = trainer.data_collator(batch)
+        yield teachers_of(trainer.model, {name: own.to(trainer.model.device) for name, own in tensors.items()})
 
 
 def teachers_of(network: nn.Module, inputs: dict[str, Any]) -> tuple[Inputs, dict[str, torch.Tensor]]:

@@ -191,7 +191,7 @@ def finish(trainer, args: DistillationOptions, write_results) -> None:
     if args.eval_experts != "all":
         trainer.eval_collator.experts = [name for name in args.eval_experts.split(",") if name != "none"]
     if trainer.args.do_train:
-        prepare(trainer.model, trainer.distillation)
+        prepare(trainer)
     run(trainer, args, write_results)
     if trainer.args.do_eval and trainer.is_world_process_zero():
         rows = trainer.eval_dataset

@@ -229,6 +229,7 @@ def test_added_imitation_keeps_the_model(model):
     assert not added.training and {parameter.dtype for parameter in added.parameters()} == {torch.float32}
     assert not added.adaptors[0].up_proj.weight.any() and not added.adaptors[0].router.film.weight.any()
     assert added.heads["depth"].fc1.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert added.heads["depth"].token_scale == 1 and not added.heads["depth"].token_mean.any()
     names = [name for name, _ in model.named_parameters()]
     model.add_imitation(["depth"], num_adaptors=4)  # in place of the other one
     assert len([name for name, _ in model.named_parameters()]) < len(names)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from modeling_prismer.expert_spec import ExpertSpec
 from modeling_prismer.imitation_loss import (
     decorrelation,
+    fit_teachers,
     freeze_teachers,
     imitation_loss,
     map_losses,
@@ -18,7 +19,7 @@ from modeling_prismer.imitation_loss import (
 )
 
 from .test_imitation import IMITATED, IMITATION
-from .tiny import image_inputs, tiny_model
+from .tiny import TOLERANCE, image_inputs, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +51,33 @@ def loss_of(model, teachers, present=None, rows=slice(None)):
 def test_token_loss_is_the_formula_of_prism():
     generator = torch.Generator().manual_seed(0)
     predicted, target = torch.randn(2, 2, 5, 8, generator=generator)
-    scale = target.pow(2).mean(dim=(1, 2)).sqrt()
     expected = [
-        0.9 * (1 - F.cosine_similarity(p, t, dim=-1).mean()) + 0.1 * F.smooth_l1_loss(p / s, t / s)
-        for p, t, s in zip(predicted, target, scale)
+        0.9 * (1 - F.cosine_similarity(p, t, dim=-1).mean()) + 0.1 * F.smooth_l1_loss(p, t)
+        for p, t in zip(predicted, target)
     ]
     torch.testing.assert_close(token_losses(predicted, target), torch.stack(expected))
-
-
-def test_token_loss_does_not_depend_on_the_scale_of_an_expert():
-    predicted, target = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(token_losses(50 * predicted, 50 * target), token_losses(predicted, target))
     assert token_losses(target, target).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_heads_predict_in_the_units_of_their_experts(imitating):
+    model = copy.deepcopy(imitating)
+    network, teachers = model.model.vision_model, stem_inputs()
+    mask = torch.tensor([True, False, True])
+    fit_teachers(network, [(teachers, {name: row for name in IMITATED}) for row in (mask, ~mask)])
+    for name, tokens in teacher_tokens(network, teachers).items():
+        head = network.imitation.heads[name]
+        torch.testing.assert_close(head.token_mean, tokens.mean(dim=(0, 1)), **TOLERANCE)
+        units = head.normalize(tokens)
+        torch.testing.assert_close(units.mean(dim=(0, 1)), torch.zeros(32), atol=1e-5, rtol=0)
+        torch.testing.assert_close(units.pow(2).mean(), torch.ones(()))
+        states = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
+        expected = head.fc2(head.activation(head.fc1(head.layer_norm(states))))
+        torch.testing.assert_close(head.normalize(head(states)[0]), expected, atol=1e-4, rtol=1e-4)
+        expected = head.level_proj[0](head.layer_norm(states))
+        torch.testing.assert_close(head.normalize(head.level_tokens(0, states)), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="no sample has the expert 'depth'"):
+        fit_teachers(network, [(teachers, {name: mask & ~mask for name in IMITATED})])
 
 
 @torch.no_grad()
@@ -162,6 +178,16 @@ def test_loss_is_a_mean_over_samples_with_the_expert(imitating):
     alone = loss_of(imitating, first, rows=slice(1))
     loss = loss_of(imitating, teachers, {name: torch.tensor([True, False, False]) for name in IMITATED})
     torch.testing.assert_close([loss.tokens, loss.maps], [alone.tokens, alone.maps])
+
+
+def test_head_without_a_sample_has_a_gradient(imitating):
+    """DDP waits for a gradient of each weight."""
+    model = copy.deepcopy(imitating)
+    present = {name: torch.tensor([name == "depth"] * 3) for name in IMITATED}
+    loss_of(model, stem_inputs(), present).total().backward()
+    heads = model.model.vision_model.imitation.heads
+    assert all(weight.grad is not None for weight in heads.parameters())
+    assert not any(weight.grad.any() for weight in heads["ocr"].parameters())
 
 
 def test_total_weighs_the_parts(imitating):

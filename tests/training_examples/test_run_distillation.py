@@ -66,6 +66,7 @@ def test_first_stage_trains_the_student_alone(student, checkpoint):
     imitation = PrismerForConditionalGeneration.from_pretrained(student).model.vision_model.imitation
     assert imitation.adaptors[0].up_proj.weight.any() and imitation.adaptors[1].router.film.weight.any()
     assert not imitation.image_condition.bias.any()  # the routers see the teacher
+    assert imitation.heads["edge"].token_mean.any() and imitation.heads["edge"].token_scale != 1
     history = json.loads((student / "trainer_state.json").read_text())["log_history"]
     assert {"imitation_tokens", "imitation_maps", "imitation_balance"} <= history[0].keys()
 
@@ -77,7 +78,8 @@ def test_second_stage_learns_the_task(recipe, student, image_folder, tmp_path, t
     new = changed(student, out)
     assert any(".imitation." in name for name in new) and any("text_model" in name for name in new)
     assert any(".resampler." in name for name in new)
-    assert not any("expert_stems" in name or "teacher_embedding" in name for name in new)
+    parts = ("expert_stems", "teacher_embedding", "token_mean", "token_scale")
+    assert not any(part in name for name in new for part in parts)
     explained = json.loads((out / "imitation_results.json").read_text())
     assert explained.keys() == {"edge"} and explained["edge"] < 1
     assert (out / "eval_results.json").exists()
