@@ -407,7 +407,7 @@ def complete_square(random: np.random.Generator) -> Instance:
     in_row = [(row, c) for c in range(side) if c != column]
     in_column = {square[r][column]: (r, column) for r in range(side) if r != row}
     hidden = {one_of(random, [place, in_column[square[place[0]][place[1]]]]) for place in in_row}
-    hidden = set(list(sorted(hidden))[: random.integers(2, 5)])
+    hidden = set(sorted(hidden)[: random.integers(2, 5)])
     away = [(r, c) for r in range(side) for c in range(side) if r != row and c != column]
     hidden |= {away[index] for index in random.permutation(len(away))[: random.integers(2, 7)]}
     colors = [list(COLORS.values())[index] for index in random.permutation(5)]
