@@ -136,8 +136,9 @@ def test_plain_task_changes_no_text():
 
 
 def test_tasks_of_the_paper_are_registered():
-    assert list(TASKS) == ["caption", "vqa", "classification", "zero_shot_caption"]
+    tasks = list(TASKS.values())[:4]  # others may register their own
+    assert [task.name for task in tasks] == ["caption", "vqa", "classification", "zero_shot_caption"]
     columns = [("caption",), ("question", "answer"), ("class",), ("caption",)]
-    assert [task.columns for task in TASKS.values()] == columns
-    assert [task.is_ranked for task in TASKS.values()] == [False, False, True, False]
-    assert [task.num_ranked for task in TASKS.values()] == [None, 16, 32, None]
+    assert [task.columns for task in tasks] == columns
+    assert [task.is_ranked for task in tasks] == [False, False, True, False]
+    assert [task.num_ranked for task in tasks] == [None, 16, 32, None]
