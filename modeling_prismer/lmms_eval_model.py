@@ -103,7 +103,7 @@ class Prismer(lmms):
             device = str(self.accelerator.device)
         self.device = torch.device(device)
         reader = Checkpoint(pretrained, str(self.device), dtype, experts, language).load()
-        self.network, self.processor, self.experts = reader.network, reader.processor, reader.expert_names
+        self.network, self.processor, self.experts = reader.network, reader.processor, reader.experts_of_calls
         self.is_lm = self.network.config.model_type == "prismer_lm"
         self.batch_size = int(batch_size)
         self.generation = generation

@@ -94,11 +94,16 @@ class Batcher:
         processor (`ProcessorMixin`): its processor, with a chat template.
         batch_size (`int`, *optional*, defaults to 16): the largest number of jobs in a batch.
         wait (`float`, *optional*, defaults to 0.01): seconds to wait for further jobs if none are waiting.
-        experts (`list[str]`, *optional*): names of the experts to use; all by default.
+        experts (`list[str]` or `"auto"`, *optional*): names of the experts to use; all by default.
     """
 
     def __init__(
-        self, network: Any, processor: Any, batch_size: int = 16, wait: float = 0.01, experts: list[str] | None = None
+        self,
+        network: Any,
+        processor: Any,
+        batch_size: int = 16,
+        wait: float = 0.01,
+        experts: list[str] | str | None = None,
     ):
         if processor.chat_template is None:
             raise ValueError(

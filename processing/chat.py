@@ -15,7 +15,7 @@ IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 # Arguments of a processor's call that `apply_chat_template` takes beside the variables of a template.
 CALL_NAMES = {
     *("expert_labels", "experts", "vlm_kwargs", "padding", "padding_side", "pad_to_multiple_of", "max_length"),
-    *("truncation", "add_special_tokens", "text_kwargs", "images_kwargs", "max_image_pixels"),
+    *("truncation", "add_special_tokens", "text_kwargs", "images_kwargs", "max_image_pixels", "budget_ms"),
 }
 
 QUESTION_TEMPLATE = """\

@@ -138,7 +138,7 @@ class DataCollatorForPrismer:
             if number not in (0, len(rows)):
                 raise ValueError(f"{number} of {len(rows)} rows have '{column}'; all or none of a batch must")
         images, labels, keep = self._open(rows)
-        texts = {"text": _column(rows, "text"), "task": _column(rows, "task")}
+        texts: dict[str, Any] = {"text": _column(rows, "text"), "task": _column(rows, "task")}
         if self.with_suffix:
             texts["suffix"] = _column(rows, "suffix")
         inputs = dict(self.processor(images, expert_labels=labels, experts=self.experts, return_tensors="pt", **texts))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
 from .expert_labels import ExpertFields, match_expert_labels, read_experts
+from .expert_router import ExpertRouter
 from .image_loading import load_images
 
 
@@ -43,6 +44,8 @@ class ExpertsProcessor(ProcessorMixin):
     _saved_folders: tuple[str, ...] = ("experts", "additional_chat_templates")
     _experts: Shared
     _experts_source: tuple[str, dict[str, Any]] | None  # where a description comes from: folder or Hub id
+    _router: Shared | None = None
+    _router_source: tuple[str, dict[str, Any]] | None = None  # of a saved router
 
     @property
     def experts(self) -> Any:
@@ -70,6 +73,18 @@ class ExpertsProcessor(ProcessorMixin):
             names = {own["name"]: own["class_names"] for own in described if own.get("class_names")}
             self._experts.value.use_class_names(names)
 
+    @property
+    def router(self) -> ExpertRouter | None:
+        """Chooses the experts of a call with `experts="auto"`; saved with the processor. `None` if there is none."""
+        if self._router is None:
+            source, hub_kwargs = self._router_source or (None, {})
+            self._router = Shared(None if source is None else ExpertRouter.from_pretrained(source, **hub_kwargs))
+        return self._router.value
+
+    @router.setter
+    def router(self, router: ExpertRouter | None) -> None:
+        self._router = Shared(router)
+
     # ---- images and experts ----
 
     def process_images(
@@ -93,20 +108,24 @@ class ExpertsProcessor(ProcessorMixin):
         self,
         images: Any,
         expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
-        experts: list[str] | None = None,
+        experts: list[str] | str | None = None,
+        text: list[list[str]] | None = None,
+        budget_ms: float | None = None,
     ) -> list[dict[str, Any]]:
         """
         The labels of the configured experts, live ones where none are given.
 
         Args:
-            images, expert_labels, experts: as in [`PrismerProcessor.__call__`].
+            images, expert_labels, experts, budget_ms: as in [`PrismerProcessor.__call__`].
+            text (`list[list[str]]`, *optional*): for `experts="auto"`, the texts about each image.
 
         Returns:
             `list[dict]`: for each image a dict from an expert's name to its label, of 8 bits and the image's size. An
-            expert that neither ran nor was given has no entry; a warning says so once.
+            expert that neither ran nor was given has no entry; a warning says so once. The label of an expert that
+            the router has left out is `None`.
         """
         images, labels = self._open(images, expert_labels, {})
-        return self._run_experts(images, labels, experts)
+        return self._run_experts(images, labels, *self._choose_experts(images, experts, text, budget_ms))
 
     def check_experts(self, experts: list[str] | None = None) -> tuple[list[str], list[str]]:
         """
@@ -133,6 +152,33 @@ class ExpertsProcessor(ProcessorMixin):
                 _require_same_description(suite[expert.name].description, expert)
         return wanted, live
 
+    def _choose_experts(
+        self,
+        images: list[Image.Image],
+        experts: list[str] | str | None,
+        texts: list[list[str]] | None,
+        budget_ms: float | None,
+    ) -> tuple[list[str] | None, list[list[str]] | None]:
+        """The last two arguments of `_run_experts`. With `experts="auto"`, the router chooses for each image."""
+        if experts != "auto":
+            if budget_ms is not None:
+                raise ValueError(f"budget_ms is for experts='auto'; experts is {experts!r}")
+            return [experts] if isinstance(experts, str) else experts, None
+        if texts is None:
+            raise ValueError("experts='auto' needs a text about each image, from which the router chooses")
+        router = self.router
+        if router is None:
+            raise ValueError(
+                "experts='auto' needs a router, and this processor has none; training_examples/train_router.py trains "
+                "one for a checkpoint"
+            )
+        price, features = router.config.price_for(budget_ms), None
+        if router.config.image_size:
+            missing: list[dict[str, Any]] = [{} for _ in images]
+            features = router.image_features(self._image_inputs(images, missing))
+        unknown = [own["name"] for own in self.image_processor.experts if own["name"] not in router.experts]
+        return None, [[*chosen, *unknown] for chosen in router.choose(texts, features, price)]
+
     def _image_inputs(self, images: list[Image.Image], labels: list[dict[str, Any]], **kwargs: Any) -> BatchFeature:
         """The tensors of opened images and their labels."""
         return self.image_processor._preprocess_opened(images, labels, **kwargs)
@@ -150,8 +196,22 @@ class ExpertsProcessor(ProcessorMixin):
         return images, match_expert_labels(expert_labels, len(images), names)
 
     def _run_experts(
-        self, images: list[Image.Image], labels: list[dict[str, Any]], experts: list[str] | None
+        self,
+        images: list[Image.Image],
+        labels: list[dict[str, Any]],
+        experts: list[str] | None,
+        chosen: list[list[str]] | None = None,
     ) -> list[dict[str, Any]]:
+        """
+        The labels of the configured experts.
+
+        Args:
+            images (`list[PIL.Image.Image]`): opened images.
+            labels (`list[dict]`): the given labels of each.
+            experts (`list[str]`, *optional*): names of the experts to use; by default all.
+            chosen (`list[list[str]]`, *optional*): for each image, those that may run. The label of the others is
+                `None`, unless it is given.
+        """
         configured = [expert["name"] for expert in self.image_processor.experts]
         wanted, live = self.check_experts(experts)
         suite: Any = self.experts if wanted else None
@@ -163,17 +223,17 @@ class ExpertsProcessor(ProcessorMixin):
                     if given.get(name) is not None:
                         given[name] = suite[name].label_from(given[name], image)
 
-        rows_by_need: dict[tuple[str, ...], list[int]] = {}
-        for row, given in enumerate(labels):
-            rows_by_need.setdefault(tuple(name for name in live if name not in given), []).append(row)
-        for names, rows in rows_by_need.items():
-            if names:
-                part = suite.only(*names)
-                needed = {other for name in names for other in _labels_that(part[name], "needs", "uses")}
-                known = {"labels": [labels[row] for row in rows]} if needed.intersection(configured) else {}
-                outputs = part([images[row] for row in rows], **known)
-                for row, output in zip(rows, outputs):
-                    labels[row].update({name: output.get(name) for name in names})
+        needs = [
+            [name for name in live if name not in given and (chosen is None or name in chosen[row])]
+            for row, given in enumerate(labels)
+        ]
+        for names, rows in _batches(needs, suite):
+            part = suite.only(*names)
+            needed = {other for name in names for other in _labels_that(part[name], "needs", "uses")}
+            known = {"labels": [labels[row] for row in rows]} if needed.intersection(configured) else {}
+            outputs = part([images[row] for row in rows], **known)
+            for row, output in zip(rows, outputs):
+                labels[row].update({name: output.get(name) for name in names})
 
         lacking = [name for name in wanted if name not in live and any(name not in given for given in labels)]
         if lacking:
@@ -181,6 +241,8 @@ class ExpertsProcessor(ProcessorMixin):
                 f"The configured experts {', '.join(lacking)} are neither among the live experts nor in "
                 "expert_labels: they are masked out."
             )
+        if chosen is not None:
+            labels = [{**dict.fromkeys(live), **given} for given in labels]
         return labels
 
     def post_process_ranking(self, ranking: Any, answers: list[str]) -> list[list[dict[str, Any]]]:
@@ -223,6 +285,9 @@ class ExpertsProcessor(ProcessorMixin):
             kwargs: passed on to `ProcessorMixin.save_pretrained`.
         """
         live = self._experts
+        if self.router is not None:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self.router.save_pretrained(save_directory)
         if self.experts is not None:
             self.experts.save_pretrained(save_directory)
             # this description gives the paths of own weights relative to the folder
@@ -250,7 +315,7 @@ class ExpertsProcessor(ProcessorMixin):
         return hf_api().upload_folder(
             repo_id=repo_id,
             folder_path=working_dir,
-            allow_patterns=[*changed, *(f"{folder}/*" for folder in self._saved_folders)],
+            allow_patterns=[*changed, "router.*", *(f"{folder}/*" for folder in self._saved_folders)],
             commit_message=commit_message or "Upload processor",
             revision=revision,
             **kwargs,
@@ -288,10 +353,14 @@ class ExpertsProcessor(ProcessorMixin):
         if experts_memory not in (None, "all", "sequential"):
             raise ValueError(f"experts_memory is {experts_memory!r}; accepted are 'sequential', 'all' and None")
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        source = (
+            os.fspath(pretrained_model_name_or_path),
+            {name: kwargs[name] for name in names if kwargs.get(name) is not None},
+        )
+        processor._router_source = source
         if isinstance(experts, str) and experts == "saved":
-            names = ("revision", "token", "cache_dir", "local_files_only")
-            hub_kwargs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-            processor._experts_source = (os.fspath(pretrained_model_name_or_path), hub_kwargs)
+            processor._experts_source = source
         else:
             processor.experts = experts
         if (expert_device is not None or expert_dtype is not None) and processor.experts is not None:
@@ -324,6 +393,25 @@ def _require_same_description(description: Mapping[str, Any], configured: Expert
                 f"the live expert '{configured.name}' has {field}={getattr(live, field)!r}; the config's expert "
                 f"'{configured.name}' has {field}={getattr(configured, field)!r}"
             )
+
+
+def _batches(needs: list[list[str]], suite: Any) -> Iterator[tuple[list[str], list[int]]]:
+    """
+    Names of experts and the images on which they run together.
+
+    Args:
+        needs (`list[list[str]]`): the experts that each image needs.
+        suite: has them.
+    """
+    different = list(dict.fromkeys(tuple(names) for names in needs if names))
+    names = [name for name in suite or () if any(name in own for own in needs)]
+    is_independent = not any(_labels_that(suite[name], "needs", "uses") for name in names)
+    if len(different) > 1 and is_independent:  # each expert runs once, over all images that need it
+        for name in names:
+            yield [name], [row for row, own in enumerate(needs) if name in own]
+        return
+    for group in different:
+        yield list(group), [row for row, own in enumerate(needs) if tuple(own) == group]
 
 
 def _labels_that(expert: Any, *fields: str) -> list[str]:

@@ -133,8 +133,9 @@ class PrismerProcessor(ExpertsProcessor):
         text: str | list[str] | list[list[str]] | None = None,
         expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         suffix: str | list[str] | list[list[str]] | None = None,
-        experts: list[str] | None = None,
+        experts: list[str] | str | None = None,
         task: str | list[str] | list[list[str]] | None = None,
+        budget_ms: float | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -154,12 +155,15 @@ class PrismerProcessor(ExpertsProcessor):
                 For training: the caption, answer or class that follows each prompt, in the layout of `text`. It gets
                 the form of the task, and the result has `labels`. If one prompt is used for all, or none is given, an
                 image can have several suffixes.
-            experts (`list[str]`, *optional*):
+            experts (`list[str]` or `"auto"`, *optional*):
                 The names of the experts to use in this call, live or from `expert_labels`. The others are masked out.
-                `[]` means none.
+                `[]` means none. With `"auto"`, `processor.router` chooses for each image from its texts.
             task (`str`, or in the layout of `text`, *optional*):
                 The task of the texts. By default the processor's `task`, except for texts that begin with the prompt
                 of another one of its `tasks`.
+            budget_ms (`float`, *optional*):
+                For `experts="auto"`: the mean time of the experts for an image with one text, in milliseconds, on the
+                machine on which the router was trained. By default, the time at which it loses almost nothing.
             kwargs:
                 `return_tensors` (defaults to `"pt"`), `padding` (`True`), `truncation` (`True`), `max_length` (in
                 tokens; by default the limits of the [`Task`]), `padding_side` (`"left"`), `pad_to_multiple_of`, and
@@ -201,7 +205,9 @@ class PrismerProcessor(ExpertsProcessor):
         # texts first, to find mistakes before the experts run
         prompts, suffixes, tasks = self._texts(text, suffix, task, len(images))
         data = self._tokenize(prompts, suffixes, tasks, **kwargs["text_kwargs"])
-        labels = self._run_experts(images, labels, experts)
+        each = len(prompts) // len(images)
+        texts = [prompts[start : start + each] for start in range(0, len(prompts), each)]
+        labels = self._run_experts(images, labels, *self._choose_experts(images, experts, texts, budget_ms))
         data.update(self._image_inputs(images, labels, **kwargs["images_kwargs"]))
         return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
 

@@ -40,6 +40,7 @@ from .prompts import (
     lay_out,
     pad_rows,
     take_marks_out,
+    texts_of_images,
 )
 
 
@@ -296,9 +297,10 @@ class PrismerLMProcessor(ExpertsProcessor):
         text: str | list[str] | list[list[str]] | None = None,
         expert_labels: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         suffix: str | list[str] | list[list[str]] | None = None,
-        experts: list[str] | None = None,
+        experts: list[str] | str | None = None,
         task: str | None = None,
         vlm_kwargs: dict[str, Any] | None = None,
+        budget_ms: float | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """
@@ -318,12 +320,14 @@ class PrismerLMProcessor(ExpertsProcessor):
             suffix (`str`, `list[str]` or `list[list[str]]`, *optional*):
                 For training: the text that follows each prompt, in the layout of `text`. `labels` come with it: the
                 suffix and the tokenizer's `eos_token` are learned.
-            experts (`list[str]`, *optional*):
-                Names of the experts to use in this call; `[]` means none. The others are masked out.
+            experts (`list[str]` or `"auto"`, *optional*):
+                Names of the experts to use in this call; `[]` means none. The others are masked out. With `"auto"`,
+                `processor.router` chooses for each image from its texts.
             task (`str`, *optional*):
                 `"text"` puts a space before the suffix, `"chat"` does not. By default there is one unless the prompt
                 ends with white space or with a special token.
             vlm_kwargs (`dict`, *optional*): arguments for the processor of the vision-language model.
+            budget_ms (`float`, *optional*): for `experts="auto"`; see [`PrismerProcessor.__call__`].
             kwargs:
                 `return_tensors` (defaults to `"pt"`), `padding` (`True`), `padding_side` (`"left"`, with `suffix`
                 `"right"`), `pad_to_multiple_of`, `max_length` (tokens of a row with its placeholders; by default
@@ -372,6 +376,7 @@ class PrismerLMProcessor(ExpertsProcessor):
             experts,
             task=task,
             vlm_kwargs=vlm_kwargs,
+            budget_ms=budget_ms,
             images_kwargs=merged["images_kwargs"],
             **merged["text_kwargs"],
         )
@@ -477,7 +482,7 @@ class PrismerLMProcessor(ExpertsProcessor):
         if self.vlm_processor is None or (bos_token is not None and texts[0].startswith(bos_token)):
             call_kwargs["add_special_tokens"] = False  # the template has written them
         expert_labels = call_kwargs.pop("expert_labels", None)
-        own_kwargs = {name: call_kwargs.pop(name, None) for name in ("experts", "vlm_kwargs")}
+        own_kwargs = {name: call_kwargs.pop(name, None) for name in ("experts", "vlm_kwargs", "budget_ms")}
         merged = self._merge_kwargs(**call_kwargs)
         opened, labels = self._open(images, expert_labels, merged["images_kwargs"])
         rows, tensors = self.encode(
@@ -646,9 +651,10 @@ class PrismerLMProcessor(ExpertsProcessor):
         prompts: list[Prompt],
         images: list[Image.Image],
         labels: list[dict[str, Any]],
-        experts: list[str] | None = None,
+        experts: list[str] | str | None = None,
         task: str | None = None,
         vlm_kwargs: dict[str, Any] | None = None,
+        budget_ms: float | None = None,
         images_kwargs: dict[str, Any] | None = None,
         **text_kwargs: Any,
     ) -> tuple[list[Row], dict[str, Any]]:
@@ -667,7 +673,9 @@ class PrismerLMProcessor(ExpertsProcessor):
         tokenize = partial(self._tokenize, prompts, images, task=task, vlm_kwargs=vlm_kwargs, **text_kwargs)
         if self.experts_as == "tokens":  # texts first: a mistake there is found before the experts run
             rows, tensors = tokenize(words=[""] * len(images))
-        labels = self._run_experts(images, labels, experts) if images else []
+        if images:
+            texts = texts_of_images(prompts, len(images), self.image_token)
+            labels = self._run_experts(images, labels, *self._choose_experts(images, experts, texts, budget_ms))
         if self.experts_as != "tokens":
             rows, tensors = tokenize(words=[text and f"{text}\n" for text in self.write_experts(labels)])
         if images:

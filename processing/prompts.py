@@ -32,6 +32,16 @@ class Prompt(NamedTuple):
 # ---- which text is about which images ----
 
 
+def texts_of_images(prompts: list[Prompt], num_images: int, token: str) -> list[list[str]]:
+    """The texts about each image, without the placeholders of images."""
+    texts: list[list[str]] = [[] for _ in range(num_images)]
+    for prompt in prompts:
+        text = "".join(prompt.pieces).replace(token, " ")
+        for number in prompt.images:
+            texts[number].append(text)
+    return texts
+
+
 def flatten_images(images: Any) -> tuple[Any, list[list[int]] | None]:
     """A list of lists as one list, and the numbers of each prompt's images; other images as they are."""
     if not isinstance(images, list | tuple) or not any(isinstance(own, list | tuple) for own in images):

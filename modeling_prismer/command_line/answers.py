@@ -6,7 +6,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .arguments import DeviceOption, DtypeOption, ExpertsOption, LanguageOption, ModelOption, exists, is_url
+from .arguments import (
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    ExpertsOption,
+    LanguageOption,
+    ModelOption,
+    exists,
+    is_url,
+)
 from .console import Command, out, printable
 from .running import (
     BatchOption,
@@ -58,6 +67,7 @@ def ask(
     model: ModelOption = None,
     language: LanguageOption = None,
     experts: ExpertsOption = None,
+    budget_ms: BudgetOption = None,
     num_beams: BeamsOption = None,
     batch_size: BatchOption = 8,
     as_json: JsonOption = False,
@@ -87,7 +97,7 @@ def ask(
         from .checkpoints import Checkpoint
         from .workers import Generating
 
-        checkpoint = Checkpoint(model, device, dtype, experts, language)
+        checkpoint = Checkpoint(model, device, dtype, experts, language, budget_ms)
         return Generating(checkpoint, "vqa", questions, num_beams, options.has_scores)
 
     def say(row: dict[str, Any], is_one: bool) -> str:
@@ -115,6 +125,7 @@ def caption(
         str | None, typer.Option(help="The beginning of the caption; for a PrismerLM the whole request.")
     ] = None,
     experts: ExpertsOption = None,
+    budget_ms: BudgetOption = None,
     num_beams: BeamsOption = None,
     batch_size: BatchOption = 8,
     as_json: JsonOption = False,
@@ -139,7 +150,7 @@ def caption(
         from .checkpoints import Checkpoint
         from .workers import Generating
 
-        checkpoint = Checkpoint(model, device, dtype, experts, language)
+        checkpoint = Checkpoint(model, device, dtype, experts, language, budget_ms)
         return Generating(checkpoint, "caption", [prompt], num_beams, options.has_scores)
 
     def say(row: dict[str, Any], is_one: bool) -> str:
@@ -168,6 +179,7 @@ def classify(
     model: ModelOption = None,
     language: LanguageOption = None,
     experts: ExpertsOption = None,
+    budget_ms: BudgetOption = None,
     batch_size: BatchOption = 8,
     as_json: JsonOption = False,
     output: OutputOption = None,
@@ -194,7 +206,7 @@ def classify(
         from .checkpoints import Checkpoint
         from .workers import Classifying
 
-        return Classifying(Checkpoint(model, device, dtype, experts, language), labels, question)
+        return Classifying(Checkpoint(model, device, dtype, experts, language, budget_ms), labels, question)
 
     def say(row: dict[str, Any], is_one: bool) -> str:
         if not is_one or row["error"] is not None:

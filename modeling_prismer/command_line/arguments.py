@@ -26,8 +26,18 @@ ExpertsOption = Annotated[
     str | None,
     typer.Option(
         help=f"Names of the checkpoint's experts (depth,ocr), none, a suite ({SUITE_NAMES}), experts of a suite "
-        "(fast:depth) or the experts of another checkpoint.",
+        "(fast:depth), the experts of another checkpoint; for answers also auto: the "
+        "checkpoint's router chooses for each image.",
         show_default="all of the checkpoint",
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-ms",
+        min=0,
+        help="With --experts auto: the mean time of the experts for an image, in milliseconds.",
+        show_default="the time at which almost nothing is lost",
     ),
 ]
 LanguageOption = Annotated[

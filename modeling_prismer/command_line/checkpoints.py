@@ -33,8 +33,9 @@ class Checkpoint:
         model (`str`, *optional*): a folder, a Hub id or the name of a shipped checkpoint.
         device (`str`): where experts and network run.
         dtype (`str`, *optional*, defaults to `"auto"`): the network's precision.
-        experts (`str`, *optional*): see [`read_experts`].
+        experts (`str`, *optional*): see [`read_experts`]; or `"auto"`, and the checkpoint's router chooses.
         language (`str`, *optional*): where the language model of a PrismerLM lies.
+        budget_ms (`float`, *optional*): with `"auto"`, the mean time of the experts for an image in milliseconds.
     """
 
     model: str | None = None
@@ -42,6 +43,12 @@ class Checkpoint:
     dtype: str = "auto"
     experts: str | None = None
     language: str | None = None
+    budget_ms: float | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the checkpoint's router chooses the experts."""
+        return self.experts == "auto"
 
     @property
     def path(self) -> str:
@@ -58,10 +65,14 @@ class Checkpoint:
             raise ValueError(f"model {self.name!r} is a {kind}; accepted are {' and '.join(READERS)}")
         if self.language is not None and kind != "prismer_lm":
             raise ValueError("--language is for checkpoints of PrismerLM; this one has its own language model")
+        if self.budget_ms is not None and not self.is_auto:
+            raise ValueError("--budget-ms needs --experts auto, which chooses the experts of each image")
         return READERS[kind](self)
 
     def load_experts(self) -> "ExpertsReader":
         """Loads the experts alone: the suite that `experts` names, or those of the checkpoint."""
+        if self.is_auto:
+            raise ValueError("--experts auto chooses by a text about the image, and this command has none")
         suite, names = read_experts(self.experts)
         return self.load() if suite is None else ExpertsReader(suite.to(self.device), suite.descriptions)
 
@@ -107,7 +118,7 @@ class Reader(ExpertsReader, ABC):
 
         logging.disable_progress_bar()
         self.checkpoint = checkpoint
-        suite, self.expert_names = read_experts(checkpoint.experts)
+        suite, self.expert_names = read_experts(None if checkpoint.is_auto else checkpoint.experts)
         processor_class = getattr(modeling_prismer, self.processor_class)
         kwargs = {} if suite is None else {"experts": suite}
         self.processor = processor_class.from_pretrained(checkpoint.path, expert_device=checkpoint.device, **kwargs)
@@ -117,12 +128,39 @@ class Reader(ExpertsReader, ABC):
                 f"--experts: there is no {unknown[0]!r}; the experts of {checkpoint.name} are "
                 f"{', '.join(configured) or 'none'}. Or else, {accepted_suites()}"
             )
+        if checkpoint.is_auto and self.processor.router is None:
+            raise ValueError(
+                f"--experts auto: {checkpoint.name} has no router, which training_examples/train_router.py trains"
+            )
         wanted, live = self.processor.check_experts(self.expert_names)
         specs = [expert for expert in self.processor.image_processor.experts if expert["name"] in wanted]
         super().__init__(self.processor.experts.only(*live) if live else ExpertSuite(), specs)
 
-    def run_experts(self, images: list[Image.Image]) -> list[dict[str, Any]]:
-        return self.processor.run_experts(images, experts=self.expert_names)
+    @property
+    def experts_of_calls(self) -> list[str] | str | None:
+        """`experts` for calls of the processor that run them."""
+        return "auto" if self.checkpoint.is_auto else self.expert_names
+
+    def run_experts(
+        self, images: list[Image.Image], texts: Sequence[str | None] = (None,), task: str = "caption"
+    ) -> list[dict[str, Any]]:
+        """
+        For each image the label of each expert, `None` if it is missing or if the router left the expert out.
+
+        Args:
+            images (`list[PIL.Image.Image]`): the images.
+            texts (`Sequence[str | None]`): the texts that will be asked about each of them.
+            task (`str`): the task of the texts.
+        """
+        if not self.checkpoint.is_auto:
+            return self.processor.run_experts(images, experts=self.expert_names)
+        self.network  # noqa: B018  the router sees the images through its encoder
+        budget = {"experts": "auto", "budget_ms": self.checkpoint.budget_ms}
+        return self.processor.run_experts(images, text=[self.write_prompts(texts, task)] * len(images), **budget)
+
+    @abstractmethod
+    def write_prompts(self, texts: Sequence[str | None], task: str) -> list[str]:
+        """The prompts for texts about an image, as the processor gets them."""
 
     def find_task(self, task: str) -> str:
         """The checkpoint's name of a task. Raises a `ValueError` if it was not made for this task."""
@@ -145,6 +183,8 @@ class Reader(ExpertsReader, ABC):
         start = time.perf_counter()
         network = self.load_network()
         self.network_seconds = time.perf_counter() - start
+        if self.checkpoint.is_auto:
+            self.processor.router.encoder = network
         return network
 
     @property
@@ -214,6 +254,9 @@ class PrismerReader(Reader):
             raise ValueError(f"this checkpoint was made for {', '.join(tasks)}; this command needs one for {task!r}")
         return found[0]
 
+    def write_prompts(self, texts: Sequence[str | None], task: str) -> list[str]:
+        return [text if text is not None else find_task(task).prompt or "" for text in texts]
+
     def prepare(
         self, images: list[Image.Image], texts: Sequence[str | None], task: str, labels: list[dict[str, Any]]
     ) -> Any:
@@ -262,13 +305,12 @@ class PrismerLMReader(Reader):
     def prepare(
         self, images: list[Image.Image], texts: Sequence[str | None], task: str, labels: list[dict[str, Any]]
     ) -> Any:
-        is_caption, prompt_for = task == "caption", self.processor.prompt_for
-        prompts = [text if is_caption and text is not None else prompt_for(task, text) for text in texts]
+        prompts = self._prompts_for(texts, task)
         settings: dict[str, Any] = {"expert_labels": labels, "experts": self.expert_names, "return_tensors": "pt"}
         if self.processor.chat_template is None:
             inputs = self.processor(images, [prompts] * len(images), **settings)
         elif self.processor.vlm_processor is None:
-            written = [self._apply_template(prompt) for prompt in prompts]
+            written = self.write_prompts(texts, task)
             inputs = self.processor(images, [written] * len(images), add_special_tokens=False, **settings)
         else:  # a vision-language model has its own places for images
             conversations = [_turn(prompt, image) for image in images for prompt in prompts]
@@ -282,6 +324,17 @@ class PrismerLMReader(Reader):
                 processor_kwargs=settings,
             )
         return inputs.to(self.checkpoint.device)
+
+    def _prompts_for(self, texts: Sequence[str | None], task: str) -> list[str]:
+        """The user's turn for each text."""
+        is_caption, prompt_for = task == "caption", self.processor.prompt_for
+        return [text if is_caption and text is not None else prompt_for(task, text) for text in texts]
+
+    def write_prompts(self, texts: Sequence[str | None], task: str) -> list[str]:
+        prompts = self._prompts_for(texts, task)
+        if self.processor.chat_template is None:
+            return prompts
+        return [self._apply_template(prompt) for prompt in prompts]
 
     def _apply_template(self, prompt: str) -> str:
         return self.processor.apply_chat_template(

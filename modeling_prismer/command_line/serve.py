@@ -47,7 +47,7 @@ def serve(
     from .checkpoints import Checkpoint
 
     reader = Checkpoint(model, find_device(device), dtype, experts, language).load()
-    batcher = Batcher(reader.network, reader.processor, batch_size, experts=reader.expert_names)
+    batcher = Batcher(reader.network, reader.processor, batch_size, experts=reader.experts_of_calls)
     batcher.warm_up()
     name = name or Path(reader.checkpoint.name).name
     app = build_app(batcher, name, allow_urls, max_body_mb * 1_000_000)

@@ -71,7 +71,7 @@ class ResultWorker(ImageWorker):
         reader = self.reader
         start, loading_before = time.perf_counter(), reader.loading_seconds
         try:
-            labels = reader.run_experts(images)
+            labels = self.run_experts(images)
             results = self.run(images, labels)
         except (ValueError, ExpertError) as error:
             if len(images) > 1:
@@ -86,6 +86,10 @@ class ResultWorker(ImageWorker):
             result["experts"] = [name for name, label in own.items() if label is not None]
             result["seconds"] = round(seconds / len(images), 4)
         return [(result, None) for result in results]
+
+    def run_experts(self, images: list[Image.Image]) -> list[dict[str, Any]]:
+        """The labels of each image."""
+        return self.reader.run_experts(images)
 
     @abstractmethod
     def run(self, images: list[Image.Image], labels: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,6 +135,9 @@ class Generating(ResultWorker):
         reader.check_texts(self.texts, self.task)
         return reader
 
+    def run_experts(self, images: list[Image.Image]) -> list[dict[str, Any]]:
+        return self.reader.run_experts(images, self.texts, self.task)
+
     @torch.inference_mode()
     def run(self, images: list[Image.Image], labels: list[dict[str, Any]]) -> list[dict[str, Any]]:
         reader = self.reader
@@ -172,6 +179,10 @@ class Classifying(ResultWorker):
         reader = self.checkpoint.load()
         reader.prepare_candidates(self.labels, self.question)
         return reader
+
+    def run_experts(self, images: list[Image.Image]) -> list[dict[str, Any]]:
+        task = "caption" if self.question is None else "vqa"
+        return self.reader.run_experts(images, [self.question], task)
 
     @torch.inference_mode()
     def run(self, images: list[Image.Image], labels: list[dict[str, Any]]) -> list[dict[str, Any]]:

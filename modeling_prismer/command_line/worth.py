@@ -100,13 +100,16 @@ def worth(
     from .subset_answers import SubsetAnswers, find_labels, first_images, label_bytes, measure_costs
     from .worth_report import draw_figures, make_report, print_report, write_report
 
+    if experts == "auto":
+        raise ValueError("--experts auto chooses for each image; worth measures fixed experts: name them")
     reader = Checkpoint(model, find_device(device), dtype, experts, language).load()
     names = [spec.name for spec in reader.specs]
     if not names:
         raise ValueError(f"{reader.checkpoint.name} uses no experts, so there is nothing to measure")
     plan = SubsetPlan.make(names, permutations, seed)
     task = task or _task_of(reader)
-    text_columns = zip(find_task(task).columns, (text_column, answer_column))
+    named = zip(find_task(task).columns, (text_column, answer_column))
+    text_columns: dict[str, Any] = {f"{role}_column": column for role, column in named if column is not None}
     rows = leave_undecoded(
         load_rows(
             data,
@@ -122,7 +125,7 @@ def worth(
             bad_rows=bad_rows,
             max_rows=max_rows,
             kept_columns=[] if type_column is None else [type_column],
-            **{f"{role}_column": column for role, column in text_columns if column is not None},
+            **text_columns,
         )
     )
     if "references" not in rows.column_names:

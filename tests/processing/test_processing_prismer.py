@@ -601,6 +601,7 @@ def test_saved_folder_works_without_the_package(
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
         "chat.py",
         "expert_labels.py",
+        "expert_router.py",
         "experts_processor.py",
         "image_fetching.py",
         "image_loading.py",

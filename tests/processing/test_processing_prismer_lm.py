@@ -519,6 +519,7 @@ def test_a_saved_folder_works_where_the_package_is_not_installed(tmp_path, monke
     assert {path.stem for path in (tmp_path / "saved").glob("*.py")} == {
         *("backbone_parts", "chat", "encoder_settings", "expert_labels", "expert_words", "experts_processor"),
         *("image_fetching", "image_loading", "image_processing_prismer", "processing_prismer_lm", "prompts"),
+        "expert_router",
     }
     code = f"""
 import sys

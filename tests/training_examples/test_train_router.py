@@ -1,0 +1,123 @@
+"""A router learns from the results of `prismer worth` which experts a question needs."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import train_router
+from modeling_prismer import PrismerProcessor
+from modeling_prismer.processing.expert_router import ExpertRouter, RouterConfig
+from router_evaluation import Samples, evaluate
+from train_router import RouterArguments, read_samples, set_prices, train
+
+
+SUBSETS = [[], ["edge"], ["ocr"], ["edge", "ocr"]]
+COSTS = {"edge": {"seconds": 0.05, "needs": []}, "ocr": {"seconds": 0.11, "needs": []}}
+SIGNS = ("what does the sign say?", "which word is on the sign?", "what is written on the left sign?")
+SHAPES = ("what shape is in the image?", "is there a triangle?", "which shape is it?")
+COLORS = ("what color is the shape?", "is it red?", "which color is it?")
+
+
+def question(number):
+    """A question, and the expert that it needs."""
+    kind = number % 3
+    return (SIGNS, SHAPES, COLORS)[kind][number // 3 % 3], ("ocr", "edge", None)[kind]
+
+
+def write_worth(folder, images, number=180):
+    """What `prismer worth` writes for questions that one expert, or none, answers."""
+    folder.mkdir()
+    asked = [question(number) for number in range(number)]
+    subsets = [{"experts": own} for own in SUBSETS]
+    (folder / "worth.json").write_text(json.dumps({"costs": COSTS, "subsets": subsets}))
+    columns = {"image_id": [f"{number % images}.png" for number in range(number)], "text": [text for text, _ in asked]}
+    for own in SUBSETS:
+        columns["+".join(own) or "none"] = [float(need is None or need in own) for _, need in asked]
+    pq.write_table(pa.table(columns), folder / "samples.parquet")
+    return folder
+
+
+def samples_of(number=180, images=12):
+    asked = [question(number) for number in range(number)]
+    scores = [[float(need is None or need in own) for own in SUBSETS] for _, need in asked]
+    names = [f"{number % images}.png" for number in range(number)]
+    return Samples(names, [text for text, _ in asked], torch.tensor(scores), SUBSETS, [0.0, 0.05, 0.11, 0.16])
+
+
+def arguments(tmp_path, **settings):
+    return RouterArguments("prismer-easy-vqa", tmp_path, [], tmp_path, epochs=100, batch_size=32, **settings)
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory):
+    torch.manual_seed(0)
+    samples = samples_of()
+    router = ExpertRouter(RouterConfig(SUBSETS, samples.seconds, image_size=0, buckets=2048, hidden_size=32))
+    train(router, samples, samples, arguments(tmp_path_factory.mktemp("router")))
+    set_prices(router, samples)
+    return router
+
+
+@pytest.mark.parametrize("texts, experts", [(SIGNS, ["ocr"]), (SHAPES, ["edge"]), (COLORS, [])])
+def test_question_runs_one_expert_alone(router, texts, experts):
+    assert router.choose([[text] for text in texts]) == [experts] * 3
+
+
+def test_prices_lead_from_all_that_helps_to_nothing(router):
+    milliseconds = [own.milliseconds for own in router.config.prices]
+    assert milliseconds == sorted(milliseconds, reverse=True) and milliseconds[-1] == 0
+    assert all(math.isfinite(own.price) for own in router.config.prices)
+    default = next(own for own in router.config.prices if own.price == router.config.default_price)
+    assert default.score == 1.0 and default.milliseconds == pytest.approx((110 + 50) / 3, rel=0.01)
+    assert router.choose([[SIGNS[0]], [SHAPES[0]]], price=router.config.price_for(20)) == [[], ["edge"]]
+
+
+def test_evaluation_compares_with_fixed_subsets(router):
+    settings = {own.name: own for own in evaluate(router, samples_of(), [20.0])}
+    assert list(settings) == ["all", "none", "edge", "auto", "auto, 20 ms"]  # text is slower than edges and no better
+    assert settings["all"].score[0] == 1 and settings["none"].score[0] == pytest.approx(1 / 3)
+    assert settings["auto"].score[0] == 1 and settings["auto"].loss == (0, 0, 0)
+    assert settings["auto"].expert_ms == pytest.approx((110 + 50) / 3, rel=0.01)
+    assert settings["auto, 20 ms"].score[0] == pytest.approx(2 / 3) and settings["auto, 20 ms"].expert_ms <= 20
+    low, value, high = (settings["none"].score[place] for place in (1, 0, 2))
+    assert low <= value <= high
+
+
+def test_command_saves_the_checkpoint_with_its_router(tmp_path, monkeypatch, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = []
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(images / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": "?", "answer": "yes"})
+    (images / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    worth, output = write_worth(tmp_path / "worth", images=4), tmp_path / "routed"
+    command = ["--model", "prismer-easy-vqa", "--worth", worth, "--data", images, "--output_dir", output]
+    command += ["--eval_worth", worth, "--timed_rows", 2, "--budgets", 20, "--epochs", 10, "--batch_size", 32]
+    monkeypatch.setattr(sys, "argv", ["train_router.py", *map(str, command)])
+    train_router.main()
+    processor = PrismerProcessor.from_pretrained(output)
+    assert processor.router.config.image_size == 128 and {"config.json", "model.safetensors"} <= {
+        path.name for path in output.iterdir()
+    }
+    printed = capsys.readouterr().out
+    assert "| auto, 20 ms |" in printed and Image.open(output / "router.png").width > 500
+    settings = json.loads((output / "router_results.json").read_text())
+    assert all(own["total_ms"] > 0 for own in settings)
+
+
+def test_unknown_times_are_refused(tmp_path):
+    write_worth(tmp_path / "worth", images=4)
+    report = json.loads((tmp_path / "worth" / "worth.json").read_text())
+    report["costs"]["ocr"]["seconds"] = None
+    (tmp_path / "worth" / "worth.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match="the time of ocr is unknown"):
+        read_samples(tmp_path / "worth")
