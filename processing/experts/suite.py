@@ -138,7 +138,7 @@ class ExpertSuite(MutableMapping):
         return f"ExpertSuite([{', '.join(map(repr, self.values()))}])"
 
     def __call__(
-        self, images: list[Image.Image], labels: list[Mapping[str, Any] | None] | None = None
+        self, images: list[Image.Image], labels: Sequence[Mapping[str, Any] | None] | None = None
     ) -> list[dict[str, Any]]:
         """
         Runs every expert over all images. Experts whose labels others need run first.

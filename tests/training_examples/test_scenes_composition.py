@@ -110,7 +110,7 @@ def test_close_objects_are_unclear_within_the_margins():
 @lru_cache
 def told(held_out=False):
     found = []
-    for index in range(30 if held_out else 90):
+    for index in range(20 if held_out else 45):
         random = np.random.default_rng([6, index])
         scene = make_scene(random, "scenes2", held_out)
         facts = describe(scene, look(scene, 128))
