@@ -272,8 +272,9 @@ class ImitatingExpertsMixin(ExpertsMixin):
         Adds the imitated tokens of missing experts to those of `embed_experts`, at the same positions.
 
         Args:
-            tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`), token_mask: from `embed_experts`.
-            imitated ([`ImitationOutput`])
+            tokens (`torch.FloatTensor` of shape `(batch_size, num_tokens, width)`): from `embed_experts`.
+            token_mask (`torch.BoolTensor`, *optional*): from `embed_experts`.
+            imitated ([`ImitationOutput`]): what is imitated.
             missing (`dict[str, torch.BoolTensor | None]`): from `find_missing`.
 
         Returns:
