@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,21 @@ class ExpertsProcessor(ProcessorMixin):
             features = router.image_features(self._image_inputs(images, missing))
         unknown = [own["name"] for own in self.image_processor.experts if own["name"] not in router.experts]
         return None, [[*chosen, *unknown] for chosen in router.choose(texts, features, price)]
+
+    def without_missing(self, inputs: MutableMapping[str, Any]) -> Any:
+        """
+        Removes the tensors of experts that no image has, so that the network does not run their stems. Its output is
+        the same.
+
+        Args:
+            inputs (`dict`): inputs of the network with `expert_mask`; it is changed.
+        """
+        if "pixel_values" in inputs and "expert_mask" in inputs:  # else these tensors tell the number of images
+            for place, expert in enumerate(read_experts(self.image_processor.experts)):
+                if not inputs["expert_mask"][:, place].any():
+                    for suffix in expert.tensor_suffixes:
+                        inputs.pop(f"{expert.name}_{suffix}", None)
+        return inputs
 
     def _image_inputs(self, images: list[Image.Image], labels: list[dict[str, Any]], **kwargs: Any) -> BatchFeature:
         """The tensors of opened images and their labels."""

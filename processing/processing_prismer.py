@@ -209,6 +209,8 @@ class PrismerProcessor(ExpertsProcessor):
         texts = [prompts[start : start + each] for start in range(0, len(prompts), each)]
         labels = self._run_experts(images, labels, *self._choose_experts(images, experts, texts, budget_ms))
         data.update(self._image_inputs(images, labels, **kwargs["images_kwargs"]))
+        if experts == "auto":
+            self.without_missing(data)
         return BatchFeature(data, tensor_type=kwargs["text_kwargs"]["return_tensors"])
 
     # ---- conversations ----

@@ -680,6 +680,8 @@ class PrismerLMProcessor(ExpertsProcessor):
             rows, tensors = tokenize(words=[text and f"{text}\n" for text in self.write_experts(labels)])
         if images:
             tensors.update(self._image_inputs(images, labels, **(images_kwargs or {})))
+            if experts == "auto":
+                self.without_missing(tensors)
         return rows, tensors
 
     def _tokenize(

@@ -264,7 +264,7 @@ class PrismerReader(Reader):
         inputs = self.processor(
             images, text, expert_labels=labels, experts=self.expert_names, task=task, return_tensors="pt"
         )
-        return inputs.to(self.checkpoint.device)
+        return self.processor.without_missing(inputs).to(self.checkpoint.device)
 
     def prepare_candidates(self, candidates: list[str], text: str | None) -> Any:
         task = self.processor.task_for(text)
@@ -323,7 +323,7 @@ class PrismerLMReader(Reader):
                 return_dict=True,
                 processor_kwargs=settings,
             )
-        return inputs.to(self.checkpoint.device)
+        return self.processor.without_missing(inputs).to(self.checkpoint.device)
 
     def _prompts_for(self, texts: Sequence[str | None], task: str) -> list[str]:
         """The user's turn for each text."""

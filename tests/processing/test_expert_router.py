@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_prismer import PrismerImageProcessor, PrismerProcessor, pretrained_path
+from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor, pretrained_path
 from modeling_prismer.processing.expert_router import ExpertRouter, RouterConfig, best_rows, summarize_images
 from modeling_prismer.processing.experts import Expert, ExpertSuite, NormalsFromDepth
 
@@ -94,7 +94,8 @@ def test_sign_runs_text_alone(processor, image):
     inputs = processor(image, SIGN, experts="auto")
     assert seen(processor) == {"depth": [], "ocr": [1]} and mask(inputs, processor) == [["ocr"]]
     expected = processor(image, SIGN, experts=["ocr"])
-    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
+    assert {name.partition("_")[0] for name in inputs} == {"input", "attention", "pixel", "ocr", "expert"}
 
 
 def test_budget_is_an_argument_of_the_call(processor, image):
@@ -149,8 +150,6 @@ def test_frozen_encoder_sees_the_image_without_experts(processor, image):
 
 
 def test_frozen_encoder_is_that_of_the_network(image):
-    from modeling_prismer import PrismerForConditionalGeneration
-
     path = pretrained_path("prismer-easy-vqa")
     processor, model = PrismerProcessor.from_pretrained(path), PrismerForConditionalGeneration.from_pretrained(path)
     router = ExpertRouter(RouterConfig(subsets=[[], ["edge"]], seconds=[0.0, 0.1], image_size=128))
@@ -205,6 +204,17 @@ class Flat(Expert):
 
     def run(self, images):
         return [np.tile(np.arange(image.width, dtype=np.uint8), (image.height, 1)) for image in images]
+
+
+def test_tensors_of_missing_experts_change_nothing(image):
+    path = pretrained_path("prismer-easy-vqa")
+    processor, model = PrismerProcessor.from_pretrained(path), PrismerForConditionalGeneration.from_pretrained(path)
+    for experts in ([], ["edge"]):
+        inputs = processor(image, "What shape is it?", experts=experts)
+        given = dict(inputs)
+        lean = processor.without_missing(inputs)
+        assert len(lean) < len(given)
+        assert torch.equal(model(**lean).logits, model(**given).logits)
 
 
 # ---- saving ----
