@@ -311,7 +311,10 @@ def _score_by_seconds(report: Report) -> Any:
         *(seconds, scores, np.maximum(bounds, 0)),
         **{"fmt": "o", "color": COLORS[0], "capsize": 3, "label": "best for their time, 95 % intervals"},
     )
-    for subset in report.front:
+    space = 0.03 * (report.front[-1].seconds - report.front[0].seconds)  # for a name
+    for subset, following in zip(report.front, [*report.front[1:], None]):
+        if following is not None and following.seconds - subset.seconds < space:
+            continue
         place = (subset.seconds, 100 * subset.score.value)
         name = subset.name.replace(",", ", ")
         axis.annotate(name, place, xytext=(6, -11), textcoords="offset points", fontsize=8)
