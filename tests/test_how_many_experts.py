@@ -39,7 +39,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_commands_run(folder):
     found = commands()
-    assert len(found) >= 2
+    assert len(found) >= 4
     for program, *arguments in found:
         arguments = [
             re.sub(r"^\d{2,}$", str(IMAGES), own) if before == "--max_images" else own

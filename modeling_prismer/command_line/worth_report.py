@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from rich import box
 from rich.table import Table
 
 from modeling_prismer.expert_worth import (
@@ -202,47 +203,56 @@ def print_report(report: Report) -> None:
         "brackets: 95 % intervals.",
         soft_wrap=True,
     )
-    table = Table("expert", "Shapley value", "alone", "without", "CUR, %", title="What each expert is worth")
+    table = _table("expert", "Shapley value", "CUR, %", "alone", "without", title="What each expert is worth")
     for name, own in whole.experts.items():
-        table.add_row(name, *(_percent(each) for each in (own.shapley, own.alone, own.without, own.cur)))
+        scores = (_points(each) for each in (own.alone, own.without))
+        table.add_row(name, _interval(own.shapley), _interval(own.cur), *scores)
     out.print(table)
     out.print(
-        f"with all {_percent(whole.with_all)}, with none {_percent(whole.with_none)}, information gap "
-        f"{_percent(whole.information_gap)}",
+        f"with all {_interval(whole.with_all)}, with none {_interval(whole.with_none)}, information gap "
+        f"{_interval(whole.information_gap)}",
         soft_wrap=True,
     )
-    table = Table("expert", "s/image", "memory, MB", "label, kB", title="What each expert costs")
+    table = _table("expert", "s/image", "with", "memory, MB", "label, kB", title="What each expert costs")
     for name, cost in report.costs.items():
         memory = "–" if cost.memory_bytes is None else f"{cost.memory_bytes / 1e6:.0f}"
-        table.add_row(name, _seconds(cost.seconds), memory, f"{cost.label_bytes / 1e3:.1f}")
+        table.add_row(name, _seconds(cost.seconds), ", ".join(cost.needs), memory, f"{cost.label_bytes / 1e3:.1f}")
     out.print(table)
     if len(report.types) > 1:
         title = "Shapley values by type; in parentheses if the interval contains 0"
-        table = Table("type", "texts", "none", "all", *whole.experts, title=title)
+        table = _table("type", "none", "all", *whole.experts, title=title)
         for name, each in report.types.items():
-            scores = (f"{100 * own.value:.1f}" for own in (each.with_none, each.with_all))
-            table.add_row(name, str(each.samples), *scores, *(_marked(own.shapley) for own in each.experts.values()))
+            scores = (_points(own) for own in (each.with_none, each.with_all))
+            table.add_row(name, *scores, *(_marked(own.shapley) for own in each.experts.values()))
         out.print(table)
-    table = Table("experts", report.score, "s/image", title="The best subsets for their time")
+    table = _table("experts", report.score, "s/image", title="The best subsets for their time")
     for subset in report.front:
-        table.add_row(subset.name, _percent(subset.score), _seconds(subset.seconds))
+        table.add_row(subset.name, _interval(subset.score), _seconds(subset.seconds))
     out.print(table)
     if report.budget is not None:
         out.print(
             f"within {report.budget_seconds:g} s for each image: --experts {report.budget.name} "
-            f"({_percent(report.budget.score)} in {_seconds(report.budget.seconds)} s)",
+            f"({_interval(report.budget.score)} in {_seconds(report.budget.seconds)} s)",
             soft_wrap=True,
         )
 
 
-def _percent(estimate: Estimate) -> str:
+def _table(*columns: str, title: str) -> Table:
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    return Table(*columns, title=f"\n{title}", title_justify="left", **style)
+
+
+def _interval(estimate: Estimate) -> str:
     value, low, high = (100 * each for each in (estimate.value, estimate.low, estimate.high))
     return "–" if math.isnan(value) else f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def _points(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f}"
+
+
 def _marked(estimate: Estimate) -> str:
-    text = f"{100 * estimate.value:.1f}"
-    return f"({text})" if estimate.low <= 0 <= estimate.high else text
+    return f"({_points(estimate)})" if estimate.low <= 0 <= estimate.high else _points(estimate)
 
 
 def _seconds(seconds: float) -> str:
@@ -251,11 +261,11 @@ def _seconds(seconds: float) -> str:
 
 # ---- figures ----
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
+COLORS = ("#0072B2", "#D55E00")  # of Okabe and Ito
 
 
 def draw_figures(report: Report, folder: Path) -> None:
-    """Draws `worth_by_type.png` and, if times are known, `score_by_seconds.png`."""
+    """Draws `worth_by_type.png` and `score_by_seconds.png`."""
     _save(_worth_by_type(report), folder / "worth_by_type.png")
     _save(_score_by_seconds(report), folder / "score_by_seconds.png")
 
@@ -266,68 +276,73 @@ def _save(figure: Any, path: Path) -> None:
     publish(temporary, path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axis = figure.add_subplot()
+def _style(axis: Any, grid: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis=grid, color="0.9")
     axis.set_axisbelow(True)
-    return figure, axis
+
+
+def _bounds(estimates: Sequence[Estimate]) -> Any:
+    """The lengths of error bars below and above, (2, estimates)."""
+    bounds = [(100 * (each.value - each.low), 100 * (each.high - each.value)) for each in estimates]
+    return np.maximum(bounds, 0).T if bounds else None
 
 
 def _worth_by_type(report: Report) -> Any:
-    """A group of bars for each type, a bar for each expert."""
+    """A panel for each type, with the Shapley value of each expert and its interval."""
+    from matplotlib.figure import Figure
+
     names, experts = list(report.types), list(report.costs)
-    figure, axis = _figure(2.5 + max(4.0, 0.22 * len(names) * (len(experts) + 1)), 4.2)
-    width = 0.85 / len(experts)
-    for number, expert in enumerate(experts):
-        found = [report.types[name].experts[expert].shapley for name in names]
+    columns = min(len(names), 5)
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(1.2 + 2.1 * columns, 1.0 + rows * (0.7 + 0.26 * len(experts))), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axis in panels.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(panels.flat, names):
+        found = [report.types[name].experts[expert].shapley for expert in experts]
         values = [100 * own.value for own in found]
-        bounds = [[100 * (own.value - own.low) for own in found], [100 * (own.high - own.value) for own in found]]
-        places = [place + (number - (len(experts) - 1) / 2) * width for place in range(len(names))]
-        axis.bar(places, values, width, color=COLORS[number % len(COLORS)], label=expert)
-        axis.errorbar(places, values, yerr=np.maximum(bounds, 0), fmt="none", ecolor="0.25", elinewidth=0.8)
-    axis.axhline(0, color="0.25", linewidth=0.8)
-    axis.set_xticks(range(len(names)), names)
-    axis.tick_params(axis="x", length=0)
-    axis.grid(axis="y", color="0.9")
-    axis.set_ylabel(f"Shapley value, {report.score} × 100")
-    axis.set_title(f"{report.checkpoint}: worth of each expert, with 95 % intervals")
-    axis.legend(frameon=False, ncols=2)
+        axis.axvline(0, color="0.4", linewidth=0.8)
+        axis.errorbar(values, range(len(experts)), xerr=_bounds(found), fmt="o", color=COLORS[0], capsize=2)
+        axis.set_title(f"{name}, {report.types[name].samples} texts", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.1)
+        _style(axis, "x")
+    panels[0, 0].set_yticks(range(len(experts)), experts)
+    panels[0, 0].set_ylim(len(experts) - 0.5, -0.5)
+    figure.suptitle(f"{report.checkpoint}: worth of each expert (Shapley value, {report.score} × 100)", fontsize=11)
     return figure
 
 
 def _score_by_seconds(report: Report) -> Any:
-    """Each subset as a point, and the front of the best for their time."""
-    figure, axis = _figure(8, 4.8)
+    """Each subset as a point, and the front of the best for their time, with a list of their experts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4.8), layout="constrained")
+    axis = figure.add_subplot()
     others = [each for each in report.subsets if not each.is_on_front and not math.isnan(each.seconds)]
-    axis.plot(*_points(others), "o", color="0.7", markersize=5, label="other subsets of experts")
-    seconds, scores = _points(report.front)
-    bounds = [[100 * (each.score.value - each.score.low) for each in report.front]]
-    bounds.append([100 * (each.score.high - each.score.value) for each in report.front])
+    axis.plot(*_places(others), "o", color="0.7", markersize=5, label="other subsets of experts")
+    seconds, scores = _places(report.front)
     axis.step(seconds, scores, where="post", color=COLORS[0], linewidth=1.2)
-    axis.errorbar(
-        *(seconds, scores, np.maximum(bounds, 0)),
-        **{"fmt": "o", "color": COLORS[0], "capsize": 3, "label": "best for their time, 95 % intervals"},
-    )
-    space = 0.03 * (report.front[-1].seconds - report.front[0].seconds)  # for a name
-    for subset, following in zip(report.front, [*report.front[1:], None]):
-        if following is not None and following.seconds - subset.seconds < space:
-            continue
+    bounds = _bounds([each.score for each in report.front])
+    marks: dict[str, Any] = {"fmt": "o", "color": COLORS[0], "capsize": 3, "label": "best for their time"}
+    axis.errorbar(seconds, scores, yerr=bounds, **marks)
+    listed = []
+    for number, subset in enumerate(report.front, 1):
         place = (subset.seconds, 100 * subset.score.value)
-        name = subset.name.replace(",", ", ")
-        axis.annotate(name, place, xytext=(6, -11), textcoords="offset points", fontsize=8)
+        axis.annotate(str(number), place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        listed.append(f"{number}  {subset.name.replace(',', ', ')}")
     whole = report.subsets[-1]
     if not math.isnan(whole.seconds):
-        axis.plot(*_points([whole]), "D", color=COLORS[1], markersize=7, label="all experts")
-    axis.grid(color="0.9")
+        axis.plot(*_places([whole]), "D", color=COLORS[1], markersize=7, label="all experts")
+    axis.text(1.02, 1.0, "\n".join(listed), transform=axis.transAxes, verticalalignment="top", fontsize=8)
     axis.set_xlabel("seconds for each image, experts and network")
-    axis.set_ylabel(f"{report.score} × 100")
+    axis.set_ylabel(f"{report.score} × 100, with 95 % intervals")
     axis.set_title(f"{report.checkpoint}: score against time")
     axis.legend(frameon=False, loc="lower right")
+    _style(axis, "both")
     return figure
 
 
-def _points(subsets: list[SubsetResult]) -> tuple[list[float], list[float]]:
+def _places(subsets: list[SubsetResult]) -> tuple[list[float], list[float]]:
     return [subset.seconds for subset in subsets], [100 * subset.score.value for subset in subsets]
