@@ -1,6 +1,7 @@
 """The loss of a distillation of experts, for the trainers of the recipes, and a measure of the imitation."""
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -253,4 +254,4 @@ def measure_imitation(
             sums[name] = sums.get(name, 0) + target.sum(dim=0)
             number[name] += len(target)
     variance = {name: squares[name] - (sums[name] ** 2).sum().item() / number[name] for name in sums}
-    return {name: 1 - error[name] / variance[name] for name in sums}
+    return {name: 1 - error[name] / variance[name] if variance[name] > 0 else math.nan for name in sums}

@@ -30,8 +30,8 @@ SOME_EXPERTS = [EXPERTS[index] for index in (2, 3, 4, 5)]  # classes, a dense ma
 PAD = 1
 
 
-def small_model(experts):
-    config = tiny_config(experts=experts)
+def small_model(experts, **kwargs):
+    config = tiny_config(experts=experts, **kwargs)
     config.vision_config.num_hidden_layers = config.vision_config.resampler_layers = 1
     if not experts:
         config.text_config.num_hidden_layers = 2
@@ -47,9 +47,9 @@ def image_processor(experts, size=IMAGE_SIZE):
 
 @pytest.fixture(scope="module")
 def with_experts(tmp_path_factory):
-    """A model with experts, and the same in onnxruntime: exported on the command line."""
+    """A model with experts, which imitates one of them, and the same in onnxruntime: exported on the command line."""
     folder = tmp_path_factory.mktemp("export")
-    model = small_model(SOME_EXPERTS)
+    model = small_model(SOME_EXPERTS, imitation={"experts": ["segmentation"], "layers": [0], "num_adaptors": 3})
     model.generation_config.update(max_new_tokens=7, min_new_tokens=3)
     model.save_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(pretrained_path("prismer-easy-vqa"))
@@ -105,6 +105,16 @@ def test_the_encoder_equals_the_network_for_any_number_of_images(exported, numbe
         for part, tensor in zip(("key", "value"), layer.cross_attn.project_keys_values(expected)):
             array = given[f"past_key_values.{index}.encoder.{part}"]
             torch.testing.assert_close(torch.tensor(array), tensor, **TOLERANCE)
+
+
+def test_imitation_is_part_of_the_encoder(with_experts):
+    model, runtime, _ = with_experts
+    images, names = image_inputs_of(model, 3), model.config.expert_names
+    for given in (["edge", "detection", "ocr"], []):
+        mask = torch.tensor([[name in given for name in names], [True] * 4, [name in given for name in names]])
+        expected = model.get_image_features(**images, expert_mask=mask).last_hidden_state
+        found = runtime.encode(**arrays(images), expert_mask=mask.numpy())["last_hidden_state"]
+        torch.testing.assert_close(torch.tensor(found), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int64])

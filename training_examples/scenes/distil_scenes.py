@@ -180,8 +180,12 @@ def measure_routes(model: nn.Module, batches: Iterator[dict[str, torch.Tensor]],
                 without = network.imitate(patches).tokens
                 module.up_proj.weight[:, columns] = kept
                 for place, name in enumerate(names):
-                    rise = token_losses(without[name], targets[name]) - token_losses(whole[name], targets[name])
-                    table[level, place, own] += rise.sum().item()
+                    head = imitation.heads[name]
+                    losses = [
+                        token_losses(head.normalize(tokens[name]), head.normalize(targets[name])).sum().item()
+                        for tokens in (without, whole)
+                    ]
+                    table[level, place, own] += losses[0] - losses[1]
     return {"experts": names, ("losses" if is_dynamic else "gates"): (table / images).tolist()}
 
 
@@ -239,7 +243,7 @@ def main() -> None:
         **(distils if args.distil != "none" else {}),
     )
     if args.distil != "none" and training_args.do_train:
-        prepare(model, trainer.distillation)
+        prepare(trainer)
     if args.eval_experts != "all":
         trainer.eval_collator.experts = [name for name in args.eval_experts.split(",") if name != "none"]
     run(trainer, args)

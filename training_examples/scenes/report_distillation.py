@@ -1,0 +1,142 @@
+"""
+Makes tables and a figure from the results of distil_scenes.py.
+
+    export PYTHONPATH=training_examples
+    python -m scenes.report_distillation --texts without=runs/distillation/without distilled=runs/distillation/task \\
+        live=runs/distillation/live --students routed=runs/distillation/experts plain=runs/distillation/plain \\
+        --single runs/distillation/single-* --routes runs/distillation/teachers runs/distillation/experts \\
+        --figure docs/images/distillation_routes.png
+
+`--texts` compares answers and captions, `--students` imitated tokens and maps, with Δm over the students of single
+experts in `--single`, and `--routes` draws which routed adaptor serves which expert. All arguments are output folders.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dense.measures import Result, delta_m
+
+from .distil_scenes import new_measures
+from .language import TYPES
+
+
+MAP_TITLES = {
+    "depth": "depth, RMSE",
+    "normal": "normals, mean angle",
+    "segmentation": "segmentation, mIoU",
+    "edge": "edges, F",
+}
+
+
+def load(folder: str | Path) -> dict[str, Any]:
+    return json.loads(Path(folder, "distillation_results.json").read_text())
+
+
+def named(entries: list[str]) -> dict[str, dict[str, Any]]:
+    return {name: load(folder) for name, folder in (entry.split("=", 1) for entry in entries)}
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def texts_table(results: dict[str, dict[str, Any]], split: str) -> str:
+    """Answers by type and captions of each network on a split."""
+    own = {name: result[split] for name, result in results.items() if result.get(split)}
+    right = [(100 * each["answers"]["all"], *(100 * end for end in each["interval"])) for each in own.values()]
+    shares = {"correct answers, all": [f"{all_:.1f} % ({low:.1f} to {high:.1f})" for all_, low, high in right]}
+    for kind in TYPES:
+        if all(kind in each["answers"] for each in own.values()):
+            shares[kind] = [f"{100 * each['answers'][kind]:.1f} %" for each in own.values()]
+    shares["captions, CIDEr"] = [f"{each['captions']['cider']:.2f}" for each in own.values()]
+    shares["objects in captions with all attributes true"] = [
+        f"{100 * each['captions']['exact_attributes']:.1f} %" for each in own.values()
+    ]
+    return markdown([split, *own], [[title, *values] for title, values in shares.items()])
+
+
+def map_results(result: dict[str, Any]) -> dict[str, Result]:
+    measures = new_measures(1)
+    return {name: Result(value, measures[name].lower_is_better) for name, value in result["maps"].items()}
+
+
+def students_table(students: dict[str, dict[str, Any]], single: list[dict[str, Any]]) -> str:
+    """The maps of each student with Δm over students of one expert, and the share of the tokens that it explains."""
+    alone: dict[str, Result] = {}
+    explained: dict[str, float] = {}
+    for result in single:
+        alone |= map_results(result)
+        explained |= result["imitation"]
+    names = list(students)
+    rows = []
+    for task, title in MAP_TITLES.items():
+        values = [map_results(result).get(task) for result in students.values()]
+        if any(values) or task in alone:
+            cells = [alone.get(task), *values]
+            rows.append([title, *("" if cell is None else f"{cell.value:.3f}" for cell in cells)])
+    gains = []
+    for result in students.values():
+        own = {task: value for task, value in map_results(result).items() if task in alone}
+        gains.append(f"{delta_m(own, alone):+.1f} %" if own.keys() == alone.keys() else "")
+    rows.append(["Δm", "", *gains])
+    for expert in next(iter(students.values()))["imitation"]:
+        values = [f"{100 * result['imitation'][expert]:.0f} %" for result in students.values()]
+        rows.append([f"{expert}: tokens explained", f"{100 * explained[expert]:.0f} %", *values])
+    return markdown(["", "one expert each", *names], rows)
+
+
+def draw_routes(results: list[dict[str, Any]], path: Path) -> None:
+    """A heat map for each level: experts as rows, routed adaptors as columns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    titles = {"gates": "mean gate, if the router knows the expert", "losses": "rise of the token loss without it"}
+    levels = len(next(iter(results[0]["routes"].get(kind) for kind in titles if kind in results[0]["routes"])))
+    figure, axes = plt.subplots(
+        len(results), levels, figsize=(3.1 * levels + 1.2, 2.5 * len(results)), squeeze=False, layout="constrained"
+    )
+    for line, result in zip(axes, results):
+        routes = result["routes"]
+        kind = next(kind for kind in titles if kind in routes)
+        table = np.array(routes[kind])
+        for level, (axis, values) in enumerate(zip(line, table)):
+            image = axis.imshow(values, cmap="viridis", vmin=min(0, table.min()), vmax=table.max(), aspect="auto")
+            axis.set_xticks(range(values.shape[1]), [str(i + 1) for i in range(values.shape[1])])
+            axis.set_yticks(range(len(routes["experts"])), routes["experts"] if level == 0 else [])
+            axis.set_title(f"level {level + 1}: {titles[kind]}" if level == 0 else f"level {level + 1}", fontsize=9)
+            axis.set_xlabel("routed adaptor", fontsize=9)
+        figure.colorbar(image, ax=line, shrink=0.9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--students", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--single", nargs="*", default=[], metavar="FOLDER")
+    parser.add_argument("--routes", nargs="*", default=[], metavar="FOLDER")
+    parser.add_argument("--figure", metavar="PNG")
+    args = parser.parse_args()
+    if bool(args.routes) != bool(args.figure):
+        parser.error("--routes and --figure need each other")
+    if args.texts:
+        results = named(args.texts)
+        for split in ("test", "held_out"):
+            print(texts_table(results, split), end="\n\n")
+    if args.students:
+        print(students_table(named(args.students), [load(folder) for folder in args.single]), end="\n\n")
+    if args.routes:
+        draw_routes([load(folder) for folder in args.routes], Path(args.figure))
+
+
+if __name__ == "__main__":
+    main()
