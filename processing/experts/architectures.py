@@ -78,8 +78,8 @@ def mask2former(
     return transformers.Mask2FormerForUniversalSegmentation(config), transformers.Mask2FormerImageProcessor()
 
 
-def dfine_xlarge() -> Architecture:
-    """dfine_x_obj365 in transformers' conversion script, 366 classes; 252 MB with the 80 classes of COCO."""
+def dfine_xlarge(num_classes: int) -> Architecture:
+    """dfine_x_obj365 in transformers' conversion script with 366 classes, dfine_x_coco with 80; 252 MB on the Hub."""
     config = transformers.DFineConfig(
         backbone_config=transformers.HGNetV2Config(
             stem_channels=[3, 32, 64],
@@ -94,7 +94,7 @@ def dfine_xlarge() -> Architecture:
         encoder_ffn_dim=2048,
         decoder_in_channels=[384, 384, 384],
         decoder_n_points=[3, 6, 3],
-        **classes(366),
+        **classes(num_classes),
     )
     return transformers.DFineForObjectDetection(config), transformers.RTDetrImageProcessor()
 
@@ -184,7 +184,8 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "facebook/mask2former-swin-large-coco-panoptic": partial(mask2former, *SWIN_LARGE),
     "facebook/mask2former-swin-tiny-coco-panoptic": partial(mask2former, *SWIN_TINY),
     "nvidia/segformer-b0-finetuned-ade-512-512": segformer_b0,
-    "ustc-community/dfine-xlarge-obj365": dfine_xlarge,
+    "ustc-community/dfine-xlarge-obj365": partial(dfine_xlarge, 366),
+    "ustc-community/dfine-xlarge-coco": partial(dfine_xlarge, 80),
     "PekingU/rtdetr_v2_r18vd": rtdetr_v2_r18,
     "Roboflow/rf-detr-base": rf_detr_base,
     "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det": mm_grounding_dino_tiny,

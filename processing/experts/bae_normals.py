@@ -28,7 +28,8 @@ class BaeNormals(Expert):
     and Exploiting the Aleatoric Uncertainty in Surface Normal Estimation](https://arxiv.org/abs/2109.09881). The
     package timm has its encoder.
 
-    Label: uint8 (height, width, 3). Weights: 72.4 million parameters, 290 MB, MIT licence.
+    Label: uint8 (height, width, 3). Weights: 72.4 million parameters, 290 MB. The authors' code has the MIT licence; the
+    repository that the file comes from has CC-BY-NC-SA-4.0.
 
     Args:
         checkpoint (`str`, *optional*):
@@ -44,14 +45,14 @@ class BaeNormals(Expert):
 
     >>> expert = BaeNormals()  # loaded when it first runs
     >>> expert.description, expert.license, expert.size_in_bytes
-    ({'name': 'normal', 'kind': 'dense', 'channels': 3}, 'mit', 290379224)
+    ({'name': 'normal', 'kind': 'dense', 'channels': 3}, 'mit (code of the authors)', 290379224)
     ```
     """
 
     type = "bae_normals"
     name, kind, channels, look = "normal", "dense", 3, NORMALS
     model_id = "shikunl/prismer"
-    license = "mit"
+    license = "mit (code of the authors)"
     size_in_bytes = 290_379_224
     source = "the network of github.com/baegwangbin/surface_normal_uncertainty on timm, trained on ScanNet"
     file_settings = ("checkpoint",)

@@ -90,12 +90,13 @@ class ObjectDetector(ClassNames, Detector):
     Objects found by a detector. Every box with a score of at least 0.5 is painted as an instance, with its class.
 
     The default is the detector of transformers with the most classes of everyday objects, D-FINE-X trained on
-    Objects365. Any other detector whose classes have names works too, such as RF-DETR or RT-DETR. Boxes are painted as
+    Objects365. Its authors release D-FINE trained on COCO alone under Apache-2.0 and set weights from Objects365
+    apart; `"ustc-community/dfine-xlarge-coco"` has 80 classes. Any other detector whose classes have names works too, such as RF-DETR or RT-DETR. Boxes are painted as
     for the published checkpoints; see [`paint_boxes`]. If the suite has a depth expert, the labels of `"depth"` decide
     which of two objects is in front; otherwise the smaller one is.
 
     Label: `{"ids": uint8 (height, width), "classes": [class of instance 0, …]}`, at most 254 instances, highest score
-    first. Weights of the default: 63 million parameters, 254 MB, Apache-2.0.
+    first. Weights of the default: 63 million parameters, 254 MB.
 
     Args:
         model_id (`str`, *optional*, defaults to `"ustc-community/dfine-xlarge-obj365"`):
@@ -118,12 +119,13 @@ class ObjectDetector(ClassNames, Detector):
 
     type = "object_detector"
     model_id = "ustc-community/dfine-xlarge-obj365"
-    license = "apache-2.0"
+    license = "unclear (trained on Objects365)"
     size_in_bytes = 254_000_000
     source = "transformers.AutoModelForObjectDetection"
     auto_model = "AutoModelForObjectDetection"
     known_models = {
-        "ustc-community/dfine-xlarge-obj365": KnownModel("apache-2.0", 254_000_000),
+        "ustc-community/dfine-xlarge-obj365": KnownModel("unclear (trained on Objects365)", 254_000_000),
+        "ustc-community/dfine-xlarge-coco": KnownModel("apache-2.0", 252_000_000),
         "PekingU/rtdetr_v2_r18vd": KnownModel("apache-2.0", 81_000_000),
         "Roboflow/rf-detr-base": KnownModel("apache-2.0", 129_000_000),
     }

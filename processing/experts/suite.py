@@ -46,7 +46,7 @@ SUITES: dict[str, Callable[[], list[Expert]]] = {
         NormalEstimator("google/tipsv2-b14-dpt"),
         UniversalSegmentation("tue-mps/coco_panoptic_eomt_large_640"),
         DexiNedEdges(),
-        ObjectDetector("ustc-community/dfine-xlarge-obj365"),
+        ObjectDetector("ustc-community/dfine-xlarge-coco"),
         RapidOcrText(),
     ],
     "offline": lambda: [CannyEdges(), RapidOcrText()],
@@ -314,7 +314,7 @@ class ExpertSuite(MutableMapping):
                 - `"fast"`: six small ones: Depth-Anything-V2-Small, [`NormalsFromDepth`], Mask2Former Swin-T,
                   [`CannyEdges`], RT-DETRv2-R18 and [`RapidOcrText`].
                 - `"commercial"`: six whose licences allow commercial use: Depth-Anything-V2-Small, TIPSv2, EoMT-L,
-                  [`DexiNedEdges`], D-FINE-X (Objects365) and [`RapidOcrText`].
+                  [`DexiNedEdges`], D-FINE-X (COCO) and [`RapidOcrText`].
                 - `"offline"`: [`CannyEdges`] and [`RapidOcrText`]; nothing is downloaded.
 
                 All of them use [`HashedNgrams`] for words. A converted checkpoint needs [`ClipTextFeatures`] with the
