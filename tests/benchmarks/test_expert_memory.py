@@ -13,6 +13,7 @@ from modeling_prismer.processing.experts.detection import ObjectDetector
 from modeling_prismer.processing.experts.normal import NormalEstimator
 from modeling_prismer.processing.experts.open_vocabulary import OpenVocabularyDetector
 from modeling_prismer.processing.experts.segmentation import SemanticSegmentation, UniversalSegmentation
+from tests.processing.experts import models
 
 
 KNOWN = {
@@ -51,3 +52,65 @@ def test_peak_memory_is_measured_for_several_batch_sizes(monkeypatch, tmp_path, 
     edge, normal = json.loads((tmp_path / "result.json").read_text())
     assert edge["peaks"]["single"]["1"] > 64 * 64 * 4 and normal["peaks"]["single"]["32"] > 64 * 64 * 3 * 4
     assert "| edge: CannyEdges | 0.0 M | 0 MB | 32, the default |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("expert", "make"),
+    [
+        (DepthEstimator, models.depth_anything),
+        (NormalEstimator, models.tipsv2),
+        (UniversalSegmentation, models.eomt),
+        (UniversalSegmentation, models.mask2former),
+        (ObjectDetector, models.dfine),
+        (OpenVocabularyDetector, models.grounding_dino),
+    ],
+)
+def test_counts_without_computing_are_those_of_a_real_run(expert, make, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "tiny", make)
+    real, fake = (expert_memory.measure(expert(model_id="tiny"), 96, device, [2]) for device in ("cpu", "fake"))
+    assert real["weights"]["single"] == fake["weights"]["single"]
+    assert fake["peaks"]["single"] == pytest.approx(real["peaks"]["single"], rel=0.15)
+    assert fake["peaks"]["single"][2] > 1.1 * fake["weights"]["single"]
+    assert fake["weights"]["half"] < 0.8 * fake["weights"]["single"]
+
+
+def test_nothing_is_computed(monkeypatch):
+    """A network whose weights no machine has."""
+
+    class Huge(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, 3, 1, 1))
+
+        def forward(self, pixels):
+            return pixels[:, :, :1] * self.weight.expand(1, 3, 1, 2**40).contiguous()
+
+    expert = NormalsFromDepth()
+    expert.model, expert.is_loaded = Huge(), True
+    expert.run = lambda images, depth: expert.model(torch.zeros(1, 3, 2, 1)).numpy()
+    peak = expert_memory.peak_bytes(expert, [expert_memory.Image.new("RGB", (8, 8))], "fake")
+    assert peak > 2 * 3 * 4 * 2**40
+
+
+def test_network_that_reads_values_is_named():
+    class Reading(torch.nn.Module):
+        def forward(self, pixels):
+            return pixels[: int(pixels.sum())]
+
+    expert = NormalsFromDepth()
+    expert.model, expert.is_loaded = Reading(), True
+    expert.run = lambda images, depth: expert.model(torch.ones(4))
+    with pytest.raises(ValueError, match="NormalsFromDepth: the network reads values of its tensors; count it with"):
+        expert_memory.peak_bytes(expert, [expert_memory.Image.new("RGB", (8, 8))], "fake")
+
+
+def test_table_says_what_fits_into_4_gb():
+    def result(peak):
+        sizes = {"weights": {"half": 10**9}, "peaks": {"single": {1: peak}, "half": {1: peak}}}
+        return {"expert": "an expert", "parameters": 1, "batch": 1, "half_on_cuda": True, **sizes}
+
+    lines = expert_memory.table([result(3 * 10**9), result(2 * 10**9)]).splitlines()
+    assert lines[-2:] == [
+        "- one expert at a time: 3,000 MB at most, which fits",
+        "- all experts loaded: 4,000 MB at most, which does not fit",
+    ]
