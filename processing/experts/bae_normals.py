@@ -28,8 +28,8 @@ class BaeNormals(Expert):
     and Exploiting the Aleatoric Uncertainty in Surface Normal Estimation](https://arxiv.org/abs/2109.09881). The
     package timm has its encoder.
 
-    Label: uint8 (height, width, 3). Weights: 72.4 million parameters, 290 MB. The authors' code has the MIT licence; the
-    repository that the file comes from has CC-BY-NC-SA-4.0.
+    Label: uint8 (height, width, 3). Weights: 72.4 million parameters, 290 MB. The authors' code has the MIT licence;
+    the repository that the file comes from has CC-BY-NC-SA-4.0.
 
     Args:
         checkpoint (`str`, *optional*):

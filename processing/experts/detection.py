@@ -91,9 +91,9 @@ class ObjectDetector(ClassNames, Detector):
 
     The default is the detector of transformers with the most classes of everyday objects, D-FINE-X trained on
     Objects365. Its authors release D-FINE trained on COCO alone under Apache-2.0 and set weights from Objects365
-    apart; `"ustc-community/dfine-xlarge-coco"` has 80 classes. Any other detector whose classes have names works too, such as RF-DETR or RT-DETR. Boxes are painted as
-    for the published checkpoints; see [`paint_boxes`]. If the suite has a depth expert, the labels of `"depth"` decide
-    which of two objects is in front; otherwise the smaller one is.
+    apart; `"ustc-community/dfine-xlarge-coco"` has 80 classes. Any other detector whose classes have names works too,
+    such as RF-DETR or RT-DETR. Boxes are painted as for the published checkpoints; see [`paint_boxes`]. If the suite
+    has a depth expert, the labels of `"depth"` decide which of two objects is in front; otherwise the smaller one is.
 
     Label: `{"ids": uint8 (height, width), "classes": [class of instance 0, …]}`, at most 254 instances, highest score
     first. Weights of the default: 63 million parameters, 254 MB.
