@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers.utils.hub import cached_file
 
 
@@ -41,18 +40,16 @@ class RouterConfig:
     Args:
         subsets (`list[list[str]]`): the subsets of experts to choose from.
         seconds (`list[float]`): the time of the experts of each subset, for an image.
-        image_size (`int`): features of an image; 0 if the router reads the text alone.
-        buckets (`int`, *optional*, defaults to 2048): number of embeddings that the words of texts share.
-        hidden_size (`int`, *optional*, defaults to 64): width of the network.
-        prices (`list[RouterPrice]`): the time and the score that prices lead to, the lowest price first.
+        image_size (`int`, *optional*, defaults to 0): features of an image; 0 if the router reads the text alone.
+        buckets (`int`, *optional*, defaults to 2048): number of features that the words of texts share.
+        prices (`list[RouterPrice]`): the time and the score that prices lead to.
         default_price (`float`): the price without a budget.
     """
 
     subsets: list[list[str]]
     seconds: list[float]
-    image_size: int
+    image_size: int = 0
     buckets: int = 2048
-    hidden_size: int = 64
     prices: list[RouterPrice] = field(default_factory=list)
     default_price: float = 0.0
 
@@ -60,6 +57,11 @@ class RouterConfig:
         if not self.subsets or len(self.subsets) != len(self.seconds):
             raise ValueError(f"the router has {len(self.subsets)} subsets of experts and {len(self.seconds)} times")
         self.prices = [RouterPrice(**own) if isinstance(own, Mapping) else own for own in self.prices]
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts to choose from."""
+        return list(dict.fromkeys(name for subset in self.subsets for name in subset))
 
     def price_for(self, budget_ms: float | None) -> float:
         """
@@ -79,49 +81,23 @@ class RouterConfig:
         return max(affordable, key=lambda own: (own.score, -own.milliseconds, -own.price)).price
 
 
-class RouterNetwork(nn.Module):
-    """Predicts the score of each subset of experts from the words of a text and the features of its image."""
-
-    def __init__(self, config: RouterConfig):
-        super().__init__()
-        width = config.hidden_size
-        self.words = nn.EmbeddingBag(config.buckets, width, mode="mean")
-        nn.init.normal_(self.words.weight, std=0.02)  # words that were not in the training say little
-        self.image = nn.Linear(config.image_size, width) if config.image_size else None
-        self.layers = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU())
-        self.scores = nn.Linear(width, len(config.subsets))
-        self.register_buffer("image_mean", torch.zeros(config.image_size))
-        self.register_buffer("image_std", torch.ones(config.image_size))
-
-    def forward(self, words: list[torch.Tensor], images: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Args:
-            words (`list[torch.LongTensor]`): for each text the buckets of its words.
-            images (`torch.FloatTensor` of shape `(texts, image_size)`, *optional*): the features of its image.
-
-        Returns:
-            `torch.FloatTensor` of shape `(texts, subsets)`: the predicted scores.
-        """
-        lengths = torch.tensor([0, *map(len, words[:-1])])
-        hidden_states = self.words(torch.cat(words), lengths.cumsum(0))
-        if self.image is not None:
-            hidden_states = hidden_states + self.image((images - self.image_mean) / self.image_std)
-        return self.scores(self.layers(hidden_states))
-
-
 class ExpertRouter:
     """
     Chooses the experts for images and texts. `training_examples/train_router.py` trains it on what `prismer worth`
     measures. It is saved next to a checkpoint, in `router.json` and `router.safetensors`.
 
-    For each subset of experts it predicts the score of the network. It takes the subset whose score, minus the time of
-    its experts times a price, is the highest. Several texts about one image add up.
+    It predicts the score of the network without experts and the gain of each expert, as linear functions of the words
+    of the text and of the image's features from the frozen encoder. A constant for each subset is added, because gains
+    do not simply add up. It takes the subset whose score, minus the time of its experts times a price, is the highest.
+    Several texts about one image add up.
 
     Args:
         config ([`RouterConfig`]): the subsets and their times.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            `words` (buckets, 1 + experts), `image` (image_size, 1 + experts), `constants` (subsets,), and `mean` and
+            `std` (image_size,) of the image's features. Zero by default.
 
     Attributes:
-        network ([`RouterNetwork`]): the trained part.
         encoder (*optional*):
             The Prismer or PrismerLM whose frozen encoder sees the images. It is not saved with the router.
 
@@ -130,29 +106,55 @@ class ExpertRouter:
     ```python
     >>> from modeling_prismer.processing.expert_router import ExpertRouter, RouterConfig
 
-    >>> router = ExpertRouter(RouterConfig(subsets=[[], ["ocr"]], seconds=[0.0, 0.1], image_size=0))
-    >>> router.choose([["What does the sign say?"]], price=float("inf"))  # no time for experts
+    >>> router = ExpertRouter(RouterConfig(subsets=[[], ["ocr"]], seconds=[0.0, 0.1]))
+    >>> router.weights["constants"] += torch.tensor([0.3, 0.9])
+    >>> router.choose([["What does the sign say?"]], price=1.0)
+    [['ocr']]
+    >>> router.choose([["What does the sign say?"]], price=10.0)  # 0.6 is not worth a tenth of a second
     [[]]
     ```
     """
 
     CONFIG_FILE, WEIGHTS_FILE = "router.json", "router.safetensors"
 
-    def __init__(self, config: RouterConfig):
+    def __init__(self, config: RouterConfig, weights: dict[str, torch.Tensor] | None = None):
         self.config = config
-        self.network = RouterNetwork(config).eval()
+        columns = 1 + len(config.experts)
+        shapes = {"words": (config.buckets, columns), "image": (config.image_size, columns)}
+        shapes |= {"constants": (len(config.subsets),), "mean": (config.image_size,), "std": (config.image_size,)}
+        self.weights = {name: torch.zeros(shape) for name, shape in shapes.items()} if weights is None else weights
+        found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        if found != shapes:
+            raise ValueError(f"the weights have the shapes {found}; {shapes} are needed")
         self.encoder: Any = None
 
-    @property
-    def experts(self) -> list[str]:
-        """The experts that it chooses from."""
-        return list(dict.fromkeys(name for subset in self.config.subsets for name in subset))
+    def words_of(self, text: str) -> list[int]:
+        """The buckets of the words of a text. Punctuation, upper case and repetitions do not count."""
+        words = dict.fromkeys(WORD.findall(text.lower()))
+        return sorted({zlib.crc32(word.encode(errors="replace")) % self.config.buckets for word in words})
 
-    def words_of(self, text: str) -> torch.Tensor:
-        """The buckets of the words and of the pairs of words of a text: `(number,)`. Punctuation does not count."""
-        words = WORD.findall(text.lower())
-        found = ["", *words, *(f"{first} {second}" for first, second in zip(words, words[1:]))]
-        return torch.tensor([zlib.crc32(each.encode(errors="replace")) % self.config.buckets for each in found])
+    @property
+    def members(self) -> torch.Tensor:
+        """Which experts each subset has, after a first column of ones: (subsets, 1 + experts)."""
+        experts = self.config.experts
+        return torch.tensor([[1.0, *(float(name in own) for name in experts)] for own in self.config.subsets])
+
+    def predict(self, texts: Sequence[str], images: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Predicts the scores of the network.
+
+        Args:
+            texts (`Sequence[str]`): the texts.
+            images (`torch.FloatTensor` of shape `(texts, image_size)`, *optional*): the features of their images.
+
+        Returns:
+            `torch.FloatTensor` of shape `(texts, subsets)`.
+        """
+        weights = self.weights
+        gains = torch.stack([weights["words"][self.words_of(text)].sum(0) for text in texts])  # (texts, 1 + experts)
+        if images is not None:
+            gains = gains + ((images - weights["mean"]) / weights["std"].clamp(min=1e-6)) @ weights["image"]
+        return gains @ self.members.T + weights["constants"]
 
     @torch.no_grad()
     def image_features(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -175,7 +177,6 @@ class ExpertRouter:
         inputs = {name: tensor.to(self.encoder.device) for name, tensor in inputs.items()}
         return summarize_images(self.encoder, inputs)
 
-    @torch.no_grad()
     def choose(
         self, texts: Sequence[Sequence[str]], images: torch.Tensor | None = None, price: float | None = None
     ) -> list[list[str]]:
@@ -191,11 +192,10 @@ class ExpertRouter:
             `list[list[str]]`: the experts for each image.
         """
         price = self.config.default_price if price is None else price
-        owners = torch.tensor([image for image, own in enumerate(texts) for _ in own])
-        words = [self.words_of(text) for own in texts for text in own]
+        owners = torch.tensor([image for image, own in enumerate(texts) for _ in own], dtype=torch.long)
         scores = torch.zeros(len(texts), len(self.config.subsets))
-        if words and price < float("inf"):
-            found = self.network(words, None if images is None else images.float().cpu()[owners])
+        if len(owners):
+            found = self.predict([text for own in texts for text in own], None if images is None else images[owners])
             scores = scores.index_add(0, owners, found)
         return [self.config.subsets[row] for row in best_rows(scores, self.config.seconds, price).tolist()]
 
@@ -204,7 +204,7 @@ class ExpertRouter:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes both files into a folder."""
         for name, write in (
-            (self.WEIGHTS_FILE, lambda path: save_file(self.network.state_dict(), path)),
+            (self.WEIGHTS_FILE, lambda path: save_file(self.weights, path)),
             (self.CONFIG_FILE, lambda path: path.write_text(json.dumps(asdict(self.config), indent=2) + "\n")),
         ):
             temporary = Path(folder, f".{name}.unfinished")
@@ -230,11 +230,10 @@ class ExpertRouter:
         try:
             if files[1] is None:
                 raise ValueError(f"{cls.WEIGHTS_FILE} is missing")
-            router = cls(RouterConfig(**json.loads(Path(files[0]).read_text(encoding="utf-8"))))
-            router.network.load_state_dict(load_file(files[1]))
-        except (SafetensorError, RuntimeError, TypeError, ValueError, OSError) as error:
+            config = RouterConfig(**json.loads(Path(files[0]).read_text(encoding="utf-8")))
+            return cls(config, load_file(files[1]))
+        except (SafetensorError, TypeError, ValueError, OSError) as error:
             raise ValueError(f"the router of {checkpoint} is damaged: {error}") from error
-        return router
 
 
 def best_rows(scores: torch.Tensor, seconds: Sequence[float], price: float) -> torch.Tensor:

@@ -176,7 +176,7 @@ class ExpertsProcessor(ProcessorMixin):
         if router.config.image_size:
             missing: list[dict[str, Any]] = [{} for _ in images]
             features = router.image_features(self._image_inputs(images, missing))
-        unknown = [own["name"] for own in self.image_processor.experts if own["name"] not in router.experts]
+        unknown = [own["name"] for own in self.image_processor.experts if own["name"] not in router.config.experts]
         return None, [[*chosen, *unknown] for chosen in router.choose(texts, features, price)]
 
     def without_missing(self, inputs: MutableMapping[str, Any]) -> Any:
@@ -418,14 +418,15 @@ def _batches(needs: list[list[str]], suite: Any) -> Iterator[tuple[list[str], li
         needs (`list[list[str]]`): the experts that each image needs.
         suite: has them.
     """
-    different = list(dict.fromkeys(tuple(names) for names in needs if names))
     names = [name for name in suite or () if any(name in own for own in needs)]
-    is_independent = not any(_labels_that(suite[name], "needs", "uses") for name in names)
-    if len(different) > 1 and is_independent:  # each expert runs once, over all images that need it
+    linked = {other for name in names for other in _labels_that(suite[name], "needs", "uses")}
+    linked |= {name for name in names if _labels_that(suite[name], "needs", "uses")}
+    if len({tuple(own) for own in needs if own}) > 1:  # an expert that needs no other runs once
         for name in names:
-            yield [name], [row for row, own in enumerate(needs) if name in own]
-        return
-    for group in different:
+            if name not in linked:
+                yield [name], [row for row, own in enumerate(needs) if name in own]
+        needs = [[name for name in own if name in linked] for own in needs]
+    for group in dict.fromkeys(tuple(own) for own in needs if own):
         yield list(group), [row for row, own in enumerate(needs) if tuple(own) == group]
 
 

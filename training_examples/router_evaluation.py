@@ -49,12 +49,6 @@ class Samples:
         )
 
 
-@torch.no_grad()
-def predict(router: ExpertRouter, samples: Samples) -> torch.Tensor:
-    """The predicted scores: `(samples, subsets)`."""
-    return router.network([router.words_of(text) for text in samples.texts], samples.features)
-
-
 @dataclass(frozen=True)
 class Setting:
     """
@@ -87,7 +81,7 @@ def intervals(values: np.ndarray, groups: Sequence[str], seed: int = 0) -> tuple
 def evaluate(router: ExpertRouter, samples: Samples, budgets: Sequence[float]) -> list[Setting]:
     """All experts, none, the best fixed subsets, and the router at several budgets."""
     number = len(samples)
-    predicted = predict(router, samples)
+    predicted = router.predict(samples.texts, samples.features if router.config.image_size else None)
     seconds = np.array(samples.seconds)
     choices = {"all": np.full(number, len(samples.subsets) - 1), "none": np.zeros(number, dtype=int)}
     for row in pareto_front(samples.seconds[:-1], samples.scores[:, :-1].mean(0).tolist()):  # without all

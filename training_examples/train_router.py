@@ -8,13 +8,15 @@ checkpoint.
     prismer ask photo.jpg "What does the sign say?" --model runs/routed --experts auto --budget-ms 50
 
 It learns from the score of each question with each subset of experts, which `prismer worth` has written. Use questions
-about images that the checkpoint was not trained on. With `--eval_worth`, the results of `prismer worth` on others, it
-compares all experts, none, fixed subsets and the router at several budgets; see router_evaluation.py.
+about images that the checkpoint was not trained on. The gains of experts are fitted by ridge regression, on the words
+of a question and the frozen encoder's features of its image; cross-validation over images chooses the penalty, and
+measures time and score at each price of time. With `--eval_worth`, the results of `prismer worth` on other questions,
+it compares all experts, none, fixed subsets and the router at several budgets; see router_evaluation.py.
 """
 
+import itertools
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -27,6 +29,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import snapshot_download
+from scipy import sparse
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold
 from torch.nn import functional
 from transformers import AutoConfig, HfArgumentParser, set_seed
 
@@ -47,14 +52,17 @@ from modeling_prismer.processing.expert_router import (
     best_rows,
     summarize_images,
 )
-from router_evaluation import Samples, draw, evaluate, predict, table, time_setting
+from router_evaluation import Samples, draw, evaluate, table, time_setting
 from training import write_json
 
 
 logger = logging.getLogger("prismer")
 
-PRICES = (0.0, *np.logspace(-2, 3, 61).tolist(), math.inf)
-TOLERANCE = 0.005  # the score that the router may lose without a budget
+PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0)
+IMAGE_SCALES = (0.0, 0.05, 0.1, 0.2)
+WORTH_A_LOOK = 0.99  # of the error without images, because seeing them runs the encoder once more
+PRICES = (0.0, *np.logspace(-2, 2, 41).tolist())  # of a second
+TOLERANCE = 0.0025  # the score that the router may lose without a budget
 
 
 @dataclass
@@ -73,14 +81,8 @@ class RouterArguments:
         default_factory=lambda: [5.0, 10.0, 20.0, 40.0, 80.0], metadata={"help": "Budgets to evaluate, in ms."}
     )
     timed_rows: int = field(default=64, metadata={"help": "Questions on which --eval_worth measures the time."})
-    images: bool = field(default=True, metadata={"help": "Whether the router sees the image (--no_images)."})
-    hidden_size: int = field(default=64, metadata={"help": "Width of the router."})
-    buckets: int = field(default=2048, metadata={"help": "Embeddings that the words share."})
-    held_out: float = field(default=0.25, metadata={"help": "Share of the images to choose epoch and prices on."})
-    epochs: int = field(default=40, metadata={"help": "Epochs; the best one is kept."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of AdamW."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
-    batch_size: int = field(default=128, metadata={"help": "Questions in a batch."})
+    images: bool = field(default=True, metadata={"help": "Whether the router may see the image (--no_images)."})
+    folds: int = field(default=5, metadata={"help": "Folds of the cross-validation over images."})
     seed: int = 0
 
 
@@ -150,51 +152,79 @@ def add_features(samples: Samples, images: dict[str, Any], processor: Any, netwo
 # ---- training ----
 
 
-def train(router: ExpertRouter, train_part: Samples, held_out: Samples, args: RouterArguments) -> None:
-    """Trains the router by the squared error of all scores, and keeps the best epoch."""
-    network = router.network
-    if train_part.features is not None:
-        network.image_mean.copy_(train_part.features.mean(0))
-        network.image_std.copy_(train_part.features.std(0).clamp(min=1e-6))
-    network.scores.bias.data.copy_(train_part.scores.mean(0))
-    words = [[router.words_of(text) for text in part.texts] for part in (train_part, held_out)]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    steps = args.epochs * math.ceil(len(train_part) / args.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best, kept = math.inf, {}
+def fit(samples: Samples, penalty: float, image_scale: float) -> ExpertRouter:
+    """
+    Fits a router by ridge regression.
 
-    def loss_of(part: Samples, own: list[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
-        features = None if part.features is None else part.features[rows]
-        return functional.mse_loss(network([own[row] for row in rows], features), part.scores[rows])
+    Args:
+        samples ([`Samples`]): the scores.
+        penalty (`float`): on the weights.
+        image_scale (`float`): scale of the standardised features of images, beside words that count 1. With 0, the
+            router reads texts alone.
+    """
+    image_size = samples.features.shape[1] if image_scale and samples.features is not None else 0
+    router = ExpertRouter(RouterConfig(samples.subsets, samples.seconds, image_size))
+    words = [router.words_of(text) for text in samples.texts]
+    ends = np.cumsum([0, *map(len, words)])
+    shape = (len(words), router.config.buckets)
+    inputs = sparse.csr_matrix((np.ones(ends[-1]), np.concatenate(words).astype(int), ends), shape)
+    weights = {"mean": torch.zeros(0), "std": torch.zeros(0)}
+    if image_size:
+        weights = {"mean": samples.features.mean(0), "std": samples.features.std(0)}
+        standard = (samples.features - weights["mean"]) / weights["std"].clamp(min=1e-6)
+        inputs = sparse.hstack([inputs, image_scale * standard.numpy()], format="csr")
+    members, scores = router.members.numpy(), samples.scores.numpy()
+    gains = scores @ np.linalg.pinv(members).T  # (samples, 1 + experts)
+    ridge = Ridge(penalty).fit(inputs, gains)
+    coefficients = torch.from_numpy(ridge.coef_.T).float()
+    rest = (scores - gains @ members.T).mean(0)  # of each subset, because gains do not simply add up
+    weights |= {
+        "words": coefficients[: router.config.buckets].contiguous(),
+        "image": (image_scale * coefficients[router.config.buckets :]).contiguous(),
+        "constants": torch.from_numpy(members @ ridge.intercept_ + rest).float(),
+    }
+    return ExpertRouter(router.config, weights)
 
-    for epoch in range(args.epochs):
-        network.train()
-        for rows in torch.randperm(len(train_part)).split(args.batch_size):
-            optimizer.zero_grad()
-            loss_of(train_part, words[0], rows.tolist()).backward()
-            optimizer.step()
-            schedule.step()
-        network.eval()
-        with torch.no_grad():
-            error = loss_of(held_out, words[1], range(len(held_out))).item()
-        if error < best:
-            best, kept = error, {name: tensor.clone() for name, tensor in network.state_dict().items()}
-            logger.info("epoch %d: squared error %.4f", epoch + 1, error)
-    network.load_state_dict(kept)
+
+def predict_others(samples: Samples, folds: int, penalty: float, image_scale: float) -> torch.Tensor:
+    """The scores that routers predict for images that they were not fitted on: `(samples, subsets)`."""
+    predicted = torch.zeros_like(samples.scores)
+    for known, others in GroupKFold(folds).split(samples.texts, groups=samples.image_ids):
+        own = samples.part(others)
+        router = fit(samples.part(known), penalty, image_scale)
+        predicted[others] = router.predict(own.texts, own.features if image_scale else None)
+    return predicted
 
 
-def set_prices(router: ExpertRouter, samples: Samples) -> None:
-    """Measures the time and the score of prices, and chooses the price that loses at most half a point."""
-    predicted, config = predict(router, samples), router.config
+def train(samples: Samples, folds: int) -> ExpertRouter:
+    """
+    Chooses the penalty and the scale of images by cross-validation, fits the router, and measures prices. If images do
+    not lower the error, the router reads texts alone.
+    """
+    errors: dict[tuple[float, float], float] = {}
+    scales = (0.0,) if samples.features is None else IMAGE_SCALES
+    for penalty, scale in itertools.product(PENALTIES, scales):
+        predicted = predict_others(samples, folds, penalty, scale)
+        errors[penalty, scale] = functional.mse_loss(predicted, samples.scores).item()
+        logger.info("penalty %g, images %g: squared error %.5f", penalty, scale, errors[penalty, scale])
+    penalty, scale = min(errors, key=lambda settings: errors[settings])
+    blind = min((own for own in errors if not own[1]), key=lambda settings: errors[settings])
+    if errors[penalty, scale] > WORTH_A_LOOK * errors[blind]:
+        penalty, scale = blind
+    router = fit(samples, penalty, scale)
+    set_prices(router, predict_others(samples, folds, penalty, scale), samples.scores)
+    return router
+
+
+def set_prices(router: ExpertRouter, predicted: torch.Tensor, scores: torch.Tensor) -> None:
+    """Measures the time and the score of prices, and chooses the fastest one that loses at most `TOLERANCE`."""
+    config = router.config
     seconds = torch.tensor(config.seconds)
-    prices = []
     for price in PRICES:
         rows = best_rows(predicted, config.seconds, price)
-        score = samples.scores.gather(1, rows[:, None]).mean().item()
-        prices.append(RouterPrice(price, 1000 * seconds[rows].mean().item(), score))
-    # an infinite price is not JSON, and needs no entry
-    config.prices = [own for own in prices if own.price < math.inf]
-    wanted = samples.scores[:, -1].mean().item() - TOLERANCE
+        score = scores.gather(1, rows[:, None]).mean().item()
+        config.prices.append(RouterPrice(price, 1000 * seconds[rows].mean().item(), score))
+    wanted = scores[:, -1].mean().item() - TOLERANCE
     good = [own for own in config.prices if own.score >= wanted] or config.prices[:1]
     fastest = min(own.milliseconds for own in good)
     # many prices may lead to this time; the lowest one leaves most room for questions of other kinds
@@ -207,24 +237,10 @@ def main() -> None:
     set_seed(args.seed)
     folder, processor, network = load_checkpoint(args.model)
     samples = read_samples(args.worth)
-    questions = samples.texts
-    samples.texts = prompts_of(processor, questions)
+    samples.texts = prompts_of(processor, samples.texts)
     if args.images:
         add_features(samples, load_images(args, args.data), processor, network)
-    names = sorted(set(samples.image_ids))
-    held_out = set(np.random.default_rng(args.seed).permutation(names)[: max(1, round(args.held_out * len(names)))])
-    is_held_out = np.array([name in held_out for name in samples.image_ids])
-    config = RouterConfig(
-        subsets=samples.subsets,
-        seconds=samples.seconds,
-        image_size=0 if samples.features is None else samples.features.shape[1],
-        buckets=args.buckets,
-        hidden_size=args.hidden_size,
-    )
-    router = ExpertRouter(config)
-    others = samples.part(np.flatnonzero(is_held_out))
-    train(router, samples.part(np.flatnonzero(~is_held_out)), others, args)
-    set_prices(router, others)
+    router = train(samples, args.folds)
     shutil.copytree(folder, args.output_dir, dirs_exist_ok=True)
     router.save_pretrained(args.output_dir)
     logger.info("the checkpoint with its router is in %s", args.output_dir)
@@ -240,7 +256,7 @@ def main() -> None:
     images = load_images(args, args.eval_data or args.data)
     questions = test.texts
     test.texts = prompts_of(processor, questions)
-    if args.images:
+    if router.config.image_size:
         add_features(test, images, processor, network)
     settings = evaluate(router, test, args.budgets)
     if args.timed_rows and not isinstance(processor, PrismerLMProcessor):

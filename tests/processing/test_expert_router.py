@@ -79,6 +79,16 @@ def test_images_can_decide():
     assert router.choose([["?"], ["?"]], features) == [["ocr"], []]
 
 
+def test_unknown_words_say_nothing(router):
+    assert torch.equal(router.predict(["qwerty uiop"])[0], router.weights["constants"])
+    assert router.choose([["Please, what does the sign say now?"]]) == [["ocr"]]
+
+
+def test_weights_must_fit(router):
+    with pytest.raises(ValueError, match="the weights have the shapes .* are needed"):
+        ExpertRouter(RouterConfig([[], ["ocr"]], [0.0, 0.1]), router.weights)
+
+
 # ---- in a processor ----
 
 
@@ -152,7 +162,7 @@ def test_frozen_encoder_sees_the_image_without_experts(processor, image):
 def test_frozen_encoder_is_that_of_the_network(image):
     path = pretrained_path("prismer-easy-vqa")
     processor, model = PrismerProcessor.from_pretrained(path), PrismerForConditionalGeneration.from_pretrained(path)
-    router = ExpertRouter(RouterConfig(subsets=[[], ["edge"]], seconds=[0.0, 0.1], image_size=128))
+    router = ExpertRouter(RouterConfig([[], ["edge"]], [0.0, 0.1], image_size=128))
     processor.router, router.encoder = router, model
     inputs = processor(image, "What shape is it?", experts="auto")
     assert inputs["expert_mask"].shape == (1, 2)
@@ -184,7 +194,8 @@ def test_router_and_text_are_needed(processor, image):
 
 def test_needed_labels_are_made_where_they_are_lacking(image, tokenizer, experts):
     """Normals from depth run where depth is not chosen, and depth stays missing there."""
-    suite = ExpertSuite([Flat(), NormalsFromDepth()])
+    flat = Flat()
+    suite = ExpertSuite([flat, NormalsFromDepth()])
     processor = PrismerProcessor(
         PrismerImageProcessor(experts=suite.descriptions, size={"height": 32, "width": 32}),
         tokenizer,
@@ -197,6 +208,7 @@ def test_needed_labels_are_made_where_they_are_lacking(image, tokenizer, experts
     inputs = processor([image] * 3, [SIGN, NEAR, COLOR], experts="auto")
     assert mask(inputs, processor) == [["normal"], ["depth", "normal"], []]
     assert torch.equal(inputs["normal_values"][0], inputs["normal_values"][1]) and inputs["normal_values"][0].any()
+    assert flat.num_images == 2  # not a second time for the normals of the second image
 
 
 class Flat(Expert):

@@ -13,9 +13,8 @@ from PIL import Image
 
 import train_router
 from modeling_prismer import PrismerProcessor
-from modeling_prismer.processing.expert_router import ExpertRouter, RouterConfig
 from router_evaluation import Samples, evaluate
-from train_router import RouterArguments, read_samples, set_prices, train
+from train_router import read_samples, train
 
 
 SUBSETS = [[], ["edge"], ["ocr"], ["edge", "ocr"]]
@@ -51,18 +50,9 @@ def samples_of(number=180, images=12):
     return Samples(names, [text for text, _ in asked], torch.tensor(scores), SUBSETS, [0.0, 0.05, 0.11, 0.16])
 
 
-def arguments(tmp_path, **settings):
-    return RouterArguments("prismer-easy-vqa", tmp_path, [], tmp_path, epochs=100, batch_size=32, **settings)
-
-
 @pytest.fixture(scope="module")
-def router(tmp_path_factory):
-    torch.manual_seed(0)
-    samples = samples_of()
-    router = ExpertRouter(RouterConfig(SUBSETS, samples.seconds, image_size=0, buckets=2048, hidden_size=32))
-    train(router, samples, samples, arguments(tmp_path_factory.mktemp("router")))
-    set_prices(router, samples)
-    return router
+def router():
+    return train(samples_of(), folds=3)
 
 
 @pytest.mark.parametrize("texts, experts", [(SIGNS, ["ocr"]), (SHAPES, ["edge"]), (COLORS, [])])
@@ -90,6 +80,26 @@ def test_evaluation_compares_with_fixed_subsets(router):
     assert low <= value <= high
 
 
+@pytest.mark.parametrize("tells", [True, False])
+def test_images_are_seen_if_they_tell(tells):
+    """Text helps for images with a sign, which a feature may show."""
+    random = np.random.default_rng(0)
+    has_sign = random.integers(0, 2, 400).astype(bool)
+    features = random.normal(size=(400, 8))
+    features[:, 3] += 6 * has_sign * tells
+    scores = [[float(not sign or "ocr" in own) for own in SUBSETS] for sign in has_sign]
+    names = [f"{number}.png" for number in range(400)]
+    seconds = [0.0, 0.05, 0.11, 0.16]
+    seen = torch.tensor(features).float()
+    samples = Samples(names, ["what is it?"] * 400, torch.tensor(scores), SUBSETS, seconds, seen)
+    router = train(samples, folds=3)
+    assert bool(router.config.image_size) == tells
+    if tells:
+        chosen = router.choose([["what is it?"]] * 400, samples.features)
+        right = [own == (["ocr"] if sign else []) for own, sign in zip(chosen, has_sign)]
+        assert np.mean(right) > 0.95
+
+
 def test_command_saves_the_checkpoint_with_its_router(tmp_path, monkeypatch, capsys):
     images = tmp_path / "images"
     images.mkdir()
@@ -101,13 +111,12 @@ def test_command_saves_the_checkpoint_with_its_router(tmp_path, monkeypatch, cap
     (images / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     worth, output = write_worth(tmp_path / "worth", images=4), tmp_path / "routed"
     command = ["--model", "prismer-easy-vqa", "--worth", worth, "--data", images, "--output_dir", output]
-    command += ["--eval_worth", worth, "--timed_rows", 2, "--budgets", 20, "--epochs", 10, "--batch_size", 32]
+    command += ["--eval_worth", worth, "--timed_rows", 2, "--budgets", 20, "--folds", 2]
     monkeypatch.setattr(sys, "argv", ["train_router.py", *map(str, command)])
     train_router.main()
     processor = PrismerProcessor.from_pretrained(output)
-    assert processor.router.config.image_size == 128 and {"config.json", "model.safetensors"} <= {
-        path.name for path in output.iterdir()
-    }
+    assert processor.router.choose([[SIGNS[0]], [COLORS[0]]]) == [["ocr"], []]
+    assert {"config.json", "model.safetensors"} <= {path.name for path in output.iterdir()}
     printed = capsys.readouterr().out
     assert "| auto, 20 ms |" in printed and Image.open(output / "router.png").width > 500
     settings = json.loads((output / "router_results.json").read_text())
