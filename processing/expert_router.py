@@ -120,7 +120,10 @@ class ExpertRouter:
     def __init__(self, config: RouterConfig, weights: dict[str, torch.Tensor] | None = None):
         self.config = config
         columns = 1 + len(config.experts)
-        shapes = {"words": (config.buckets, columns), "image": (config.image_size, columns)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "words": (config.buckets, columns),
+            "image": (config.image_size, columns),
+        }
         shapes |= {"constants": (len(config.subsets),), "mean": (config.image_size,), "std": (config.image_size,)}
         self.weights = {name: torch.zeros(shape) for name, shape in shapes.items()} if weights is None else weights
         found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}

@@ -141,10 +141,8 @@ def add_features(samples: Samples, images: dict[str, Any], processor: Any, netwo
     names = list(dict.fromkeys(samples.image_ids))
     features = []
     for start in range(0, len(names), batch_size):
-        inputs = processor.process_images([images[name] for name in names[start : start + batch_size]], experts=[])
-        features.append(
-            summarize_images(network, {name: tensor.to(network.device) for name, tensor in inputs.items()})
-        )
+        batch = [images[name] for name in names[start : start + batch_size]]
+        features.append(summarize_images(network, processor.process_images(batch, experts=[]).to(network.device)))
     places = {name: place for place, name in enumerate(names)}
     samples.features = torch.cat(features)[[places[name] for name in samples.image_ids]]
 

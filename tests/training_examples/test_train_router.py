@@ -13,8 +13,10 @@ from PIL import Image
 
 import train_router
 from modeling_prismer import PrismerProcessor
+from modeling_prismer.processing.expert_router import ExpertRouter, RouterConfig
 from router_evaluation import Samples, evaluate
-from train_router import read_samples, train
+from tests.processing.tiny_lm_processors import IMAGE, make_processor
+from train_router import prompts_of, read_samples, train
 
 
 SUBSETS = [[], ["edge"], ["ocr"], ["edge", "ocr"]]
@@ -121,6 +123,28 @@ def test_command_saves_the_checkpoint_with_its_router(tmp_path, monkeypatch, cap
     assert "| auto, 20 ms |" in printed and Image.open(output / "router.png").width > 500
     settings = json.loads((output / "router_results.json").read_text())
     assert all(own["total_ms"] > 0 for own in settings)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_prismer_lm_learns_from_the_prompts_that_it_gets(template):
+    processor = make_processor()
+    processor.chat_template = processor.chat_template if template else None
+    processor.router = ExpertRouter(RouterConfig([[], ["depth"]], [0.0, 0.1]))
+    asked = []
+    processor.router.choose = lambda texts, images, price: asked.extend(texts) or [[]] * len(texts)
+    if template:
+        content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": SIGNS[0]}]
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            experts="auto",
+        )
+    else:
+        processor(IMAGE, processor.prompt_for("vqa", SIGNS[0]), experts="auto")
+    words_of = processor.router.words_of
+    assert words_of(asked[0][0]) == words_of(prompts_of(processor, [SIGNS[0]])[0])
 
 
 def test_unknown_times_are_refused(tmp_path):
