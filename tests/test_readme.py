@@ -79,6 +79,7 @@ def test_python_of_the_readme_runs(capsys):
             + ["triangle", "1.0"],
         ),
         ("sharing.md", []),
+        ("distillation.md", ["torch.Size([1, 1, 32, 32])"]),
         (
             "first_steps.md",
             ["['teal']", "edge_values (1, 1, 64, 64)", "expert_mask (1, 2)", "triangle", "['triangle', 'no']"]

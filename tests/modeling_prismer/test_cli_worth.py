@@ -178,7 +178,8 @@ def test_an_interrupted_run_continues(known, monkeypatch):
     assert len(calls) == 8 * (3 + 1)  # five images in three batches, and the first one to warm up
     assert again["types"] == first["types"]
     # answers to other questions are not taken for these
-    write_questions(known / "images" / "questions.jsonl", [{"image": "0.png", "question": "Is it?", "answer": "no"}])
+    others = [{"image": f"{number}.png", "question": "Is it?", "answer": "no"} for number in range(8)]
+    write_questions(known / "images" / "questions.jsonl", others)
     result = run("worth", *arguments, "--out", known / "out")
     assert result.exit_code == 1 and "answers.jsonl has answers to other texts about '" in result.stderr
     result = run("worth", *arguments, "--out", known / "out", "--beams", 2)
