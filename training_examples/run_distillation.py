@@ -96,7 +96,11 @@ class DistillationOptions:
 class DistillationArguments(DistillationOptions, RecipeArguments):
     task: Literal["caption", "vqa"] = field(default="caption", metadata={"help": "The language task, and its data."})
     texts_per_image: int | None = field(
-        default=None, metadata={"help": "Texts of an image in a training sample, drawn in each epoch."}
+        default=None,
+        metadata={
+            "help": "In `task`: a training sample is an image with this many of its texts, drawn in each epoch. By "
+            "default it has one text."
+        },
     )
 
 
@@ -147,7 +151,8 @@ def run_prismer() -> None:
     model, processor = load_checkpoint(args, task=args.task)
     add_student(model, args)
     train_rows, eval_rows = load_data(args, training_args, args.task)
-    if train_rows is not None and not args.streaming:
+    is_task = args.distil == "task"
+    if train_rows is not None and not args.streaming and (args.texts_per_image or not is_task):
         train_rows = group_by_image(train_rows)
     scripts = {"caption": run_captioning, "vqa": run_vqa}
     trainer = make_trainer(
@@ -158,7 +163,7 @@ def run_prismer() -> None:
         train_rows,
         eval_rows,
         score=run_vqa.score_answers if args.task == "vqa" else run_captioning.score_captions,
-        texts_per_image=args.texts_per_image if args.distil == "task" else 1,
+        texts_per_image=args.texts_per_image if is_task else 1,
         trainer_class=DistillationTrainer,
         distillation=settings_of(args),
     )

@@ -71,6 +71,16 @@ def test_first_stage_trains_the_student_alone(student, checkpoint):
     assert {"imitation_tokens", "imitation_maps", "imitation_balance"} <= history[0].keys()
 
 
+@pytest.mark.parametrize("texts_per_image", [(), ("--texts_per_image", 2)])
+def test_images_have_different_numbers_of_questions(recipe, student, image_folder, tmp_path, texts_per_image):
+    lines = (image_folder / "questions.jsonl").read_text().splitlines()
+    more = json.dumps(json.loads(lines[0]) | {"question": "is it large", "question_id": 1000})
+    (tmp_path / "questions.jsonl").write_text("\n".join([*lines, more]))
+    data = ("--train_data", tmp_path / "questions.jsonl", "--image_folder", image_folder, "--do_train")
+    out = recipe(tmp_path / "out", "--distil", "task", "--model", student, "--task", "vqa", *data, *texts_per_image)
+    assert any("text_model" in name for name in changed(student, out))
+
+
 @pytest.mark.parametrize("task, data", [("vqa", "questions.jsonl"), ("caption", "captions.csv")])
 def test_second_stage_learns_the_task(recipe, student, image_folder, tmp_path, task, data):
     data = ("--train_data", image_folder / data, "--eval_data", image_folder / data, "--do_train", "--do_eval")
