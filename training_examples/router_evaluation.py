@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from comparison.scores import Score, interval
 from modeling_prismer.expert_worth import pareto_front
 from modeling_prismer.processing.expert_router import ExpertRouter, best_rows
 
@@ -56,7 +57,7 @@ class Setting:
 
     Attributes:
         name (`str`): such as `all`, `ocr,detection` or `auto, 20 ms`.
-        score (`tuple[float, float, float]`): the mean score and its interval.
+        score (`tuple[float, float, float]`): the mean score and its interval of 95 %.
         loss (`tuple[float, float, float]`): the mean score with all experts minus this one, and its interval.
         expert_ms (`float`): mean time of the experts, by the times of `prismer worth`.
         total_ms (`float`, *optional*): measured time of everything, from the image to the answer.
@@ -69,13 +70,10 @@ class Setting:
     total_ms: float | None = None
 
 
-def intervals(values: np.ndarray, groups: Sequence[str], seed: int = 0) -> tuple[float, float, float]:
+def with_interval(values: np.ndarray, groups: Sequence[str]) -> tuple[float, float | None, float | None]:
     """The mean of values `(samples,)` and a bootstrap interval of 95 % over groups."""
-    members = np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums, sizes = np.bincount(members, weights=values), np.bincount(members)
-    drawn = np.random.default_rng(seed).integers(len(sizes), size=(2000, len(sizes)))
-    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    own = interval(Score.of_samples("score", values, groups, unit=1))
+    return own.value, own.low, own.high
 
 
 def evaluate(router: ExpertRouter, samples: Samples, budgets: Sequence[float]) -> list[Setting]:
@@ -97,8 +95,8 @@ def evaluate(router: ExpertRouter, samples: Samples, budgets: Sequence[float]) -
         settings.append(
             Setting(
                 name,
-                intervals(own, samples.image_ids),
-                intervals(whole - own, samples.image_ids),
+                with_interval(own, samples.image_ids),
+                with_interval(whole - own, samples.image_ids),
                 1000 * float(seconds[rows].mean()),
             )
         )

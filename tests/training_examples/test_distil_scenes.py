@@ -100,8 +100,8 @@ def test_perfect_maps_have_the_best_measures():
 
 
 def test_interval_is_of_scenes():
-    assert distil_scenes.interval([[True, True], [True]]) == [1, 1]
-    low, high = distil_scenes.interval([[True] * 20, [False] * 20] * 20)
+    assert distil_scenes.interval_of([[True, True], [True]]) == [1, 1]
+    low, high = distil_scenes.interval_of([[True] * 20, [False] * 20] * 20)
     assert 0.3 < low < 0.45 and 0.55 < high < 0.7  # 40 scenes, not 800 answers
 
 
@@ -110,7 +110,8 @@ def result_of(tmp_path, name, maps, routes=None):
     folder.mkdir()
     answers = {"all": 0.8, "color": 0.9, "sign": 0.1}
     own = {"answers": answers, "interval": [0.7, 0.9], "captions": {"cider": 1.5, "exact_attributes": 0.5}}
-    results = {"test": own, "held_out": own, "maps": maps, "imitation": dict.fromkeys(maps, 0.5), "routes": routes}
+    imitation = dict.fromkeys(maps, 0.5) | ({"detection": 0.6} if len(maps) > 1 else {})
+    results = {"test": own, "held_out": own, "maps": maps, "imitation": imitation, "routes": routes}
     (folder / "distillation_results.json").write_text(json.dumps(results))
     return folder
 
@@ -129,6 +130,8 @@ def test_report_has_tables_and_a_figure(tmp_path, monkeypatch, capsys):
     assert "| color | 90.0 % | 90.0 % |" in printed and "relation" not in printed
     assert "| depth, RMSE | 0.400 | 0.300 | 0.500 |" in printed
     assert "| Δm |  | +25.0 % | +0.0 % |" in printed  # depth +25 and −25 %, edges +25 %
+    assert "| edge: tokens explained | 50 % | 50 % | 50 % |" in printed
+    assert "| detection: tokens explained |  | 60 % | 60 % |" in printed  # no student of detection alone
     assert Image.open(tmp_path / "routes.png").width > 500
     assert report_distillation.map_results({"maps": {"depth": 0.3}}) == {"depth": Result(0.3, True)}
 

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from comparison.scores import Score, interval
 from dense.measures import MaxF, MeanAngle, MeanIoU, Measure, Rmse
 from distillation import embed_patches, measure_imitation, prepare, teachers_of
 from modeling_prismer import DataCollatorForPrismer
@@ -54,9 +55,6 @@ from .run_scenes import (
     training_rows,
 )
 from .scenes import Scenes
-
-
-RESAMPLES = 1000
 
 
 @dataclass
@@ -87,17 +85,17 @@ def measure_texts(model, processor, scenes: Dataset, collator: DataCollatorForPr
     ]
     return {
         "answers": score_answers(answers, scenes),
-        "interval": interval(hits),
+        "interval": interval_of(hits),
         "captions": score_captions([said for (said,) in captions], scenes),
         "hits": hits,
     }
 
 
-def interval(hits: list[list[bool]], seed: int = 0) -> list[float]:
+def interval_of(hits: list[list[bool]]) -> list[float | None]:
     """The 95 % interval of the share of right answers, by a bootstrap over scenes."""
-    right, asked = np.array([(sum(own), len(own)) for own in hits]).T
-    drawn = np.random.default_rng(seed).integers(0, len(hits), (RESAMPLES, len(hits)))
-    return np.quantile(right[drawn].sum(axis=1) / asked[drawn].sum(axis=1), [0.025, 0.975]).tolist()
+    scenes = np.repeat(np.arange(len(hits)), [len(own) for own in hits])
+    found = interval(Score.of_samples("answers", np.concatenate(hits), scenes, unit=1))
+    return [found.low, found.high]
 
 
 def new_measures(num_classes: int) -> dict[str, Measure]:

@@ -85,8 +85,9 @@ def students_table(students: dict[str, dict[str, Any]], single: list[dict[str, A
         gains.append(f"{delta_m(own, alone):+.1f} %" if own.keys() == alone.keys() else "")
     rows.append(["Δm", "", *gains])
     for expert in next(iter(students.values()))["imitation"]:
-        values = [f"{100 * result['imitation'][expert]:.0f} %" for result in students.values()]
-        rows.append([f"{expert}: tokens explained", f"{100 * explained[expert]:.0f} %", *values])
+        shares = [explained.get(expert), *(result["imitation"].get(expert) for result in students.values())]
+        cells = ["" if share is None else f"{100 * share:.0f} %" for share in shares]
+        rows.append([f"{expert}: tokens explained", *cells])
     return markdown(["", "one expert each", *names], rows)
 
 
