@@ -5,6 +5,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from string import Template
 
 import pytest
 from typer.testing import CliRunner
@@ -14,13 +15,22 @@ from modeling_prismer.cli import app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / "docs" / "how_many_experts.md").read_text()
-IMAGES = 3
-SMALL = ("--resamples", "20", "--timed-images", "1")
+SMALL_VALUES = {"--max_images": "3", "--max_steps": "1", "--imitate": "detection"}
+MORE = {
+    "worth": ("--resamples", "20", "--timed-images", "1"),
+    "training_examples/train_router.py": ("--folds", "2", "--timed_rows", "2"),
+    "training_examples/run_distillation.py": (
+        *("--labels", "live"),  # the store has labels of two experts alone
+        *("--per_device_train_batch_size", "2", "--use_cpu"),
+    ),
+}
 
 
 def commands():
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    variables = dict(re.findall(r'(?m)^(\w+)="(.*)"$', "\n".join(lines)))
+    lines = [Template(line).substitute(variables) for line in lines if not re.match(r"\w+=", line)]
     return [shlex.split(line, comments=True) for line in lines if line.strip() and "CHECKPOINT" not in line]
 
 
@@ -39,22 +49,24 @@ def folder(tmp_path, monkeypatch):
 
 def test_commands_run(folder):
     found = commands()
-    assert len(found) >= 4
+    assert len(found) >= 11
     for program, *arguments in found:
-        arguments = [
-            re.sub(r"^\d{2,}$", str(IMAGES), own) if before == "--max_images" else own
-            for before, own in zip(["", *arguments], arguments)
-        ]
+        arguments = [SMALL_VALUES.get(before, own) for before, own in zip(["", *arguments], arguments)]
+        arguments += MORE.get(arguments[0], ())
         if program == "python":
             run_script(*arguments)
             continue
         assert program == "prismer", program
-        few = ("--experts", "detection,ocr") if "prismer-scenes" in arguments else ()  # 4 subsets, not 64
-        result = CliRunner().invoke(app, [*arguments, *SMALL, *few])
+        if arguments[0] == "worth" and "prismer-scenes" in arguments:
+            arguments += ("--experts", "detection,ocr")  # 4 subsets, not 64
+        result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
+        if arguments[0] != "worth":
+            continue
         output = Path(arguments[arguments.index("--out") + 1])
         for name in re.findall(r"(?m)^\| `([\w.]+)` \|", PAGE.split("## Output")[1].split("##")[0]):
-            assert (output / name).exists(), name
+            assert (output / name).exists() or name == "labels" and "--labels" in arguments, name
+    assert Path("runs/routed/router.png").exists()
 
 
 def test_options_exist():
