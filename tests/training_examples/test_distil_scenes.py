@@ -105,11 +105,12 @@ def test_interval_is_of_scenes():
     assert 0.3 < low < 0.45 and 0.55 < high < 0.7  # 40 scenes, not 800 answers
 
 
-def result_of(tmp_path, name, maps, routes=None):
+def result_of(tmp_path, name, maps, routes=None, hits=((True, True), (False, True))):
     folder = tmp_path / name
     folder.mkdir()
     answers = {"all": 0.8, "color": 0.9, "sign": 0.1}
     own = {"answers": answers, "interval": [0.7, 0.9], "captions": {"cider": 1.5, "exact_attributes": 0.5}}
+    own |= {"hits": hits, "types": [["color", "sign"]] * len(hits)}
     imitation = dict.fromkeys(maps, 0.5) | ({"detection": 0.6} if len(maps) > 1 else {})
     results = {"test": own, "held_out": own, "maps": maps, "imitation": imitation, "routes": routes}
     (folder / "distillation_results.json").write_text(json.dumps(results))
@@ -120,13 +121,16 @@ def test_report_has_tables_and_a_figure(tmp_path, monkeypatch, capsys):
     routes = {"experts": ["depth", "edge"], "gates": [[[0.5, 0.5], [1.0, 0.0]]] * 2}
     routed = result_of(tmp_path, "routed", {"depth": 0.3, "edge": 0.5}, routes)
     dynamic = result_of(tmp_path, "dynamic", {"depth": 0.5, "edge": 0.5}, {**routes, "losses": routes.pop("gates")})
+    other = result_of(tmp_path, "other", {}, hits=((True, False), (True, False)))
     single = [result_of(tmp_path, "one", {"depth": 0.4}), result_of(tmp_path, "two", {"edge": 0.4})]
-    arguments = ["--texts", f"a={routed}", f"b={dynamic}", "--students", f"routed={routed}", f"dynamic={dynamic}"]
+    arguments = ["--texts", f"a={routed}", f"b={other}", "--students", f"routed={routed}", f"dynamic={dynamic}"]
     arguments += ["--single", *single, "--routes", routed, dynamic, "--figure", tmp_path / "routes.png"]
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
     report_distillation.main()
     printed = capsys.readouterr().out
     assert "| correct answers, all | 80.0 % (70.0 to 90.0) | 80.0 % (70.0 to 90.0) |" in printed
+    assert "| correct answers without signs, % | 50.0 (0.0 to 100.0) | 100.0 (100.0 to 100.0) |" in printed
+    assert "| difference in points |  | +50.0 (+0.0 to +100.0) |" in printed
     assert "| color | 90.0 % | 90.0 % |" in printed and "relation" not in printed
     assert "| depth, RMSE | 0.400 | 0.300 | 0.500 |" in printed
     assert "| Δm |  | +25.0 % | +0.0 % |" in printed  # depth +25 and −25 %, edges +25 %

@@ -74,7 +74,7 @@ class ScenesDistillationArguments(DistillationOptions, ScenesArguments):
 
 
 def measure_texts(model, processor, scenes: Dataset, collator: DataCollatorForPrismer) -> dict[str, Any]:
-    """Answers by type, with the right and wrong answers of each scene, and captions."""
+    """Answers by type, with the right and wrong answers of each scene and their types, and captions."""
     collator.with_suffix = False
     questions = [[each["question"] for each in row] for row in scenes["questions"]]
     answers = say(model, processor, scenes, collator, questions, "vqa", num_beams=1, max_new_tokens=8)
@@ -88,6 +88,7 @@ def measure_texts(model, processor, scenes: Dataset, collator: DataCollatorForPr
         "interval": interval_of(hits),
         "captions": score_captions([said for (said,) in captions], scenes),
         "hits": hits,
+        "types": [[question["type"] for question in asked] for asked in scenes["questions"]],
     }
 
 
@@ -250,6 +251,7 @@ def main() -> None:
         write_json(Path(training_args.output_dir, "distillation_results.json"), results)
         for own in results.values():
             own.pop("hits", None)
+            own.pop("types", None)
         print(json.dumps(results, indent=2))
 
 

@@ -7,8 +7,9 @@ Makes tables and a figure from the results of distil_scenes.py.
         --single runs/distillation/single-* --routes runs/distillation/teachers runs/distillation/experts \\
         --figure docs/images/distillation_routes.png
 
-`--texts` compares answers and captions, `--students` imitated tokens and maps, with Δm over the students of single
-experts in `--single`, and `--routes` draws which routed adaptor serves which expert. All arguments are output folders.
+`--texts` compares answers and captions, with the paired difference to the first network. `--students` compares imitated
+tokens and maps, with Δm over the students of single experts in `--single`, and `--routes` draws which routed adaptor
+serves which expert. All arguments are output folders.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from comparison.scores import Interval, Score, difference, interval
 from dense.measures import Result, delta_m
 
 from .distil_scenes import new_measures
@@ -45,11 +47,28 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def without_signs(result: dict[str, Any]) -> Score:
+    """Right answers to all questions that need no text."""
+    rows = zip(result["hits"], result["types"], strict=True)
+    known = [
+        (hit, scene) for scene, (hits, types) in enumerate(rows) for hit, own in zip(hits, types) if own != "sign"
+    ]
+    values, scenes = zip(*known)
+    return Score.of_samples("answers", values, scenes)
+
+
+def written(found: Interval, sign: str = "") -> str:
+    return f"{found.value:{sign}.1f} ({found.low:{sign}.1f} to {found.high:{sign}.1f})"
+
+
 def texts_table(results: dict[str, dict[str, Any]], split: str) -> str:
     """Answers by type and captions of each network on a split."""
     own = {name: result[split] for name, result in results.items() if result.get(split)}
     right = [(100 * each["answers"]["all"], *(100 * end for end in each["interval"])) for each in own.values()]
     shares = {"correct answers, all": [f"{all_:.1f} % ({low:.1f} to {high:.1f})" for all_, low, high in right]}
+    first, *others = (without_signs(each) for each in own.values())
+    shares["correct answers without signs, %"] = [written(interval(each)) for each in (first, *others)]
+    shares["difference in points"] = ["", *(written(difference(each, first), "+") for each in others)]
     for kind in TYPES:
         if all(kind in each["answers"] for each in own.values()):
             shares[kind] = [f"{100 * each['answers'][kind]:.1f} %" for each in own.values()]
