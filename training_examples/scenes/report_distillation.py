@@ -7,9 +7,9 @@ Makes tables and a figure from the results of distil_scenes.py.
         --single runs/distillation/single-* --routes runs/distillation/teachers runs/distillation/experts \\
         --figure docs/images/distillation_routes.png
 
-`--texts` compares answers and captions, with the paired difference to the first network. `--students` compares imitated
-tokens and maps, with Δm over the students of single experts in `--single`, and `--routes` draws which routed adaptor
-serves which expert. All arguments are output folders.
+`--texts` compares answers and captions, with the paired difference to the first network. `--students` compares
+imitated tokens and maps, with Δm over the students of single experts in `--single`, and `--routes` draws which routed
+adaptor serves which expert. All arguments are output folders.
 """
 
 import argparse
