@@ -15,7 +15,7 @@ EASY_VQA_OUTPUT ?= runs/easy-vqa
 SMOLLM2 ?= runs/SmolLM2-135M-Instruct
 EASY_VQA_CHECKPOINT ?= modeling_prismer/checkpoints/prismer-easy-vqa
 comma := ,
-# more arguments for pytest or for the training: make test ARGS="-k golden --no-cov" (a part covers less than 90 %)
+# more arguments for pytest or for the training: make test ARGS="-k golden"
 ARGS ?=
 # the exact versions that were tested; empty: the newest that setup.cfg allows
 CONSTRAINTS ?= constraints.txt
@@ -40,7 +40,7 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest constraints conformance style quality types docs train-easy-vqa evaluate-easy-vqa smollm2 benchmark benchmark-all \
+.PHONY: help demo test coverage test-oldest test-newest constraints conformance style quality types docs train-easy-vqa evaluate-easy-vqa smollm2 benchmark benchmark-all \
 	space space-folder test-space dist clean
 
 help:  ## list the targets
@@ -91,12 +91,14 @@ demo: $(VENV)/.demo-ready  ## caption a bundled picture and ask about it, the ex
 	@HF_HUB_OFFLINE=1 $(BIN)/prismer experts $(DEMO_PICTURE) --out $(DEMO_OUTPUT)
 	@echo "What each expert saw: $$(ls -d $(DEMO_OUTPUT)/*)"
 
-test: $(VENV)/.test-ready  ## run the tests and print the coverage of the three packages
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
+test: $(VENV)/.test-ready  ## run the tests in two processes
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+coverage:  ## run the tests and print the coverage of the three packages, which takes longer
+	@$(MAKE) test ARGS="--cov --cov-report=term --cov-fail-under=90 $(ARGS)"
 
 test-oldest:  ## the tests with the lowest transformers, torch and peft that setup.cfg allows, in .venv-oldest
-	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS= ARGS="--no-cov $(ARGS)" \
+	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS= \
 		PINS="$$(sed -nE "s/^ +(transformers|torch|torchvision|peft)>=([0-9.]+).*/'\1==\2.*'/p" setup.cfg | tr '\n' ' ')"
 
 # pip warns that transformers or peft is above our upper bound, where it is: that is the point
@@ -106,7 +108,7 @@ test-newest:  ## the tests and the demo with the newest versions on PyPI, above 
 	@.venv-newest/bin/python -m pip install --quiet --upgrade transformers peft
 	@.venv-newest/bin/python -m pip freeze | grep -E '^(transformers|torch|torchvision|peft|accelerate|datasets|kornia|timm)=='
 	@$(MAKE) demo VENV=.venv-newest CONSTRAINTS=
-	@$(MAKE) test VENV=.venv-newest CONSTRAINTS= ARGS="--no-cov $(ARGS)"
+	@$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
 constraints: $(VENV)/.created  ## write constraints.txt anew: the newest versions that setup.cfg allows. Then run make test
 	$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --report - -e '.[$(EXTRAS)$(comma)demo]' playwright \
