@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from comparison.scores import Score, interval
+from comparison.report import write_interval
+from comparison.scores import Interval, Score, interval
 from modeling_prismer.expert_worth import pareto_front
 from modeling_prismer.processing.expert_router import ExpertRouter, best_rows
 
@@ -57,15 +58,15 @@ class Setting:
 
     Attributes:
         name (`str`): such as `all`, `ocr,detection` or `auto, 20 ms`.
-        score (`tuple[float, float, float]`): the mean score and its interval of 95 %.
+        score (`tuple[float, float, float]`): the mean score and its interval of 95 %, which is `None` for one image.
         loss (`tuple[float, float, float]`): the mean score with all experts minus this one, and its interval.
         expert_ms (`float`): mean time of the experts, by the times of `prismer worth`.
         total_ms (`float`, *optional*): measured time of everything, from the image to the answer.
     """
 
     name: str
-    score: tuple[float, float, float]
-    loss: tuple[float, float, float]
+    score: tuple[float, float | None, float | None]
+    loss: tuple[float, float | None, float | None]
     expert_ms: float
     total_ms: float | None = None
 
@@ -126,13 +127,17 @@ def time_setting(
     return replace(setting, total_ms=1000 * float(np.mean(seconds[1:] or seconds)))  # the first batch loads experts
 
 
+def in_percent(found: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else 100 * value for value in found]
+
+
 def table(settings: Sequence[Setting]) -> str:
     lines = [
         "| experts | score × 100 | loss to all | experts, ms | everything, ms |",
         "| --- | --- | --- | --- | --- |",
     ]
     for own in settings:
-        score, loss = (f"{100 * m:.1f} [{100 * low:.1f}, {100 * high:.1f}]" for m, low, high in (own.score, own.loss))
+        score, loss = (write_interval(Interval(*in_percent(found))) for found in (own.score, own.loss))
         total = "–" if own.total_ms is None else f"{own.total_ms:.0f}"
         lines.append(f"| {own.name} | {score} | {loss} | {own.expert_ms:.1f} | {total} |")
     return "\n".join(lines)

@@ -235,6 +235,12 @@ def main() -> None:
     set_seed(args.seed)
     folder, processor, network = load_checkpoint(args.model)
     samples = read_samples(args.worth)
+    number = len(set(samples.image_ids))
+    if not 2 <= args.folds <= number:
+        raise SystemExit(
+            f"--folds is {args.folds}, and {args.worth} has {number} images; at least 2 folds are needed, and "
+            "an image for each"
+        )
     samples.texts = prompts_of(processor, samples.texts)
     if args.images:
         add_features(samples, load_images(args, args.data), processor, network)

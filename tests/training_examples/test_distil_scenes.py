@@ -140,6 +140,22 @@ def test_report_has_tables_and_a_figure(tmp_path, monkeypatch, capsys):
     assert report_distillation.map_results({"maps": {"depth": 0.3}}) == {"depth": Result(0.3, True)}
 
 
+def test_report_prints_what_was_measured(tmp_path, monkeypatch, capsys):
+    one = result_of(tmp_path, "one", {}, hits=((True, True),))
+    results = json.loads((one / "distillation_results.json").read_text())
+    results["test"]["interval"] = [None, None]  # of a single scene
+    (one / "distillation_results.json").write_text(json.dumps({"test": results["test"]}))
+    monkeypatch.setattr(sys, "argv", ["report", "--texts", f"a={one}"])
+    report_distillation.main()
+    printed = capsys.readouterr().out
+    assert "| test | a |" in printed and "held_out" not in printed
+    assert "| correct answers, all | 80.0 % |" in printed and "| correct answers without signs, % | 100.0 |" in printed
+    (one / "distillation_results.json").write_text(json.dumps({"test": {}}))  # a stage that learns no texts
+    with pytest.raises(SystemExit):
+        report_distillation.main()
+    assert "--texts: no folder has answers" in capsys.readouterr().err
+
+
 def test_seconds_are_measured_for_each_network(run, student, tmp_path, monkeypatch):
     arguments = ["none=prismer-scenes@none", f"student={student[1]}@none", "--data_dir", run.data_dir, *SIZES]
     arguments += ["--images", 1, "--output", tmp_path / "seconds.json"]

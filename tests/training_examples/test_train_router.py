@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from PIL import Image
 import train_router
 from modeling_prismer import PrismerProcessor
 from modeling_prismer.processing.expert_router import ExpertRouter, RouterConfig
-from router_evaluation import Samples, evaluate
+from router_evaluation import Samples, Setting, evaluate, table, with_interval
 from tests.processing.tiny_lm_processors import IMAGE, make_processor
 from train_router import prompts_of, read_samples, train
 
@@ -145,6 +146,22 @@ def test_prismer_lm_learns_from_the_prompts_that_it_gets(template):
         processor(IMAGE, processor.prompt_for("vqa", SIGNS[0]), experts="auto")
     words_of = processor.router.words_of
     assert words_of(asked[0][0]) == words_of(prompts_of(processor, [SIGNS[0]])[0])
+
+
+@pytest.mark.parametrize("folds", [1, 5])
+def test_folds_need_images(tmp_path, monkeypatch, folds):
+    worth = write_worth(tmp_path / "worth", images=4)
+    command = ["--model", "prismer-easy-vqa", "--worth", worth, "--data", tmp_path, "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["train_router.py", *map(str, [*command, "--folds", folds])])
+    with pytest.raises(SystemExit, match=f"--folds is {folds}, and .* has 4 images; at least 2 folds are needed"):
+        train_router.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_has_no_interval():
+    setting = Setting("all", with_interval(np.array([1.0, 0.0]), ["0.png"] * 2), (0.0, None, None), 5.0)
+    assert "| all | 50.0 | 0.0 | 5.0 | – |" in table([setting])
+    assert "| all | 50.0 [25.0, 75.0] | 0.0 |" in table([replace(setting, score=(0.5, 0.25, 0.75))])
 
 
 def test_unknown_times_are_refused(tmp_path):

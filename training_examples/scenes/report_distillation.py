@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from comparison.report import markdown
 from comparison.scores import Interval, Score, difference, interval
 from dense.measures import Result, delta_m
 
@@ -42,33 +43,35 @@ def named(entries: list[str]) -> dict[str, dict[str, Any]]:
     return {name: load(folder) for name, folder in (entry.split("=", 1) for entry in entries)}
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def without_signs(result: dict[str, Any]) -> Score:
     """Right answers to all questions that need no text."""
-    rows = zip(result["hits"], result["types"], strict=True)
-    known = [
-        (hit, scene) for scene, (hits, types) in enumerate(rows) for hit, own in zip(hits, types) if own != "sign"
-    ]
-    values, scenes = zip(*known)
-    return Score.of_samples("answers", values, scenes)
+    values: list[bool] = []
+    groups: list[str] = []
+    for scene, (hits, types) in enumerate(zip(result["hits"], result["types"], strict=True)):
+        known = [hit for hit, kind in zip(hits, types, strict=True) if kind != "sign"]
+        values += known
+        groups += [str(scene)] * len(known)
+    return Score.of_samples("answers", values, groups)
 
 
-def written(found: Interval, sign: str = "") -> str:
-    return f"{found.value:{sign}.1f} ({found.low:{sign}.1f} to {found.high:{sign}.1f})"
+def all_answers(result: dict[str, Any]) -> Interval:
+    """The share of right answers to all questions, in percent."""
+    low, high = (None if end is None else 100 * end for end in result["interval"])
+    return Interval(100 * result["answers"]["all"], low, high)
+
+
+def written(found: Interval, unit: str = "", sign: str = "") -> str:
+    value = f"{found.value:{sign}.1f}{unit}"
+    return value if found.low is None else f"{value} ({found.low:{sign}.1f} to {found.high:{sign}.1f})"
 
 
 def texts_table(results: dict[str, dict[str, Any]], split: str) -> str:
     """Answers by type and captions of each network on a split."""
     own = {name: result[split] for name, result in results.items() if result.get(split)}
-    right = [(100 * each["answers"]["all"], *(100 * end for end in each["interval"])) for each in own.values()]
-    shares = {"correct answers, all": [f"{all_:.1f} % ({low:.1f} to {high:.1f})" for all_, low, high in right]}
+    shares = {"correct answers, all": [written(all_answers(each), " %") for each in own.values()]}
     first, *others = (without_signs(each) for each in own.values())
     shares["correct answers without signs, %"] = [written(interval(each)) for each in (first, *others)]
-    shares["difference in points"] = ["", *(written(difference(each, first), "+") for each in others)]
+    shares["difference in points"] = ["", *(written(difference(each, first), sign="+") for each in others)]
     for kind in TYPES:
         if all(kind in each["answers"] for each in own.values()):
             shares[kind] = [f"{100 * each['answers'][kind]:.1f} %" for each in own.values()]
@@ -150,7 +153,10 @@ def main() -> None:
         parser.error("--routes and --figure need each other")
     if args.texts:
         results = named(args.texts)
-        for split in ("test", "held_out"):
+        splits = [split for split in ("test", "held_out") if any(result.get(split) for result in results.values())]
+        if not splits:
+            parser.error("--texts: no folder has answers; `--distil task` and `none` measure them, with --do_eval")
+        for split in splits:
             print(texts_table(results, split), end="\n\n")
     if args.students:
         print(students_table(named(args.students), [load(folder) for folder in args.single]), end="\n\n")
