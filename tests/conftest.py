@@ -1,6 +1,7 @@
 """For every test: no network, no writing into the user's caches, one thread, fixed seeds."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -18,6 +19,12 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, set_seed
 
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Hides the imported modules from the garbage collector: Trainer and torch.export call it often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from modeling_prismer.cli import app
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / "docs" / "how_many_experts.md").read_text()
 SMALL_VALUES = {"--max_images": "3", "--max_steps": "1", "--imitate": "detection"}
+SMALL_VALUES["--budget-seconds"] = "60"  # the machine may be busy
 MORE = {
     "worth": ("--resamples", "20", "--timed-images", "1"),
     "training_examples/train_router.py": ("--folds", "2", "--timed_rows", "2"),

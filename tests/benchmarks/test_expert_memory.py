@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from benchmarks import expert_memory
-from modeling_prismer.processing.experts import CannyEdges, ExpertSuite, NormalsFromDepth, PretrainedExpert
+from modeling_prismer.processing.experts import (
+    CannyEdges,
+    ExpertSuite,
+    NormalsFromDepth,
+    PretrainedExpert,
+    open_vocabulary,
+)
 from modeling_prismer.processing.experts.architectures import ARCHITECTURES
 from modeling_prismer.processing.experts.depth import DepthEstimator
 from modeling_prismer.processing.experts.detection import ObjectDetector
@@ -67,11 +73,21 @@ def test_peak_memory_is_measured_for_several_batch_sizes(monkeypatch, tmp_path, 
 )
 def test_counts_without_computing_are_those_of_a_real_run(expert, make, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "tiny", make)
-    real, fake = (expert_memory.measure(expert(model_id="tiny"), 96, device, [2]) for device in ("cpu", "fake"))
+    monkeypatch.setattr(expert, "batch_size", 2)  # the only one that is measured, in one precision
+    monkeypatch.setattr(expert, "half_on_cuda", False)
+    monkeypatch.setattr(open_vocabulary, "coco_names", lambda: ["cat", "dog"])  # one prompt
+    real, fake = (expert_memory.measure(expert(model_id="tiny"), 96, device, []) for device in ("cpu", "fake"))
     assert real["weights"]["single"] == fake["weights"]["single"]
     assert fake["peaks"]["single"] == pytest.approx(real["peaks"]["single"], rel=0.15)
     assert fake["peaks"]["single"][2] > 1.1 * fake["weights"]["single"]
-    assert fake["weights"]["half"] < 0.8 * fake["weights"]["single"]
+
+
+def test_half_precision_needs_less_memory(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "tiny", models.depth_anything)
+    monkeypatch.setattr(DepthEstimator, "batch_size", 2)
+    result = expert_memory.measure(DepthEstimator(model_id="tiny"), 96, "fake", [])
+    assert result["weights"]["half"] < 0.8 * result["weights"]["single"]
+    assert result["peaks"]["half"][2] < 0.8 * result["peaks"]["single"][2]
 
 
 def test_nothing_is_computed(monkeypatch):

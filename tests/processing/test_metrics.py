@@ -16,10 +16,6 @@ import pytest
 
 evaluate = pytest.importorskip("evaluate")
 pytest.importorskip("pycocoevalcap")
-from pycocoevalcap.bleu.bleu import Bleu  # noqa: E402
-from pycocoevalcap.cider.cider import Cider  # noqa: E402
-from pycocoevalcap.meteor.meteor import Meteor  # noqa: E402
-from pycocoevalcap.rouge.rouge import Rouge  # noqa: E402
 from pycocoevalcap.spice import spice  # noqa: E402
 from pycocoevalcap.tokenizer import ptbtokenizer  # noqa: E402
 
@@ -56,15 +52,17 @@ REFERENCES = [
     ["A baker's cake, half-eaten, isn't on the table.", 'The "wedding" cake sits on a plate (white).'],
     ["Two dogs run; one doesn't.\n", "A dog's ball -- it's red!", "The dogs play near a 2.5 m fence at 10:30 a.m."],
 ]
-# from COCOEvalCap of pycocoevalcap 1.2, without SPICE
+# From COCOEvalCap of pycocoevalcap 1.2, without SPICE: CIDEr of these captions, and all scores of these together with
+# the degenerate ones.
+COCO_CIDER = 1.5052149592778292
 COCO_SCORES = {
-    "cider": 1.5052149592778292,
-    "bleu_1": 0.7015684231977176,
-    "bleu_2": 0.4852850257162532,
-    "bleu_3": 0.3576999430621078,
-    "bleu_4": 0.26957571568138344,
-    "meteor": 0.25743197118426114,
-    "rouge_l": 0.4897940552728753,
+    "cider": 0.4585095933671904,
+    "bleu_1": 0.4198250728850734,
+    "bleu_2": 0.22243961785133917,
+    "bleu_3": 0.12054113492502815,
+    "bleu_4": 0.06669843432469776,
+    "meteor": 0.15520221682642654,
+    "rouge_l": 0.25866513461507795,
 }
 
 
@@ -208,16 +206,8 @@ def test_bleu_and_cider_lower_scores_of_other_lengths(caption_metrics):
     assert scores["cider_per_caption"][0] == pytest.approx(10 * sum(cosines) / 4 * math.exp(-((2 - 4) ** 2) / 72))
 
 
-@needs_java
-def test_scores_equal_those_of_the_coco_evaluation(caption_metrics):
-    before = set(Path(ptbtokenizer.__file__).parent.iterdir())
-    scores = caption_metrics.compute(predictions=PREDICTIONS, references=REFERENCES)
-    assert scores == pytest.approx(COCO_SCORES, rel=1e-9)
-    assert set(Path(ptbtokenizer.__file__).parent.iterdir()) == before
-
-
-@needs_java
-def test_degenerate_captions_have_the_official_scores(caption_metrics):
+def degenerate_captions():
+    """Predictions and references of random words and marks, some of them empty."""
     source = random.Random(0)
     words = "a the red dog's cat runs, on ( grass ) -- 2.5 it's U.S. . ! couldn't \u00e9 T-shirt".split(" ")
 
@@ -226,19 +216,16 @@ def test_degenerate_captions_have_the_official_scores(caption_metrics):
 
     predictions = [caption() for _ in range(60)] + ["", "?!", " ", "a dog"]
     references = [[caption() for _ in range(source.randint(1, 4))] for _ in range(60)]
-    references += [["a dog"], ["a dog", ""], [""], ["...", "!"]]
-    scores = caption_metrics.compute(predictions=predictions, references=references)
-    official = ptbtokenizer.PTBTokenizer()
-    truth = official.tokenize(
-        {number: [{"caption": text} for text in texts] for number, texts in enumerate(references)}
-    )
-    said = official.tokenize({number: [{"caption": text}] for number, text in enumerate(predictions)})
-    bleu, _ = Bleu(4).compute_score(truth, said, verbose=0)
-    expected = {f"bleu_{n + 1}": bleu[n] for n in range(4)}
-    expected["cider"], _ = Cider().compute_score(truth, said)
-    expected["rouge_l"], _ = Rouge().compute_score(truth, said)
-    expected["meteor"], _ = Meteor().compute_score(truth, said)
-    assert scores == pytest.approx(expected, rel=1e-9)
+    return predictions, references + [["a dog"], ["a dog", ""], [""], ["...", "!"]]
+
+
+@needs_java
+def test_scores_equal_those_of_the_coco_evaluation(caption_metrics):
+    predictions, references = degenerate_captions()
+    before = set(Path(ptbtokenizer.__file__).parent.iterdir())
+    scores = caption_metrics.compute(predictions=PREDICTIONS + predictions, references=REFERENCES + references)
+    assert scores == pytest.approx(COCO_SCORES, rel=1e-9)
+    assert set(Path(ptbtokenizer.__file__).parent.iterdir()) == before
 
 
 @needs_java
@@ -283,7 +270,7 @@ def test_regex_tokenizer_needs_no_java(caption_metrics, no_java):
     scores = caption_metrics.compute(
         predictions=PREDICTIONS, references=REFERENCES, metrics=metrics, tokenizer="regex"
     )
-    assert scores["cider"] == pytest.approx(COCO_SCORES["cider"], abs=0.1)
+    assert scores["cider"] == pytest.approx(COCO_CIDER, abs=0.1)
     assert list(scores) == ["rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider"]
 
 

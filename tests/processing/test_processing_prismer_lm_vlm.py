@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoProcessor, PaliGemmaProcessor, SiglipImageProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, PaliGemmaProcessor, SiglipImageProcessor, pipeline
 
 from modeling_prismer import DataCollatorForPrismerLM, PrismerLMProcessor
+from tests.training_examples.tiny_contenders import BUILDERS
 
 from .tiny_lm_processors import (
     EXPERTS,
@@ -140,6 +141,26 @@ def test_the_collator_takes_a_vision_language_model(models):
     assert torch.isfinite(models["prefix"](**batch).loss)
     with pytest.raises(ValueError, match="pack=True is not for vision-language models"):
         DataCollatorForPrismerLM(processor, pack=True)
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_experts_follow_an_image_with_marks_around_it(kind, tmp_path):
+    own = AutoProcessor.from_pretrained(BUILDERS[kind](tmp_path))
+    expected = own.apply_chat_template(QUESTION, **CHAT)
+    processor = wrap(processor=AutoProcessor.from_pretrained(tmp_path))
+    inputs = processor.apply_chat_template(QUESTION, expert_labels=LABELS, **CHAT)
+    around = "<fake_token_around_image>"
+    text = f"{around}<global-img><image>{around}<experts><experts><experts>What is it?"
+    assert text in processor.decode(inputs["input_ids"][0])
+    kept = inputs["input_ids"] != processor.image_token_id
+    assert torch.equal(inputs["input_ids"][kept], expected["input_ids"][0])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    model = make_model(None, "prefix", base, vision=False, image_token_id=processor.image_token_id)
+    without = processor.apply_chat_template(QUESTION, expert_labels=OTHER_LABELS, **CHAT)
+    assert not torch.allclose(model(**inputs).logits, model(**without).logits, atol=1e-3)
+    answered = processor.prepare_conversations([*QUESTION, ANSWER], expert_labels=LABELS)
+    assert learned(processor, answered) == ["A triangle.<|im_end|>"]
 
 
 def test_paligemma_keeps_its_line_break_and_token_types():

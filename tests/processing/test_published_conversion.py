@@ -167,8 +167,8 @@ def test_wrong_places_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hundred_thousand_images(tmp_path, record_property):
-    number = int(os.environ.get("PRISMER_PUBLISHED_IMAGES", 100_000))
+def test_several_shards_of_images_there_and_back(tmp_path, record_property):
+    number = int(os.environ.get("PRISMER_PUBLISHED_IMAGES", 2500))  # three shards, three folders
     folder = tmp_path / "published/edge"
     for group in range(0, number, 1000):
         (folder / f"{group:06}").mkdir(parents=True)
@@ -186,4 +186,5 @@ def test_a_hundred_thousand_images(tmp_path, record_property):
     print(f"{number} images there and back: {number / seconds:,.0f} per CPU second")
     last = f"{(number - 1) // 1000 * 1000:06}/{number - 1:06}.png"
     assert (tmp_path / "again/edge" / last).read_bytes() == (folder / last).read_bytes()
+    assert len(list((tmp_path / "store").glob("labels-*"))) == -(-number // 1024)
     assert LabelStore(tmp_path / "store").keys() >= {last.removesuffix(".png")}

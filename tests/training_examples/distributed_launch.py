@@ -1,6 +1,7 @@
 """Starts functions in new processes, like `torchrun`. Common imports are done once, in the fork server."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,8 @@ import pytest
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["accelerate", "datasets", "evaluate", "kornia", "modeling_prismer", "torch.distributed.fsdp", "transformers"]
+    ["accelerate", "datasets", "evaluate", "kornia", "modeling_prismer.public"]
+    + ["torch.distributed.fsdp", "transformers"]
 )
 
 
@@ -74,6 +76,7 @@ def _run(function, folder, args, rank, number, port, log, timeout):
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # Trainer collects garbage often; the imported modules are none
     try:
         function(folder, *args)
     except BaseException:

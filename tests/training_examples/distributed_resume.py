@@ -18,7 +18,7 @@ from modeling_prismer.processing import JointAugmentation
 from tests.modeling_prismer.tiny import EXPERTS, tiny_config, tiny_model
 
 
-STEPS = 20
+STEPS = 8
 STREAM = {"max_steps": 3, "dataloader_num_workers": 0}  # batches and dropout share a random generator
 
 
@@ -84,7 +84,7 @@ def train(folder: Path, checkpoint: Path, rows, resume_from: Path | None = None,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 3,
-        "save_steps": 10,
+        "save_steps": 2,
         "logging_steps": 1,
         "report_to": [],
         "disable_tqdm": True,
@@ -115,11 +115,11 @@ def straight(folder: Path, image_folder: Path):
 
 
 def killed(folder: Path, image_folder: Path):
-    train(folder / "killed", folder / "checkpoint", captions(image_folder), kill_at=13)
+    train(folder / "killed", folder / "checkpoint", captions(image_folder), kill_at=7)
 
 
 def resumed(folder: Path, image_folder: Path):
     checkpoint, straight = folder / "checkpoint", folder / "straight"
-    train(folder / "resumed", checkpoint, captions(image_folder), resume_from=folder / "killed" / "checkpoint-10")
-    train(folder / "from_8", checkpoint, captions(image_folder), resume_from=straight / "checkpoint-8")
+    train(folder / "resumed", checkpoint, captions(image_folder), resume_from=folder / "killed" / "checkpoint-6")
+    train(folder / "from_4", checkpoint, captions(image_folder), resume_from=straight / "checkpoint-4")
     train(folder / "stream_from_1", checkpoint, stream(image_folder), folder / "stream" / "checkpoint-1", **STREAM)

@@ -35,8 +35,8 @@ from tests.training_examples.tiny_contenders import BUILDERS, prismer_lm
 
 
 KINDS = ("prismer", "prismer_lm", "language", *BUILDERS)
-WRITES = {"prismer", "prismer_lm", "language", "git", "blip_2", "paligemma", "idefics3", "qwen2_5_vl"}
-MANY_IMAGES = {"prismer_lm", "language", "paligemma", "idefics3", "qwen2_5_vl"}
+WRITES = {"prismer", "prismer_lm", "language", "git", "blip_2", "paligemma", "idefics3", "smolvlm", "qwen2_5_vl"}
+MANY_IMAGES = {"prismer_lm", "language", "paligemma", "idefics3", "smolvlm", "qwen2_5_vl"}
 SEES = set(KINDS) - {"language"}
 
 
@@ -139,7 +139,7 @@ def test_each_kind_of_model_is_compared(kind, run, folders, image_folder, class_
                 assert cell["value"]["low"] <= cell["value"]["value"] <= cell["value"]["high"]
 
 
-@pytest.mark.parametrize("kind", ["idefics3", "qwen2_5_vl", "language"])
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm", "qwen2_5_vl", "language"])
 def test_ranking_is_the_probability_of_the_tokens(kind, folders, image):
     model = open_model(ModelName.read(str(folders(kind))), CompareArguments(batch_size=3, device="cpu"))
     query, candidates = Query((image,), "is it red"), ["yes", "no it is", "a dog"]

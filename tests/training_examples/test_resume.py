@@ -16,8 +16,8 @@ from tests.training_examples.distributed_launch import launch
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer, image_folder):
     """
-    `straight` has 20 steps. `killed` ends after 13 steps, and `resumed` starts from its checkpoint at step 10.
-    `from_8` and `stream_from_1` start from checkpoints of `straight` and `stream`.
+    `straight` has 8 steps. `killed` ends after 7 steps, and `resumed` starts from its checkpoint at step 6.
+    `from_4` and `stream_from_1` start from checkpoints of `straight` and `stream`.
     """
     folder = tmp_path_factory.mktemp("runs")
     distributed_resume.save_checkpoint_with_dropout(folder / "checkpoint", tokenizer)
@@ -37,12 +37,12 @@ def assert_same_state(checkpoint, expected):
 
 
 def test_resumed_training_equals_an_uninterrupted_one(runs):
-    """Step 10 is in the middle of the third epoch, which has a shuffled order."""
-    assert_same_state(runs / "resumed" / "checkpoint-20", runs / "straight" / "checkpoint-20")
+    """Step 6 is in the middle of the second epoch, which has a shuffled order."""
+    assert_same_state(runs / "resumed" / "checkpoint-8", runs / "straight" / "checkpoint-8")
 
 
 def test_training_resumes_at_the_end_of_an_epoch(runs):
-    assert_same_state(runs / "from_8" / "checkpoint-20", runs / "straight" / "checkpoint-20")
+    assert_same_state(runs / "from_4" / "checkpoint-8", runs / "straight" / "checkpoint-8")
 
 
 def test_stream_resumes_within_an_epoch(runs):
@@ -62,17 +62,17 @@ def output_dir(tmp_path, runs):
 def test_incomplete_checkpoint_is_skipped(output_dir, content):
     from training import last_checkpoint
 
-    broken = output_dir / "checkpoint-20"
+    broken = output_dir / "checkpoint-8"
     broken.mkdir()
     if content is not None:
         (broken / "trainer_state.json").write_text(content)
-    assert last_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
+    assert last_checkpoint(output_dir) == str(output_dir / "checkpoint-6")
 
 
 def test_last_checkpoint_has_the_largest_number(output_dir):
     from training import last_checkpoint
 
-    shutil.copytree(output_dir / "checkpoint-10", output_dir / "checkpoint-9")
+    shutil.copytree(output_dir / "checkpoint-6", output_dir / "checkpoint-10")
     assert last_checkpoint(output_dir) == str(output_dir / "checkpoint-10")
 
 

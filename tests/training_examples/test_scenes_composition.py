@@ -239,9 +239,9 @@ def test_marked_object_is_a_region(rows):
 def test_reader_of_true_labels_answers_nearly_all(rows):
     given = [ceilings.answer_from_labels(row, True, np.random.default_rng(0)) for row in rows]
     shares = ceilings.share_right(rows, given)
-    assert shares["all"][0] > 0.93 and shares["marked"][0] == 1
+    assert shares["all"].value > 93 and shares["marked"].value == 100
     blind = [ceilings.answer_from_labels(row, False, np.random.default_rng(0)) for row in rows]
-    assert ceilings.share_right(rows, blind)["all"][0] < shares["all"][0] - 0.2
+    assert ceilings.share_right(rows, blind)["all"].value < shares["all"].value - 20
 
 
 def test_wrong_labels_lower_the_ceiling(rows):
@@ -252,11 +252,11 @@ def test_wrong_labels_lower_the_ceiling(rows):
 
     right = read(lambda row: {})
     inverted = read(lambda row: {"depth": 255 - np.asarray(row["depth"])})
-    assert inverted["relation"][0] < right["relation"][0] and inverted["color"] == right["color"]
-    assert read(lambda row: {"ocr_words": ["x"] * len(row["ocr_words"])})["sign"][0] < right["sign"][0]
+    assert inverted["relation"].value < right["relation"].value and inverted["color"] == right["color"]
+    assert read(lambda row: {"ocr_words": ["x"] * len(row["ocr_words"])})["sign"].value < right["sign"].value
     ball = DETECTION_CLASSES.index("ball")
     classes = read(lambda row: {"detection_classes": [ball] * len(row["detection_classes"])})
-    assert classes["shape"][0] < right["shape"][0]
+    assert classes["shape"].value < right["shape"].value
 
 
 def test_shares_are_those_of_the_answers():
@@ -267,8 +267,8 @@ def test_shares_are_those_of_the_answers():
         ]
     )
     shares = ceilings.share_right(rows, [["1", "2"], ["red"]])
-    assert shares["all"][0] == pytest.approx(2 / 3) and shares["all"][1:] == (0.5, 1.0)
-    assert shares["count"] == (0.5, 0.5, 0.5) and shares["color"] == (1.0, 1.0, 1.0)
+    assert shares["all"].value == pytest.approx(200 / 3) and (shares["all"].low, shares["all"].high) == (50, 100)
+    assert shares["count"].value == 50 and shares["color"].value == 100 and shares["color"].low is None  # one scene
 
 
 def test_classifier_of_questions_learns_their_wording():

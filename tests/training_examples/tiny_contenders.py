@@ -27,6 +27,11 @@ from transformers import (
     SiglipImageProcessor,
     SiglipModel,
     SiglipProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor
@@ -112,16 +117,31 @@ def paligemma(folder):
 
 
 def idefics3(folder):
-    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
-    tokenizer = make_tokenizer(special, TEMPLATE)
-    images = Idefics3ImageProcessor(
-        do_image_splitting=False, size={"longest_edge": 28}, max_image_size={"longest_edge": 28}
-    )
+    tokenizer, images = _splitting_parts(Idefics3ImageProcessor)
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=TEMPLATE)
     config: Idefics3Config = VLMS["idefics3"]()
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    config.text_config.vocab_size = len(tokenizer)
-    return save(folder, Idefics3ForConditionalGeneration(config), processor)
+    return _splitting(folder, Idefics3ForConditionalGeneration, config, processor)
+
+
+def smolvlm(folder):
+    tokenizer, images = _splitting_parts(SmolVLMImageProcessor)
+    videos = SmolVLMVideoProcessor()
+    processor = SmolVLMProcessor(images, tokenizer, videos, image_seq_len=1, chat_template=TEMPLATE)
+    config: SmolVLMConfig = VLMS["smolvlm"]()
+    return _splitting(folder, SmolVLMForConditionalGeneration, config, processor)
+
+
+def _splitting_parts(image_processor_class):
+    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    size = {"longest_edge": 28}
+    images = image_processor_class(do_image_splitting=False, size=size, max_image_size=size)
+    return make_tokenizer(special, TEMPLATE), images
+
+
+def _splitting(folder, model_class, config, processor):
+    config.image_token_id = processor.image_token_id
+    config.text_config.vocab_size = len(processor.tokenizer)
+    return save(folder, model_class(config), processor)
 
 
 def qwen2_5_vl(folder):
@@ -163,6 +183,7 @@ BUILDERS = {
     "blip_2": blip_2,
     "paligemma": paligemma,
     "idefics3": idefics3,
+    "smolvlm": smolvlm,
     "qwen2_5_vl": qwen2_5_vl,
     "clip": clip,
     "siglip": siglip,

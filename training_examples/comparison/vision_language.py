@@ -42,7 +42,8 @@ class VisionLanguageModel(GenerativeModel):
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
-                processor_kwargs={"padding": True, "return_tensors": "pt"},
+                return_tensors="pt",  # SmolVLM's processor ignores it in `processor_kwargs`
+                processor_kwargs={"padding": True},
             )
         images = [[image.open() for image in self.images_of(query)] for query in queries]
         if self.one_image and any(len(own) != 1 for own in images):

@@ -23,6 +23,9 @@ import torch
 from datasets import Dataset
 from torchvision.ops import box_iou
 
+from comparison.report import markdown, write_interval
+from comparison.scores import Interval, Score, interval
+
 from .composition import TYPES, VALUES
 from .labels import DETECTION_CLASSES
 from .programs import Reader, Unclear
@@ -121,13 +124,8 @@ def answer_from_questions(train: Dataset, test: Dataset) -> list[list[str]]:
 # ---- results ----
 
 
-def share_right(rows: Dataset, answers: list[list[str]]) -> dict[str, tuple[float, float, float]]:
-    """
-    The share of right answers by type, and of all.
-
-    Returns:
-        `dict`: for each type the share and its 95 % interval, by the bootstrap over scenes.
-    """
+def share_right(rows: Dataset, answers: list[list[str]]) -> dict[str, Interval]:
+    """The percentage of right answers by type, and of all, with the 95 % interval of a bootstrap over scenes."""
     hits: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for questions, given in zip(rows["questions"], answers, strict=True):
         by_type: dict[str, list[bool]] = defaultdict(list)
@@ -136,15 +134,8 @@ def share_right(rows: Dataset, answers: list[list[str]]) -> dict[str, tuple[floa
                 by_type[name].append(question["answer"] == answer)
         for name, right in by_type.items():
             hits[name].append((sum(right), len(right)))
-    random = np.random.default_rng(0)
-    shares = {}
-    for name in ("all", *TYPES):
-        counts = np.array(hits[name]).reshape(-1, 2)
-        if len(counts):
-            drawn = counts[random.integers(len(counts), size=(2000, len(counts)))].sum(1)
-            low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
-            shares[name] = (float(counts[:, 0].sum() / counts[:, 1].sum()), float(low), float(high))
-    return shares
+    scores = {name: Score(name, np.array(hits[name], dtype=float)) for name in ("all", *TYPES) if hits[name]}
+    return {name: interval(score) for name, score in scores.items()}
 
 
 def main() -> None:
@@ -157,18 +148,13 @@ def main() -> None:
         "held-out": test.select([k for k, is_held_out in enumerate(test["held_out"]) if is_held_out]),
     }
     for name, rows in parts.items():
-        print(
-            f"\n{name}, {len(rows)} scenes\n\n| | questions | labels | labels and image |\n| --- | --- | --- | --- |"
-        )
         random = np.random.default_rng(0)
         columns = [share_right(rows, answer_from_questions(train, rows))]
         for with_image in (False, True):
             columns.append(share_right(rows, [answer_from_labels(row, with_image, random) for row in rows]))
-        for kind in columns[0]:
-            cells = (
-                f"{100 * s:.1f} ({100 * low:.1f}–{100 * high:.1f})" for s, low, high in (c[kind] for c in columns)
-            )
-            print(f"| {kind} | {' | '.join(cells)} |")
+        table = [[kind, *(write_interval(column[kind]) for column in columns)] for kind in columns[0]]
+        print(f"\n{name}, {len(rows)} scenes\n")
+        print(markdown(["right answers, %", "questions", "labels", "labels and image"], table))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from comparison.scores import Score, interval
 from feature_cache import encode_images
 from lm_training import LmTrainer, generate_texts, tidy_answer, with_learned_logits
 from modeling_prismer.processing.prompts import NOT_LEARNED
@@ -173,13 +174,12 @@ def runs_right(labels: list[int], is_right: list[bool]) -> list[bool]:
     return [all(right for _, right in run) for is_learned, run in runs if is_learned]
 
 
-def answers_interval(said: list[list[str]], scenes: datasets.Dataset, resamples: int = 2000) -> list[float]:
+def answers_interval(said: list[list[str]], scenes: datasets.Dataset) -> list[float | None]:
     """The 95 % interval of the share of right answers, by a bootstrap over scenes."""
     pairs = list(zip(said, scenes["questions"][:], strict=True))
-    hits = np.array([sum(a == q["answer"] for a, q in zip(answers, questions)) for answers, questions in pairs])
-    numbers = np.array([len(questions) for _, questions in pairs])
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(resamples, len(pairs)))
-    return np.quantile(hits[drawn].sum(axis=1) / numbers[drawn].sum(axis=1), [0.025, 0.975]).tolist()
+    hits = [[sum(a == q["answer"] for a, q in zip(answers, own)), len(own)] for answers, own in pairs]
+    found = interval(Score("right answers", np.array(hits, dtype=float), unit=1))
+    return [found.low, found.high]
 
 
 def measure(trainer: LmTrainer, scenes: datasets.Dataset, packed_answers: bool = False) -> dict[str, Any]:

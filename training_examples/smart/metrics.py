@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-from scipy.stats import bootstrap
+
+from comparison import scores
 
 from .answers import answer_value
 from .puzzles import Puzzle
@@ -92,11 +93,9 @@ def find_hits(
 
 
 def interval(hits: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the share of hits, by 2,000 resamples. A single instance tells nothing: 0 to 1."""
-    if len(hits) < 2:
-        return (0.0, 1.0)
-    found = bootstrap((hits,), np.mean, n_resamples=2000, batch=100, method="percentile", rng=np.random.default_rng(0))
-    return (float(found.confidence_interval.low), float(found.confidence_interval.high))
+    """The 95 % interval of the share of hits, by a bootstrap. A single instance tells nothing: 0 to 1."""
+    found = scores.interval(scores.Score.of_samples("share", hits, range(len(hits)), unit=1))
+    return (0.0, 1.0) if found.low is None or found.high is None else (found.low, found.high)
 
 
 def score(solved: np.ndarray, right: np.ndarray) -> Score:
@@ -105,9 +104,9 @@ def score(solved: np.ndarray, right: np.ndarray) -> Score:
 
 def score_groups(solved: np.ndarray, right: np.ndarray, rows: datasets.Dataset) -> dict[str, Score]:
     """The scores of all instances (`"all"`), of each kind (`"counting"`) and of each puzzle (`"19"`)."""
-    scores = {"all": score(solved, right)}
+    found = {"all": score(solved, right)}
     for column in ("kind", "puzzle"):
         groups = np.array([str(group) for group in rows[column][:]])
         names = sorted(set(groups), key=lambda name: (len(name), name) if name.isdecimal() else (0, name))
-        scores |= {name: score(solved[groups == name], right[groups == name]) for name in names}
-    return scores
+        found |= {name: score(solved[groups == name], right[groups == name]) for name in names}
+    return found

@@ -18,6 +18,8 @@ def save_feature_checkpoint(folder):
     """Saves model and processor into `folder`/model. Returns that folder."""
     suite = feature_suite(folder / "encoder")
     config = tiny_config(experts=suite.descriptions)
+    config.vision_config.num_hidden_layers = config.vision_config.resampler_layers = 1
+    config.text_config.num_hidden_layers = 2
     config.text_config.vocab_size = 371  # that of the shipped tokenizer
     model = tiny_model(config)
     model.generation_config.update(max_new_tokens=4)

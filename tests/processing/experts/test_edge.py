@@ -119,12 +119,22 @@ def dexined(dexined_weights, tmp_path_factory):
     return DexiNedEdges(checkpoint=path)
 
 
-def test_dexined_follows_the_published_settings(dexined, dexined_weights, square):
+@pytest.fixture
+def small_input(monkeypatch):
+    monkeypatch.setattr(DexiNedEdges, "input_size", (96, 96))
+
+
+def test_dexined_reads_images_of_the_published_size():
+    assert DexiNedEdges.input_size == DexiNedEdges().input_size == (480, 480)
+
+
+def test_dexined_follows_the_published_settings(dexined, dexined_weights, square, small_input):
     square.paste((200, 40, 10), (0, 0, 30, 48))
     (edges,) = dexined([square])
-    model = DexiNed(pretrained=False).eval()
-    model.load_state_dict(dexined_weights)
-    pixels = np.asarray(square.resize((480, 480), Image.Resampling.BILINEAR)).astype(np.float32)
+    with torch.device("meta"):
+        model = DexiNed(pretrained=False).eval()
+    model.load_state_dict(dexined_weights, assign=True)
+    pixels = np.asarray(square.resize((96, 96), Image.Resampling.BILINEAR)).astype(np.float32)
     bgr = pixels[..., ::-1] - np.array([103.939, 116.779, 123.68], np.float32)
     with torch.no_grad():
         fused = model(torch.from_numpy(bgr.transpose(2, 0, 1).copy())[None])[0, 0].sigmoid().numpy()
@@ -135,7 +145,7 @@ def test_dexined_follows_the_published_settings(dexined, dexined_weights, square
     assert edges.std() > 1
 
 
-def test_dexined_in_half_precision_changes_little(dexined, square):
+def test_dexined_in_half_precision_changes_little(dexined, square, small_input):
     half = DexiNedEdges(checkpoint=dexined.checkpoint).to("cuda")
     assert half.running_dtype == torch.float16
     half.to("cpu", "float16")
@@ -144,7 +154,7 @@ def test_dexined_in_half_precision_changes_little(dexined, square):
     assert half.model.block_1.conv1.weight.dtype == torch.float16
 
 
-def test_dexined_raises_if_numbers_overflow(dexined, square, monkeypatch):
+def test_dexined_raises_if_numbers_overflow(dexined, square, small_input, monkeypatch):
     monkeypatch.setattr(dexined, "mean", (1e39, 0, 0))
     with pytest.raises(ExpertError, match=r"edges are not numbers in torch.float32; use to\(dtype='float32'\)"):
         dexined([square])
