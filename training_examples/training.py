@@ -483,8 +483,8 @@ def label_rows(
 ) -> Callable[[list[str]], list[dict] | None]:
     """
     Returns a function from ids of images to their labels. `labels` is `live`, the path of a label store, or
-    `precomputed`. With `precomputed`, the experts run now over all images that are not yet in `store`. `wanted` has
-    the names of the needed experts, by default all.
+    `precomputed`. With `precomputed`, the experts of `wanted` (names, by default all) run now over all images that are
+    not yet in `store`.
     """
     experts = processor.image_processor.experts
     names = [spec.name for spec in read_specs(experts)]
@@ -498,6 +498,10 @@ def label_rows(
         return label_source(labels, experts)
     if not wanted or not parts:
         return label_source("live", experts)  # nothing to label
+    suite = processor.experts
+    if set(wanted) != set(names) and not store.exists():  # a store with all experts has these, too
+        suite = suite.only(*wanted)
+        store = store.with_name("-".join([store.name, *suite]))
     for rows in parts:
         if not isinstance(rows, datasets.Dataset):
             raise SystemExit(
@@ -505,9 +509,9 @@ def label_rows(
             )
         images = images_of(rows)
         first = np.unique(np.asarray(images["image_id"]), return_index=True)[1]  # each image once
-        label_images(images.select(np.sort(first)), processor.experts, store, key_column="image_id")
+        label_images(images.select(np.sort(first)), suite, store, key_column="image_id")
         PartialState().wait_for_everyone()  # each process has labelled its share
-    return label_source(store, experts)
+    return label_source(store, [description for description in experts if description["name"] in wanted])
 
 
 def make_augmentation(args: RecipeArguments, image_processor: PrismerImageProcessor) -> JointAugmentation | None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,8 @@ import run_classification
 import run_pretraining
 import run_vqa
 import training
-from modeling_prismer import TASKS, PrismerForConditionalGeneration, PrismerProcessor
+from modeling_prismer import TASKS, PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+from modeling_prismer.processing.labels import LabelStore
 from tests.training_examples.conftest import NUM_IMAGES, color_of
 
 
@@ -130,6 +132,20 @@ def test_missing_live_experts_are_an_error_with_remedies(without_live_experts, i
     with pytest.raises(SystemExit, match="cannot run its experts edge(?s:.*)--labels STORE(?s:.*)--experts none"):
         run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments)
     run(run_captioning, tmp_path / "out", *small(without_live_experts), *arguments, "--experts", "none")
+
+
+def test_only_wanted_experts_label_the_images(tmp_path):
+    processor = PrismerProcessor.from_pretrained(pretrained_path("prismer-easy-vqa"))
+    image = Image.new("RGB", (48, 48), "white")
+    rows = datasets.Dataset.from_dict({"image_id": ["a"], "image": [image]}).cast_column("image", datasets.Image())
+    store = tmp_path / "train"
+    labels = training.label_rows([rows], processor, "precomputed", store, ["edge"])(["a"])
+    assert list(labels[0]) == ["edge"] and not store.exists()
+    training.label_rows([rows], processor, "precomputed", store)
+    assert {spec["name"] for spec in LabelStore(store).descriptions} == {"edge", "ocr"}
+    shutil.rmtree(tmp_path / "train-edge")
+    labels = training.label_rows([rows], processor, "precomputed", store, ["edge"])(["a"])
+    assert list(labels[0]) == ["edge"] and not (tmp_path / "train-edge").exists(), "the store of all experts is used"
 
 
 def test_unknown_expert_is_named(checkpoint, image_folder, tmp_path):

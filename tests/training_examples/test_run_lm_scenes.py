@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 
+import datasets
 import pytest
 from safetensors.torch import load_file
 
@@ -75,8 +76,12 @@ def test_packed_answers_are_those_of_greedy_generation(recipe, language, vision,
     for name in ("test", "held_out"):
         assert 0.05 < found[name]["answers"]["all"] < 1
         assert found[name]["answers"] == expected[name]["answers"]
-        low, high = found[name]["interval"]
-        assert low <= found[name]["answers"]["all"] <= high
+        assert found[name]["interval"] == [None, None]  # of a single scene
+
+
+def test_interval_is_that_of_the_scenes():
+    scenes = datasets.Dataset.from_list([{"questions": [{"answer": answer}] * 2} for answer in ("yes", "no")])
+    assert run_lm_scenes.answers_interval([["yes", "yes"], ["yes", "no"]], scenes) == [0.5, 1.0]
 
 
 def test_words_need_no_training(recipe, language, suites):

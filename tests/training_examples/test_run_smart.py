@@ -195,7 +195,20 @@ def test_features_lie_side_by_side(reasoner):
     features = reasoner.encode_images([pixels, pixels])
     assert features.shape == (2, 16, 16 + 16)  # patches of DINOv2, and one place of the ResNet for all
     assert torch.allclose(features[:, 0, 16:], features[:, 5, 16:])
-    assert torch.equal(features[..., :16], reasoner.encoders[0](pixels).last_hidden_state[:, 1:])
+    own = reasoner.encoders[0](pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(features[..., :16], own, atol=1e-4, rtol=1e-4)  # the norm has not seen images yet
+
+
+def test_patch_features_have_unit_variance(reasoner):
+    pixels = [torch.rand(4, 3, 32, 32)] * 2
+    features = reasoner.train().encode_images(pixels)[..., :16].flatten(0, 1)
+    torch.testing.assert_close(features.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.var(0), torch.ones(16), atol=0.05, rtol=0)
+    with torch.no_grad():
+        reasoner.encoders[0].layernorm.weight.mul_(0.1)
+        reasoner.encoders[0].layernorm.bias.add_(5)
+    other = reasoner.encode_images(pixels)[..., :16].flatten(0, 1)
+    torch.testing.assert_close(other, features, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -9,6 +9,9 @@ The baseline of SMART-101: an image encoder and BERT, and a head for each puzzle
 | fusion | an MLP of two layers |
 | answer head | an MLP for each puzzle, or an LSTM of ten steps for sequences |
 
+Each channel of the patch features is brought to mean 0 and variance 1, because those of frozen encoders may
+hardly differ between images.
+
 With shared heads (PS), all puzzles have the same ones.
 """
 
@@ -132,6 +135,12 @@ class SmartReasoner(PreTrainedModel):
         self.language = _untrained(config.language_config) if language is None else language
         width = config.width
         channels = sum(_channels(encoder) for encoder in self.encoders)
+        self.norms = nn.ModuleList(
+            [
+                nn.Identity() if _is_convolutional(encoder) else nn.BatchNorm1d(_channels(encoder), affine=False)
+                for encoder in self.encoders
+            ]
+        )
         self.image_heads = nn.ModuleDict({name: mlp(channels, width, width) for name in config.classes})
         self.question_gru = nn.GRU(
             self.language.config.hidden_size, config.question_width, batch_first=True, bidirectional=True
@@ -191,12 +200,13 @@ class SmartReasoner(PreTrainedModel):
     def encode_images(self, pixels: list[torch.Tensor]) -> torch.Tensor:
         """Features of the encoders side by side: `(batch, patches, channels)`."""
         features = []
-        for encoder, own in zip(self.encoders, pixels):
+        for encoder, norm, own in zip(self.encoders, self.norms, pixels):
             with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained(encoder)):
                 if _is_convolutional(encoder):
-                    features.append(encoder(own).pooler_output.flatten(1)[:, None])
+                    found = encoder(own).pooler_output.flatten(1)[:, None]
                 else:
-                    features.append(patch_features(encoder, own))
+                    found = patch_features(encoder, own)
+            features.append(norm(found.transpose(1, 2)).transpose(1, 2))
         side = max(int(own.shape[1] ** 0.5) for own in features)
         return torch.cat([resize_grid(own, (side, side)) for own in features], dim=-1)
 
