@@ -484,7 +484,7 @@ def label_rows(
     """
     Returns a function from ids of images to their labels. `labels` is `live`, the path of a label store, or
     `precomputed`. With `precomputed`, the experts of `wanted` (names, by default all) run now over all images that are
-    not yet in `store`.
+    not yet in `store`. A part of the experts has a store of its own beside `store`, unless that one exists.
     """
     experts = processor.image_processor.experts
     names = [spec.name for spec in read_specs(experts)]

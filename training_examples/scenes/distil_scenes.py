@@ -32,7 +32,6 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from comparison.scores import Score, interval
 from dense.measures import MaxF, MeanAngle, MeanIoU, Measure, Rmse
 from distillation import embed_patches, measure_imitation, prepare, teachers_of
 from modeling_prismer import DataCollatorForPrismer
@@ -48,6 +47,7 @@ from .run_scenes import (
     TrueLabels,
     choose_attention,
     evaluation_splits,
+    interval_of,
     no_labels,
     say,
     score_answers,
@@ -90,13 +90,6 @@ def measure_texts(model, processor, scenes: Dataset, collator: DataCollatorForPr
         "hits": hits,
         "types": [[question["type"] for question in asked] for asked in scenes["questions"]],
     }
-
-
-def interval_of(hits: list[list[bool]]) -> list[float | None]:
-    """The 95 % interval of the share of right answers, by a bootstrap over scenes."""
-    scenes = np.repeat(np.arange(len(hits)), [len(own) for own in hits])
-    found = interval(Score.of_samples("answers", np.concatenate(hits), scenes, unit=1))
-    return [found.low, found.high]
 
 
 def new_measures(num_classes: int) -> dict[str, Measure]:

@@ -28,7 +28,6 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from comparison.scores import Score, interval
 from feature_cache import encode_images
 from lm_training import LmTrainer, generate_texts, tidy_answer, with_learned_logits
 from modeling_prismer.processing.prompts import NOT_LEARNED
@@ -40,6 +39,7 @@ from .run_scenes import (
     CAPTION_PROMPT,
     TrueLabels,
     evaluation_splits,
+    interval_of,
     score_answers,
     score_captions,
     training_rows,
@@ -176,10 +176,8 @@ def runs_right(labels: list[int], is_right: list[bool]) -> list[bool]:
 
 def answers_interval(said: list[list[str]], scenes: datasets.Dataset) -> list[float | None]:
     """The 95 % interval of the share of right answers, by a bootstrap over scenes."""
-    pairs = list(zip(said, scenes["questions"][:], strict=True))
-    hits = [[sum(a == q["answer"] for a, q in zip(answers, own)), len(own)] for answers, own in pairs]
-    found = interval(Score("right answers", np.array(hits, dtype=float), unit=1))
-    return [found.low, found.high]
+    pairs = zip(said, scenes["questions"][:], strict=True)
+    return interval_of([[answer == q["answer"] for answer, q in zip(answers, own)] for answers, own in pairs])
 
 
 def measure(trainer: LmTrainer, scenes: datasets.Dataset, packed_answers: bool = False) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel, RobertaForMaskedLM
 
+from comparison.scores import Score, interval
 from modeling_prismer import (
     DataCollatorForPrismer,
     PrismerForConditionalGeneration,
@@ -229,6 +230,13 @@ def score_answers(said: list[list[str]], scenes: Dataset) -> dict[str, float]:
             for name in ("all", question["type"]):
                 hits[name].append(answer == question["answer"])
     return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
+def interval_of(hits: list[list[bool]]) -> list[float | None]:
+    """The 95 % interval of the share of right answers, by a bootstrap over scenes."""
+    scenes = np.repeat(np.arange(len(hits)), [len(own) for own in hits])
+    found = interval(Score.of_samples("answers", np.concatenate(hits), scenes, unit=1))
+    return [found.low, found.high]
 
 
 def score_captions(captions: list[str], scenes: Dataset) -> dict[str, float]:
