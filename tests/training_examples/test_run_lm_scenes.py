@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 
 import datasets
 import pytest
@@ -35,7 +34,8 @@ def recipe(monkeypatch, data_dir, tmp_path):
     def run(*arguments, out="out"):
         shared = ["--data_dir", data_dir, "--output_dir", tmp_path / out, "--use_cpu", "--disable_tqdm", "true"]
         shared += ["--max_steps", 1, "--labels", "true", "--dtype", "float32", "--experts_config", json.dumps(STEMS)]
-        monkeypatch.setattr(run_lm_scenes, "Scenes", partial(Scenes, **COUNTS))
+        for split, number in COUNTS.items():
+            shared += [f"--{split}_scenes", number]
         monkeypatch.setattr(sys, "argv", ["run_lm_scenes.py", *map(str, shared), *map(str, arguments)])
         run_lm_scenes.main()
         return tmp_path / out

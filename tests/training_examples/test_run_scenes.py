@@ -17,11 +17,13 @@ from scenes.scenes import Scenes
 
 
 def run(script, data_dir, output_dir, *arguments):
-    # Familiarity needs more scenes than features for the covariance
-    few = partial(Scenes, train=26, validation=2, test=2)
+    few = {"train": 26, "validation": 2, "test": 2}  # Familiarity needs more scenes than features for the covariance
     command = [script.__name__, "--data_dir", data_dir, "--output_dir", output_dir, *arguments]
+    if script is run_scenes:
+        for split, number in few.items():
+            command += [f"--{split}_scenes", number]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(script, "Scenes", few)
+        monkeypatch.setattr("scenes.train_backbones.Scenes", partial(Scenes, **few))
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         script.main()
     return output_dir

@@ -167,6 +167,8 @@ def test_best_option_of_each_row_is_chosen(puzzles):
 def test_missing_arguments_are_named(recipe, monkeypatch):
     with pytest.raises(SystemExit, match="--predict_only: a reasoner is measured with --do_eval"):
         recipe("frequent", "--predict_only")
+    with pytest.raises(SystemExit, match="no puzzle or kind 'music'; accepted are counting,"):
+        recipe("frequent", "--only", "music", "--do_eval")
     monkeypatch.setattr(sys, "argv", ["run_smart.py", "--output_dir", "out", "--do_eval"])
     with pytest.raises(SystemExit, match="--data_dir is missing"):
         run_smart.main()

@@ -54,7 +54,6 @@ from .run_scenes import (
     score_captions,
     training_rows,
 )
-from .scenes import Scenes
 
 
 @dataclass
@@ -63,9 +62,6 @@ class ScenesDistillationArguments(DistillationOptions, ScenesArguments):
         default="teachers",
         metadata={"help": "As in run_distillation.py; `none` trains the language task without a distillation."},
     )
-    train_scenes: int = field(default=12_000, metadata={"help": "Scenes of the split `train` of the data set."})
-    validation_scenes: int = field(default=500, metadata={"help": "Scenes of the split `validation`."})
-    test_scenes: int = field(default=1_000, metadata={"help": "Scenes of the split `test`."})
     texts_per_image: int = field(default=20, metadata={"help": "Texts of an image in a training sample."})
     texts: str = field(default="all", metadata={"help": "all; the distillation has no other choice."})
 
@@ -201,15 +197,7 @@ def evaluate(args: ScenesDistillationArguments, trainer: PrismerTrainer, splits:
 
 def main() -> None:
     args, training_args = parse_arguments(ScenesDistillationArguments, **{**DEFAULTS, "num_train_epochs": 3})
-    builder = Scenes(
-        cache_dir=args.data_dir,
-        config_name=args.data_config,
-        train=args.train_scenes,
-        validation=args.validation_scenes,
-        test=args.test_scenes,
-    )
-    builder.download_and_prepare()
-    splits = builder.as_dataset()
+    splits = args.open_scenes()
     model, processor = load_checkpoint(args, "vqa")
     choose_attention(model)
     if args.distil != "none":

@@ -44,7 +44,7 @@ from .run_scenes import (
     score_captions,
     training_rows,
 )
-from .scenes import Scenes
+from .scenes import ScenesOptions
 
 
 SCENES_DEFAULTS = {
@@ -61,9 +61,7 @@ CAPTIONS = {"num_beams": 3, "max_new_tokens": 30}
 
 
 @dataclass
-class LmScenesArguments(LmArguments):
-    data_dir: str | None = field(default=None, metadata={"help": "The folder of the data set. It is made if needed."})
-    data_config: str = field(default="scenes", metadata={"help": "scenes, or shifted for scenes that look different."})
+class LmScenesArguments(ScenesOptions, LmArguments):
     trained_weights: float | None = field(
         default=None,
         metadata={"help": "Choose the width of the new modules so that about as many weights are trained."},
@@ -320,9 +318,7 @@ def main() -> None:
     if args.shots and not without_types:
         raise SystemExit("--shots needs --without_types: the types of questions that the training has left out")
     output_dir = Path(training_args.output_dir)
-    builder = Scenes(cache_dir=args.data_dir, config_name=args.data_config)
-    builder.download_and_prepare()
-    splits = builder.as_dataset()
+    splits = args.open_scenes()
     if args.trained_weights and not args.model:
         choose_width(args)
     model, processor = load_model(args, training_args.do_train)

@@ -48,7 +48,7 @@ from training import RecipeArguments, load_checkpoint, make_trainer, parse_argum
 from .labels import EXPERTS
 from .language import true_share
 from .render import CLASSES
-from .scenes import DETECTION_CLASSES, Scenes, expert_labels
+from .scenes import DETECTION_CLASSES, ScenesOptions, expert_labels
 
 
 IMAGE_SIZE = 128
@@ -89,9 +89,7 @@ FAMILIAR = 3000  # scenes that the published checkpoint compares images with
 
 
 @dataclass
-class ScenesArguments(RecipeArguments):
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set; made if missing."})
-    data_config: str = field(default="scenes", metadata={"help": "scenes; or shifted, with another appearance."})
+class ScenesArguments(ScenesOptions, RecipeArguments):
     backbones: str | None = field(default=None, metadata={"help": "Output folder of scenes/train_backbones.py."})
     suite: str = field(
         default="none",
@@ -317,9 +315,7 @@ def main() -> None:
     if args.texts not in TEXTS_PER_IMAGE:
         raise SystemExit(f"--texts is {args.texts!r}; accepted are {', '.join(TEXTS_PER_IMAGE)}")
     output_dir = Path(training_args.output_dir)
-    builder = Scenes(cache_dir=args.data_dir, config_name=args.data_config)
-    builder.download_and_prepare()
-    splits = builder.as_dataset()
+    splits = args.open_scenes()
     model, processor = load_checkpoint(args, "vqa") if args.model else new_model(args)
     choose_attention(model)
 

@@ -21,7 +21,7 @@ its captions and questions. The third makes the data set. In a program:
 import argparse
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -258,6 +258,32 @@ def expert_labels(row: dict[str, Any], word_features=None, names: tuple[str, ...
 NUMBERS = ("train", "validation", "test")
 
 
+@dataclass
+class ScenesOptions:
+    """Which scenes a script opens. A mixin of the arguments of scripts."""
+
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set; made if missing."})
+    data_config: str = field(default="scenes", metadata={"help": "scenes; or shifted, with another appearance."})
+    train_scenes: int | None = field(default=None, metadata={"help": "Scenes of `train`, if not all."})
+    validation_scenes: int | None = field(default=None, metadata={"help": "Scenes of `validation`, if not all."})
+    test_scenes: int | None = field(default=None, metadata={"help": "Scenes of `test`, if not all."})
+
+    def open_scenes(self) -> datasets.DatasetDict:
+        numbers = self.train_scenes, self.validation_scenes, self.test_scenes
+        return open_scenes(self.data_dir, self.data_config, *numbers)
+
+
+def open_scenes(
+    data_dir: str | None, config: str, train: int | None, validation: int | None, test: int | None
+) -> datasets.DatasetDict:
+    """The splits of a configuration; a number of scenes that is `None` is that of the data set."""
+    numbers = {"train": train, "validation": validation, "test": test}
+    own = {name: number for name, number in numbers.items() if number is not None}
+    builder = Scenes(cache_dir=data_dir, config_name=config, **own)
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
 def add_data_arguments(parser: argparse.ArgumentParser, config: str) -> None:
     """Adds `--data_dir`, `--data_config` and the numbers of scenes, which [`open_data`] reads."""
     parser.add_argument("--data_dir", required=True, help="folder of the data set; made if missing")
@@ -268,10 +294,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, config: str) -> None:
 
 def open_data(arguments: argparse.Namespace) -> datasets.DatasetDict:
     """The splits of the data set that the arguments name."""
-    numbers = {name: getattr(arguments, name) for name in NUMBERS if getattr(arguments, name) is not None}
-    builder = Scenes(cache_dir=arguments.data_dir, config_name=arguments.data_config, **numbers)
-    builder.download_and_prepare()
-    return builder.as_dataset()
+    return open_scenes(arguments.data_dir, arguments.data_config, *(getattr(arguments, name) for name in NUMBERS))
 
 
 # ---- preview ----

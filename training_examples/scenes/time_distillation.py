@@ -23,7 +23,7 @@ from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, 
 from modeling_prismer.pretrained import find_checkpoint
 from training import write_json
 
-from .scenes import Scenes
+from .scenes import NUMBERS, open_scenes
 
 
 WARM_UP = 3  # images that are not measured
@@ -74,14 +74,12 @@ def main() -> None:
     parser.add_argument("--data_dir", help="folder of the data set")
     parser.add_argument("--output", required=True, help="JSON file for the results")
     parser.add_argument("--images", type=int, default=40, help="number of test scenes")
-    for split, number in (("train", 12_000), ("validation", 500), ("test", 1_000)):
-        parser.add_argument(f"--{split}_scenes", type=int, default=number, help="as in distil_scenes.py")
+    for split in NUMBERS:
+        parser.add_argument(f"--{split}_scenes", type=int, help="as in distil_scenes.py")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = {"train": args.train_scenes, "validation": args.validation_scenes, "test": args.test_scenes}
-    builder = Scenes(cache_dir=args.data_dir, **sizes)
-    builder.download_and_prepare()
-    rows = list(builder.as_dataset(split="test").select(range(args.images + WARM_UP)))
+    splits = open_scenes(args.data_dir, "scenes", args.train_scenes, args.validation_scenes, args.test_scenes)
+    rows = list(splits["test"].select(range(args.images + WARM_UP)))
     networks = {name: load(place) for name, place in (entry.split("=", 1) for entry in args.networks)}
     results = {"images": args.images, "networks": measure(networks, rows)}
     write_json(Path(args.output), results)

@@ -90,9 +90,9 @@ def load_smart(
         raise ValueError(f"{folder} has a folder {unknown[0]}; the kind of this puzzle is missing in puzzles.csv")
     puzzles = [known[number] for number in numbers]
     if only:
-        names = {str(puzzle.number) for puzzle in puzzles} | {puzzle.kind for puzzle in puzzles}
+        names = [*sorted({puzzle.kind for puzzle in puzzles}), *(str(puzzle.number) for puzzle in puzzles)]
         if unknown_names := [name for name in only if name not in names]:
-            raise ValueError(f"there is no puzzle or kind {unknown_names[0]!r} in {folder}")
+            raise ValueError(f"{folder} has no puzzle or kind {unknown_names[0]!r}; accepted are {', '.join(names)}")
         puzzles = [puzzle for puzzle in puzzles if str(puzzle.number) in only or puzzle.kind in only]
     rows: list[dict[str, Any]] = []
     for puzzle in puzzles:

@@ -116,7 +116,10 @@ class StopAfter(TrainerCallback):
 def load_part(args: SmartArguments, part: str) -> datasets.Dataset:
     if args.data_dir is None:
         raise SystemExit("--data_dir is missing: the folder SMART101-Data, or that of smart/generate.py")
-    rows = load_smart(args.data_dir, args.scheme, part, args.fs_shots, args.only, args.max_instances)
+    try:
+        rows = load_smart(args.data_dir, args.scheme, part, args.fs_shots, args.only, args.max_instances)
+    except (FileNotFoundError, ValueError) as problem:
+        raise SystemExit(str(problem)) from problem
     limit = {"train": args.max_train_rows}.get(part, args.max_eval_rows)
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=0).select(range(limit))
