@@ -133,6 +133,18 @@ def test_the_table_has_intervals_and_what_is_missing(args, tmp_path):
     assert "| adaptors | 100 | 0.01 | 0.001: 40.0; 0.01: 50.0; 0.1: 40.0 | 50.0 [50.0, 50.0] | – | 0.50 | 20 |" in text
     assert "| LoRA | 100 | 0.01 |" in text and "| +30.0 [+30.0, +30.0] |" in text
     assert "Missing: BitFit." in text
+    assert "beyond" not in text
+
+
+def test_the_table_marks_rates_at_the_end_of_those_tried(args, tmp_path):
+    args.methods, args.seeds = ["adaptors"], 1
+    for rate, right in zip(args.learning_rates, (3, 5, 8)):
+        training = Training("adaptors", rate, 0)
+        rivals.file_of(args, training).write_text(json.dumps(result(training, args, right)))
+    report(args, tmp_path / "table.md")
+    text = (tmp_path / "table.md").read_text()
+    assert "| adaptors | 100 | 0.1* |" in text
+    assert "one beyond it may be better" in text
 
 
 def test_methods_are_tuned_with_three_rates(capsys):

@@ -38,6 +38,7 @@ from .language import TYPES
 from .run_scenes import (
     CAPTION_PROMPT,
     TrueLabels,
+    choose_attention,
     evaluation_splits,
     interval_of,
     score_answers,
@@ -322,6 +323,7 @@ def main() -> None:
     if args.trained_weights and not args.model:
         choose_width(args)
     model, processor = load_model(args, training_args.do_train)
+    choose_attention(model.language_model)
     if args.packed_answers and (model.config.question_queries or model.config.has_vision_language_model):
         raise SystemExit("--packed_answers: the questions of this model cannot be packed; leave it out to generate")
 

@@ -28,7 +28,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPModel, RobertaForMaskedLM
+from transformers import AutoTokenizer, CLIPModel, PreTrainedModel, RobertaForMaskedLM
 
 from comparison.scores import Score, interval
 from modeling_prismer import (
@@ -194,7 +194,7 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     return model, PrismerProcessor(image_processor, tokenizer, suite, task="vqa", tasks=["caption", "vqa"])
 
 
-def choose_attention(model: PrismerForConditionalGeneration) -> None:
+def choose_attention(model: PreTrainedModel) -> None:
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # the backward pass of sdpa is slow on CPUs for such short sequences
 

@@ -353,6 +353,7 @@ def score_of(results: Sequence[dict[str, Any]]) -> Score:
 def report(args: argparse.Namespace, path: Path) -> None:
     """Writes a table with the methods that have results of all rates and seeds, and lists what is missing."""
     rows, missing, first = [], [], None
+    ends = min(args.learning_rates), max(args.learning_rates)
     for method in args.methods:
         best = best_rate(args, method)
         results = [result_of(args, Training(method, best, seed)) for seed in range(args.seeds)] if best else [None]
@@ -374,7 +375,7 @@ def report(args: argparse.Namespace, path: Path) -> None:
             [
                 method,
                 f"{found[0]['trained']:,}",
-                f"{best:g}",
+                f"{best:g}" + "*" * (best in ends),
                 "; ".join(validation),
                 write_interval(interval(score)) + spread,
                 change,
@@ -385,6 +386,8 @@ def report(args: argparse.Namespace, path: Path) -> None:
     head = ["method", "trained weights", "best rate", "validation by rate, %", "test, % [95 %]", "Δ to the first"]
     table = markdown([*head, "s a step", "MB"], rows) if rows else "No method has all of its results yet."
     left = [f"Missing: {', '.join(missing)}."] if missing else []
+    if any(row[2].endswith("*") for row in rows):
+        left.append("\\* The smallest or largest rate that was tried; one beyond it may be better.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("\n\n".join([table, *left]) + "\n", encoding="utf-8")
