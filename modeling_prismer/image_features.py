@@ -4,7 +4,7 @@ that see each image.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,12 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
     visible = None  # not a field: a new forward pass over a prompt replaces it
     inputs = None
     missing_experts = None
+
+    def copy(self) -> "PrismerLMImageFeatures":
+        """The same features, for another prompt."""
+        copied = replace(self)
+        copied.missing_experts = self.missing_experts
+        return copied
 
     @property
     def num_images(self) -> int:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -42,6 +43,9 @@ _FINGERPRINT_FIELDS = (
     *("image_size", "patch_size"),
 )
 _FROZEN = ("model.language_model.", "model.vision_encoders.")
+# Arguments of `from_pretrained` that say how files are found, in the checkpoint and in its backbones
+_ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
+_HUB_FIELDS = (*_ACCESS, "revision", "subfolder")
 
 
 def assemble(
@@ -61,13 +65,14 @@ def load_language_model(language: Backbone, **kwargs: Any) -> PreTrainedModel:
         if not language.can_generate():
             raise ValueError(f"language is a {type(language).__name__}; a model that can generate text is needed")
         return language
-    config = AutoConfig.from_pretrained(language, trust_remote_code=False)
+    hub_kwargs = {name: kwargs[name] for name in _HUB_FIELDS if name in kwargs}
+    config = AutoConfig.from_pretrained(language, trust_remote_code=False, **hub_kwargs)
     is_vlm = getattr(config, "vision_config", None) is not None
     auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     return auto_class.from_pretrained(language, **kwargs | {"trust_remote_code": False})
 
 
-def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedModel]:
+def load_encoders(vision: Backbone | list[Backbone] | None, **kwargs: Any) -> list[PreTrainedModel]:
     """
     The vision encoders. Of a CLIP or SigLIP with two towers, or of a Prismer, the encoder of images. A Prismer may be
     the name of a shipped one.
@@ -77,7 +82,7 @@ def load_encoders(vision: Backbone | list[Backbone] | None) -> list[PreTrainedMo
     for source in sources:
         whole: Any = source
         if not isinstance(source, PreTrainedModel):
-            whole = AutoModel.from_pretrained(find_checkpoint(source), trust_remote_code=False)
+            whole = AutoModel.from_pretrained(find_checkpoint(source), trust_remote_code=False, **kwargs)
         encoder = getattr(getattr(whole, "model", whole), "vision_model", getattr(whole, "vision_model", whole))
         if encoder.main_input_name != "pixel_values":
             raise ValueError(f"vision has a {type(encoder).__name__}; a vision encoder is needed")
@@ -129,16 +134,35 @@ def embedding_scale(language_model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def fingerprint(backbone: PreTrainedModel) -> dict[str, Any]:
-    """Fields of the configuration and a few weights that are never quantised: they tell backbones apart."""
+    """
+    Fields of the configuration and a few weights: they tell backbones apart. Vectors are never quantised; matrices may
+    be, and are then not compared.
+    """
     config = backbone.config.get_text_config() if hasattr(backbone.config, "text_config") else backbone.config
     fields = {name: getattr(config, name, None) for name in _FINGERPRINT_FIELDS}
-    weights = {}
+    vectors, matrices = {}, {}
     for name, parameter in backbone.named_parameters():
-        is_own = "bias" not in name and "lora_" not in name  # adapters have vectors, too
-        if parameter.ndim == 1 and parameter.is_floating_point() and is_own:
-            weights[name] = [round(float(value), 4) for value in parameter.flatten()[:4].float()]
-    chosen = sorted(weights)[:: max(1, len(weights) // 8)][:8]
-    return {"config": fields, "weights": {name: weights[name] for name in chosen}}
+        if "bias" in name or "lora_" in name or not has_plain_weights(parameter):
+            continue
+        if parameter.ndim == 1:
+            vectors[name] = first_values(parameter)
+        elif parameter.ndim == 2:
+            matrices[name] = parameter
+    chosen = sorted(matrices)[:: max(1, len(matrices) // 8)][:8]
+    return {
+        "config": fields,
+        "weights": {name: vectors[name] for name in sorted(vectors)[:: max(1, len(vectors) // 8)][:8]},
+        "matrices": {name: first_values(matrices[name]) for name in chosen},
+    }
+
+
+def has_plain_weights(parameter: torch.Tensor) -> bool:
+    """Whether a parameter has its own weights, and is not quantised."""
+    return parameter.is_floating_point() and type(parameter.data) is torch.Tensor
+
+
+def first_values(parameter: torch.Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in parameter.detach().flatten()[:4].float().tolist()]
 
 
 def check_fingerprint(backbone: PreTrainedModel, expected: dict[str, Any], role: str) -> None:
@@ -153,10 +177,15 @@ def check_fingerprint(backbone: PreTrainedModel, expected: dict[str, Any], role:
         if own != value:
             raise ValueError(f"{start} these weights were trained on: {name}={own}, not {value}")
     parameters = dict(backbone.named_parameters())
-    for name, values in expected["weights"].items():
-        own = parameters[name].flatten()[: len(values)].float().cpu() if name in parameters else torch.empty(0)
-        if len(own) != len(values) or not torch.allclose(own, torch.tensor(values), rtol=0.02, atol=2e-3):
-            raise ValueError(f"{start} these weights were trained on: {name} differs")
+    for part, tolerance in (("weights", 2e-3), ("matrices", 2e-4)):
+        for name, values in expected.get(part, {}).items():  # older checkpoints have no matrices
+            parameter = parameters.get(name)
+            if part == "matrices" and (parameter is None or not has_plain_weights(parameter)):
+                continue  # quantised
+            own = first_values(parameter) if parameter is not None else []
+            close = len(own) == len(values) and np.allclose(own, values, rtol=0.02, atol=tolerance)
+            if not close:
+                raise ValueError(f"{start} these weights were trained on: {name} differs")
 
 
 def save_trained(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -> None:
@@ -167,10 +196,22 @@ def save_trained(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -> N
     language, *vision = (
         entry or {"id": backbone.name_or_path, **fingerprint(backbone)} for entry, backbone in zip(entries, backbones)
     )
+    resized, size = fingerprint(core.language_model)["config"]["vocab_size"], language["config"]["vocab_size"]
+    if resized != size:
+        raise ValueError(
+            f"the vocabulary of the language model was resized from {size} to {resized} tokens, which trained weights "
+            "alone do not restore; save the whole model (trained_only=False)"
+        )
     language = {**language, "adapter": describe_adapter(core.language_model)}
+    if language["adapter"] is None and any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            "trained_only saves an adapter of peft that inject_adapter_in_model has put into model.language_model; "
+            "save that of get_peft_model by its own save_pretrained"
+        )
     model.config.backbones = {"language": language, "vision": vision, "trained_only": True}
     try:
-        PreTrainedModel.save_pretrained(model, folder, state_dict=trained_state(model), **kwargs)
+        one_file = {"max_shard_size": 2**60}
+        PreTrainedModel.save_pretrained(model, folder, state_dict=trained_state(model), **kwargs | one_file)
     finally:
         model.config.backbones.pop("trained_only")
 
@@ -191,14 +232,18 @@ def load_trained(
     Raises:
         ValueError: if a backbone is not the one of the checkpoint, or if weights are missing or unknown.
     """
+    access = {name: hub_kwargs[name] for name in _ACCESS if name in hub_kwargs}
     backbones: dict[str, Any] = config.backbones or {}
-    language_model = load_language_model(language or backbones["language"]["id"], **language_kwargs)
+    language = given_or_named(language, backbones["language"]["id"], "language")
+    language_model = load_language_model(language, **access, **language_kwargs)
     check_fingerprint(language_model, backbones["language"], "language model")
     if adapter := backbones["language"].get("adapter"):
         from peft import get_peft_config, inject_adapter_in_model
 
         inject_adapter_in_model(get_peft_config(adapter), language_model)
-    encoders = load_encoders(vision if vision is not None else [entry["id"] for entry in backbones["vision"]])
+    if vision is None:
+        vision = [given_or_named(None, entry["id"], "vision") for entry in backbones["vision"]]
+    encoders = load_encoders(vision, **access)
     if len(encoders) != len(backbones["vision"]):
         raise ValueError(f"{len(encoders)} vision encoders given; the checkpoint needs {len(backbones['vision'])}")
     for encoder, expected in zip(encoders, backbones["vision"]):
@@ -220,6 +265,12 @@ def load_trained(
         if name.startswith(_FROZEN) and name in weights:  # an adapter's, or a backbone's that was trained
             parameter.requires_grad_(True)
     return model.to(language_model.device).eval()
+
+
+def given_or_named(backbone: Backbone | None, name: str, argument: str) -> Backbone:
+    if not backbone and not name:
+        raise ValueError(f"{argument} is missing: the checkpoint names no id or folder of its backbone")
+    return backbone or name
 
 
 def describe_adapter(language_model: PreTrainedModel) -> dict[str, Any] | None:
@@ -357,8 +408,7 @@ class BackbonesMixin:
         Raises:
             ValueError: if a backbone is not the one that the weights were trained on.
         """
-        hub_fields = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {name: kwargs[name] for name in hub_fields if name in kwargs}
+        hub_kwargs = {name: kwargs[name] for name in _HUB_FIELDS if name in kwargs}
         config = kwargs.get("config")
         if config is None and pretrained_model_name_or_path is not None:
             config = PrismerLMConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
@@ -366,10 +416,17 @@ class BackbonesMixin:
             if language is not None or vision is not None:
                 raise ValueError("language and vision are for checkpoints with trained weights alone; this has all")
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-        language_kwargs = {name: value for name, value in kwargs.items() if name not in (*hub_fields, "config")}
-        return load_trained(
-            cls, pretrained_model_name_or_path, config, language, vision, hub_kwargs, **language_kwargs
-        )
+        config = copy.deepcopy(config)  # which stays as it was given
+        fields = set(PrismerLMConfig.__annotations__) - {"vision_config", "text_config", "experts_config", "backbones"}
+        for name in fields.intersection(kwargs):
+            setattr(config, name, kwargs.pop(name))
+        config.validate()
+        with_info = kwargs.pop("output_loading_info", False)
+        others = {name: value for name, value in kwargs.items() if name not in (*_HUB_FIELDS, "config")}
+        model = load_trained(cls, pretrained_model_name_or_path, config, language, vision, hub_kwargs, **others)
+        if with_info:  # load_trained refuses weights that do not fit
+            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, trained_only: bool = False, **kwargs: Any) -> None:
         """

@@ -1,7 +1,6 @@
 """Generation with a PrismerLM: images are encoded once, and assistants and drafts are told about them."""
 
 import functools
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,13 +42,17 @@ class PrismerLMGenerationMixin(GenerationMixin):
                 raise ValueError(f"give {', '.join(image_inputs)} or encoder_outputs, not both")
             images = self.get_image_features(**image_inputs)
         is_vlm = self.config.has_vision_language_model  # its own `generate` prepares its own inputs
+        if is_vlm:
+            self.language_model.generation_config = self.generation_config
         if images is None:
+            if kwargs.get(CACHE_NAME) is None:
+                self.model.check_no_placeholders(input_ids)
             generate = self.language_model.generate if is_vlm else super().generate
             return generate(input_ids, *args, **kwargs)
 
         inputs_embeds = kwargs.get("inputs_embeds")
         mask = self.model.placeholders(input_ids, inputs_embeds, kwargs.get("mm_token_type_ids"))
-        images = self.model.ask(replace(images), input_ids, inputs_embeds, mask, kwargs.get("attention_mask"))
+        images = self.model.ask(images.copy(), input_ids, inputs_embeds, mask, kwargs.get("attention_mask"))
         if kwargs.get(CACHE_NAME) is not None and self.config.fusion == "cross_attention":  # it has the prompt already
             images.visible = see_images(images.pooler_output, self.model.assign(images, mask), mask)
         prompts = input_ids

@@ -125,16 +125,26 @@ class PrismerLMGatedBlock(nn.Module):
         return torch.where(images.sees_image.to(residual.device), hidden_states, residual)
 
 
+class PrismerLMCrossBlocks(nn.ModuleDict):
+    """The gated blocks by the numbers of their layers. `reached` tells that images have come to a layer."""
+
+    reached = False
+
+
 class CrossAttend:
     """Forward pre-hook of a decoder layer: takes `visible_images` out of its arguments and runs the layer's block."""
 
-    def __init__(self, blocks: nn.ModuleDict, index: int):
+    def __init__(self, blocks: PrismerLMCrossBlocks, index: int):
         self.blocks = blocks  # not the layer's own: peft and FSDP put wrappers in its place
         self.index = str(index)
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         images = kwargs.pop("visible_images", None)
-        if images is not None and self.index in self.blocks:
+        if images is None:
+            return args, kwargs
+        if not self.blocks.reached:
+            self.blocks.reached = True
+        if self.index in self.blocks:
             block = self.blocks[self.index]
             if args:
                 args = (block(args[0], images), *args[1:])

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,14 @@ from .image_features import (
 from .imitation import ImitationMixin, init_imitation_weights
 from .lm_backbones import BackbonesMixin
 from .lm_generation import PrismerLMGenerationMixin
-from .lm_layers import CrossAttend, PrismerLMExperts, PrismerLMGatedBlock, PrismerLMProjection, PrismerLMQuestion
+from .lm_layers import (
+    CrossAttend,
+    PrismerLMCrossBlocks,
+    PrismerLMExperts,
+    PrismerLMGatedBlock,
+    PrismerLMProjection,
+    PrismerLMQuestion,
+)
 from .ranking import RankingMixin
 
 
@@ -109,7 +116,7 @@ _RUNNING: ContextVar[Any] = ContextVar("running", default=None)  # images and pl
 
 def _place_features(module: nn.Module, args: tuple, embeddings: torch.Tensor) -> torch.Tensor:
     """Forward hook of a vision-language model's word embeddings: puts the experts' features into the prompt."""
-    if (running := _RUNNING.get()) is not None and embeddings.ndim == 3:
+    if (running := _RUNNING.get()) is not None and running[2] is not None and embeddings.ndim == 3:
         model, images, mask = running
         rows, length, _ = embeddings.shape
         if rows % mask.shape[0] == 0 and length >= mask.shape[1]:  # a prompt; without a cache, also what follows it
@@ -122,10 +129,27 @@ def _pass_visible_images(module: nn.Module, args: tuple, kwargs: dict[str, Any])
     """Forward pre-hook of a vision-language model's decoder, which hands its arguments on to its layers."""
     if (running := _RUNNING.get()) is not None and running[1].visible is not None:
         _, images, mask = running
-        if kwargs["inputs_embeds"].shape[1] < mask.shape[1]:  # a step of decoding
+        if mask is not None and kwargs["inputs_embeds"].shape[1] < mask.shape[1]:  # a step of decoding
             images.visible = images.visible.after_prompt()
         kwargs = {**kwargs, "visible_images": images.visible}
     return args, kwargs
+
+
+def check_language_model(config: PrismerLMConfig, language_model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: if the language model cannot take features of images in place of word embeddings.
+    """
+    if not config.num_features:
+        return
+    name, width = type(language_model).__name__, getattr(language_model.get_input_embeddings(), "embedding_dim", None)
+    if width is not None and width != config.hidden_size:
+        raise ValueError(
+            f"{name} has word embeddings of width {width} and layers of width {config.hidden_size}; features of "
+            "images need one width for both"
+        )
+    if not config.has_vision_language_model and hasattr(language_model.get_decoder(), "get_per_layer_inputs"):
+        raise ValueError(f"{name} reads the ids of its text in every layer, so that features cannot take their place")
 
 
 class PrismerLMPreTrainedModel(PreTrainedModel):
@@ -228,6 +252,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         if language_model is None:
             auto_class = AutoModelForImageTextToText if config.has_vision_language_model else AutoModelForCausalLM
             language_model = auto_class.from_config(config.text_config)
+        check_language_model(config, language_model)
         config.text_config = language_model.config
         config.vision_config = [encoder.config for encoder in vision_encoders]
         self.language_model = language_model
@@ -242,11 +267,16 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             channels = sum(map(num_channels, vision_encoders)) or None
             self.experts = PrismerLMExperts(config.experts_config, question_size, channels)
             self.experts_projection = PrismerLMProjection(config, config.experts_config.hidden_size)
-        self.cross_blocks = nn.ModuleDict()
+        self.cross_blocks = PrismerLMCrossBlocks()
         self.image_embedding: Any = None
         if config.fusion == "cross_attention" and config.num_features:
             self.image_embedding = nn.Embedding(1, config.hidden_size)  # of a placeholder
             every = config.cross_attention_every
+            if every > len(self.decoder_layers):
+                raise ValueError(
+                    f"cross_attention_every is {every}, but the language model has {len(self.decoder_layers)} layers: "
+                    "no layer would see the images"
+                )
             for index in range(every - 1, len(self.decoder_layers), every):
                 self.cross_blocks[str(index)] = PrismerLMGatedBlock(config, index)
             for index, layer in enumerate(self.decoder_layers):
@@ -476,6 +506,18 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             raise ValueError("inputs_embeds needs mm_token_type_ids with 1 at the placeholders of images")
         return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
+    def check_no_placeholders(self, input_ids: torch.Tensor | None) -> None:
+        """
+        Raises:
+            ValueError: if a prompt without images has placeholders of images. (A GPU is not asked: it would wait.)
+        """
+        if input_ids is None or not self.config.num_features or input_ids.device.type != "cpu":
+            return
+        if not torch.compiler.is_compiling() and (number := int((input_ids == self.config.image_token_id).sum())):
+            raise ValueError(
+                f"input_ids has {number} placeholders of images, but neither images nor encoder_outputs are given"
+            )
+
     def without_placeholders(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Ids that the language model can embed: a placeholder may lie beyond its vocabulary."""
         if self.config.image_token_id < self.config.vocab_size:
@@ -558,8 +600,11 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         return torch.zeros_like(attention_mask, dtype=dtype).masked_fill(~attention_mask, torch.finfo(dtype).min)
 
     @contextmanager
-    def running(self, images: PrismerLMImageFeatures, mask: torch.Tensor) -> Iterator[None]:
-        """While it is open, a vision-language model's hooks put the features into a prompt with this `mask`."""
+    def running(self, images: PrismerLMImageFeatures, mask: torch.Tensor | None) -> Iterator[None]:
+        """
+        While it is open, a vision-language model's hooks put the features into a prompt with this `mask`; without a
+        mask, they only let the tokens see the images that were visible at the end of the prompt.
+        """
         token = _RUNNING.set((self, images, mask))
         try:
             yield
@@ -587,6 +632,9 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         if getattr(attention_mask, "ndim", None) == 4 and attention_mask.dtype == torch.bool:
             kwargs["attention_mask"] = self.packed_mask(attention_mask)
         if images is None:
+            cache = kwargs.get(CACHE_NAME)
+            if cache is None or not cache.get_seq_length():
+                self.check_no_placeholders(input_ids)
             return language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs), None
 
         mask = self.placeholders(input_ids, inputs_embeds, mm_token_type_ids)
@@ -599,13 +647,20 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
             asked = (kwargs.get("attention_mask"), kwargs.get("labels"))
             images = self.ask(images, input_ids, inputs_embeds, mask, *asked)
         if is_vlm:
-            with self.running(images, mask):
-                return language_model(input_ids=self.without_placeholders(input_ids, mask), **kwargs), images
-        if not follows:
-            inputs_embeds, images.visible = self.fuse(inputs_embeds, images, mask)
-        if images.visible is not None:
-            kwargs["visible_images"] = images.visible
-        return language_model(inputs_embeds=inputs_embeds, **kwargs), images
+            with self.running(images, None if follows else mask):
+                outputs = language_model(input_ids=self.without_placeholders(input_ids, mask), **kwargs)
+        else:
+            if not follows:
+                inputs_embeds, images.visible = self.fuse(inputs_embeds, images, mask)
+            if images.visible is not None:
+                kwargs["visible_images"] = images.visible
+            outputs = language_model(inputs_embeds=inputs_embeds, **kwargs)
+        if images.visible is not None and not self.cross_blocks.reached:
+            raise ValueError(
+                f"{type(self.language_model).__name__} does not hand arguments on to its layers, so that they see no "
+                "images; use fusion='prefix'"
+            )
+        return outputs, images
 
     @accept_past_key_values
     @can_return_tuple
@@ -749,7 +804,7 @@ class PrismerLMForConditionalGeneration(
         images, visible = outputs.image_outputs, getattr(outputs.image_outputs, "visible", None)
         if images is None or visible is None:
             return {CACHE_NAME: cache}
-        images = replace(images)
+        images = images.copy()
         images.visible = visible.repeat(repeats)
         return {CACHE_NAME: cache, "encoder_outputs": images}
 

@@ -169,7 +169,8 @@ class RankingMixin:
         ```
         """
         if attention_mask is None:
-            attention_mask = input_ids.ne(self.config.pad_token_id)
+            pad_token_id = self.config.get_text_config(decoder=True).pad_token_id
+            attention_mask = torch.ones_like(input_ids) if pad_token_id is None else input_ids.ne(pad_token_id)
         attention_mask, candidate_mask = attention_mask.long(), candidate_mask.bool()
         self.check_candidates(candidate_ids, candidate_mask, k, attention_mask, chunk_size)
         rows, prompt_length = input_ids.shape

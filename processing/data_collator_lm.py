@@ -208,14 +208,19 @@ def _read_conversations(row: dict[str, Any], number: int) -> list[list[dict[str,
                 "Trainer, set remove_unused_columns=False, because Trainer drops columns that the model does not name"
             )
         return []
-    images = row.get("images") or as_list(row.get("image")) or None
+    images = _images_of(row) or None
     several = messages if isinstance(messages[0], list | tuple) else [messages]
     return [read_messages(own, images)[0] for own in several]
 
 
+def _images_of(row: dict[str, Any]) -> list[Any]:
+    images = row.get("images")
+    return as_list(row.get("image")) if images is None or not len(images) else list(images)
+
+
 def _image_entries(row: dict[str, Any], conversations: list[Any], number: int) -> list[dict[str, Any]]:
     """`image` and `image_id` of each image of a row, which are in its columns or in its first conversation."""
-    images = row.get("images") or as_list(row.get("image"))
+    images = _images_of(row)
     if not images and conversations:
         images = read_messages(conversations[0])[1]
     ids = as_list(row.get("image_ids", row.get("image_id"))) or [None] * len(images)

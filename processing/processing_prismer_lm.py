@@ -457,6 +457,11 @@ class PrismerLMProcessor(ExpertsProcessor):
             images = call_kwargs.pop("images", None)
         if return_tensors != "auto":
             call_kwargs["return_tensors"] = return_tensors
+        if return_assistant_tokens_mask and (add_generation_prompt or continue_final_message):
+            raise ValueError(
+                "return_assistant_tokens_mask is for finished conversations, without add_generation_prompt and "
+                "continue_final_message"
+            )
         kwargs.update(tools=tools, documents=documents)
         if not return_assistant_tokens_mask:
             kwargs.update(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
@@ -515,6 +520,9 @@ class PrismerLMProcessor(ExpertsProcessor):
             conversation, images=images, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **kwargs
         )
         mask, ids = inputs.pop("assistant_masks"), inputs["input_ids"]
+        for number, learned in enumerate(mask):
+            if not learned.any():
+                raise ValueError(f"conversation {number} has no turn of an assistant, or max_length cuts it off")
         where = torch.where if isinstance(ids, torch.Tensor) else np.where
         inputs["labels"] = where(mask == 1, ids, NOT_LEARNED)
         return inputs
@@ -752,7 +760,7 @@ class PrismerLMProcessor(ExpertsProcessor):
             raise ValueError(f"text {number} is empty; with fusion={self.fusion!r} it needs text")
         if length <= limit:
             return
-        if not truncation or self.image_token_id in row["input_ids"][limit:]:
+        if truncation in (None, False, "do_not_truncate") or self.image_token_id in row["input_ids"][limit:]:
             placeholders = row["input_ids"].count(self.image_token_id)
             raise ValueError(
                 f"text {number} has {length} tokens, {placeholders} of them placeholders of images; "
@@ -764,6 +772,8 @@ class PrismerLMProcessor(ExpertsProcessor):
 
     def _following_ids(self, text: str, task: str) -> list[int]:
         """The tokens of a text after other text. Control tokens in it are text."""
+        if task not in ("text", "chat"):
+            raise ValueError(f"task is {task!r}; accepted are 'text' and 'chat'")
         start, text = (":", " " + text.strip()) if task == "text" else ("\n", text.strip())
         settings = {"add_special_tokens": False, "split_special_tokens": True}
         whole, before = (self.tokenizer(own, **settings)["input_ids"] for own in (start + text, start))
@@ -803,6 +813,10 @@ class PrismerLMProcessor(ExpertsProcessor):
             if with_mask:
                 own["assistant_masks"] = row["learned"]
         on_right = (padding_side or ("right" if with_labels else "left")) == "right"
+        if padding == "max_length" and max_length is None:
+            max_length = self.tokenizer.model_max_length
+            if max_length > NO_LIMIT:
+                raise ValueError("padding='max_length' needs max_length: the tokenizer has no limit of its own")
         pad_token_id = self.tokenizer.pad_token_id
         data = pad_rows(batch, pad_token_id, on_right, padding, pad_to_multiple_of, max_length)
         return BatchFeature({**data, **(tensors or {})}, tensor_type=return_tensors)
@@ -831,7 +845,10 @@ class PrismerLMProcessor(ExpertsProcessor):
             task (`str`): `"caption"` or `"vqa"`.
             text (`str`, *optional*): the question.
         """
-        prompt = {**DEFAULT_PROMPTS, **(self.prompts or {})}[task]
+        prompts = {**DEFAULT_PROMPTS, **(self.prompts or {})}
+        if task not in prompts:
+            raise ValueError(f"task is {task!r}; accepted are {', '.join(map(repr, prompts))}")
+        prompt = prompts[task]
         return prompt if text is None else prompt.replace("{}", text)
 
     def prepare_candidates(

@@ -115,7 +115,8 @@ def _group_images(texts: list[Any], num_images: int, token: str, single: bool, n
 
 def _place_images(rows: list[tuple[str, list[int]]], token: str, fusion: str) -> Iterator[tuple[str, list[int]]]:
     """Puts placeholders in front of the texts that need them and have none."""
-    some = any(token in text for text, _ in rows)
+    # if some rows have placeholders or no images, the others need theirs: without any, each row gets an image
+    some = any(token in text for text, _ in rows) or not all(images for _, images in rows)
     for number, (text, images) in enumerate(rows):
         count = text.count(token)
         if count not in (0, len(images)):

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig, SiglipVisionConfig, TimmWrapperConfig
+from transformers import (
+    FalconConfig,
+    Gemma3nTextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+    TimmWrapperConfig,
+)
 
 from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration, PrismerVisionConfig
 from modeling_prismer.image_features import VisibleImages, patch_features
@@ -441,7 +450,73 @@ def test_ranking_with_several_images_and_question_queries(fusion):
             torch.testing.assert_close(ranking.scores[row, 0], expected, atol=1e-4, rtol=1e-4)
 
 
+@fusions
+def test_ranking_without_a_mask_takes_padding_from_the_ids(fusion):
+    model = shared_model(fusion=fusion)
+    questions, images = prompts(model.config, 2), image_inputs(model.config, 2)
+    mask = torch.ones_like(questions)
+    expected = model.rank_candidates(CANDIDATES, CANDIDATE_MASK, 2, questions, attention_mask=mask, **images)
+    padded = torch.cat([torch.zeros_like(questions[:, :2]), questions], dim=1)
+    found = model.rank_candidates(CANDIDATES, CANDIDATE_MASK, 2, padded, **images)
+    torch.testing.assert_close(found.scores, expected.scores, **TOLERANCE)
+
+
+# ---- language models that do not fit ----
+
+
+def test_layers_that_images_do_not_reach_are_an_error():
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    falcon = FalconConfig(**sizes)
+    model = tiny_model(language=falcon, fusion="cross_attention")
+    with pytest.raises(ValueError, match="FalconForCausalLM does not hand arguments on to its layers"):
+        model(input_ids=prompts(model.config, 1), **image_inputs(model.config, 1))
+    model = tiny_model(language=falcon)
+    logits = [
+        model(input_ids=prompts(model.config, 1), **image_inputs(model.config, 1, seed)).logits for seed in (0, 1)
+    ]
+    assert (logits[0][:, -1] - logits[1][:, -1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "language, fusion, message",
+    [
+        ("llama", "cross_attention", "cross_attention_every is 3, but the language model has 2 layers"),
+        (
+            OPTConfig(vocab_size=100, hidden_size=32, word_embed_proj_dim=16, num_attention_heads=2),
+            "prefix",
+            "OPTForCausalLM has word embeddings of width 16 and layers of width 32",
+        ),
+        (
+            Gemma3nTextConfig(
+                **{"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": [32, 32]},
+                **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_kv_shared_layers": 0},
+                **{"vocab_size_per_layer_input": 100, "hidden_size_per_layer_input": 8, "laurel_rank": 4},
+                **{"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]},
+            ),
+            "prefix",
+            "Gemma3nForCausalLM reads the ids of its text in every layer",
+        ),
+    ],
+    ids=["layers", "widths", "ids"],
+)
+def test_language_models_that_cannot_take_features_are_named(language, fusion, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(language=language, fusion=fusion, cross_attention_every=3)
+
+
 # ---- errors ----
+
+
+@pytest.mark.parametrize("image_token_id", [50, 100])
+@fusions
+def test_placeholders_without_images_are_named(fusion, image_token_id):
+    model = tiny_model(fusion=fusion, image_token_id=image_token_id)
+    prompt = prompts(model.config, 2, placeholders=True)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"placeholders of images, but neither images nor encoder_outputs"):
+            call(input_ids=prompt)
+    text = torch.tensor([[3, 4, 5]])
+    assert model.generate(text, max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
 
 
 def test_prompts_that_do_not_fit_the_images_are_named():

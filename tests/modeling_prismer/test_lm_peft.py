@@ -138,7 +138,9 @@ def test_a_model_with_an_adapter_loads_by_its_task(tmp_path):
 def test_an_adapter_inside_is_saved_with_the_trained_weights(fusion, tmp_path):
     language = tiny_language_model()
     experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "experts_config": {"hidden_size": 32}}
-    model = PrismerLMForConditionalGeneration.from_backbones(language, fusion=fusion, **experts)
+    model = PrismerLMForConditionalGeneration.from_backbones(
+        language, fusion=fusion, cross_attention_every=1, **experts
+    )
     peft.inject_adapter_in_model(METHODS["lora"](target_modules=["q_proj", "v_proj"]), model.language_model)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -149,6 +151,12 @@ def test_an_adapter_inside_is_saved_with_the_trained_weights(fusion, tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
     trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_an_adapter_around_the_model_is_not_saved_with_the_trained_weights(tmp_path):
+    model = peft.get_peft_model(tiny_model(), METHODS["lora"](target_modules=["q_proj"])).get_base_model()
+    with pytest.raises(ValueError, match="save that of get_peft_model by its own save_pretrained"):
+        model.save_pretrained(tmp_path, trained_only=True)
 
 
 @fusions

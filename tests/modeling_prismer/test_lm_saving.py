@@ -269,6 +269,75 @@ def test_weights_of_a_trained_language_model_are_saved_too(folder, tmp_path):
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
+def test_trained_weights_are_one_file(folder, tmp_path):
+    model = build(folder)
+    model.save_pretrained(tmp_path, trained_only=True, max_shard_size="5KB")
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(logits_of(PrismerLMForConditionalGeneration.from_pretrained(tmp_path)), logits_of(model))
+
+
+def test_a_resized_vocabulary_is_not_saved_with_trained_weights(folder, tmp_path):
+    model = build(folder)
+    model.resize_token_embeddings(110)
+    with pytest.raises(ValueError, match="was resized from 100 to 110 tokens"):
+        model.save_pretrained(tmp_path, trained_only=True)
+
+
+def test_a_backbone_without_a_name_must_be_given(folder, tmp_path):
+    model = PrismerLMForConditionalGeneration.from_backbones(tiny_language_model(), str(folder / "vision"))
+    model.save_pretrained(tmp_path, trained_only=True)
+    with pytest.raises(ValueError, match="language is missing: the checkpoint names no id or folder"):
+        PrismerLMForConditionalGeneration.from_pretrained(tmp_path)
+    loaded = PrismerLMForConditionalGeneration.from_pretrained(tmp_path, language=tiny_language_model())
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_arguments_of_trained_weights_reach_their_part(folder, tmp_path, monkeypatch):
+    model = build(folder)
+    model.save_pretrained(tmp_path, trained_only=True)
+    seen = []
+
+    def watch(original):
+        def load(*args, **kwargs):
+            seen.append({name: kwargs.get(name) for name in ("token", "local_files_only", "subfolder")})
+            return original(*args, **kwargs)
+
+        return load
+
+    for auto_class in (AutoModelForCausalLM, AutoModel):
+        monkeypatch.setattr(auto_class, "from_pretrained", watch(auto_class.from_pretrained))
+    config = PrismerLMConfig.from_pretrained(tmp_path)
+    access = {"token": "secret", "local_files_only": True}
+    for _ in range(2):  # the given configuration stays as it is
+        loaded, info = PrismerLMForConditionalGeneration.from_pretrained(
+            tmp_path, config=config, strict_experts=False, output_loading_info=True, **access
+        )
+        assert torch.equal(logits_of(loaded), logits_of(model))
+    assert seen == [{**access, "subfolder": None}] * 4
+    assert not loaded.config.strict_experts and config.strict_experts
+    assert not info["missing_keys"]
+
+
+def test_a_backbone_lies_in_a_subfolder(folder):
+    arguments = {"subfolder": "language"}
+    model = PrismerLMForConditionalGeneration.from_backbones(str(folder), language_kwargs=arguments)
+    assert model.config.text_config.model_type == "llama"
+
+
+def test_backbones_with_other_matrices_are_refused(folder, tmp_path):
+    build(folder).save_pretrained(tmp_path, trained_only=True)
+    language = AutoModelForCausalLM.from_pretrained(folder / "language")
+    for parameter in language.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter)
+    with pytest.raises(ValueError, match="the language model .* differs"):
+        PrismerLMForConditionalGeneration.from_pretrained(tmp_path, language=language)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["backbones"]["language"]["matrices"]  # as older versions wrote it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    PrismerLMForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def wrong_backbones(folder):
     other = SiglipVisionModel(ENCODERS["siglip"]())
     return {

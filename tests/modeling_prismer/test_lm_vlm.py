@@ -159,6 +159,49 @@ def test_ranking_after_images_and_experts(fusion):
             torch.testing.assert_close(score, log_probs.gather(1, candidate[:, None]).mean(), atol=1e-4, rtol=1e-4)
 
 
+def test_candidates_see_the_last_of_several_images():
+    model = in_front_of(tiny_vlm("llava"), "cross_attention")
+    inputs, experts = inputs_of("llava", model, rows=1, images=2)
+    candidates, mask = torch.tensor([[5, 6, 2], [7, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    ranking = model.rank_candidates(candidates, mask, 2, **inputs, **experts)
+    length = inputs["input_ids"].shape[1]
+    for score, index in zip(ranking.scores[0], ranking.indices[0]):
+        candidate = candidates[index][mask[index].bool()]
+        ids = torch.cat([inputs["input_ids"][0], candidate])[None]
+        logits = model(input_ids=ids, pixel_values=inputs["pixel_values"], **experts).logits
+        log_probs = logits[0, length - 1 : -1].log_softmax(dim=-1)
+        torch.testing.assert_close(score, log_probs.gather(1, candidate[:, None]).mean(), atol=1e-4, rtol=1e-4)
+
+
+@fusions
+def test_a_step_after_the_prompt_continues_it(fusion):
+    model = in_front_of(tiny_vlm("llava"), fusion)
+    inputs, experts = inputs_of("llava", model, rows=1)
+    prompt = model(**inputs, **experts, use_cache=True)
+    token = torch.tensor([[7]])
+    step = model(input_ids=token, encoder_outputs=prompt.image_outputs, past_key_values=prompt.past_key_values)
+    ids = torch.cat([inputs["input_ids"], token], dim=1)
+    whole = model(input_ids=ids, pixel_values=inputs["pixel_values"], **experts)
+    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("trained_only", [False, True])
+def test_settings_of_generation_are_saved(trained_only, tmp_path):
+    base = tiny_vlm("llava")
+    base.save_pretrained(tmp_path / "base")
+    model = in_front_of(type(base).from_pretrained(tmp_path / "base"), "prefix")
+    model.generation_config.update(max_new_tokens=3, eos_token_id=None)
+    model.save_pretrained(tmp_path / "own", trained_only=trained_only)
+    loaded = PrismerLMForConditionalGeneration.from_pretrained(
+        tmp_path / "own", **({"language": str(tmp_path / "base")} if trained_only else {})
+    )
+    inputs, experts = inputs_of("llava", loaded)
+    for images in (experts, {}):
+        given = inputs if images else vlm_inputs("llava", 2)
+        generated = loaded.generate(**given, **images, suppress_tokens=[96, 97, 98, 99])
+        assert generated.shape[1] == given["input_ids"].shape[1] + 3
+
+
 @fusions
 def test_the_question_conditions_the_resampler(fusion):
     model = in_front_of(tiny_vlm("llava"), fusion, question_queries=True)

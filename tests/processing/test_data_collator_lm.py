@@ -126,6 +126,13 @@ def test_rows_can_have_several_images_or_none():
     assert sorted(alone) == ["attention_mask", "input_ids", "labels"]
 
 
+def test_images_can_be_one_array():
+    pair = torch.zeros(2, 3, 24, 40, dtype=torch.uint8)
+    messages = conversation("Is <image> as <image>?", "yes")
+    batch = collate(make_processor(), [{"images": pair, "image_ids": ["a", "b"], "messages": messages}])
+    assert batch["pixel_values"].shape[0] == 2
+
+
 def test_images_in_messages_and_llava_files_are_read():
     processor = make_processor()
     image = Image.fromarray(IMAGE)

@@ -211,6 +211,18 @@ def test_cross_attention_to_several_images_needs_their_places():
         processor(IMAGE)
 
 
+def test_a_row_without_an_image_sees_no_image_of_another_row():
+    processor = make_processor("cross_attention")
+    model = make_model(processor.image_token_id, "cross_attention")
+    inputs = processor([[IMAGE], []], ["yes or no?", "a dog"], experts=[])
+    with torch.no_grad():
+        rows = model(**inputs).logits
+        alone = model(**processor(None, ["a dog"])).logits
+        seen = model(**processor(IMAGE, "<image>yes or no?", experts=[])).logits
+    torch.testing.assert_close(rows[1, -1], alone[0, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(rows[0, -1], seen[0, -1], atol=1e-4, rtol=1e-4)
+
+
 def test_a_wrong_text_is_found_before_the_experts_run():
     edges = CannyEdges()
     processor = PrismerLMProcessor.from_backbones(make_tokenizer(), experts=[edges])
@@ -225,6 +237,27 @@ def test_truncation_cuts_the_end():
     assert torch.equal(
         processor(IMAGE, QUESTION, experts=[], max_length=9, truncation=True)["input_ids"], whole[:, :9]
     )
+
+
+def test_padding_and_truncation_have_the_tokenizers_names():
+    processor = make_processor(tokenizer=make_tokenizer(model_max_length=40))
+    with pytest.raises(ValueError, match="max_length is 9"):
+        processor(IMAGE, QUESTION, experts=[], max_length=9, truncation="do_not_truncate")
+    assert processor(IMAGE, QUESTION, experts=[], padding="max_length")["input_ids"].shape == (1, 40)
+    with pytest.raises(ValueError, match="padding='max_length' needs max_length"):
+        make_processor()(IMAGE, QUESTION, experts=[], padding="max_length")
+
+
+def test_unknown_tasks_are_named():
+    processor = make_processor()
+    for ask in (
+        lambda: processor(IMAGE, QUESTION, suffix="yes", task="vqa", experts=[]),
+        lambda: processor.prepare_candidates(["yes"], task="txt"),
+    ):
+        with pytest.raises(ValueError, match="task is '(vqa|txt)'; accepted are 'text' and 'chat'"):
+            ask()
+    with pytest.raises(ValueError, match="task is 'foo'; accepted are 'caption', 'vqa'"):
+        processor.prompt_for("foo")
 
 
 # ---- what is learned ----

@@ -188,6 +188,18 @@ def test_turns_that_are_not_found_are_named():
         prepare(processor, [USER, ASSISTANT, AGAIN])
 
 
+def test_a_conversation_without_an_answer_is_named():
+    with pytest.raises(ValueError, match="conversation 1 has no turn of an assistant"):
+        prepare(make_processor(), [[USER, ASSISTANT], [AGAIN]])
+
+
+def test_the_mask_is_of_finished_conversations():
+    with pytest.raises(ValueError, match="return_assistant_tokens_mask is for finished conversations"):
+        make_processor().apply_chat_template(
+            [USER, ASSISTANT], tokenize=True, return_assistant_tokens_mask=True, add_generation_prompt=True
+        )
+
+
 def test_generation_goes_on_from_the_tokens_before_a_turn():
     processor = make_processor()
     inputs = prepare(processor, [USER, ASSISTANT])
