@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .adapter_targets import register_adapter_targets
 from .cache import CACHE_NAME, accept_past_key_values
@@ -52,6 +52,9 @@ from .lm_layers import (
     PrismerLMQuestion,
 )
 from .ranking import RankingMixin
+
+
+logger = logging.get_logger(__name__)
 
 
 # ---- outputs ----
@@ -508,15 +511,25 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
 
     def check_no_placeholders(self, input_ids: torch.Tensor | None) -> None:
         """
+        Warns of placeholders of images in a prompt without images. (A GPU is not asked: it would wait.)
+
         Raises:
-            ValueError: if a prompt without images has placeholders of images. (A GPU is not asked: it would wait.)
+            ValueError: if the vocabulary does not have the placeholder.
         """
         if input_ids is None or not self.config.num_features or input_ids.device.type != "cpu":
             return
-        if not torch.compiler.is_compiling() and (number := int((input_ids == self.config.image_token_id).sum())):
-            raise ValueError(
-                f"input_ids has {number} placeholders of images, but neither images nor encoder_outputs are given"
+        is_word, length = self.config.image_token_id < self.config.vocab_size, self.config.image_seq_length
+        if torch.compiler.is_compiling() or is_word and (length == 1 or input_ids.shape[1] < length):
+            return
+        mask = input_ids == self.config.image_token_id
+        if mask.unfold(1, length, 1).all(dim=-1).any() if is_word else mask.any():
+            problem = (
+                f"input_ids has {int(mask.sum())} placeholders of images, but neither images nor encoder_outputs are "
+                "given"
             )
+            if not is_word:
+                raise ValueError(problem)
+            logger.warning_once(problem)
 
     def without_placeholders(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Ids that the language model can embed: a placeholder may lie beyond its vocabulary."""

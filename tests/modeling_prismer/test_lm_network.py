@@ -1,5 +1,6 @@
 """PrismerLM's network: encoders, experts, both fusions, questions that condition the resampler, and its errors."""
 
+import logging
 import math
 
 import pytest
@@ -507,16 +508,23 @@ def test_language_models_that_cannot_take_features_are_named(language, fusion, m
 # ---- errors ----
 
 
-@pytest.mark.parametrize("image_token_id", [50, 100])
 @fusions
-def test_placeholders_without_images_are_named(fusion, image_token_id):
-    model = tiny_model(fusion=fusion, image_token_id=image_token_id)
+def test_placeholders_without_images_are_named(fusion):
+    model = tiny_model(fusion=fusion)
     prompt = prompts(model.config, 2, placeholders=True)
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"placeholders of images, but neither images nor encoder_outputs"):
             call(input_ids=prompt)
-    text = torch.tensor([[3, 4, 5]])
-    assert model.generate(text, max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
+    assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
+
+
+def test_placeholders_of_the_vocabulary_without_images_are_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = tiny_model(image_token_id=50)
+    model(input_ids=torch.tensor([[3, 4, 50]]))  # a word
+    assert "placeholders" not in caplog.text
+    model(input_ids=prompts(model.config, 2))
+    assert "14 placeholders of images, but neither images nor encoder_outputs are given" in caplog.text
 
 
 def test_prompts_that_do_not_fit_the_images_are_named():

@@ -128,7 +128,7 @@ def test_report_has_tables_and_a_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
     report_distillation.main()
     printed = capsys.readouterr().out
-    assert "| correct answers, all | 80.0 % (70.0 to 90.0) | 80.0 % (70.0 to 90.0) |" in printed
+    assert "| correct answers, all | 75.0 % (50.0 to 100.0) | 50.0 % (50.0 to 50.0) |" in printed
     assert "| correct answers without signs, % | 50.0 (0.0 to 100.0) | 100.0 (100.0 to 100.0) |" in printed
     assert "| difference in points |  | +50.0 (+0.0 to +100.0) |" in printed
     assert "| color | 90.0 % | 90.0 % |" in printed and "relation" not in printed
@@ -140,16 +140,34 @@ def test_report_has_tables_and_a_figure(tmp_path, monkeypatch, capsys):
     assert report_distillation.map_results({"maps": {"depth": 0.3}}) == {"depth": Result(0.3, True)}
 
 
+def test_report_joins_seeds(tmp_path, monkeypatch, capsys):
+    right, wrong, half = ((True, True),) * 2, ((False, True),) * 2, ((True, True), (False, True))
+    folders = {
+        name: str(result_of(tmp_path, name, {}, hits=hits)) for name, hits in zip("abcd", (wrong, half, half, right))
+    }
+    texts = ["--texts", f"none={folders['a']},{folders['b']}", f"distilled={folders['c']},{folders['d']}"]
+    monkeypatch.setattr(sys, "argv", ["report", *texts, f"live={folders['d']}"])
+    report_distillation.main()
+    printed = capsys.readouterr().out
+    assert "| correct answers without signs, % | 25.0 (0.0 to 50.0) | 75.0 (50.0 to 100.0) | 100.0 " in printed
+    assert "| difference in points |  | +50.0 (+50.0 to +50.0) | +75.0 (+50.0 to +100.0) |" in printed
+    assert "| difference, each seed |  | +50.0, +50.0 | +100.0, +50.0 |" in printed
+    monkeypatch.setattr(sys, "argv", ["report", *texts, ",".join(["three=" + folders["a"]] + [folders["b"]] * 2)])
+    with pytest.raises(SystemExit, match="3 seeds do not compare with 2"):
+        report_distillation.main()
+
+
 def test_report_prints_what_was_measured(tmp_path, monkeypatch, capsys):
     one = result_of(tmp_path, "one", {}, hits=((True, True),))
     results = json.loads((one / "distillation_results.json").read_text())
-    results["test"]["interval"] = [None, None]  # of a single scene
     (one / "distillation_results.json").write_text(json.dumps({"test": results["test"]}))
     monkeypatch.setattr(sys, "argv", ["report", "--texts", f"a={one}"])
     report_distillation.main()
     printed = capsys.readouterr().out
     assert "| test | a |" in printed and "held_out" not in printed
-    assert "| correct answers, all | 80.0 % |" in printed and "| correct answers without signs, % | 100.0 |" in printed
+    assert (
+        "| correct answers, all | 100.0 % |" in printed and "| correct answers without signs, % | 100.0 |" in printed
+    )
     (one / "distillation_results.json").write_text(json.dumps({"test": {}}))  # a stage that learns no texts
     with pytest.raises(SystemExit):
         report_distillation.main()

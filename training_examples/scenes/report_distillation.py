@@ -7,9 +7,9 @@ Makes tables and a figure from the results of distil_scenes.py.
         --single runs/distillation/single-* --routes runs/distillation/teachers runs/distillation/experts \\
         --figure docs/images/distillation_routes.png
 
-`--texts` compares answers and captions, with the paired difference to the first network. `--students` compares
-imitated tokens and maps, with Δm over the students of single experts in `--single`, and `--routes` draws which routed
-adaptor serves which expert. All arguments are output folders.
+`--texts` compares answers and captions, with the paired difference to the first network; several folders of a network,
+separated by commas, are its seeds. `--students` compares imitated tokens and maps, with Δm over the students of single
+experts in `--single`, and `--routes` draws which routed adaptor serves which expert. All arguments are output folders.
 """
 
 import argparse
@@ -39,25 +39,25 @@ def load(folder: str | Path) -> dict[str, Any]:
     return json.loads(Path(folder, "distillation_results.json").read_text())
 
 
-def named(entries: list[str]) -> dict[str, dict[str, Any]]:
-    return {name: load(folder) for name, folder in (entry.split("=", 1) for entry in entries)}
+def named(entries: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The results of each network, one for each seed."""
+    pairs = (entry.split("=", 1) for entry in entries)
+    return {name: [load(folder) for folder in folders.split(",")] for name, folders in pairs}
 
 
-def without_signs(result: dict[str, Any]) -> Score:
-    """Right answers to all questions that need no text."""
+def right_answers(seeds: list[dict[str, Any]], without: str = "") -> Score:
+    """
+    Right answers to all questions, or to those that are not of the type `without`. A scene is drawn with the answers
+    of all seeds.
+    """
     values: list[bool] = []
     groups: list[str] = []
-    for scene, (hits, types) in enumerate(zip(result["hits"], result["types"], strict=True)):
-        known = [hit for hit, kind in zip(hits, types, strict=True) if kind != "sign"]
-        values += known
-        groups += [str(scene)] * len(known)
+    for result in seeds:
+        for scene, (hits, types) in enumerate(zip(result["hits"], result["types"], strict=True)):
+            known = [hit for hit, kind in zip(hits, types, strict=True) if kind != without]
+            values += known
+            groups += [str(scene)] * len(known)
     return Score.of_samples("answers", values, groups)
-
-
-def all_answers(result: dict[str, Any]) -> Interval:
-    """The share of right answers to all questions, in percent."""
-    low, high = (None if end is None else 100 * end for end in result["interval"])
-    return Interval(100 * result["answers"]["all"], low, high)
 
 
 def written(found: Interval, unit: str = "", sign: str = "") -> str:
@@ -65,21 +65,41 @@ def written(found: Interval, unit: str = "", sign: str = "") -> str:
     return value if found.low is None else f"{value} ({found.low:{sign}.1f} to {found.high:{sign}.1f})"
 
 
-def texts_table(results: dict[str, dict[str, Any]], split: str) -> str:
-    """Answers by type and captions of each network on a split."""
-    own = {name: result[split] for name, result in results.items() if result.get(split)}
-    shares = {"correct answers, all": [written(all_answers(each), " %") for each in own.values()]}
-    first, *others = (without_signs(each) for each in own.values())
-    shares["correct answers without signs, %"] = [written(interval(each)) for each in (first, *others)]
-    shares["difference in points"] = ["", *(written(difference(each, first), sign="+") for each in others)]
+def texts_table(results: dict[str, list[dict[str, Any]]], split: str) -> str:
+    """
+    Answers by type and captions of each network on a split, as means of its seeds. The differences are to the first
+    network; below, those of each seed.
+    """
+    own = {name: [each[split] for each in seeds] for name, seeds in results.items() if seeds[0].get(split)}
+    shares = {"correct answers, all": [written(interval(right_answers(seeds)), " %") for seeds in own.values()]}
+    first, *others = own.values()
+    score = right_answers(first, "sign")
+    scores = [right_answers(seeds, "sign") for seeds in others]
+    shares["correct answers without signs, %"] = [written(interval(each)) for each in (score, *scores)]
+    shares["difference in points"] = ["", *(written(difference(each, score), sign="+") for each in scores)]
+    if len(first) > 1:
+        shares["difference, each seed"] = ["", *(seed_differences(seeds, first) for seeds in others)]
     for kind in TYPES:
-        if all(kind in each["answers"] for each in own.values()):
-            shares[kind] = [f"{100 * each['answers'][kind]:.1f} %" for each in own.values()]
-    shares["captions, CIDEr"] = [f"{each['captions']['cider']:.2f}" for each in own.values()]
+        if all(kind in each["answers"] for seeds in own.values() for each in seeds):
+            shares[kind] = [f"{mean(seeds, 'answers', kind, 100):.1f} %" for seeds in own.values()]
+    shares["captions, CIDEr"] = [f"{mean(seeds, 'captions', 'cider'):.2f}" for seeds in own.values()]
     shares["objects in captions with all attributes true"] = [
-        f"{100 * each['captions']['exact_attributes']:.1f} %" for each in own.values()
+        f"{mean(seeds, 'captions', 'exact_attributes', 100):.1f} %" for seeds in own.values()
     ]
     return markdown([split, *own], [[title, *values] for title, values in shares.items()])
+
+
+def seed_differences(seeds: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """The differences of pairs of seeds. A network of one seed is compared with each seed of the other."""
+    if len(seeds) not in (1, len(others)):
+        raise SystemExit(f"--texts: {len(seeds)} seeds do not compare with {len(others)}; give equally many, or one")
+    pairs = zip(seeds * (len(others) // len(seeds)), others)
+    found = [interval(right_answers([a], "sign")).value - interval(right_answers([b], "sign")).value for a, b in pairs]
+    return ", ".join(f"{value:+.1f}" for value in found)
+
+
+def mean(seeds: list[dict[str, Any]], part: str, name: str, factor: float = 1.0) -> float:
+    return factor * float(np.mean([each[part][name] for each in seeds]))
 
 
 def map_results(result: dict[str, Any]) -> dict[str, Result]:
@@ -143,7 +163,7 @@ def draw_routes(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FOLDER,FOLDER")
     parser.add_argument("--students", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--single", nargs="*", default=[], metavar="FOLDER")
     parser.add_argument("--routes", nargs="*", default=[], metavar="FOLDER")
@@ -153,13 +173,14 @@ def main() -> None:
         parser.error("--routes and --figure need each other")
     if args.texts:
         results = named(args.texts)
-        splits = [split for split in ("test", "held_out") if any(result.get(split) for result in results.values())]
+        splits = [split for split in ("test", "held_out") if any(seeds[0].get(split) for seeds in results.values())]
         if not splits:
             parser.error("--texts: no folder has answers; `--distil task` and `none` measure them, with --do_eval")
         for split in splits:
             print(texts_table(results, split), end="\n\n")
     if args.students:
-        print(students_table(named(args.students), [load(folder) for folder in args.single]), end="\n\n")
+        students = {name: seeds[0] for name, seeds in named(args.students).items()}
+        print(students_table(students, [load(folder) for folder in args.single]), end="\n\n")
     if args.routes:
         draw_routes([load(folder) for folder in args.routes], Path(args.figure))
 
