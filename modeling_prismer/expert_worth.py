@@ -266,7 +266,12 @@ def measure_worth_by_type(
     Args:
         types (`Sequence[str]`, *optional*): the type of each sample.
         plan, scores, groups, resamples, seed: as in [`measure_worth`].
+
+    Raises:
+        ValueError: if a type is called `"all"`, or if samples and types differ in number.
     """
+    if types is not None and ALL_TYPES in types:
+        raise ValueError(f"a type is called {ALL_TYPES!r}, the name of all types together; give it another name")
     scores = np.asarray(scores, dtype=float)
     found = {ALL_TYPES: measure_worth(plan, scores, groups, resamples, seed)}
     if types is None:

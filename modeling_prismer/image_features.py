@@ -43,7 +43,7 @@ class PrismerLMImageFeatures(BaseModelOutputWithPooling):
     >>> from transformers import LlamaConfig
     >>> from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration
 
-    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
     >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
     >>> model = PrismerLMForConditionalGeneration(config).eval()

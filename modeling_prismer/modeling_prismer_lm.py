@@ -73,7 +73,7 @@ class PrismerLMModelOutput(BaseModelOutputWithPast):
     >>> from transformers import LlamaConfig
     >>> from modeling_prismer import PrismerLMConfig, PrismerLMModel
 
-    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
     >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
     >>> model = PrismerLMModel(config).eval()
@@ -99,7 +99,7 @@ class PrismerLMCausalLMOutput(CausalLMOutputWithPast):
     >>> from transformers import LlamaConfig
     >>> from modeling_prismer import PrismerLMConfig, PrismerLMForConditionalGeneration
 
-    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
     >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
     >>> model = PrismerLMForConditionalGeneration(config).eval()
@@ -166,7 +166,7 @@ class PrismerLMPreTrainedModel(PreTrainedModel):
     >>> from transformers import LlamaConfig
     >>> from modeling_prismer import PrismerLMConfig, PrismerLMModel, PrismerLMPreTrainedModel
 
-    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
     >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
     >>> model = PrismerLMModel(config).eval()
@@ -233,7 +233,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
     >>> from transformers import LlamaConfig
     >>> from modeling_prismer import PrismerLMConfig, PrismerLMModel
 
-    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    >>> sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
     >>> experts = {"experts": [{"name": "depth", "kind": "dense", "channels": 1}], "hidden_size": 32}
     >>> config = PrismerLMConfig(experts_config=experts, text_config=LlamaConfig(**sizes), fusion="cross_attention")
     >>> model = PrismerLMModel(config).eval()

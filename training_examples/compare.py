@@ -15,20 +15,21 @@ model that cannot do a task is listed with the reason. docs/comparison.md lists 
 
 import logging
 import multiprocessing
-import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser, set_seed
 from transformers import logging as transformers_logging
 
 from comparison.arguments import CompareArguments, ModelName, read_models
 from comparison.measuring import measure_cost
-from comparison.models import CannotDo, Model, open_model
+from comparison.models import CannotDo, Model, kind_of, open_model
 from comparison.report import Described, Result, write_report
 from comparison.trials import Trial, make_trials
+from modeling_prismer.command_line.arguments import weight_fingerprint
 
 
 logger = logging.getLogger("prismer")
@@ -38,29 +39,30 @@ SHOWN_ONLY = ("models", "tasks", "output_dir", "own_process", "shots")
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     try:
+        (args,) = HfArgumentParser(CompareArguments).parse_args_into_dataclasses()
         models = read_models(args.models)
         if args.output_dir is None:
             raise ValueError("--output_dir is missing: the folder of results, table and figure")
+        for name in models:
+            kind_of(name)
         if args.shots_by == "similar":
             args.similar_by = args.similar_by or args.models[0]
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         trials = make_trials(args)
-        failed = []
-        for name in models:
-            try:
-                in_own_process(name, args) if args.own_process else measure_model(name, args)
-            except ValueError:
-                raise
-            except Exception:  # the others still run, and a second start repeats this one alone
-                logger.exception("%s failed", name.name)
-                failed.append(name.name)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"compare.py: {error}") from error
-    paths = [file_of(args, name, trial) for trial in trials for name in models]
-    results = [Result.load(path) for path in paths if path.exists()]
+    failed = []
+    for name in models:
+        try:
+            in_own_process(name, args) if args.own_process else measure_model(name, args)
+        except Exception:  # the others still run, and a second start repeats this one alone
+            logger.exception("%s failed", name.name)
+            failed.append(name.name)
+    settings = {name: settings_of(args, name) for name in models}
+    done = [find_result(args, name, trial, settings[name]) for trial in trials for name in models]
+    results = [result for result in done if result is not None]
     if results:
         write_report(trials, results, Path(args.output_dir), args.seed)
         print((Path(args.output_dir) / "table.md").read_text())
@@ -77,8 +79,8 @@ def measure_model(name: ModelName, args: CompareArguments) -> None:
     """Runs the trials of a model that have no results yet."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     transformers_logging.set_verbosity_error()
-    settings = {"path": name.path, "experts": name.experts, **settings_of(args)}
-    trials = [trial for trial in make_trials(args) if not is_done(file_of(args, name, trial), settings)]
+    settings = settings_of(args, name)
+    trials = [trial for trial in make_trials(args) if find_result(args, name, trial, settings) is None]
     if not trials:
         logger.info("%s: all results are there", name.name)
         return
@@ -94,7 +96,8 @@ def measure_model(name: ModelName, args: CompareArguments) -> None:
         model.expert_bytes,
     )
     for trial in trials:
-        measure_trial(model, described, trial, args, settings).save(file_of(args, name, trial))
+        own = {**settings, "asked": trial.digest}
+        measure_trial(model, described, trial, args, own).save(file_of(args, name, trial))
 
 
 def measure_trial(model: Model, described: Described, trial: Trial, args: CompareArguments, settings: dict) -> Result:
@@ -117,17 +120,24 @@ def measure_trial(model: Model, described: Described, trial: Trial, args: Compar
     )
 
 
-def settings_of(args: CompareArguments) -> dict:
-    return {name: value for name, value in asdict(args).items() if name not in SHOWN_ONLY}
+def settings_of(args: CompareArguments, name: ModelName) -> dict[str, Any]:
+    """What the results of a model depend on, besides the trial."""
+    weights = [weight_fingerprint(path) for path in (name.path, args.language) if path is not None]
+    shared = {key: value for key, value in asdict(args).items() if key not in SHOWN_ONLY}
+    return {"path": name.path, "experts": name.experts, "weights": weights, **shared}
 
 
 def file_of(args: CompareArguments, name: ModelName, trial: Trial) -> Path:
-    folder = re.sub(r"[^\w.@,+-]+", "_", name.name)
-    return Path(args.output_dir or ".", "runs", folder, f"{trial.file_name}.json")
+    return Path(args.output_dir or ".", "runs", name.folder, f"{trial.file_name}.json")
 
 
-def is_done(path: Path, settings: dict) -> bool:
-    return path.exists() and Result.load(path).settings == settings
+def find_result(args: CompareArguments, name: ModelName, trial: Trial, settings: dict[str, Any]) -> Result | None:
+    """The result of a model in a trial. `None` if there is none with these settings, weights and questions."""
+    path = file_of(args, name, trial)
+    if not path.exists():
+        return None
+    result = Result.load(path)
+    return result if result.settings == {**settings, "asked": trial.digest} else None
 
 
 if __name__ == "__main__":

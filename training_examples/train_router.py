@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -52,6 +52,7 @@ from modeling_prismer.processing.expert_router import (
     best_rows,
     summarize_images,
 )
+from modeling_prismer.processing.tasks import find_task
 from router_evaluation import Samples, draw, evaluate, table, time_setting
 from training import write_json
 
@@ -75,6 +76,23 @@ class RouterArguments:
     output_dir: Path = field(metadata={"help": "The folder for the checkpoint with its router."})
     split: str | None = field(default=None, metadata={"help": "Split of --data."})
     image_folder: str | None = field(default=None, metadata={"help": "The folder with the images of a list."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of captions or questions.", "aliases": ["--caption_column", "--question_column"]},
+    )
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the answers."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of the classes.", "aliases": ["--class_column"]}
+    )
+    id_column: str | None = field(
+        default=None, metadata={"help": "Column with the ids of images in a data set.", "aliases": ["--key_column"]}
+    )
+    split_column: str | None = field(default=None, metadata={"help": "Column with the name of the split."})
+    class_names: str | None = field(default=None, metadata={"help": "JSON file {folder: name of the class}."})
+    bad_rows: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
+    )
     eval_worth: Path | None = field(default=None, metadata={"help": "As --worth, of questions to evaluate."})
     eval_data: list[str] = field(default_factory=list, metadata={"help": "As --data, for --eval_worth."})
     budgets: list[float] = field(
@@ -127,10 +145,30 @@ def prompts_of(processor: Any, texts: Sequence[str]) -> list[str]:
     return [text.replace(processor.image_token, " ") for text in written]
 
 
-def load_images(args: RouterArguments, data: list[str]) -> dict[str, Any]:
-    """The images of data by their ids, undecoded."""
+def load_images(args: RouterArguments, data: list[str], worth: Path) -> dict[str, Any]:
+    """The images of data by their ids, undecoded. `prismer worth` has written the task of the data into `worth`."""
+    task = json.loads((worth / "worth.json").read_text())["task"]
+    columns = {
+        f"{role}_column": column
+        for role, column in zip(find_task(task).columns, (args.text_column, args.answer_column))
+        if column is not None
+    }
     rows = leave_undecoded(
-        load_rows(data, "vqa", args.split, train=False, image_folder=args.image_folder, check_images=False)
+        load_rows(
+            data,
+            task,
+            args.split,
+            train=False,
+            image_folder=args.image_folder,
+            image_column=args.image_column,
+            class_column=args.label_column,
+            key_column=args.id_column,
+            split_column=args.split_column,
+            class_names=args.class_names,
+            bad_rows=args.bad_rows,
+            check_images=False,
+            **columns,
+        )
     )
     return {row["image_id"]: row["image"]["path"] or row["image"]["bytes"] for row in images_of(rows)}
 
@@ -233,6 +271,8 @@ def main() -> None:
     (args,) = HfArgumentParser(RouterArguments).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     set_seed(args.seed)
+    if args.output_dir.resolve() == Path(find_checkpoint(args.model)).resolve():
+        raise SystemExit(f"--output_dir {args.output_dir} is the folder of --model; name another one")
     folder, processor, network = load_checkpoint(args.model)
     samples = read_samples(args.worth)
     number = len(set(samples.image_ids))
@@ -243,7 +283,7 @@ def main() -> None:
         )
     samples.texts = prompts_of(processor, samples.texts)
     if args.images:
-        add_features(samples, load_images(args, args.data), processor, network)
+        add_features(samples, load_images(args, args.data, args.worth), processor, network)
     router = train(samples, args.folds)
     shutil.copytree(folder, args.output_dir, dirs_exist_ok=True)
     router.save_pretrained(args.output_dir)
@@ -257,7 +297,7 @@ def main() -> None:
     if test.subsets != samples.subsets:
         raise SystemExit(f"{args.eval_worth} has other subsets of experts than {args.worth}")
     test.seconds = samples.seconds
-    images = load_images(args, args.eval_data or args.data)
+    images = load_images(args, args.eval_data or args.data, args.eval_worth)
     questions = test.texts
     test.texts = prompts_of(processor, questions)
     if router.config.image_size:

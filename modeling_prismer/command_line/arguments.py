@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ LanguageOption = Annotated[
 
 # Device types of torch and its extensions. Whether a device is available is only known once torch is imported.
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mlu", "musa", "npu")
+_WEIGHTS = (".safetensors", ".bin", ".onnx")
 
 
 def start(model: str | None = None, device: str = "cpu") -> None:
@@ -127,6 +129,29 @@ def model_type(model: str | None) -> str:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the configuration in {folder} is damaged: {error!r}") from error
     return model_type(base)
+
+
+def weight_fingerprint(model: str) -> str:
+    """
+    A digest of the names, sizes and times of a model's weight files: it changes when the model is trained again at the
+    same place. The weights of its experts count, and those of an adapter's base model, but not the checkpoints that a
+    training leaves in `checkpoint-…`. Of a model on the Hub it is the commit.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    folder = check_model(model)
+    if not Path(checkpoint_path(model)).is_dir():
+        return folder.name  # of the snapshot
+    content: list[list[str | int]] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.suffix in _WEIGHTS and not any(part.startswith("checkpoint-") for part in name.parts):
+            content.append([name.as_posix(), path.stat().st_size, path.stat().st_mtime_ns])
+    if not (folder / "config.json").is_file():  # an adapter
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        content.append([weight_fingerprint(adapter["base_model_name_or_path"])])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def check_files(images: Sequence[str]) -> None:

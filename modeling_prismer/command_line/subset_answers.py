@@ -28,6 +28,7 @@ from modeling_prismer.processing.labels.shards import open_shard, shard_files
 from modeling_prismer.processing.many_images.key_index import as_text
 from modeling_prismer.processing.processing_prismer_lm import DEFAULT_PROMPTS
 
+from .arguments import weight_fingerprint
 from .checkpoints import PrismerLMReader, Reader
 from .results import ResultFiles, read_rows
 
@@ -238,6 +239,7 @@ class SubsetAnswers:
         clock: str = "wall",
     ):
         self.reader, self.plan, self.candidates, self.clock = reader, plan, candidates, clock
+        self.store = store
         self.task = reader.find_task(task)
         self.generation = {"do_sample": False, **(generation or {})}
         self.is_lm = isinstance(reader, PrismerLMReader)
@@ -272,12 +274,17 @@ class SubsetAnswers:
             For each subset the texts for all rows, and the seconds for each image (the median over the images).
 
         Raises:
-            ValueError: if the file has answers of another checkpoint, to other texts, or with other settings.
+            ValueError: if the file has answers of another checkpoint or of other weights, with other labels or another
+                precision, to other texts, or with other settings.
         """
+        checkpoint = self.reader.checkpoint
+        weights = [weight_fingerprint(model) for model in (checkpoint.path, checkpoint.language) if model is not None]
         images = {as_text(image.image_id): image for image in group_texts(rows)}
         subsets = [self.plan.name_of(subset) for subset in self.plan.subsets]
         settings = {**self.generation, "candidates": self.candidates, "clock": self.clock}
-        same: dict[str, Any] = {"model": self.reader.checkpoint.name, "task": self.task}
+        same: dict[str, Any] = {"model": checkpoint.name, "task": self.task, "weights": weights}
+        same |= {"language": checkpoint.language, "dtype": str(self.reader.dtype)}
+        same |= {"labels": str(self.store.folder.resolve())}
         same |= {"subsets": subsets, "settings": settings}
         with ResultFiles(path, same) as results:
             is_done = results.done.find(images) >= 0

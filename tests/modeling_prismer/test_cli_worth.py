@@ -1,6 +1,7 @@
 """`prismer worth` measures experts whose worth is known, shipped checkpoints and a PrismerLM."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -184,6 +185,27 @@ def test_an_interrupted_run_continues(known, monkeypatch):
     assert result.exit_code == 1 and "answers.jsonl has answers to other texts about '" in result.stderr
     result = run("worth", *arguments, "--out", known / "out", "--beams", 2)
     assert result.exit_code == 1 and "answers.jsonl has results with settings" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("weights", "results with weights"), ("labels", "results with labels"), ("dtype", "results with dtype")],
+)
+def test_answers_of_another_run_are_not_taken(known, change, message):
+    weights = known / "checkpoint" / "model.safetensors"
+    weights.write_bytes(b"first")
+    arguments = [known / "checkpoint", "--data", known / "images"]
+    worth(known / "out", *arguments)
+    worth(known / "out", *arguments)  # the same again
+    if change == "weights":
+        weights.write_bytes(b"trained again")
+    elif change == "labels":
+        shutil.copytree(known / "out" / "labels", known / "store")
+        arguments += ["--labels", known / "store"]
+    else:
+        arguments += ["--dtype", "bfloat16"]
+    result = run("worth", *arguments, "--out", known / "out")
+    assert result.exit_code == 1 and f"answers.jsonl has {message}" in result.stderr, result.stderr
 
 
 def test_stored_labels_replace_the_experts(known):

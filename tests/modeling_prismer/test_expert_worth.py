@@ -178,6 +178,7 @@ def test_front_and_budget_choose_the_best_for_the_time():
         (lambda plan: measure_worth(plan, np.zeros((4, 0))), "with one sample or more"),
         (lambda plan: measure_worth(plan, np.zeros((4, 5)), groups=["a"]), "1 groups for 5 samples"),
         (lambda plan: measure_worth_by_type(plan, np.zeros((4, 5)), ["a"]), "1 types for 5 samples"),
+        (lambda plan: measure_worth_by_type(plan, np.zeros((4, 2)), ["a", "all"]), "a type is called 'all', the name"),
     ],
 )
 def test_wrong_input_is_named(call, message):

@@ -556,6 +556,41 @@ def test_letter_of_an_answer(answer, letter):
     assert read_letter(answer, ["Open", "Closed"]) == letter
 
 
+@pytest.mark.parametrize(
+    ("answer", "options", "letter"),
+    [
+        ("top left", ["left", "top left", "right"], "B"),
+        ("It is at the top left.", ["left", "top left", "right"], "B"),
+        ("two dogs", ["dogs", "two dogs"], "B"),
+        ("The left.", ["left", "top left", "right"], "A"),
+        ("left and right", ["left", "top left", "right"], None),
+        ("Left or top left.", ["left", "left or top left"], "B"),
+        ("a dog", ["a cat", "A dog."], "B"),
+        ("B", ["B", "C"], "B"),  # a letter, as the prompt asks for one
+        ("dog", ["dog", "dog"], None),
+    ],
+)
+def test_the_longest_option_counts(answer, options, letter):
+    assert read_letter(answer, options) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "letter"),
+    [
+        ("A cat.", ["dog", "cat"], "B"),
+        ("A black cat is on the sofa.", ["dog", "cat"], "B"),
+        ("The answer is A cat", ["dog", "cat"], "B"),
+        ("A dog, not a cat", ["dog", "cat"], "A"),
+        ("A red ball", ["red", "red ball"], "B"),
+        ("A bird", ["dog", "cat"], None),
+        ("A is right", ["dog", "cat"], "A"),
+        ("A: a cat would be smaller", ["dog", "cat"], "A"),
+    ],
+)
+def test_an_article_is_no_letter(answer, options, letter):
+    assert read_letter(answer, options) == letter
+
+
 def test_pairs_agree_with_hand_computed_ones(choice_accuracy):
     # MMVP: a pair counts if both are right: here the first and not the second; 5 of 6 are right, 6 have a letter
     scores = choice_accuracy.compute(

@@ -1,6 +1,7 @@
 """compare.py asks models of every kind, scores what they say, and reports it with intervals."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,21 +15,24 @@ from PIL import Image
 
 import compare
 from comparison import examples as context_examples
+from comparison.answers import yes_no
 from comparison.arguments import CompareArguments, ModelName, read_models
 from comparison.choices import read_choices
+from comparison.classes import few_shot_classes, training_samples
 from comparison.contrastive import ContrastiveModel
 from comparison.examples import Examples
 from comparison.generative import GenerativeModel
 from comparison.language import LanguageModel
 from comparison.measuring import measure_cost
 from comparison.models import CannotDo, Example, NamedImage, Query, open_model
-from comparison.needles import read_haystacks, score_haystacks
+from comparison.needles import needle, read_haystacks, score_haystacks
 from comparison.prismer_model import PrismerModel
 from comparison.report import Result
 from comparison.retrieval import hits
 from comparison.scores import Score, difference, interval
-from comparison.sources import Sample, load_samples, load_support
+from comparison.sources import Sample, draw, load_samples, load_support
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from modeling_prismer.command_line.arguments import weight_fingerprint
 from modeling_prismer.processing.metrics import load_metric
 from tests.training_examples.conftest import COLORS, NUM_IMAGES, color_of
 from tests.training_examples.tiny_contenders import BUILDERS, prismer_lm
@@ -73,6 +77,18 @@ def class_folder(image_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def training_classes(class_folder, tmp_path_factory):
+    """Other images of the same classes."""
+    folder = tmp_path_factory.mktemp("training_classes")
+    for path in class_folder.glob("*/*.png"):
+        target = folder / path.parent.name
+        target.mkdir(exist_ok=True)
+        with Image.open(path) as own:
+            own.rotate(180).save(target / f"train-{path.name}")
+    return folder
+
+
 @pytest.fixture
 def run(monkeypatch, cache, tmp_path):
     """Runs the script in this process, and returns its results.json."""
@@ -108,7 +124,7 @@ def reasons(results):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_model_is_compared(kind, run, folders, image_folder, class_folder):
+def test_each_kind_of_model_is_compared(kind, run, folders, image_folder, class_folder, training_classes):
     folder = folders(kind)
     shared = ("--models", f"tiny={folder}", "--max_rows", 4)
     texts = run(
@@ -124,6 +140,7 @@ def test_each_kind_of_model_is_compared(kind, run, folders, image_folder, class_
     assert (reasons(ranked)["vqa_ranking"] is None) == (kind in WRITES) == (reasons(ranked)["yes_no"] is None)
 
     classes = ("--tasks", "classification", "few_shot_classes", "--shots", 1, "--data", class_folder)
+    classes += ("--support_data", training_classes)
     found = run("--models", f"tiny={folder}", *classes)
     assert reasons(found)["classification"] is None
     assert (reasons(found)["few_shot_classes, 1 images of each class"] is None) == (kind in SEES)
@@ -198,6 +215,15 @@ def test_experts_of_a_prismer_are_chosen_after_the_at_sign(folders, image):
     with_all, without = (open_model(ModelName.read(path + end), args) for end in ("", "@none"))
     assert (with_all.experts, without.experts) == (["edge"], [])
     assert np.abs(with_all.embed([image]) - without.embed([image])).max() > 1e-5
+
+
+def test_experts_of_a_prismer_are_fixed(run, folders, image_folder):
+    path = str(folders("prismer"))
+    message = "@auto: the router chooses for each question; name fixed experts"
+    with pytest.raises(SystemExit, match=message):
+        run("--models", f"{path}@auto", "--tasks", "vqa", "--data", image_folder)
+    with pytest.raises(ValueError, match=message):
+        PrismerModel(path, CompareArguments(device="cpu"), "auto")
 
 
 def test_a_prismer_says_why_it_cannot(folders, checkpoint, image):
@@ -366,10 +392,20 @@ def test_magnifier_bench_is_read(tmp_path, image):
     assert second.images[1].open().size == image.content.size
 
 
+def test_rows_of_magnifier_bench_have_their_own_ids(tmp_path, image):
+    rows = {"id": ["7", "7"], "instruction": ["What? A. a cat, B. a dog"] * 2, "answer": ["A", "B"]}
+    features = datasets.Features({**dict.fromkeys(rows, datasets.Value("string"))})
+    features["images"] = datasets.List(datasets.Image())
+    rows["images"] = [[image.content]] * 2
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="row 1 has the id '7' of an earlier row; each needs its own"):
+        list(read_choices(str(tmp_path / "set")))
+
+
 @pytest.mark.parametrize(("answer", "letter"), [("B", "B"), ("none", "C"), (0, "A")])
 def test_own_choices_name_the_answer_in_three_ways(tmp_path, answer, letter):
     row = {"image": "a.png", "question": "Which?", "options": ["one", "two", "none"], "answer": answer}
-    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8-sig")  # as Windows writes it
     (choice,) = read_choices(str(tmp_path / "own.jsonl"))
     assert choice.answer == letter
 
@@ -381,12 +417,23 @@ def test_own_choices_name_the_answer_in_three_ways(tmp_path, answer, letter):
         ({"answer": "D"}, "line 1 has the answer 'D'; accepted are A, B"),
         ({"answer": 2}, "line 1 has the answer '2'; accepted are A, B"),
         ({"options": ["one"]}, "line 1 has the options A; A, B and so on are needed, two or more"),
+        ({"question": None}, "line 1 needs image or images, question, options and answer"),
+        ({"options": "one, two"}, "line 1 has the options 'one, two'; a list of texts is needed"),
+        ({"options": ["one", "one"]}, "line 1 has the option 'one' twice; different texts are needed"),
     ],
 )
 def test_faulty_choices_are_named(tmp_path, change, message):
     row = {"image": "a.png", "question": "Which?", "options": ["one", "two"], "answer": "A", **change}
     (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
+        list(read_choices(str(tmp_path / "own.jsonl")))
+
+
+@pytest.mark.parametrize(("line", "message"), [("{oops", "line 3 is no JSON"), ("[1]", r"line 3 is \[1\]; an object")])
+def test_lines_without_an_object_are_named(tmp_path, line, message):
+    row = {"image": "a.png", "question": "Which?", "options": ["one", "two"], "answer": "A"}
+    (tmp_path / "own.jsonl").write_text(f"{json.dumps(row)}\n\n{line}\n")
+    with pytest.raises(ValueError, match=f"own.jsonl, {message}"):
         list(read_choices(str(tmp_path / "own.jsonl")))
 
 
@@ -433,13 +480,37 @@ def test_models_look_for_needles(run, folders, haystacks):
         "--data",
         haystacks,
     )
-    assert list(results["trials"]) == ["needle, 1 images", "needle, 2 images", "needle, 5 images"]
+    assert list(results["trials"]) == ["needle, oracle images", "needle, 2 images", "needle, 5 images"]
     reason = {trial["model"]: trial["reason"] for trial in results["trials"]["needle, 5 images"]}
     assert [reason[folders(kind).name] is None for kind in ("idefics3", "prismer_lm", "prismer")] == [
         True,
         True,
         False,
     ]
+
+
+def test_needles_are_named_by_their_file(haystacks):
+    rows = json.loads((haystacks / "visual_haystack_oracle.json").read_text())
+    rows[0]["pos_image"].append("5.jpg")  # two images, as those of the file for 2
+    (haystacks / "visual_haystack_oracle.json").write_text(json.dumps(rows))
+    trials = needle(arguments(data=str(haystacks)))
+    assert [trial.file_name for trial in trials] == ["needle-oracle", "needle-2", "needle-5"]
+
+
+def test_most_answers_decide_between_yes_and_no(tmp_path, cache):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def ask(*answers):
+        rows = [{"image": "a.png", "question": f"Is it {n}?", "answer": own} for n, own in enumerate(answers)]
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (trial,) = yes_no(arguments(data=str(tmp_path / "own.jsonl")))
+        return trial
+
+    trial = ask(["no", *["yes"] * 9], ["yes", "no"], ["No.", "no", "yes"], ["yes", "maybe"])
+    assert [text for _, text, _ in trial.content] == ["Is it 0?", "Is it 2?"]
+    assert trial.score(["yes", "no"])[0].value == 100
+    with pytest.raises(ValueError, match="no question whose answers are yes or no"):
+        ask(["yes", "no"])
 
 
 def test_yes_no_leaves_other_questions_out(run, folders, image_folder, capsys):
@@ -494,9 +565,44 @@ def test_scenes_are_made_as_needed(tmp_path):
     assert {sample.image.image_id for sample in asked} == {sample.image.image_id for sample in samples}
 
 
-def test_support_has_shots_of_each_class(class_folder, cache):
-    support = load_support(arguments(data=str(class_folder)), "classification", None, shots=2)
+def test_support_has_shots_of_each_class(class_folder, training_classes, cache):
+    args = arguments(data=str(class_folder), support_data=str(training_classes))
+    known = training_samples(load_support(args, "classification"), load_samples(args, "classification"), 2)
+    support = draw(known, 2, seed=0)
     assert sorted(sample.references[0] for sample in support) == sorted([*COLORS] * 2)
+
+
+def test_measured_images_are_not_trained_on(class_folder, cache):
+    args = arguments(data=str(class_folder), shots=[1], max_rows=2)
+    asked, support = load_samples(args, "classification"), load_support(args, "classification")
+    assert len(support) == NUM_IMAGES
+    own = {sample.image.image_id for sample in asked}
+    kept = training_samples(support, asked, 1)
+    assert len(kept) == NUM_IMAGES - 2 and not own & {sample.image.image_id for sample in kept}
+    (trial,) = few_shot_classes(args)
+    seen = []
+
+    class Remembers:
+        def embed(self, images):
+            seen.append([image.image_id for image in images])
+            return np.random.default_rng(0).random((len(images), 3))
+
+    trial.ask(Remembers())
+    trained, measured = seen
+    assert set(measured) == own and len(trained) == len(COLORS) and not own & set(trained)
+
+
+@pytest.mark.parametrize(
+    ("shots", "message"),
+    [
+        (1, "class 'blue' has 0 images to train on, .*name training images: --support_data/--support_split"),
+        (0, "--shots 0: few_shot_classes needs at least 1 image of each class"),
+    ],
+)
+def test_missing_training_images_are_named(run, folders, class_folder, shots, message):
+    classes = ("--tasks", "few_shot_classes", "--shots", shots, "--data", class_folder)
+    with pytest.raises(SystemExit, match=message):
+        run("--models", folders("clip"), *classes)
 
 
 def samples_of(number, start=0):
@@ -530,11 +636,15 @@ def test_similar_examples_end_with_the_nearest(monkeypatch, tmp_path):
 
     monkeypatch.setattr(context_examples, "load_support", lambda *_: support)
     monkeypatch.setattr(context_examples, "open_model", lambda *_: Angles())
+    monkeypatch.setattr(context_examples, "weight_fingerprint", lambda path: "first")
     args = arguments(shots=[3], shots_by="similar", similar_by="angles", output_dir=str(tmp_path))
     (query,) = Examples(args, "vqa", asked).queries(3)
     assert [example.image.image_id for example in query.examples] == ["2", "1", "0"]
     monkeypatch.setattr(context_examples, "open_model", None)  # the next model reads the file
     assert Examples(args, "vqa", asked).queries(3) == [query]
+    monkeypatch.setattr(context_examples, "weight_fingerprint", lambda path: "trained again")
+    with pytest.raises(TypeError):  # the file is not read
+        Examples(args, "vqa", asked).queries(3)
 
 
 # ---- the course of a comparison, and its report ----
@@ -550,6 +660,56 @@ def test_a_second_start_runs_what_is_missing(run, folders, image_folder, monkeyp
     assert [trial["model"] for trial in both["trials"]["vqa"]] == [folders("language").name, folders("git").name]
     run("--models", folders("language"), *questions, "--question_prompt", "Is {}?")
     assert opened[1:] == [folders("language").name]
+
+
+@pytest.mark.parametrize("change", ["weights", "answers"])
+def test_changed_weights_and_data_are_measured_again(change, run, folders, image_folder, tmp_path, monkeypatch):
+    data, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(image_folder, data)
+    shutil.copytree(folders("language"), model)
+    start = ("--models", model, "--tasks", "vqa", "--data", data, "--max_rows", 4)
+    run(*start)
+    opened = []
+    monkeypatch.setattr(compare, "open_model", lambda name, args: opened.append(name.name) or open_model(name, args))
+    run(*start)
+    assert not opened
+    if change == "weights":
+        os.utime(model / "model.safetensors", (1, 1))
+    else:
+        text = (data / "questions.jsonl").read_text()
+        (data / "questions.jsonl").write_text(text.replace('"red"', '"pink"', 1))
+    run(*start)
+    assert opened == ["model"]
+
+
+def test_weights_of_a_model_have_a_fingerprint(folders, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folders("prismer"), model)
+    first = weight_fingerprint(str(model))
+    (model / "checkpoint-2").mkdir()
+    (model / "checkpoint-2" / "model.safetensors").write_text("a checkpoint of the training")
+    (model / "README.md").write_text("no weights")
+    assert weight_fingerprint(str(model)) == first
+    (tmp_path / "adapter").mkdir()
+    config = json.dumps({"base_model_name_or_path": str(model)})
+    (tmp_path / "adapter" / "adapter_config.json").write_text(config)
+    adapted = weight_fingerprint(str(tmp_path / "adapter"))
+    os.utime(model / "model.safetensors", (1, 1))
+    assert weight_fingerprint(str(model)) != first and weight_fingerprint(str(tmp_path / "adapter")) != adapted
+
+
+def test_the_report_has_no_results_of_other_settings(run, folders, image_folder, tmp_path, monkeypatch):
+    models = ("--models", folders("language"), folders("git"), "--tasks", "vqa", "--data", image_folder)
+    run(*models, "--max_rows", 4)
+
+    def fail(self, *_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(LanguageModel, "answer", fail)
+    with pytest.raises(SystemExit, match="failed"):
+        run(*models, "--max_rows", 6)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [trial["model"] for trial in results["trials"]["vqa"]] == [folders("git").name]
 
 
 def test_the_table_has_intervals_differences_and_reasons(run, folders, image_folder, tmp_path):
@@ -570,9 +730,10 @@ def test_the_table_has_intervals_differences_and_reasons(run, folders, image_fol
         assert figure.width > 300 and len(figure.convert("RGB").getcolors(2**20)) > 20
 
 
-def test_a_model_that_fails_leaves_the_others(run, folders, image_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("image tokens do not match")])
+def test_a_model_that_fails_leaves_the_others(error, run, folders, image_folder, tmp_path, monkeypatch):
     def fail(self, *_):
-        raise RuntimeError("out of memory")
+        raise error
 
     monkeypatch.setattr(LanguageModel, "answer", fail)
     models = ("--models", folders("language"), folders("git"))
@@ -607,6 +768,10 @@ def test_memory_of_the_work_is_measured():
     [
         (("--tasks", "vqa"), "--models is missing"),
         (("--models", "a=x", "a=y", "--tasks", "vqa"), "several models called 'a'"),
+        (("--models", "m (1)=x", "m [1]=y", "--tasks", "vqa"), r"'m \(1\)' and 'm \[1\]' have the same folder"),
+        (("--question_prompt", "Answer with one word."), "--question_prompt is .*; it needs {} in the place of the q"),
+        (("--class_prompt", "a photo"), "--class_prompt is 'a photo'; it needs {} in the place of the class"),
+        (("--shots", "4", "-1"), "--shots is -1; accepted are 0 and larger numbers"),
         (("--models", "prismer-scenes", "--tasks", "chess", "--data", "x"), "--tasks is chess; accepted are caption"),
         (("--models", "prismer-scenes"), "--tasks is missing; accepted are caption"),
         (("--models", "prismer-scenes", "--tasks", "vqa"), "--data is missing"),
@@ -619,7 +784,7 @@ def test_memory_of_the_work_is_measured():
 )
 def test_wrong_arguments_are_named(run, arguments, message, image_folder):
     with pytest.raises(SystemExit, match=message):
-        run(*(argument.format(folder=image_folder) for argument in arguments))
+        run(*(argument.replace("{folder}", str(image_folder)) for argument in arguments))
 
 
 def test_another_kind_of_model_is_refused(vision, folders):
@@ -641,9 +806,12 @@ def test_an_adapter_of_a_prismer_is_opened(folders, tmp_path, image):
     assert np.abs(first - second).max() > 1e-3
 
 
-def test_models_are_named(folders):
+def test_models_are_named(folders, tmp_path):
     names = read_models(["runs/a", "b=owner/model", "prismer-scenes@none"])
     assert [name.name for name in names] == ["a", "b", "prismer-scenes@none"]
     assert names[2] == ModelName("prismer-scenes@none", "prismer-scenes", "none")
+    assert read_models(["mine=runs/lr=0.1/final@none"]) == [ModelName("mine", "runs/lr=0.1/final", "none")]
+    (tmp_path / "lr=0.1").mkdir()
+    assert ModelName.read(f"{tmp_path}/lr=0.1@none") == ModelName("lr=0.1@none", f"{tmp_path}/lr=0.1", "none")
     with pytest.raises(ValueError, match="a clip has no experts"):
         open_model(ModelName.read(f"{folders('clip')}@none"), CompareArguments())

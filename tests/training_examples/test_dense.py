@@ -95,7 +95,7 @@ def nyud(tmp_path):
         edges[2] = 255
         save_png(tmp_path / f"edge/{name}.png", edges)
         depth = np.full((HEIGHT, WIDTH), 2.5)
-        depth[0, 0] = np.nan
+        depth[0, :3] = np.nan, np.inf, -np.inf
         np.save(tmp_path / f"depth/{name}.npy", depth)
     return tmp_path
 
@@ -139,7 +139,7 @@ def test_nyud_has_four_tasks(nyud):
     maps = data[1].maps
     assert maps.keys() == {"semantic", "depth", "normals", "edges"}
     assert maps["semantic"][0, :4].tolist() == [0, 39, 255, 255]
-    assert maps["depth"][0, 0] == 0 and maps["depth"][1, 1] == 2.5 and maps["depth"].dtype == np.float32
+    assert not maps["depth"][0, :3].any() and maps["depth"][1, 1] == 2.5 and maps["depth"].dtype == np.float32
     np.testing.assert_allclose(maps["normals"][0, 0], [1, 0, 0], atol=0.01)
     assert not maps["normals"][1, 1].any()  # of length zero: not known
     assert maps["edges"][2].all() and maps["edges"].sum() == WIDTH
@@ -190,6 +190,15 @@ def test_mean_iou_is_the_mean_jaccard_index():
         jaccard_score(truth[kept], predicted[kept], average="macro", labels=[0, 1, 2, 4])
     )
     assert np.isnan(MeanIoU(2).result())
+
+
+def test_classes_that_do_not_exist_are_named():
+    right = np.array([[0, 1], [1, 255]])
+    MeanIoU(2).add(np.array([[0, 1], [1, 7]]), right)  # the last pixel is not measured
+    with pytest.raises(ValueError, match="predicted has the class 7; accepted are 0 to 1"):
+        MeanIoU(2).add(np.array([[0, 7], [1, 1]]), right)
+    with pytest.raises(ValueError, match="true has the class 5; accepted are 0 to 1, and 255"):
+        MeanIoU(2).add(np.zeros((2, 2), int), np.array([[0, 5], [1, 1]]))
 
 
 def test_max_f_finds_the_best_threshold():

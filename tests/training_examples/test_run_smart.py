@@ -164,6 +164,19 @@ def test_best_option_of_each_row_is_chosen(puzzles):
     assert run_smart.choose_options(trainer, rows) == [3, 3, 3]
 
 
+def test_an_empty_part_is_named(recipe, heads, monkeypatch):
+    monkeypatch.setattr(run_smart, "make_reasoner", None)  # nothing is trained
+    with pytest.raises(SystemExit, match="the test part of --scheme PS is empty; choose another --scheme, or more"):
+        recipe("frequent", "--scheme", "PS", "--only", "counting", "--do_eval", "--no_image", "--no_question")
+    with pytest.raises(SystemExit, match="the train part of --scheme IS is empty"):
+        recipe("baseline", *heads["baseline"], "--max_instances", 1)
+
+
+def test_an_empty_validation_is_left_out(recipe):
+    _, results = recipe("frequent", "--only", "counting", "--do_eval", "--max_instances", 3)
+    assert results["all"]["number"] == 1
+
+
 def test_missing_arguments_are_named(recipe, monkeypatch):
     with pytest.raises(SystemExit, match="--predict_only: a reasoner is measured with --do_eval"):
         recipe("frequent", "--predict_only")

@@ -10,7 +10,7 @@ from PIL import Image
 from smart.answers import answer_value
 from smart.metrics import find_hits, interval, option_is_right, read_values, score_groups
 from smart.puzzles import PUBLISHED, Puzzle, find_puzzles
-from smart.rows import COLUMNS, held_out_answer, load_smart, split
+from smart.rows import COLUMNS, FEATURES, held_out_answer, load_smart, split
 
 
 HEADER = ("id", *COLUMNS)
@@ -237,6 +237,8 @@ def test_parts_of_a_folder(tmp_path):
     assert load_smart(tmp_path, "PS", "test")["puzzle"] == [101] * 3
     assert load_smart(tmp_path, only=["math", "2"], part="validation")["puzzle"] == [2, 43]
     assert len(load_smart(tmp_path, max_instances=10)) == 24
+    empty = load_smart(tmp_path, "PS", "test", only=["math"])
+    assert len(empty) == 0 and empty.features == FEATURES
 
 
 # ---- measures ----

@@ -17,7 +17,7 @@ from modeling_prismer import PrismerProcessor
 from modeling_prismer.processing.expert_router import ExpertRouter, RouterConfig
 from router_evaluation import Samples, Setting, evaluate, table, with_interval
 from tests.processing.tiny_lm_processors import IMAGE, make_processor
-from train_router import prompts_of, read_samples, train
+from train_router import RouterArguments, load_images, prompts_of, read_samples, train
 
 
 SUBSETS = [[], ["edge"], ["ocr"], ["edge", "ocr"]]
@@ -33,12 +33,12 @@ def question(number):
     return (SIGNS, SHAPES, COLORS)[kind][number // 3 % 3], ("ocr", "edge", None)[kind]
 
 
-def write_worth(folder, images, number=180):
+def write_worth(folder, images, number=180, task="vqa"):
     """What `prismer worth` writes for questions that one expert, or none, answers."""
     folder.mkdir()
     asked = [question(number) for number in range(number)]
     subsets = [{"experts": own} for own in SUBSETS]
-    (folder / "worth.json").write_text(json.dumps({"costs": COSTS, "subsets": subsets}))
+    (folder / "worth.json").write_text(json.dumps({"task": task, "costs": COSTS, "subsets": subsets}))
     columns = {"image_id": [f"{number % images}.png" for number in range(number)], "text": [text for text, _ in asked]}
     for own in SUBSETS:
         columns["+".join(own) or "none"] = [float(need is None or need in own) for _, need in asked]
@@ -124,6 +124,33 @@ def test_command_saves_the_checkpoint_with_its_router(tmp_path, monkeypatch, cap
     assert "| auto, 20 ms |" in printed and Image.open(output / "router.png").width > 500
     settings = json.loads((output / "router_results.json").read_text())
     assert all(own["total_ms"] > 0 for own in settings)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "columns"),
+    [
+        ("caption", {"image": "a.png", "caption": "a dog"}, {}),
+        (
+            "vqa",
+            {"image": "a.png", "frage": "?", "antwort": "ja"},
+            {"text_column": "frage", "answer_column": "antwort"},
+        ),
+        ("classification", {"bild": "a.png", "art": "dog"}, {"image_column": "bild", "label_column": "art"}),
+    ],
+)
+def test_images_are_those_of_the_measured_task(tmp_path, cache, task, row, columns):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    worth = write_worth(tmp_path / "worth", images=1, task=task)
+    args = RouterArguments("model", worth, [], tmp_path / "out", **columns)
+    assert load_images(args, [str(tmp_path / "own.jsonl")], worth) == {"a.png": str(tmp_path / "a.png")}
+
+
+def test_the_checkpoint_is_not_overwritten(tmp_path, monkeypatch):
+    command = ["--model", tmp_path, "--worth", tmp_path, "--data", tmp_path, "--output_dir", f"{tmp_path}/."]
+    monkeypatch.setattr(sys, "argv", ["train_router.py", *map(str, command)])
+    with pytest.raises(SystemExit, match="--output_dir .* is the folder of --model; name another one"):
+        train_router.main()
 
 
 @pytest.mark.parametrize("template", [True, False])

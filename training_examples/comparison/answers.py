@@ -1,6 +1,8 @@
 """Answers to questions: written or ranked, and yes or no as POPE counts them."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,6 +34,7 @@ def vqa(args: CompareArguments) -> list[Trial]:
                 lambda model, queries=queries: model.answer(queries, MAX_NEW_TOKENS),
                 lambda said: score_answers(said, samples),
                 count_images(samples),
+                [[query.content, sample.references] for query, sample in zip(queries, samples, strict=True)],
                 shots,
                 "shots",
             )
@@ -50,15 +53,19 @@ def vqa_ranking(args: CompareArguments) -> list[Trial]:
     def ask(model: Model) -> list[str]:
         return [candidates[best] for best in model.rank(plain_queries(samples), candidates).argmax(axis=1)]
 
-    return [Trial("vqa_ranking", ask, lambda said: score_answers(said, samples), count_images(samples))]
+    content = [candidates, *(sample.content for sample in samples)]
+    return [Trial("vqa_ranking", ask, lambda said: score_answers(said, samples), count_images(samples), content)]
 
 
 def yes_no(args: CompareArguments) -> list[Trial]:
-    """The questions that are answered by yes or no."""
+    """The questions that are answered by yes or no. Of several answers the more frequent one counts."""
     samples = load_samples(args, "vqa")
-    asked = [sample for sample in samples if {tidy_answer(answer) for answer in sample.references} <= {"yes", "no"}]
+    found = [(sample, yes_or_no(sample)) for sample in samples]
+    asked = [replace(sample, references=(answer,)) for sample, answer in found if answer is not None]
     if not asked:
-        raise ValueError("--tasks yes_no: --data has no question whose answers are yes or no")
+        raise ValueError(
+            "--tasks yes_no: --data has no question whose answers are yes or no, one of them more often than the other"
+        )
     if len(asked) < len(samples):
         print(f"yes_no: {len(asked)} of {len(samples)} questions are answered by yes or no")
     return [
@@ -67,8 +74,17 @@ def yes_no(args: CompareArguments) -> list[Trial]:
             lambda model: model.answer(plain_queries(asked), MAX_NEW_TOKENS),
             lambda said: score_yes_no(said, asked),
             count_images(asked),
+            [sample.content for sample in asked],
         )
     ]
+
+
+def yes_or_no(sample: Sample) -> str | None:
+    """The more frequent answer to a question. `None` if there is another one, or if both are as frequent."""
+    counts = Counter(tidy_answer(answer) for answer in sample.references)
+    if counts.keys() - {"yes", "no"} or counts["yes"] == counts["no"]:
+        return None
+    return max(counts, key=lambda answer: counts[answer])
 
 
 def plain_queries(samples: Sequence[Sample]) -> list[Query]:
@@ -95,7 +111,7 @@ def score_answers(said: list[str], samples: Sequence[Sample]) -> list[Score]:
 
 def score_yes_no(said: list[str], samples: Sequence[Sample]) -> list[Score]:
     metric = load_metric("yes_no_accuracy")
-    truth = [tidy_answer(sample.references[0]) for sample in samples]
+    truth = [answer for sample in samples for answer in sample.references]  # one of each
     is_yes = metric.compute(predictions=said, references=truth, per_question=True)["is_yes_per_question"]
     says, right = np.array(is_yes, dtype=float), np.array([answer == "yes" for answer in truth], dtype=float)
     groups = groups_of(samples)

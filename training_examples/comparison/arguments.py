@@ -1,5 +1,6 @@
 """The arguments of compare.py."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +25,28 @@ class ModelName:
 
     @classmethod
     def read(cls, text: str) -> "ModelName":
-        name, _, rest = text.rpartition("=")
+        name, rest = "", text
+        if "=" in text and not Path(text.partition("@")[0]).exists():  # a path may contain "="
+            name, _, rest = text.partition("=")
         path, _, experts = rest.partition("@")
         if not path:
             raise ValueError(f"--models {text!r} names no model; accepted are PATH, NAME=PATH and PATH@EXPERTS")
+        check_experts(path, experts)
         last = Path(path).name
         return cls(name or (f"{last}@{experts}" if experts else last), path, experts or None)
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder with its results."""
+        return re.sub(r"[^\w.@,+-]+", "_", self.name)
+
+
+def check_experts(path: str, experts: str | None) -> None:
+    """Raises a `ValueError` if the experts are not fixed."""
+    if experts == "auto":
+        raise ValueError(
+            f"--models {path}@auto: the router chooses for each question; name fixed experts: {path}@EXPERT,EXPERT"
+        )
 
 
 def read_models(texts: list[str]) -> list[ModelName]:
@@ -37,7 +54,7 @@ def read_models(texts: list[str]) -> list[ModelName]:
     The models of `--models`.
 
     Raises:
-        ValueError: if there are none, or if two have the same name.
+        ValueError: if there are none, or if two have the same name or the same folder of results.
     """
     models = [ModelName.read(text) for text in texts]
     names = [model.name for model in models]
@@ -45,6 +62,12 @@ def read_models(texts: list[str]) -> list[ModelName]:
         raise ValueError("--models is missing: a folder, a Hub id or the name of a shipped checkpoint; several")
     if doubled := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--models has several models called {doubled[0]!r}; give names: NAME=PATH")
+    folders = {model.folder: model.name for model in models}
+    if lost := [model for model in models if folders[model.folder] != model.name]:
+        raise ValueError(
+            f"--models {lost[0].name!r} and {folders[lost[0].folder]!r} have the same folder of results, "
+            f"{lost[0].folder}; give names that differ in more than such signs: NAME=PATH"
+        )
     return models
 
 
@@ -139,6 +162,15 @@ class CompareArguments:
     )
     seed: int = field(default=0, metadata={"help": "The seed of examples and bootstrap."})
     output_dir: str | None = field(default=None, metadata={"help": "The folder of results, table and figure."})
+
+    def __post_init__(self) -> None:
+        for name in ("question_prompt", "class_prompt"):
+            prompt = getattr(self, name)
+            if prompt is not None and "{}" not in prompt:
+                what = name.partition("_")[0]
+                raise ValueError(f"--{name} is {prompt!r}; it needs {{}} in the place of the {what}")
+        if negative := [shots for shots in self.shots if shots < 0]:
+            raise ValueError(f"--shots is {negative[0]}; accepted are 0 and larger numbers")
 
     @property
     def torch_device(self) -> torch.device:

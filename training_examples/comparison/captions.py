@@ -35,6 +35,7 @@ def captions(args: CompareArguments) -> list[Trial]:
                 lambda model, queries=queries: model.answer(queries, MAX_NEW_TOKENS),
                 lambda said: score_captions(said, samples),
                 len(samples),
+                [[query.content, sample.references] for query, sample in zip(queries, samples, strict=True)],
                 shots,
                 "shots",
             )

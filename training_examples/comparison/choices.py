@@ -54,7 +54,10 @@ def multiple_choice(args: CompareArguments) -> list[Trial]:
         return model.choose(queries, [choice.options for choice in choices])
 
     number = len({image.image_id for choice in choices for image in choice.images})
-    return [Trial("multiple_choice", ask, lambda said: score_choices(said, choices), number)]
+    content = [
+        [[image.image_id for image in own.images], own.question, own.options, own.answer, own.pair] for own in choices
+    ]
+    return [Trial("multiple_choice", ask, lambda said: score_choices(said, choices), number, content)]
 
 
 def score_choices(said: list[str], choices: list[Choice]) -> list[Score]:
@@ -91,7 +94,7 @@ def read_choices(source: str, split: str | None = None) -> Iterator[Choice]:
         split (`str`, *optional*): the split of a data set, by default `test`, or the only one.
 
     Raises:
-        ValueError: if a row has no options, or its answer is none of them.
+        ValueError: if a row is damaged or has no options, or its answer is none of them.
     """
     path = Path(source)
     if (path / "Questions.csv").is_file():
@@ -116,15 +119,27 @@ def _read_mmvp(folder: Path) -> Iterator[Choice]:
 
 
 def _read_lines(path: Path) -> Iterator[Choice]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(filter(str.strip, file), 1):
-            row = json.loads(line)
-            where, options = f"{path}, line {number}", [str(option) for option in row.get("options") or ()]
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where} is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} is {line.strip()[:40]}; an object with question and options is needed")
             names = row.get("images") or [row.get("image")]
-            if not options or names == [None]:
+            if not row.get("options") or not row.get("question") or names == [None]:
                 raise ValueError(
                     f"{where} needs image or images, question, options and answer; it has {', '.join(row)}"
                 )
+            if not isinstance(row["options"], list):
+                raise ValueError(f"{where} has the options {row['options']!r}; a list of texts is needed")
+            options = [str(option) for option in row["options"]]
+            if doubled := [option for option in options if options.count(option) > 1]:
+                raise ValueError(f"{where} has the option {doubled[0]!r} twice; different texts are needed")
             answer = row.get("answer")
             if isinstance(answer, int) and not isinstance(answer, bool):
                 answer = LETTERS[answer] if 0 <= answer < len(options) else answer
@@ -152,8 +167,14 @@ def _read_magnifier(source: str, split: str | None) -> Iterator[Choice]:
             "options, and data sets with instruction, images and answer"
         )
     found = found.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    known: set[str] = set()
     for number, row in enumerate(found):
         name = str(row.get("id", number))
+        if name in known:  # the id names its images and its pair
+            raise ValueError(
+                f"--data {source}, row {number} has the id {name!r} of an earlier row; each needs its own"
+            )
+        known.add(name)
         first = _LETTERED.search(row["instruction"])
         options = dict(_LETTERED.findall(row["instruction"][first.start() :])) if first else {}
         where = f"--data {source}, row {name}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling_prismer.command_line.arguments import weight_fingerprint
 from training import write_json
 
 from .arguments import CompareArguments, ModelName
@@ -62,8 +63,10 @@ class Examples:
         images = {sample.image.image_id: sample.image for sample in self.asked}
         support = [own[0].image for own in self.by_image]
         most = max([*self.args.shots, self.args.text_examples])
+        model = ModelName.read(self.args.similar_by or "")
         made_of = {
             "similar_by": self.args.similar_by,
+            "weights": weight_fingerprint(model.path),
             "support": [image.image_id for image in support],
             "images": list(images),
             "most": most,
@@ -72,16 +75,16 @@ class Examples:
             known = json.loads(path.read_text())
             if known["made_of"] == made_of:
                 return known["nearest"]
-        mine, theirs = self.embed([list(images.values()), support])
+        mine, theirs = self.embed(model, [list(images.values()), support])
         order = np.argsort(-(mine @ theirs.T), axis=1, kind="stable")[:, :most].tolist()
         nearest = dict(zip(images, order))
         write_json(path, {"made_of": made_of, "nearest": nearest})
         return nearest
 
-    def embed(self, parts: Sequence[Sequence[NamedImage]]) -> list[np.ndarray]:
+    def embed(self, name: ModelName, parts: Sequence[Sequence[NamedImage]]) -> list[np.ndarray]:
         """Vectors of length 1."""
         try:
-            model = open_model(ModelName.read(self.args.similar_by or ""), self.args)
+            model = open_model(name, self.args)
             vectors = [model.embed(images) for images in parts]
         except CannotDo as error:
             raise ValueError(f"--shots_by similar: {error}; name a model that does: --similar_by") from error

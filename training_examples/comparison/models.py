@@ -24,6 +24,13 @@ from .arguments import CompareArguments, ModelName
 
 CLASS_QUESTION = "What is in the image?"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PRISMERS = ("prismer", "prismer_lm")
+KINDS = (
+    PRISMERS,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 
 class CannotDo(Exception):
@@ -66,6 +73,12 @@ class Query:
     text: str | None = None
     examples: tuple[Example, ...] = ()
     has_instruction: bool = False
+
+    @property
+    def content(self) -> list[Any]:
+        """For [`Trial`]: the ids of the images, the text, and the examples."""
+        shown = [[own.text, own.answer, own.image and own.image.image_id] for own in self.examples]
+        return [[image.image_id for image in self.images], self.text, shown]
 
 
 class Model(ABC):
@@ -136,20 +149,36 @@ def with_letters(question: str, options: Sequence[str]) -> str:
     return "\n".join([question, *lines, "Answer with the option's letter from the given choices directly."])
 
 
-def open_model(name: ModelName, args: CompareArguments) -> Model:
+def kind_of(name: ModelName) -> str:
     """
-    Opens a model of any kind. An adapter is of the kind of its base model.
+    The `model_type` of a model; of an adapter that of its base model.
 
     Raises:
-        ValueError: if there is no such model, or if it is of another kind.
+        ValueError: if there is no such model, if it is of another kind, or if it has no experts to choose from.
     """
-    path, kind = find_checkpoint(name.path), model_type(name.path)
-    if kind in ("prismer", "prismer_lm"):
+    kind = model_type(name.path)
+    if not any(kind in kinds for kinds in KINDS):
+        raise ValueError(
+            f"--models {name.path} is a {kind}; accepted are Prismer, PrismerLM, models of "
+            "AutoModelForImageTextToText, of AutoModelForZeroShotImageClassification and of AutoModelForCausalLM"
+        )
+    if name.experts is not None and kind not in PRISMERS:
+        raise ValueError(f"--models {name.path}@{name.experts}: a {kind} has no experts")
+    return kind
+
+
+def open_model(name: ModelName, args: CompareArguments) -> Model:
+    """
+    Opens a model of any kind.
+
+    Raises:
+        ValueError: see [`kind_of`].
+    """
+    path, kind = find_checkpoint(name.path), kind_of(name)
+    if kind in PRISMERS:
         from .prismer_model import PrismerModel
 
         return PrismerModel(path, args, name.experts)
-    if name.experts is not None:
-        raise ValueError(f"--models {name.path}@{name.experts}: a {kind} has no experts")
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         from .vision_language import VisionLanguageModel
 
@@ -158,11 +187,6 @@ def open_model(name: ModelName, args: CompareArguments) -> Model:
         from .contrastive import ContrastiveModel
 
         return ContrastiveModel(path, args)
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        from .language import LanguageModel
+    from .language import LanguageModel
 
-        return LanguageModel(path, args)
-    raise ValueError(
-        f"--models {name.path} is a {kind}; accepted are Prismer, PrismerLM, models of "
-        "AutoModelForImageTextToText, of AutoModelForZeroShotImageClassification and of AutoModelForCausalLM"
-    )
+    return LanguageModel(path, args)

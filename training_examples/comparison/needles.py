@@ -37,7 +37,7 @@ def needle(args: CompareArguments) -> list[Trial]:
             "VHs_full/single_needle, and that of the images: --image_folder"
         )
     trials = []
-    for _, path in sorted(files.items(), key=lambda item: -1 if item[0] == "oracle" else int(item[0])):
+    for name, path in sorted(files.items(), key=lambda item: -1 if item[0] == "oracle" else int(item[0])):
         haystacks = read_haystacks(path, args.image_folder or folder, args.seed)[: args.max_rows]
         queries = [Query(haystack.images, haystack.question) for haystack in haystacks]
         trials.append(
@@ -46,7 +46,8 @@ def needle(args: CompareArguments) -> list[Trial]:
                 lambda model, queries=queries: model.answer(queries, MAX_NEW_TOKENS),
                 lambda said, haystacks=haystacks: score_haystacks(said, haystacks),
                 sum(len(haystack.images) for haystack in haystacks),
-                len(haystacks[0].images),
+                [[query.content, haystack.answer] for query, haystack in zip(queries, haystacks, strict=True)],
+                name if name == "oracle" else int(name),
                 "images",
             )
         )

@@ -15,7 +15,7 @@ from modeling_prismer.processing.labels import label_source
 from modeling_prismer.processing.tasks import find_task
 from scenes.run_lm_scenes import row_with_examples
 
-from .arguments import CompareArguments
+from .arguments import CompareArguments, check_experts
 from .generative import batches
 from .models import LETTERS, CannotDo, Model, NamedImage, Query
 
@@ -28,11 +28,12 @@ class PrismerModel(Model):
     A Prismer or a PrismerLM.
 
     Args:
-        experts (`str`, *optional*): the experts to use, as in `prismer caption --experts`.
+        experts (`str`, *optional*): the experts to use, as in `prismer caption --experts`, but not `"auto"`.
     """
 
     def __init__(self, path: str, args: CompareArguments, experts: str | None = None):
         super().__init__(path, args)
+        check_experts(path, experts)
         self.reader = Checkpoint(path, str(args.torch_device), args.dtype, experts, args.language).load()
         self.network, self.processor = self.reader.network, self.reader.processor
         self.is_lm = self.network.config.model_type == "prismer_lm"

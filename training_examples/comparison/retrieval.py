@@ -22,7 +22,8 @@ def retrieval(args: CompareArguments) -> list[Trial]:
     def ask(model: Model) -> list[list[float]]:
         return model.match([sample.image for sample in samples], texts).tolist()
 
-    return [Trial("retrieval", ask, lambda said: score_matches(said, samples), len(samples))]
+    content = [sample.content for sample in samples]
+    return [Trial("retrieval", ask, lambda said: score_matches(said, samples), len(samples), content)]
 
 
 def score_matches(said: list[list[float]], samples: list[Sample]) -> list[Score]:

@@ -33,6 +33,11 @@ class Sample:
     text: str | None
     references: tuple[str, ...]
 
+    @property
+    def content(self) -> list[Any]:
+        """For [`Trial`]: the id of the image, the text, and the references."""
+        return [self.image.image_id, self.text, self.references]
+
 
 def load_samples(args: CompareArguments, task: str) -> list[Sample]:
     """
@@ -52,13 +57,13 @@ def load_samples(args: CompareArguments, task: str) -> list[Sample]:
     return samples
 
 
-def load_support(args: CompareArguments, task: str, number: int | None, shots: int | None = None) -> list[Sample]:
-    """The samples of which examples are made: `number` of them, or `shots` of each class."""
+def load_support(args: CompareArguments, task: str, number: int | None = None) -> list[Sample]:
+    """The samples of which examples are made, the first `number` of them."""
     source = args.support_data or args.data
     if source is None:
         raise ValueError("--support_data is missing, and so is --data")
     split = args.support_split or ("train" if args.support_data is None else None)
-    return _read(args, task, source, split, number, train=True, shots=shots)
+    return _read(args, task, source, split, number, train=True)
 
 
 def _read(
@@ -68,7 +73,6 @@ def _read(
     split: str | None,
     number: int | None,
     train: bool,
-    shots: int | None = None,
 ) -> list[Sample]:
     named = {"easy-vqa": _easy_vqa, "scenes": _scenes}
     if source in named:
@@ -91,8 +95,7 @@ def _read(
             **columns,
         )
         rows = leave_undecoded(rows)
-    samples = [_sample(row) for row in rows]
-    return samples if shots is None else draw(samples, shots, args.seed)
+    return [_sample(row) for row in rows]
 
 
 def _sample(row: dict[str, Any]) -> Sample:

@@ -1,5 +1,7 @@
 """What is measured: each task makes trials from the arguments."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,8 @@ class Trial:
         ask (`Callable`): asks a model, and returns what it said for each sample, as JSON.
         score (`Callable`): the scores of what a model said, the most important one first.
         num_images (`int`): the number of images that a model sees.
-        condition (`int`, *optional*): what differs between trials of a task: shots, or images of a haystack.
+        content (`Sequence`): what is asked, as JSON: ids of images, texts and references.
+        condition (`int` or `str`, *optional*): what differs between trials of a task: shots, or images of a haystack.
         condition_name (`str`): its unit, such as `"shots"`.
     """
 
@@ -27,7 +30,8 @@ class Trial:
     ask: Callable[[Model], list[Any]]
     score: Callable[[list[Any]], list[Score]]
     num_images: int
-    condition: int | None = None
+    content: Sequence[Any]
+    condition: int | str | None = None
     condition_name: str = ""
 
     @property
@@ -37,6 +41,11 @@ class Trial:
     @property
     def file_name(self) -> str:
         return self.task if self.condition is None else f"{self.task}-{self.condition}"
+
+    @property
+    def digest(self) -> str:
+        """Of the content. A result counts as long as it stays the same."""
+        return hashlib.sha256(json.dumps(self.content).encode()).hexdigest()[:16]
 
 
 def make_trials(args: CompareArguments) -> list[Trial]:

@@ -49,9 +49,22 @@ class MeanIoU:
         self.counts = np.zeros((num_classes, num_classes), np.int64)
 
     def add(self, predicted: np.ndarray, true: np.ndarray) -> None:
-        """`predicted` and `true` are classes, `(height, width)`."""
+        """
+        Args:
+            predicted (`np.ndarray` of shape `(height, width)`): classes from 0.
+            true (`np.ndarray` of shape `(height, width)`): classes from 0, or 255.
+
+        Raises:
+            ValueError: if the shapes differ, or if there is another class.
+        """
         _check_shapes(predicted, true)
-        measured = true != IGNORED
+        measured, last = true != IGNORED, len(self.labels) - 1
+        for name, classes, accepted in (
+            ("predicted", predicted[measured], f"0 to {last}"),
+            ("true", true[measured], f"0 to {last}, and {IGNORED}"),
+        ):
+            if unknown := np.setdiff1d(classes, self.labels).tolist():
+                raise ValueError(f"{name} has the class {unknown[0]}; accepted are {accepted}")
         if measured.any():
             self.counts += confusion_matrix(true[measured], predicted[measured], labels=self.labels)
 

@@ -230,7 +230,7 @@ class Nyud(MultiTaskData):
 
     def read_depth(self, name: str) -> np.ndarray:
         depth = np.load(self._find(f"depth/{name}.npy"), allow_pickle=False)
-        return np.nan_to_num(depth.astype(np.float32))
+        return np.nan_to_num(depth.astype(np.float32), posinf=0, neginf=0)  # unknown
 
     def read_normals(self, name: str) -> np.ndarray:
         return self._normals(f"normals/{name}.png")

@@ -53,7 +53,7 @@ def load_smart(
     max_instances: int | None = None,
 ) -> datasets.Dataset:
     """
-    Loads a part of a split.
+    Loads a part of a split. It may be empty.
 
     | column | type | meaning |
     | --- | --- | --- |
@@ -98,7 +98,8 @@ def load_smart(
     for puzzle in puzzles:
         instances = read_puzzle(folder, puzzle)[:max_instances]
         rows += [instances[index] for index in split(puzzle, [row["value"] for row in instances], scheme, part, shots)]
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    columns = {name: [row[name] for row in rows] for name in FEATURES}  # from_list refuses an empty list
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 # ---- files ----

@@ -271,6 +271,13 @@ def main() -> None:
         raise SystemExit("--predict_only: a reasoner is measured with --do_eval")
     needed = {"train": training_args.do_train or args.reasoner == "frequent", "validation": True, "test": True}
     parts = {part: load_part(args, part) for part, is_needed in needed.items() if is_needed}
+    is_measured = args.reasoner == "frequent" or training_args.do_eval
+    for part, is_used in {"train": needed["train"], "test": is_measured}.items():
+        if is_used and not len(parts[part]):
+            raise SystemExit(
+                f"the {part} part of --scheme {args.scheme} is empty; choose another --scheme, or more puzzles or "
+                "instances: --only, --max_instances"
+            )
     parts = {part: rows for part, rows in parts.items() if len(rows)}
     puzzles = find_puzzles(Path(args.data_dir))
 

@@ -29,9 +29,10 @@ _CITATION = """\
 
 _DESCRIPTION = """\
 The accuracy of multiple choice, and that of pairs: as in MMVP, a pair counts if both of its questions are answered
-right. The letter of an answer is, in this order: the letter after "answer is" or "answer:"; the letter with which it
-begins; the only option whose text it has; the only capital letter of an option that is a word of its own. An answer
-without a letter is wrong.
+right. The letter of an answer is, in this order: that of the option to which it is equal, unless it is only a letter;
+the letter after "answer is" or "answer:"; the letter with which it begins; the only option whose text it has, where
+"top left" does not have "left"; the only capital letter of an option that is a word of its own. An answer without a
+letter is wrong.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -57,6 +58,7 @@ Examples:
 """
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NO_NOUN = "is|was|because|since|as|and|or"  # after these words, "A" is no article
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
@@ -104,19 +106,36 @@ class ChoiceAccuracy(evaluate.Metric):
 def read_letter(answer, options):
     """The letter of an answer, or `None`."""
     letters = LETTERS[: len(options)]
+    same = [letter for letter, option in zip(letters, options) if tidy(option) == tidy(answer)]
+    if len(same) == 1 and len(tidy(answer)) > 1:
+        return same[0]
+    named = {letter: option for letter, option in zip(letters, options) if has_text(answer, option)}
+    for letter, option in list(named.items()):
+        if any(has_text(other, option) and tidy(other) != tidy(option) for other in named.values()):
+            del named[letter]
     accepted = f"[{letters}{letters.lower()}]"
     for pattern in (rf"(?i:answer(?:\s+is|:))\s*:?\s*\(?({accepted})\b", rf"^\W*({accepted})(?:\W|$)"):
         found = re.search(pattern, answer)
-        # "a dog" begins with an article
-        if found and not (found[1] == "a" and re.match(r"\s+\w", answer[found.end(1) :])):
+        if found and not is_article(found[1], answer[found.end(1) :], named.get("A")):
             return found[1].upper()
-    named = [letter for letter, option in zip(letters, options) if has_text(answer, option)]
     if len(named) == 1:
-        return named[0]
+        return next(iter(named))
     # "A dog" at the beginning of a sentence, and "I see", have no letter
     alone = set(re.findall(rf"(?<!\w)([{letters}])(?!\w)", re.sub(r"(?:(?:^|[.!?]\s+)A|\bI)\s+(?=\w)", "", answer)))
     return alone.pop() if len(alone) == 1 else None
 
 
+def is_article(letter, rest, first_option):
+    """Whether a letter is the article of the words that follow. "A dog, no cat" is option A if that is "dog"."""
+    if letter not in "Aa" or not re.match(r"\s+\w", rest) or re.match(rf"\s+(?:{_NO_NOUN})\b", rest):
+        return False
+    begins = first_option is not None and re.match(rf"\s+{re.escape(tidy(first_option))}(?!\w)", rest, re.IGNORECASE)
+    return letter == "a" or not begins
+
+
 def has_text(answer, option):
     return re.search(rf"(?<!\w){re.escape(option.strip().rstrip('.'))}(?!\w)", answer, re.IGNORECASE) is not None
+
+
+def tidy(text):
+    return text.strip().rstrip(".").strip().casefold()
