@@ -91,6 +91,9 @@ class LanguageReader(Reader):
             )
         return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
+    def _form_of_labels(self, task: Task, inputs: dict[str, Any]) -> str:
+        return self.processor.task_for(self.processor.tokenizer.decode(inputs["input_ids"][0, -1:]))
+
     def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()

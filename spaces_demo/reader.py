@@ -357,13 +357,18 @@ class Reader:
         of the label's tokens. The shares are a softmax of the scores and sum to 1.
         """
         task = self.ranking_task
-        candidates = dict(self.processor.prepare_candidates(labels, task=task.name))
-        scores, indices = self._rank_on_gpu(self._inputs(encoding, task, text), candidates)
+        inputs = self._inputs(encoding, task, text)
+        candidates = dict(self.processor.prepare_candidates(labels, task=self._form_of_labels(task, inputs)))
+        scores, indices = self._rank_on_gpu(inputs, candidates)
         shares = torch.tensor(scores).softmax(0).tolist()
         return [
             {"label": labels[index], "score": score, "share": share}
             for index, score, share in zip(indices, scores, shares)
         ]
+
+    def _form_of_labels(self, task: Task, inputs: dict[str, Any]) -> str:
+        """How labels follow the prompt: the `task` of `prepare_candidates`."""
+        return task.name
 
     def _rank(self, inputs: dict[str, Any], candidates: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:
         candidates = {name: tensor.to(self.device) for name, tensor in candidates.items()}

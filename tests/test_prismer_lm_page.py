@@ -39,7 +39,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     language = folder / "HuggingFaceTB/SmolLM2-135M-Instruct"
     tokenizer = make_tokenizer()
-    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=len(tokenizer))).save_pretrained(language)
+    sizes = {**SIZES, "num_hidden_layers": 4}  # the page has a gated block before every fourth layer
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(language)
     tokenizer.save_pretrained(language)
     vision = SiglipVisionConfig(**SIZES, image_size=32, patch_size=16)
     SiglipVisionModel(vision).save_pretrained(folder / "google/siglip2-base-patch16-224")

@@ -41,7 +41,12 @@ def lm_folders(tmp_path_factory):
     for part in (LlamaForCausalLM(config), tokenizer):
         part.save_pretrained(folder / "language")
     arguments = (str(folder / "language"), None, EXPERTS)
-    settings = {"fusion": "cross_attention", "experts_as": "both", "experts_config": EXPERTS_CONFIG}
+    settings = {
+        "fusion": "cross_attention",
+        "cross_attention_every": 1,
+        "experts_as": "both",
+        "experts_config": EXPERTS_CONFIG,
+    }
     model = PrismerLMForConditionalGeneration.from_backbones(*arguments, **settings)
     processor = PrismerLMProcessor.from_backbones(*arguments, config=model.config)
     model.save_pretrained(folder / "my-lm", trained_only=True)
@@ -112,6 +117,13 @@ def test_page_and_command_line_say_the_same(lm_folders, tmp_path, is_chat):
         generated = command.network.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         said = command.processor.post_process_generation(generated)[0]
         assert list(reader.say(encoding, text))[-1] == said
+    labels, question = ["a dog", "yes"], "Is it red?"
+    candidates = command.prepare_candidates(labels, question)
+    ranking = command.network.rank_candidates(
+        **candidates, k=2, **command.prepare_to_rank([IMAGE], question, [LABELS])
+    )
+    scores = {labels[index]: score for index, score in zip(ranking.indices[0].tolist(), ranking.scores[0].tolist())}
+    assert {row["label"]: row["score"] for row in reader.rank(encoding, labels, question)} == pytest.approx(scores)
 
 
 def test_words_of_the_experts_reach_the_prompt(lm):

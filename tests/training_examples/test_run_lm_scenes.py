@@ -14,6 +14,7 @@ from scenes.scenes import Scenes
 
 
 STEMS = {"hidden_size": 32, "image_size": 32, "num_latents": 4, "resampler_layers": 1, "resampler_attention_heads": 2}
+CROSS_ATTENTION = ("--fusion", "cross_attention", "--cross_attention_every", 2)
 COUNTS = {"train": 10, "validation": 2, "test": 2}
 
 
@@ -64,7 +65,7 @@ def test_two_stages_are_measured_by_type_of_question(recipe, language, vision, s
     assert found["test"]["seconds"]["answers"] > 0
 
 
-@pytest.mark.parametrize("way", [(), ("--fusion", "cross_attention", "--experts_as", "both")], ids=["prefix", "cross"])
+@pytest.mark.parametrize("way", [(), (*CROSS_ATTENTION, "--experts_as", "both")], ids=["prefix", "cross"])
 def test_packed_answers_are_those_of_greedy_generation(recipe, language, vision, suites, way):
     train = ("--stage", "questions", "--freeze", "vision", "--do_train", "--max_steps", 40, "--learning_rate", 0.01)
     train += ("--without_types", "color,shape,material,size,count,relation,nearest,sign")
@@ -92,8 +93,7 @@ def test_words_need_no_training(recipe, language, suites):
 
 def test_both_fusions_train_as_many_weights(recipe, language, vision):
     shared = ("--language", language, "--vision", vision, "--experts", "none", "--trained_weights", 40_000)
-    cross_attention = ("--fusion", "cross_attention", "--cross_attention_every", 2)
-    for name, fusion in {"prefix": (), "cross_attention": cross_attention}.items():
+    for name, fusion in {"prefix": (), "cross_attention": CROSS_ATTENTION}.items():
         folder = recipe(*shared, *fusion, "--stage", "questions", "--do_train", out=name)
         assert abs(trained_weights(folder) - 40_000) < 400
 
@@ -109,7 +109,7 @@ def test_new_expert_is_watched_while_its_stem_trains(recipe, language, suites):
 
 
 @pytest.mark.parametrize("by", ["random", "similar"])
-@pytest.mark.parametrize("way", [(), ("--fusion", "cross_attention", "--no_chat")], ids=["chat", "text"])
+@pytest.mark.parametrize("way", [(), (*CROSS_ATTENTION, "--no_chat")], ids=["chat", "text"])
 def test_examples_precede_questions_of_other_types(recipe, language, vision, suites, by, way):
     types = ("--without_types", "relation,sign", "--stage", "questions", "--shots", 0, 2, "--shots_by", by)
     backbones = ("--language", language, "--vision", vision, "--experts", suites["edges"], *way)
