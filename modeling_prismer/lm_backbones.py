@@ -138,22 +138,23 @@ def fingerprint(backbone: PreTrainedModel) -> dict[str, Any]:
     Fields of the configuration and a few weights: they tell backbones apart. Vectors are never quantised; matrices may
     be, and are then not compared.
     """
-    config = backbone.config.get_text_config() if hasattr(backbone.config, "text_config") else backbone.config
-    fields = {name: getattr(config, name, None) for name in _FINGERPRINT_FIELDS}
-    vectors, matrices = {}, {}
-    for name, parameter in backbone.named_parameters():
-        if "bias" in name or "lora_" in name or not has_plain_weights(parameter):
-            continue
-        if parameter.ndim == 1:
-            vectors[name] = first_values(parameter)
-        elif parameter.ndim == 2:
-            matrices[name] = parameter
-    chosen = sorted(matrices)[:: max(1, len(matrices) // 8)][:8]
-    return {
-        "config": fields,
-        "weights": {name: vectors[name] for name in sorted(vectors)[:: max(1, len(vectors) // 8)][:8]},
-        "matrices": {name: first_values(matrices[name]) for name in chosen},
+    own = {
+        name: parameter
+        for name, parameter in backbone.named_parameters()
+        if "bias" not in name and "lora_" not in name and has_plain_weights(parameter)
     }
+    found: dict[str, Any] = {"config": architecture_of(backbone)}
+    for part, ndim in (("weights", 1), ("matrices", 2)):
+        names = sorted(name for name, parameter in own.items() if parameter.ndim == ndim)
+        chosen = names[:: max(1, len(names) // 8)][:8]
+        found[part] = {name: first_values(own[name]) for name in chosen}
+    return found
+
+
+def architecture_of(backbone: PreTrainedModel) -> dict[str, Any]:
+    """The fields of the configuration that a fingerprint has."""
+    config = backbone.config.get_text_config() if hasattr(backbone.config, "text_config") else backbone.config
+    return {name: getattr(config, name, None) for name in _FINGERPRINT_FIELDS}
 
 
 def has_plain_weights(parameter: torch.Tensor) -> bool:
@@ -170,10 +171,9 @@ def check_fingerprint(backbone: PreTrainedModel, expected: dict[str, Any], role:
     Raises:
         ValueError: if `backbone` is not the one that the trained weights belong to, naming what differs.
     """
-    found = fingerprint(backbone)
     start = f"the {role} {backbone.name_or_path or type(backbone).__name__} is not {expected['id'] or 'the one'} that"
-    for name in _FINGERPRINT_FIELDS:
-        own, value = found["config"][name], expected["config"].get(name)
+    for name, own in architecture_of(backbone).items():
+        value = expected["config"].get(name)
         if own != value:
             raise ValueError(f"{start} these weights were trained on: {name}={own}, not {value}")
     parameters = dict(backbone.named_parameters())
@@ -196,7 +196,7 @@ def save_trained(model: PreTrainedModel, folder: str | Path, **kwargs: Any) -> N
     language, *vision = (
         entry or {"id": backbone.name_or_path, **fingerprint(backbone)} for entry, backbone in zip(entries, backbones)
     )
-    resized, size = fingerprint(core.language_model)["config"]["vocab_size"], language["config"]["vocab_size"]
+    resized, size = architecture_of(core.language_model)["vocab_size"], language["config"]["vocab_size"]
     if resized != size:
         raise ValueError(
             f"the vocabulary of the language model was resized from {size} to {resized} tokens, which trained weights "

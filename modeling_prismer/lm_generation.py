@@ -45,10 +45,11 @@ class PrismerLMGenerationMixin(GenerationMixin):
         if is_vlm:
             self.language_model.generation_config = self.generation_config
         if images is None:
+            if not is_vlm:
+                return super().generate(input_ids, *args, **kwargs)
             if kwargs.get(CACHE_NAME) is None:
                 self.model.check_no_placeholders(input_ids)
-            generate = self.language_model.generate if is_vlm else super().generate
-            return generate(input_ids, *args, **kwargs)
+            return self.language_model.generate(input_ids, *args, **kwargs)
 
         inputs_embeds = kwargs.get("inputs_embeds")
         mask = self.model.placeholders(input_ids, inputs_embeds, kwargs.get("mm_token_type_ids"))

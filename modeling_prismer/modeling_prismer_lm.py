@@ -645,9 +645,7 @@ class PrismerLMModel(PrismerLMPreTrainedModel):
         if getattr(attention_mask, "ndim", None) == 4 and attention_mask.dtype == torch.bool:
             kwargs["attention_mask"] = self.packed_mask(attention_mask)
         if images is None:
-            cache = kwargs.get(CACHE_NAME)
-            if cache is None or not cache.get_seq_length():
-                self.check_no_placeholders(input_ids)
+            self.check_no_placeholders(input_ids)
             return language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs), None
 
         mask = self.placeholders(input_ids, inputs_embeds, mm_token_type_ids)

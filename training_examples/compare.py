@@ -57,7 +57,7 @@ def main() -> None:
     for name in models:
         try:
             in_own_process(name, args) if args.own_process else measure_model(name, args)
-        except Exception:  # the others still run, and a second start repeats this one alone
+        except Exception:  # libraries raise all kinds; the other models still run, and the next start repeats this one
             logger.exception("%s failed", name.name)
             failed.append(name.name)
     settings = {name: settings_of(args, name) for name in models}
@@ -121,7 +121,7 @@ def measure_trial(model: Model, described: Described, trial: Trial, args: Compar
 
 
 def settings_of(args: CompareArguments, name: ModelName) -> dict[str, Any]:
-    """What the results of a model depend on, besides the trial."""
+    """The settings and weights that change the results of a model. Those of the trial are in its digest."""
     weights = [weight_fingerprint(path) for path in (name.path, args.language) if path is not None]
     shared = {key: value for key, value in asdict(args).items() if key not in SHOWN_ONLY}
     return {"path": name.path, "experts": name.experts, "weights": weights, **shared}

@@ -35,6 +35,7 @@ from sklearn.model_selection import GroupKFold
 from torch.nn import functional
 from transformers import AutoConfig, HfArgumentParser, set_seed
 
+from columns import ColumnOptions
 from modeling_prismer import (
     PrismerForConditionalGeneration,
     PrismerLMForConditionalGeneration,
@@ -52,7 +53,6 @@ from modeling_prismer.processing.expert_router import (
     best_rows,
     summarize_images,
 )
-from modeling_prismer.processing.tasks import find_task
 from router_evaluation import Samples, draw, evaluate, table, time_setting
 from training import write_json
 
@@ -67,7 +67,7 @@ TOLERANCE = 0.0025  # the score that the router may lose without a budget
 
 
 @dataclass
-class RouterArguments:
+class RouterArguments(ColumnOptions):
     """The arguments of this script."""
 
     model: str = field(metadata={"help": "Checkpoint: a folder, a Hub id, or the name of a shipped one."})
@@ -76,19 +76,6 @@ class RouterArguments:
     output_dir: Path = field(metadata={"help": "The folder for the checkpoint with its router."})
     split: str | None = field(default=None, metadata={"help": "Split of --data."})
     image_folder: str | None = field(default=None, metadata={"help": "The folder with the images of a list."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
-    text_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of captions or questions.", "aliases": ["--caption_column", "--question_column"]},
-    )
-    answer_column: str | None = field(default=None, metadata={"help": "Column of the answers."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the classes.", "aliases": ["--class_column"]}
-    )
-    id_column: str | None = field(
-        default=None, metadata={"help": "Column with the ids of images in a data set.", "aliases": ["--key_column"]}
-    )
-    split_column: str | None = field(default=None, metadata={"help": "Column with the name of the split."})
     class_names: str | None = field(default=None, metadata={"help": "JSON file {folder: name of the class}."})
     bad_rows: Literal["error", "skip"] = field(
         default="error", metadata={"help": "Stop at rows that cannot be used, or leave them out."}
@@ -148,11 +135,6 @@ def prompts_of(processor: Any, texts: Sequence[str]) -> list[str]:
 def load_images(args: RouterArguments, data: list[str], worth: Path) -> dict[str, Any]:
     """The images of data by their ids, undecoded. `prismer worth` has written the task of the data into `worth`."""
     task = json.loads((worth / "worth.json").read_text())["task"]
-    columns = {
-        f"{role}_column": column
-        for role, column in zip(find_task(task).columns, (args.text_column, args.answer_column))
-        if column is not None
-    }
     rows = leave_undecoded(
         load_rows(
             data,
@@ -160,14 +142,10 @@ def load_images(args: RouterArguments, data: list[str], worth: Path) -> dict[str
             args.split,
             train=False,
             image_folder=args.image_folder,
-            image_column=args.image_column,
-            class_column=args.label_column,
-            key_column=args.id_column,
-            split_column=args.split_column,
             class_names=args.class_names,
             bad_rows=args.bad_rows,
             check_images=False,
-            **columns,
+            **args.columns_of(task),
         )
     )
     return {row["image_id"]: row["image"]["path"] or row["image"]["bytes"] for row in images_of(rows)}

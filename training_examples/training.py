@@ -30,6 +30,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, sort_checkpoints, speed_metrics
 
+from columns import ColumnOptions
 from model_card import measured, write_model_card
 from modeling_prismer import (
     DataCollatorForPrismer,
@@ -54,7 +55,7 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(ColumnOptions):
     """The arguments of every recipe, in addition to those of `transformers.TrainingArguments`."""
 
     model: str | None = field(
@@ -75,31 +76,6 @@ class RecipeArguments:
     image_folder: list[str] = field(
         default_factory=list,
         metadata={"help": "The folder with the images of annotation lists: one for all, or one for each list."},
-    )
-    image_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the images, or a path from columns: '{folder}/{name}.png'."},
-    )
-    text_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the captions, or of the questions.",
-            "aliases": ["--caption_column", "--question_column"],
-        },
-    )
-    answer_column: str | None = field(default=None, metadata={"help": "Column of the answers."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the classes.", "aliases": ["--class_column"]}
-    )
-    id_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column with the ids of images that are in the data set itself, as in a label store.",
-            "aliases": ["--key_column"],
-        },
-    )
-    split_column: str | None = field(
-        default=None, metadata={"help": "Column with the name of the split; by default `split`, if it exists."}
     )
     bad_rows: Literal["error", "skip"] | None = field(
         default=None,
@@ -245,11 +221,7 @@ def load_data(
     """Loads the rows for training and those for evaluation or prediction; `None` if the arguments need none."""
     folders = args.image_folder[0] if len(args.image_folder) == 1 else args.image_folder or None
     options = {"image_folder": folders, "bad_rows": args.bad_rows, "check_images": args.check_images, **options}
-    options |= {"image_column": args.image_column, "key_column": args.id_column, "split_column": args.split_column}
-    options |= {
-        f"{role}_column": name for role, name in zip(find_task(task).columns, [args.text_column, args.answer_column])
-    }
-    options["class_column"] = args.label_column
+    options |= args.columns_of(task)
     train_rows = eval_rows = None
     problems = []  # of both data sets, reported together
     if training_args.do_train:

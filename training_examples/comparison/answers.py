@@ -58,7 +58,7 @@ def vqa_ranking(args: CompareArguments) -> list[Trial]:
 
 
 def yes_no(args: CompareArguments) -> list[Trial]:
-    """The questions that are answered by yes or no. Of several answers the more frequent one counts."""
+    """The questions that are answered by yes or no. The most frequent answer to a question is its reference."""
     samples = load_samples(args, "vqa")
     found = [(sample, yes_or_no(sample)) for sample in samples]
     asked = [replace(sample, references=(answer,)) for sample, answer in found if answer is not None]

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from columns import ColumnOptions
+
 
 @dataclass(frozen=True)
 class ModelName:
@@ -72,7 +74,7 @@ def read_models(texts: list[str]) -> list[ModelName]:
 
 
 @dataclass
-class CompareArguments:
+class CompareArguments(ColumnOptions):
     models: list[str] = field(
         default_factory=list,
         metadata={
@@ -93,17 +95,6 @@ class CompareArguments:
     support_split: str | None = field(default=None, metadata={"help": "Split of --support_data."})
     data_dir: str | None = field(default=None, metadata={"help": "The cache folder of --data scenes."})
     image_folder: str | None = field(default=None, metadata={"help": "The folder with the images of a list."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images."})
-    text_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of captions or questions.", "aliases": ["--caption_column", "--question_column"]},
-    )
-    answer_column: str | None = field(default=None, metadata={"help": "Column of the answers."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column of the classes.", "aliases": ["--class_column"]}
-    )
-    id_column: str | None = field(default=None, metadata={"help": "Column with the ids of images in a data set."})
-    split_column: str | None = field(default=None, metadata={"help": "Column with the name of the split."})
     max_rows: int | None = field(
         default=None,
         metadata={"help": "Measure on the first rows only; on the first images of easy-vqa and scenes."},

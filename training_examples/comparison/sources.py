@@ -9,7 +9,6 @@ from datasets import Dataset
 
 from modeling_prismer.processing.data import leave_undecoded, load_rows
 from modeling_prismer.processing.data.grouping import draw_shots
-from modeling_prismer.processing.tasks import find_task
 
 from .arguments import CompareArguments
 from .models import NamedImage
@@ -78,21 +77,15 @@ def _read(
     if source in named:
         rows: Any = named[source](args, task, split or ("train" if train else "test"), number)
     else:
-        roles = zip(find_task(task).columns, (args.text_column, args.answer_column))
-        columns = {f"{role}_column": column for role, column in roles if role != "class"}
         rows = load_rows(
             source,
             task,
             split,
             train=train,
             image_folder=args.image_folder,
-            image_column=args.image_column,
-            class_column=args.label_column,
-            key_column=args.id_column,
-            split_column=args.split_column,
             class_names=args.class_names,
             max_rows=number,
-            **columns,
+            **args.columns_of(task),
         )
         rows = leave_undecoded(rows)
     return [_sample(row) for row in rows]
