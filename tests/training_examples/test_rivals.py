@@ -136,6 +136,20 @@ def test_the_table_has_intervals_and_what_is_missing(args, tmp_path):
     assert "beyond" not in text
 
 
+def test_the_table_has_what_a_method_forgets(args, tmp_path):
+    args.methods, args.seeds = ["adaptors"], 2
+    for rate in args.learning_rates:
+        for seed in range(2):
+            training = Training("adaptors", rate, seed)
+            found = result(training, args, 5)
+            found["hits"] |= {"old, before": [[True, True]] * 3, "old": [[True, seed == 1]] * 3}
+            rivals.file_of(args, training).write_text(json.dumps(found))
+    report(args, tmp_path / "table.md")
+    text = (tmp_path / "table.md").read_text()
+    assert "Δ on the original scenes" in text
+    assert "| – | −25.0 [−25.0, −25.0] | 0.50 |" in text
+
+
 def test_the_table_marks_rates_at_the_end_of_those_tried(args, tmp_path):
     args.methods, args.seeds = ["adaptors"], 1
     for rate, right in zip(args.learning_rates, (3, 5, 8)):
@@ -156,6 +170,7 @@ def test_methods_are_tuned_with_three_rates(capsys):
 def test_shifted_scenes_are_split(args, tmp_path):
     args.data, args.data_dir, args.train_images, args.eval_images = "shifted", str(tmp_path / "data"), 2, 1
     rows = rivals.load_data(args)
-    assert {name: len(own) for name, own in rows.items()} == {"train": 2, "validation": 1, "test": 1}
+    assert {name: len(own) for name, own in rows.items()} == {"train": 2, "validation": 1, "test": 1, "old": 1}
+    assert rows["old"]["image_id"][0].startswith("scenes/")
     assert len(rows["train"][0]["text"]) == len(rows["train"][0]["suffix"]) > 5
     assert np.array(rows["train"][0]["image"]).shape == (192, 192, 3)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import SiglipVisionModel, TrainerCallback
 
 import run_lm
+import training
 from feature_cache import FeatureCache
 from lm_training import batches_by_length, tidy_answer, with_learned_logits
 from modeling_prismer import PrismerLMForConditionalGeneration, PrismerLMProcessor
@@ -344,6 +345,6 @@ def test_answers_are_compared_without_a_full_stop():
 def test_bfloat16_needs_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags, dtype in (("fpu avx512_bf16", torch.bfloat16), ("fpu avx512f", torch.float32)):
-        monkeypatch.setattr(run_lm.Path, "read_text", lambda self, text=flags: text)
+        monkeypatch.setattr(training.Path, "read_text", lambda self, text=flags: text)
         assert run_lm.find_dtype("auto") == dtype
     assert run_lm.find_dtype("bfloat16") == torch.bfloat16

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, RobertaTokenizer, TrainingArguments
 
-from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from modeling_prismer import PrismerForConditionalGeneration, PrismerImageProcessor, PrismerProcessor
 from modeling_prismer.familiarity import Familiarity
 from scenes import run_scenes, train_backbones
 from scenes.scenes import Scenes
@@ -19,11 +18,9 @@ from scenes.scenes import Scenes
 def run(script, data_dir, output_dir, *arguments):
     few = {"train": 26, "validation": 2, "test": 2}  # Familiarity needs more scenes than features for the covariance
     command = [script.__name__, "--data_dir", data_dir, "--output_dir", output_dir, *arguments]
-    if script is run_scenes:
-        for split, number in few.items():
-            command += [f"--{split}_scenes", number]
+    for split, number in few.items():
+        command += [f"--{split}_scenes" if script is run_scenes else f"--{split}", number]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("scenes.train_backbones.Scenes", partial(Scenes, **few))
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         script.main()
     return output_dir
@@ -95,6 +92,28 @@ def test_sign_questions_have_two_other_texts_and_more_weight(data_dir):
     all_rows = run_scenes.training_rows(scenes)
     assert all_rows["image_id"][:] == scenes["image_id"][:]
     assert [len(texts) for texts in all_rows["text"]] == [len(questions) + 5 for questions in scenes["questions"]]
+
+
+def test_a_batch_has_captions_alone_or_questions_alone(backbones, data_dir):
+    scenes = Scenes(cache_dir=data_dir, train=26, validation=2, test=2)
+    scenes.download_and_prepare()
+    rows = run_scenes.training_rows(scenes.as_dataset(split="train"))
+    tokenizer = RobertaTokenizer.from_pretrained(backbones / "tokenizer")
+    image_processor = PrismerImageProcessor(size={"height": 16, "width": 16})
+    processor = PrismerProcessor(image_processor, tokenizer, task="vqa", tasks=["caption", "vqa"])
+    collator = run_scenes.OneTaskPerBatch(processor, run_scenes.no_labels, texts_per_image=7)
+    kinds = []
+    for epoch in range(6):
+        collator.epoch = epoch
+        for start in range(0, 26, 2):
+            batch = collator([rows[start], rows[start + 1]])
+            texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+            captions = [text.startswith("A picture of") for text in texts]
+            assert len(set(captions)) == 1 and len(texts) == (10 if captions[0] else 14)
+            kinds.append(captions[0])
+    assert 0.05 < sum(kinds) / len(kinds) < 0.4
+    again = collator([rows[start], rows[start + 1]])
+    assert torch.equal(again["input_ids"], batch["input_ids"])
 
 
 @pytest.mark.parametrize(

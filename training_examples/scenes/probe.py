@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--model", default="prismer-scenes", help="a Prismer: a folder or a shipped checkpoint")
     add_data_arguments(parser, "scenes")
     parser.add_argument("--max_rows", type=int, help="train on the first scenes only")
+    parser.add_argument("--max_eval_rows", type=int, help="test on the first scenes of each kind only")
     arguments = parser.parse_args()
     splits = open_data(arguments)
     path = pretrained_path(arguments.model) if "/" not in arguments.model else arguments.model
@@ -135,7 +136,7 @@ def main() -> None:
     train = splits["train" if "train" in splits else "validation"]
     train = train.select(range(min(len(train), arguments.max_rows or len(train))))
     known = (encode(model, processor, train), train)
-    for name, scenes in evaluation_splits({"test": splits["test"]}).items():
+    for name, scenes in evaluation_splits({"test": splits["test"]}, arguments.max_eval_rows).items():
         results = probe(known, (encode(model, processor, scenes), scenes))
         print(f"\n{name}, {len(scenes)} scenes; trained on {len(train)}\n\n| | {' | '.join(SITES)} |")
         print("| --- | --- | --- | --- |")

@@ -19,16 +19,19 @@ questions alone reveal.
 """
 
 import json
+import random
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPModel, PreTrainedModel, RobertaForMaskedLM
+from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedModel, RobertaForMaskedLM
 
 from comparison.scores import Score, interval
 from modeling_prismer import (
@@ -39,19 +42,21 @@ from modeling_prismer import (
 )
 from modeling_prismer.conversion import class_features_from_names
 from modeling_prismer.familiarity import Familiarity, image_features
-from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
-from modeling_prismer.processing.labels import open_source
+from modeling_prismer.processing.data_collator import TEXT_COLUMNS
+from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams, UserRegions
+from modeling_prismer.processing.labels import label_source, open_source
 from modeling_prismer.processing.metrics import load_metric
 from muon import muon_with
 from training import RecipeArguments, load_checkpoint, make_trainer, parse_arguments, run, write_json
 
 from .labels import EXPERTS
-from .language import true_share
+from .language import phrase, true_share
 from .render import CLASSES
 from .scenes import DETECTION_CLASSES, ScenesOptions, expert_labels
 
 
 IMAGE_SIZE = 128
+EXPERT_GRID = 8  # tokens of an expert, along each side
 DESCRIPTIONS = [
     {"name": "depth", "kind": "dense", "channels": 1},
     {"name": "normal", "kind": "dense", "channels": 3},
@@ -66,6 +71,7 @@ DESCRIPTIONS = [
     },
     {"name": "ocr", "kind": "label", "channels": 64},
 ]
+MARK = {"name": "regions", "kind": "label", "channels": 64}  # the marked object of Scenes 2
 DEFAULTS = {
     "train_data": ["scenes"],
     "eval_data": ["scenes"],
@@ -82,7 +88,10 @@ DEFAULTS = {
     "augment": False,
 }
 GENERATION = {"num_beams": 3, "max_new_tokens": 30}  # captions are longer than in COCO
-TEXTS_PER_IMAGE = {"all": 20, "signs": 3}  # texts drawn for an image in each epoch
+TEXTS_PER_IMAGE = {"all": 20, "signs": 3, "lists": 5}  # texts drawn for an image in each epoch
+LISTED = 7  # objects; a caption has at most 30 words
+CAPTIONS = 5  # of a scene
+CAPTION_BATCHES = 0.2  # share of the batches; the others have questions
 WEIGHTS = {"sign": 3.0}  # loss weights by type; 200 words are learned from one question per image
 CAPTION_PROMPT = "A picture of"
 FAMILIAR = 3000  # scenes that the published checkpoint compares images with
@@ -97,12 +106,23 @@ class ScenesArguments(ScenesOptions, RecipeArguments):
     )
     texts: str = field(
         default="all",
-        metadata={"help": "all; or signs (scenes with a sign: the question for its word, and two other texts)."},
+        metadata={
+            "help": "all; signs (scenes with a sign: the question for its word, and two other texts); or lists (of "
+            "objects and signs)."
+        },
     )
     photographs: str | None = field(
         default=None,
         metadata={"help": "Folder of images that are not scenes; counts those that a published --model warns about."},
     )
+    freeze_patches: bool = field(
+        default=False,
+        metadata={
+            "help": "Also freeze the patch embedding, the positions and the norms of the vision encoder. The paper "
+            "trains them; at the high learning rate of such a small network, they lose what the backbone has learned."
+        },
+    )
+    latents: int = field(default=64, metadata={"help": "Latents of a new model."})
     blind: bool = field(default=False, metadata={"help": "Replace images by gray ones, without experts."})
 
 
@@ -112,13 +132,19 @@ class ScenesArguments(ScenesOptions, RecipeArguments):
 def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
     """
     Makes one row per image with all its questions and captions. With `only="signs"`, rows are images with a sign, and
-    have the question for its word and two other texts.
+    have the question for its word and two other texts. With `only="lists"`, the texts list objects and signs.
+    Rows without a mark have no questions about it.
     """
-    random = np.random.default_rng(0)
+    order = np.random.default_rng(0)
 
-    def texts(row):
+    def texts(row, index):
+        if only == "lists":
+            found = lists_of(row["facts"])
+            return {name: [text[name] for text in found] for name in ("text", "suffix", "task", "weight")}
         found = [
-            {"text": q["question"], "suffix": q["answer"], "task": "vqa", "type": q["type"]} for q in row["questions"]
+            {"text": q["question"], "suffix": q["answer"], "task": "vqa", "type": q["type"]}
+            for q in row["questions"]
+            if q["type"] != "marked" or is_marked(index)
         ]
         found += [
             {"text": CAPTION_PROMPT, "suffix": caption, "task": "caption", "type": "caption"}
@@ -127,14 +153,41 @@ def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
         if only == "signs":
             signs = [text for text in found if text["type"] == "sign"]
             others = [text for text in found if text["type"] != "sign"]
-            drawn = random.permutation(len(others))[: TEXTS_PER_IMAGE["signs"] - 1]
+            drawn = order.permutation(len(others))[: TEXTS_PER_IMAGE["signs"] - 1]
             found = [*signs[:1], *(others[i] for i in drawn)] if signs else []
         columns = {name: [text[name] for text in found] for name in ("text", "suffix", "task")}
         return columns | {"weight": [WEIGHTS.get(text["type"], 1.0) for text in found]}
 
-    rows = scenes.select_columns(["image_id", "image", "questions", "captions"])
-    rows = rows.map(texts, remove_columns=["questions", "captions"], desc="texts")
+    sources = ["questions", "captions", "facts"]
+    rows = scenes.select_columns(sources)
+    rows = rows.map(texts, with_indices=True, remove_columns=sources, desc="texts")
+    rows = concatenate_datasets([scenes.select_columns(["image_id", "image"]), rows], axis=1)
     return rows.select([i for i, found in enumerate(rows["text"]) if found])
+
+
+def lists_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Texts that name the objects of a scene with all attributes, in four orders, and the words on signs. Nearly every
+    word needs the image, so they teach a decoder to read places sooner than questions, whose answer is one word.
+    """
+    orders: dict[str, Callable[[dict[str, Any]], float]] = {
+        "From left to right": lambda thing: thing["center"][0],
+        "From right to left": lambda thing: -thing["center"][0],
+        "From near to far": lambda thing: thing["distance"],
+        "From far to near": lambda thing: -thing["distance"],
+    }
+    texts = []
+    for text, order in orders.items():
+        things = sorted(facts["objects"], key=order)[:LISTED]
+        texts.append((text, ", ".join(phrase(thing, ("size", "material", "color")) for thing in things), 1.0))
+    words = [sign["word"] for sign in sorted(facts["signs"], key=lambda sign: sign["center"][0])]
+    texts.append(("Signs from left to right", ", ".join(words) or "none", WEIGHTS["sign"]))
+    return [{"text": text, "suffix": said, "task": "caption", "weight": weight} for text, said, weight in texts]
+
+
+def is_marked(index: int) -> bool:
+    """Whether a training scene comes with its mark. Every second one does not, as most images of users."""
+    return index % 2 == 0
 
 
 class TrueLabels:
@@ -148,6 +201,41 @@ class TrueLabels:
     def __call__(self, image_ids: list[str]) -> list[dict]:
         places = [self.places[image_id] for image_id in image_ids]
         return [expert_labels(self.parts[part][row], names=self.names) for part, row in places]
+
+
+class WithMarks:
+    """Adds the mark of a scene to its other labels, except for training scenes without a mark."""
+
+    def __init__(self, labels_for: Callable[[list[str]], list[dict] | None], splits: dict[str, Dataset]):
+        self.labels_for = labels_for
+        self.marks = TrueLabels(*splits.values(), names=(MARK["name"],))
+        ids = splits["train"]["image_id"] if "train" in splits else []
+        self.unmarked = {image_id for index, image_id in enumerate(ids) if not is_marked(index)}
+
+    def __call__(self, image_ids: list[str]) -> list[dict]:
+        labels = zip(image_ids, self.labels_for(image_ids), self.marks(image_ids), strict=True)
+        return [{**own, **({} if name in self.unmarked else mark)} for name, own, mark in labels]
+
+
+class OneTaskPerBatch(DataCollatorForPrismer):
+    """
+    Makes batches of captions alone or of questions alone. Captions are longer; in a mixed batch, every question would
+    be padded to their length.
+    """
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if not self.with_suffix or not isinstance(rows[0]["task"], list):
+            return super().__call__(rows)
+        draw = random.Random(f"{self.seed} {self.epoch} {rows[0]['image_id']}").random()
+        task = "caption" if draw < CAPTION_BATCHES else "vqa"
+        chosen = []
+        for row in rows:
+            places = [place for place, own in enumerate(row["task"]) if own == task]
+            chosen.append({**row, **{name: [row[name][place] for place in places] for name in TEXT_COLUMNS}})
+        return super().__call__(chosen)
+
+    def _draw_texts(self, row: dict[str, Any], texts_per_image: int) -> None:
+        super()._draw_texts(row, CAPTIONS if row["task"][0] == "caption" else texts_per_image)
 
 
 def no_labels(image_ids: list[str]) -> list[dict]:
@@ -168,14 +256,18 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     if args.suite not in ("none", "true"):
         suite = ExpertSuite.from_pretrained(args.suite)
     descriptions = [] if args.suite == "none" else DESCRIPTIONS
+    if descriptions and args.data_config == "scenes2":
+        descriptions = [*DESCRIPTIONS, MARK]
+        suite = suite and ExpertSuite([*suite.values(), UserRegions()])
+    vision = CLIPVisionModel.from_pretrained(folder / "clip")
     model = PrismerForConditionalGeneration.from_backbones(
-        vision=CLIPModel.from_pretrained(folder / "clip"),
+        vision=vision,
         # no dropout: this small network does not overfit on so many texts
         text=RobertaForMaskedLM.from_pretrained(
             folder / "roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ),
         experts=descriptions,
-        num_latents=64,
+        num_latents=args.latents,
         resampler_layers=2,
     )
     if descriptions:
@@ -186,7 +278,7 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     image_processor = PrismerImageProcessor(
         experts=descriptions,
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        expert_size=IMAGE_SIZE,
+        expert_size=EXPERT_GRID * vision.config.patch_size,
         max_instances=32,
         max_words=16,
     )
@@ -197,6 +289,13 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
 def choose_attention(model: PreTrainedModel) -> None:
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # the backward pass of sdpa is slow on CPUs for such short sequences
+
+
+def freeze_patches(model: PrismerForConditionalGeneration) -> None:
+    """Freezes what an image passes before, between and after the layers of the vision encoder."""
+    encoder = model.model.vision_model
+    for part in (encoder.embeddings, encoder.pre_layernorm, encoder.post_layernorm):
+        part.requires_grad_(False)
 
 
 # ---- evaluation ----
@@ -326,6 +425,9 @@ def main() -> None:
     labels_for = no_labels if args.blind else None
     if args.labels == "true":
         labels_for = TrueLabels(*splits.values())
+    if MARK["name"] in model.config.expert_names and not args.blind:
+        others = [each for each in processor.image_processor.experts if each["name"] != MARK["name"]]
+        labels_for = WithMarks(labels_for or label_source(args.labels, others), splits)
     trainer = make_trainer(
         model,
         processor,
@@ -334,9 +436,12 @@ def main() -> None:
         train_rows,
         labels_for=labels_for,
         texts_per_image=TEXTS_PER_IMAGE[args.texts],
+        collator_class=OneTaskPerBatch if args.texts == "all" else DataCollatorForPrismer,
         generation=GENERATION,
         optimizer_cls_and_kwargs=muon_with(training_args.learning_rate, training_args.weight_decay),
     )
+    if args.freeze_patches:
+        freeze_patches(model)
     if args.blind:
         trainer.data_collator.augmentation = trainer.eval_collator.augmentation = hide
     run(trainer, args)

@@ -34,7 +34,8 @@ from muon import muon_with
 from training import last_checkpoint
 
 from .language import article, phrase
-from .scenes import Scenes
+from .scenes import add_data_arguments, open_data
+from .train_vision import train_vision
 
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16
@@ -200,17 +201,23 @@ def train(trainer: Trainer, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", help="folder of the data set; made if missing")
+    add_data_arguments(parser, "scenes")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--clip_epochs", type=float, default=24, help="the second training has a sixteenth")
+    parser.add_argument(
+        "--clip",
+        choices=("captions", "facts"),
+        default="captions",
+        help="what the CLIP learns from: captions and phrases, or what each place shows (train_vision.py)",
+    )
+    parser.add_argument(
+        "--clip_epochs", type=float, help="24 for captions, with a sixteenth for the second training; 8 for facts"
+    )
     parser.add_argument("--roberta_epochs", type=float, default=1)
     parser.add_argument("--max_rows", type=int, help="use this many scenes only")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     args = parser.parse_args()
     set_seed(0)
-    builder = Scenes(cache_dir=args.data_dir)
-    builder.download_and_prepare()
-    rows = builder.as_dataset(split="train").select_columns(["image", "captions", "questions", "facts"])
+    rows = open_data(args)["train"]
     if args.max_rows:
         rows = rows.select(range(args.max_rows))
     texts = texts_of(rows.select_columns(["captions", "questions"]))
@@ -262,13 +269,16 @@ def main() -> None:
         )
         train(trainer, args.output_dir / name)
 
-    if not (args.output_dir / "clip").is_dir():
+    if args.clip == "facts" and not (args.output_dir / "clip").is_dir():
+        train_vision(rows, args.output_dir, epochs=args.clip_epochs or 8, bf16=args.bf16)
+    elif not (args.output_dir / "clip").is_dir():
+        epochs = args.clip_epochs or 24
         if not (args.output_dir / "clip-strong").is_dir():
-            train_clip(new_clip(tokenizer), "clip-strong", args.clip_epochs, 1e-3, muon=True)
+            train_clip(new_clip(tokenizer), "clip-strong", epochs, 1e-3, muon=True)
         clip = CLIPModel.from_pretrained(args.output_dir / "clip-strong", attn_implementation="eager")
         weaken_branches(clip)
         # short, with a small learning rate: longer training would undo the weakening
-        train_clip(clip, "clip", args.clip_epochs / 16, 1.5e-4, muon=False)
+        train_clip(clip, "clip", epochs / 16, 1.5e-4, muon=False)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from modeling_prismer.processing.labels import label_images
 from training import last_checkpoint, write_json
 
 from .render import CLASSES
-from .scenes import DETECTION_CLASSES, EXPERTS, Scenes, expert_labels
+from .scenes import DETECTION_CLASSES, EXPERTS, add_data_arguments, expert_labels, open_data
 
 
 IMAGE_SIZE = 128
@@ -540,8 +540,9 @@ def label_scenes(splits: Mapping[str, Dataset], suite: ExpertSuite, folder: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_dir", help="folder of the data set; made if missing")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    add_data_arguments(parser, "scenes")
+    parser.add_argument("--output_dir", type=Path, help="the folder of the suite")
+    parser.add_argument("--suite", type=Path, help="use these trained experts, and train none")
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks to train, separated by commas")
     parser.add_argument("--max_rows", type=int, help="train on this many scenes only")
     parser.add_argument("--max_steps", type=int, help="steps of each training")
@@ -553,17 +554,20 @@ def main() -> None:
     unknown = sorted(set(only) - set(NETWORKS))
     if unknown:
         parser.error(f"--only has {', '.join(unknown)}; accepted are {', '.join(NETWORKS)}")
-    builder = Scenes(cache_dir=args.data_dir)
-    builder.download_and_prepare()
-    splits = builder.as_dataset()
-    suite = train_experts(
-        {**splits, "train": splits["train"].select(range(min(args.max_rows or 10**9, len(splits["train"]))))},
-        args.output_dir,
-        only,
-        args.max_steps,
-        args.max_eval_rows,
-        args.bf16,
-    )
+    if (args.suite is None) == (args.output_dir is None):
+        parser.error("--output_dir (to train experts) or --suite (to use trained ones) is needed")
+    splits = open_data(args)
+    if args.suite:
+        suite = ExpertSuite.from_pretrained(args.suite).only(*EXPERTS)
+    else:
+        suite = train_experts(
+            {**splits, "train": splits["train"].select(range(min(args.max_rows or 10**9, len(splits["train"]))))},
+            args.output_dir,
+            only,
+            args.max_steps,
+            args.max_eval_rows,
+            args.bf16,
+        )
     if args.labels:
         label_scenes(splits, suite, args.labels)
 

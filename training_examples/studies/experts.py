@@ -62,7 +62,7 @@ from scenes.run_scenes import (
     training_rows,
 )
 from scenes.scenes import EXPERTS, Scenes
-from training import PrismerTrainer, make_trainer, write_json
+from training import PrismerTrainer, has_bfloat16, make_trainer, write_json
 
 from .design import STUDIES, Run, conditions_of, runs_of
 from .report import report
@@ -117,8 +117,11 @@ def noisy(labels: Labels, share: float, seed: int) -> Labels:
     others = (np.arange(len(image_ids))[:, None] + random.integers(1, len(image_ids), size)) % len(image_ids)
     return {
         image_id: {
-            name: labels[image_ids[others[i, k]] if replaced[i, k] else image_id].get(name)
-            for k, name in enumerate(EXPERTS)
+            **labels[image_id],
+            **{
+                name: labels[image_ids[others[i, k]] if replaced[i, k] else image_id].get(name)
+                for k, name in enumerate(EXPERTS)
+            },
         }
         for i, image_id in enumerate(image_ids)
     }
@@ -207,7 +210,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
         "num_train_epochs": args.epochs,
         "seed": seed,
         "weight_decay": 0.05,
-        "bf16": True,
+        "bf16": has_bfloat16(),
         "use_cpu": not torch.cuda.is_available(),
         "remove_unused_columns": False,
         "dataloader_num_workers": 0,  # the labels are in memory

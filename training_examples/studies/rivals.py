@@ -11,8 +11,9 @@ All start from `--start` with its trained adaptors, and train for the same numbe
 `--data shifted` are the scenes that look different from those of the shipped checkpoint. The budget is the number of
 weights in the adaptors: ranks and widths are chosen to meet it. (IA)³ and BitFit have fewer weights by their nature.
 Each method is trained with each learning rate of `--learning_rates` and the first seed, the best one on the validation
-images is trained with the other seeds, and these models answer the test questions. You can stop and restart the
-program, and several processes can work on one folder.
+images is trained with the other seeds, and these models answer the test questions. `--data shifted` also measures what
+they forget: the change of the answers about the original scenes. You can stop and restart the program, and several
+processes can work on one folder.
 """
 
 import argparse
@@ -35,7 +36,6 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from comparison.report import markdown, write_interval
 from comparison.scores import Score, difference, interval
-from lm_training import batches_by_length
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing.labels import label_images, label_source
@@ -43,12 +43,14 @@ from run_easy_vqa import load_easy_vqa
 from scenes.scenes import Scenes
 from training import PrismerTrainer, RecipeArguments, make_trainer, write_json
 
+from .answers import right_answers
 from .experts import StepTimes, backbone_layers, peak_memory
 
 
 SETTINGS = ("start", "data", "train_images", "eval_images", "steps", "batch_size", "texts_per_image")
 VIRTUAL_TOKENS = 10
 SPLITS = ("train", "validation", "test")
+OLD, OLD_BEFORE = "old", "old, before"  # answers about scenes like those of the start's training
 
 
 # ---- the methods: each gets a model and a budget, and returns the model that is trained ----
@@ -139,8 +141,11 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
             "train": train.select(range(args.eval_images, len(train))),
             "test": load_easy_vqa("test", args.eval_images),
         }
-    builder = Scenes(cache_dir=args.data_dir, config_name=args.data, **number)
-    builder.download_and_prepare()
+
+    def prepare(config: str, **numbers: int) -> dict[str, Dataset]:
+        builder = Scenes(cache_dir=args.data_dir, config_name=config, **numbers)
+        builder.download_and_prepare()
+        return builder.as_dataset()
 
     def texts(row: dict[str, Any]) -> dict[str, list[str]]:
         return {
@@ -148,10 +153,12 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
             "suffix": [own["answer"] for own in row["questions"]],
         }
 
-    splits = builder.as_dataset()
+    splits = {**prepare(args.data, **number)}
+    if args.data == "shifted":
+        splits[OLD] = prepare("scenes", train=0, validation=0, test=args.eval_images)["test"]
     return {
-        name: splits[name].select_columns(["image_id", "image", "questions"]).map(texts, remove_columns=["questions"])
-        for name in SPLITS
+        name: rows.select_columns(["image_id", "image", "questions"]).map(texts, remove_columns=["questions"])
+        for name, rows in splits.items()
     }
 
 
@@ -221,25 +228,9 @@ def make(training: Training, args: argparse.Namespace, rows: Dataset, store: Pat
     return trainer
 
 
-@torch.no_grad()
-def answer(trainer: PrismerTrainer, rows: Dataset, batch_size: int = 128) -> list[list[bool]]:
-    """
-    Which answers greedy generation would give for each image: those whose tokens are each the most probable one after
-    the right ones before. One forward pass finds them.
-    """
-    model, collator = trainer.model.eval(), trainer.eval_collator
-    collator.with_suffix = True
-    lengths = [len(texts) for texts in rows["text"]]
-    found: list[list[bool]] = [[]] * len(rows)
-    for numbers in batches_by_length(lengths, batch_size):
-        inputs = collator([rows[number] for number in numbers])
-        inputs = {name: tensor.to(trainer.args.device) for name, tensor in inputs.items()}
-        labels = inputs.pop("labels")[:, 1:]
-        said = model(**inputs).logits[:, -labels.shape[1] - 1 : -1].argmax(dim=-1)
-        hits = ((said == labels) | (labels == -100)).all(dim=1).tolist()
-        for place, number in enumerate(numbers):
-            found[number] = hits[place * lengths[number] : (place + 1) * lengths[number]]
-    return found
+def answer(trainer: PrismerTrainer, rows: Dataset) -> list[list[bool]]:
+    trainer.eval_collator.with_suffix = True
+    return right_answers(trainer.model, trainer.eval_collator, rows)
 
 
 def train(training: Training, args: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +239,8 @@ def train(training: Training, args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
         `dict` with `training`, `settings`, `trained` (the number of trained weights), `seconds_per_step`, `megabytes`
-        (growth of memory at its peak), `minutes`, and for each split the right answers of each image, `hits`.
+        (growth of memory at its peak), `minutes`, and for each split the right answers of each image, `hits`. For
+        shifted scenes, `hits` also has those about the original scenes, before and after the training.
     """
     start = time.perf_counter()
     rows = load_data(args)
@@ -256,6 +248,7 @@ def train(training: Training, args: argparse.Namespace) -> dict[str, Any]:
     trainer = make(training, args, rows["train"], store)
     times = StepTimes()
     trainer.add_callback(times)
+    hits = {OLD_BEFORE: answer(trainer, rows[OLD])} if OLD in rows else {}
     memory = peak_memory()
     trainer.train()
     return {
@@ -264,7 +257,7 @@ def train(training: Training, args: argparse.Namespace) -> dict[str, Any]:
         "trained": sum(own.numel() for own in trainer.model.parameters() if own.requires_grad),
         "seconds_per_step": float(np.median(times.seconds)),
         "megabytes": peak_memory() - memory,
-        "hits": {name: answer(trainer, rows[name]) for name in ("validation", "test")},
+        "hits": {**hits, **{name: answer(trainer, own) for name, own in rows.items() if name != "train"}},
         "minutes": (time.perf_counter() - start) / 60,
     }
 
@@ -342,11 +335,11 @@ def work(args: argparse.Namespace, start: Callable[[Training, argparse.Namespace
 # ---- the report ----
 
 
-def score_of(results: Sequence[dict[str, Any]]) -> Score:
+def score_of(results: Sequence[dict[str, Any]], split: str = "test") -> Score:
     """The share of right answers of all seeds. An image is drawn with the answers of all seeds."""
-    sums = [[sum(hits), len(hits)] for hits in results[0]["hits"]["test"]]
+    sums = [[sum(hits), len(hits)] for hits in results[0]["hits"][split]]
     for result in results[1:]:
-        sums = [[a + sum(hits), b + len(hits)] for (a, b), hits in zip(sums, result["hits"]["test"], strict=True)]
+        sums = [[a + sum(hits), b + len(hits)] for (a, b), hits in zip(sums, result["hits"][split], strict=True)]
     return Score("right answers", np.array(sums, dtype=float))
 
 
@@ -364,6 +357,10 @@ def report(args: argparse.Namespace, path: Path) -> None:
         score = score_of(found)
         first = first or score
         change = "–" if first is score else write_interval(difference(score, first), signed=True)
+        forgotten = []
+        if OLD in found[0]["hits"]:
+            old = difference(score_of(found, OLD), score_of(found, OLD_BEFORE))
+            forgotten = [write_interval(old, signed=True)]
         validation = [
             f"{rate:g}: {100 * share(result, 'validation'):.1f}"
             for rate in args.learning_rates
@@ -379,11 +376,14 @@ def report(args: argparse.Namespace, path: Path) -> None:
                 "; ".join(validation),
                 write_interval(interval(score)) + spread,
                 change,
+                *forgotten,
                 f"{np.median([result['seconds_per_step'] for result in found]):.2f}",
                 f"{np.median([result['megabytes'] for result in found]):.0f}",
             ]
         )
     head = ["method", "trained weights", "best rate", "validation by rate, %", "test, % [95 %]", "Δ to the first"]
+    if rows and len(rows[0]) > len(head) + 2:
+        head.append("Δ on the original scenes")
     table = markdown([*head, "s a step", "MB"], rows) if rows else "No method has all of its results yet."
     left = [f"Missing: {', '.join(missing)}."] if missing else []
     if any(row[2].endswith("*") for row in rows):
