@@ -126,13 +126,18 @@ def test_lists_name_objects_and_signs_in_order(splits):
         assert sorted(said.split(", ")) == (sorted(scene["ocr_words"]) or ["none"])
 
 
-def test_frozen_patches_are_not_trained(backbones, data_dir, tmp_path, monkeypatch):
-    command = ["run", "--data_dir", data_dir, "--data_config", "scenes2", "--backbones", backbones, "--suite", "none"]
-    command += ["--texts", "lists", "--freeze", "vision", "--freeze_patches", "--do_train", "--max_steps", 2]
-    command += ["--per_device_train_batch_size", 2, "--dataloader_num_workers", 0, "--output_dir", tmp_path]
+def run(monkeypatch, data_dir, backbones, output_dir, *arguments):
+    command = ["run", "--data_dir", data_dir, "--data_config", "scenes2", "--backbones", backbones, *arguments]
+    command += ["--freeze", "vision", "--do_train", "--output_dir", output_dir]
+    command += ["--per_device_train_batch_size", 2, "--dataloader_num_workers", 0]
     command += [part for name, number in FEW.items() for part in (f"--{name}_scenes", number)]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     run_scenes.main()
+
+
+def test_frozen_patches_are_not_trained(backbones, data_dir, tmp_path, monkeypatch):
+    arguments = ("--suite", "none", "--texts", "lists", "--freeze_patches", "--max_steps", 2)
+    run(monkeypatch, data_dir, backbones, tmp_path, *arguments)
     tower = CLIPVisionModel.from_pretrained(backbones / "clip")
     tower = getattr(tower, "vision_model", tower)
     encoder = PrismerForConditionalGeneration.from_pretrained(tmp_path).model.vision_model
@@ -141,12 +146,8 @@ def test_frozen_patches_are_not_trained(backbones, data_dir, tmp_path, monkeypat
 
 
 def test_a_model_of_scenes_2_is_trained_and_evaluated(backbones, data_dir, tmp_path, monkeypatch):
-    command = ["run", "--data_dir", data_dir, "--data_config", "scenes2", "--backbones", backbones, "--suite", "true"]
-    command += ["--labels", "true", "--freeze", "vision", "--do_train", "--do_eval", "--max_steps", 1]
-    command += ["--per_device_train_batch_size", 2, "--dataloader_num_workers", 0, "--output_dir", tmp_path]
-    command += [part for name, number in FEW.items() for part in (f"--{name}_scenes", number)]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    run_scenes.main()
+    arguments = ("--suite", "true", "--labels", "true", "--do_eval", "--max_steps", 1)
+    run(monkeypatch, data_dir, backbones, tmp_path, *arguments)
     results = json.loads((tmp_path / "scenes_results.json").read_text())
     assert {"marked", "two steps", "same", "not"} <= results["held_out"]["answers"].keys()
     model = PrismerForConditionalGeneration.from_pretrained(tmp_path)

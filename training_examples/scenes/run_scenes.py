@@ -122,7 +122,6 @@ class ScenesArguments(ScenesOptions, RecipeArguments):
             "trains them; at the high learning rate of such a small network, they lose what the backbone has learned."
         },
     )
-    latents: int = field(default=64, metadata={"help": "Latents of a new model."})
     blind: bool = field(default=False, metadata={"help": "Replace images by gray ones, without experts."})
 
 
@@ -267,7 +266,7 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
             folder / "roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ),
         experts=descriptions,
-        num_latents=args.latents,
+        num_latents=64,
         resampler_layers=2,
     )
     if descriptions:

@@ -46,7 +46,7 @@ IGNORED = -100
 
 def targets_of(row: dict[str, Any]) -> dict[str, np.ndarray]:
     """
-    What each cell of a scene shows.
+    Computes the targets of all cells of a scene: the object in a cell, with its attributes and place.
 
     Returns:
         `dict` with int64 (cells, cells) for each of `ATTRIBUTES`, `IGNORED` where there is none; `center`, float32

@@ -1,10 +1,23 @@
 """Which questions about images a Prismer answers right."""
 
+from typing import Any
+
 import torch
 from datasets import Dataset
 
 from lm_training import batches_by_length
 from modeling_prismer import DataCollatorForPrismer, PrismerForConditionalGeneration
+
+
+def rows_of(scenes: Dataset) -> Dataset:
+    """A row for each scene, with its questions, their answers and types."""
+
+    def texts(row: dict[str, Any]) -> dict[str, list[str]]:
+        columns = {"text": "question", "suffix": "answer", "type": "type"}
+        return {name: [own[column] for own in row["questions"]] for name, column in columns.items()}
+
+    rows = scenes.select_columns(["image_id", "image", "questions"])
+    return rows.map(texts, remove_columns=["questions"], desc="questions")
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ from run_easy_vqa import load_easy_vqa
 from scenes.scenes import Scenes
 from training import PrismerTrainer, RecipeArguments, make_trainer, write_json
 
-from .answers import right_answers
+from .answers import right_answers, rows_of
 from .experts import StepTimes, backbone_layers, peak_memory
 
 
@@ -147,19 +147,10 @@ def load_data(args: argparse.Namespace) -> dict[str, Dataset]:
         builder.download_and_prepare()
         return builder.as_dataset()
 
-    def texts(row: dict[str, Any]) -> dict[str, list[str]]:
-        return {
-            "text": [own["question"] for own in row["questions"]],
-            "suffix": [own["answer"] for own in row["questions"]],
-        }
-
     splits = {**prepare(args.data, **number)}
     if args.data == "shifted":
         splits[OLD] = prepare("scenes", train=0, validation=0, test=args.eval_images)["test"]
-    return {
-        name: rows.select_columns(["image_id", "image", "questions"]).map(texts, remove_columns=["questions"])
-        for name, rows in splits.items()
-    }
+    return {name: rows_of(scenes) for name, scenes in splits.items()}
 
 
 def label_data(args: argparse.Namespace, processor: PrismerProcessor, rows: dict[str, Dataset]) -> Path | str:

@@ -2,8 +2,7 @@
 Measures how a trained Prismer answers when experts are missing, wrong or lying. Nothing is trained.
 
     export PYTHONPATH=training_examples
-    python -m studies.use --data_dir runs/scenes-data --labels runs/scenes/labels --output_dir runs/use \\
-        --report docs/study/use.md
+    python -m studies.use --data_dir runs/scenes-data --labels runs/scenes/labels --output_dir runs/use
 
 The questions of the test scenes are answered under each condition: with the labels of the experts, with true and with
 coarse labels, with one expert missing, with a share of labels from other images, and with an expert that lies in the
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from comparison.report import markdown, write_interval
 from comparison.scores import Score, difference, interval
@@ -34,7 +32,7 @@ from scenes.scenes import DETECTION_CLASSES, EXPERTS, add_data_arguments, open_d
 from scenes.words import WORDS
 from training import write_json
 
-from .answers import right_answers
+from .answers import right_answers, rows_of
 from .experts import Labels, coarse, noisy
 
 
@@ -108,17 +106,6 @@ def conditions(predicted: Labels, true: Labels, seed: int = 0) -> dict[str, Call
 
 
 # ---- answers ----
-
-
-def rows_of(scenes: Dataset) -> Dataset:
-    """A row for each scene, with its questions, their answers and types."""
-
-    def texts(row: dict[str, Any]) -> dict[str, list[str]]:
-        columns = {"text": "question", "suffix": "answer", "type": "type"}
-        return {name: [own[column] for own in row["questions"]] for name, column in columns.items()}
-
-    rows = scenes.select_columns(["image_id", "image", "questions"])
-    return rows.map(texts, remove_columns=["questions"], desc="questions")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
