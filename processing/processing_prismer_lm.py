@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AddedToken, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
-from transformers.utils import TensorType
+from transformers.utils import TensorType, logging
 
 from .backbone_parts import (
     as_list,
@@ -46,6 +46,8 @@ from .prompts import (
 
 if TYPE_CHECKING:
     from typing import Self
+
+logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
 EXPERTS_TOKEN = "<experts>"  # in front of a vision-language model, whose image tokens are its own
@@ -767,8 +769,14 @@ class PrismerLMProcessor(ExpertsProcessor):
                 f"{'max_length' if max_length else 'model_max_length of the tokenizer'} is {limit}. Shorten the text, "
                 "or pass truncation=True, which cuts the end but no image"
             )
+        was_learned = any(row.get("learned", ()))
         for values in row.values():
             del values[limit:]
+        if was_learned and not any(row["learned"]):
+            logger.warning_once(
+                f"text {number} has {length} tokens; cut to {limit}, it has none to learn. Pass a larger max_length, "
+                "or shorten the prompt"
+            )
 
     def _following_ids(self, text: str, task: str) -> list[int]:
         """The tokens of a text after other text. Control tokens in it are text."""

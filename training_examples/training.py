@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import (
     GenerationConfig,
     HfArgumentParser,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -623,7 +625,22 @@ def has_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that exists only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Saves a model in a folder that exists only when it is complete."""
+    incomplete = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    model.save_pretrained(incomplete)
+    shutil.rmtree(folder, ignore_errors=True)
+    incomplete.rename(folder)

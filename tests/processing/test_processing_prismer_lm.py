@@ -239,6 +239,16 @@ def test_truncation_cuts_the_end():
     )
 
 
+def test_truncation_that_cuts_all_of_the_suffix_warns(warnings_once):
+    processor = make_processor()
+    inputs = processor(IMAGE, QUESTION, suffix="red", experts=[], max_length=40, truncation=True)
+    assert (inputs["labels"] != -100).any() and warnings_once() == []
+    inputs = processor(IMAGE, QUESTION, suffix="red", experts=[], max_length=9, truncation=True)
+    assert (inputs["labels"] == -100).all()
+    (warning,) = warnings_once()
+    assert "cut to 9, it has none to learn" in warning and "text 0 has" in warning
+
+
 def test_padding_and_truncation_have_the_tokenizers_names():
     processor = make_processor(tokenizer=make_tokenizer(model_max_length=40))
     with pytest.raises(ValueError, match="max_length is 9"):

@@ -1,6 +1,5 @@
 """studies/rivals.py: each method trains its own weights within the budget, trainings resume, the best rate wins."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +8,9 @@ import torch
 
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from studies import rivals
-from studies.rivals import METHODS, Training, answer, count_adaptors, parse_arguments, report, train, wanted, work
+from studies.adaptation import count_adaptors
+from studies.rivals import METHODS, answer, parse_arguments, report, train, trials_of
+from studies.trials import Training
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,9 @@ def test_each_method_learns(method, args):
     torch.manual_seed(0)
     result = train(Training(method, 0.01, 0), args)
     assert result["trained"] > 0 and result["seconds_per_step"] > 0
-    assert [len(hits) for hits in result["hits"].values()] == [3, 3]
-    assert all(isinstance(hit, bool) for hits in result["hits"]["test"] for hit in hits)
+    assert [len(counts) for counts in result["counts"].values()] == [3, 3]
+    for right, total in (own["answers"] for own in result["counts"]["test"]):
+        assert 0 <= right <= total > 0
 
 
 def test_answers_are_those_of_greedy_generation(args):
@@ -75,60 +77,31 @@ def test_answers_are_those_of_greedy_generation(args):
     trainer = rivals.make(Training("full", 0.01, 0), args, rows["train"], "live")
     collator = trainer.eval_collator
     collator.experts = []  # without them, it is wrong more often
-    hits = answer(trainer, rows["test"])
+    counts = answer(trainer, rows["test"])
     collator.with_suffix = False
-    for row, own in zip(rows["test"], hits):
+    for row, own in zip(rows["test"], counts):
         inputs = collator([row])
         settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": 12, "min_new_tokens": 0}
         generated = trainer.model.generate(**inputs, **settings)
         said = trainer.processing_class.post_process_generation(generated, inputs["input_ids"].shape[1])
-        assert [text == suffix for text, suffix in zip(said, row["suffix"])] == own
-    assert 0.5 < np.mean([hit for own in hits for hit in own]) < 0.95
+        hits = [text == suffix for text, suffix in zip(said, row["suffix"])]
+        assert own == {"answers": (sum(hits), len(hits))}
+    right, total = np.sum([own["answers"] for own in counts], axis=0)
+    assert 0.5 < right / total < 0.95
 
 
-def result(training, args, right):
-    hits = [[True] * right + [False] * (10 - right)] * 3
-    return {
-        "training": {},
-        "settings": rivals.settings_of(args),
-        "trained": 100,
-        "seconds_per_step": 0.5,
-        "megabytes": 20.0,
-        "hits": {"validation": hits, "test": hits},
-        "minutes": 0.1,
-    }
-
-
-def test_the_best_rate_is_trained_with_all_seeds(args):
-    args.methods = ["adaptors", "LoRA"]
-    rights = {0.001: 3, 0.01: 7, 0.1: 5}
-    done = []
-
-    def start(training, args):
-        done.append(training)
-        rivals.write_json(rivals.file_of(args, training), result(training, args, rights[training.learning_rate]))
-
-    work(args, start)
-    assert done == [
-        *(Training(method, rate, 0) for method in args.methods for rate in (0.001, 0.01, 0.1)),
-        *(Training(method, 0.01, 1) for method in args.methods),
-    ]
-    done.clear()
-    work(args, start)
-    assert done == []
-    args.steps = 3
-    with pytest.raises(SystemExit, match="was made with .* use another folder"):
-        wanted(args)
+def write_result(args, training, right, **more):
+    counts = {"validation": [{"answers": [right, 10]}] * 3, "test": [{"answers": [right, 10]}] * 3, **more}
+    result = {"trained": 100, "seconds_per_step": 0.5, "megabytes": 20.0, "counts": counts}
+    trials_of(args).train(training, lambda training: result)
 
 
 def test_the_table_has_intervals_and_what_is_missing(args, tmp_path):
     args.methods, args.seeds = ["adaptors", "LoRA", "BitFit"], 1
     for method, right in (("adaptors", 5), ("LoRA", 8)):
         for rate in args.learning_rates:
-            training = Training(method, rate, 0)
-            path = rivals.file_of(args, training)
-            path.write_text(json.dumps(result(training, args, right - (rate != 0.01))))
-    report(args, tmp_path / "table.md")
+            write_result(args, Training(method, rate, 0), right - (rate != 0.01))
+    report(trials_of(args), tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text()
     assert "| adaptors | 100 | 0.01 | 0.001: 40.0; 0.01: 50.0; 0.1: 40.0 | 50.0 [50.0, 50.0] | – | 0.50 | 20 |" in text
     assert "| LoRA | 100 | 0.01 |" in text and "| +30.0 [+30.0, +30.0] |" in text
@@ -140,11 +113,9 @@ def test_the_table_has_what_a_method_forgets(args, tmp_path):
     args.methods, args.seeds = ["adaptors"], 2
     for rate in args.learning_rates:
         for seed in range(2):
-            training = Training("adaptors", rate, seed)
-            found = result(training, args, 5)
-            found["hits"] |= {"old, before": [[True, True]] * 3, "old": [[True, seed == 1]] * 3}
-            rivals.file_of(args, training).write_text(json.dumps(found))
-    report(args, tmp_path / "table.md")
+            old = {"old, before": [{"answers": [2, 2]}] * 3, "old": [{"answers": [1 + seed, 2]}] * 3}
+            write_result(args, Training("adaptors", rate, seed), 5, **old)
+    report(trials_of(args), tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text()
     assert "Δ on the original scenes" in text
     assert "| – | −25.0 [−25.0, −25.0] | 0.50 |" in text
@@ -153,9 +124,8 @@ def test_the_table_has_what_a_method_forgets(args, tmp_path):
 def test_the_table_marks_rates_at_the_end_of_those_tried(args, tmp_path):
     args.methods, args.seeds = ["adaptors"], 1
     for rate, right in zip(args.learning_rates, (3, 5, 8)):
-        training = Training("adaptors", rate, 0)
-        rivals.file_of(args, training).write_text(json.dumps(result(training, args, right)))
-    report(args, tmp_path / "table.md")
+        write_result(args, Training("adaptors", rate, 0), right)
+    report(trials_of(args), tmp_path / "table.md")
     text = (tmp_path / "table.md").read_text()
     assert "| adaptors | 100 | 0.1* |" in text
     assert "one beyond it may be better" in text

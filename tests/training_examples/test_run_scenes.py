@@ -34,7 +34,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def backbones(data_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in {"WIDTH": 24, "HEADS": 2, "VISION_LAYERS": 1, "TEXT_LAYERS": 1}.items():
+        for name, value in {"WIDTH": 24, "HEAD_WIDTH": 12, "VISION_LAYERS": 1, "TEXT_LAYERS": 1}.items():
             monkeypatch.setattr(train_backbones, name, value)
         folder = tmp_path_factory.mktemp("backbones")
         return run(train_backbones, data_dir, folder, "--clip_epochs", 1, "--roberta_epochs", 1)

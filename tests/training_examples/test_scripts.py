@@ -33,7 +33,7 @@ def print_help(folder, script):
         assert not end.code
 
 
-@pytest.mark.parametrize("script", [SCRIPTS / "run_peft.py", "studies.experts"], ids=["file", "module"])
+@pytest.mark.parametrize("script", [SCRIPTS / "run_peft.py", "studies.claims"], ids=["file", "module"])
 def test_script_starts_in_any_folder(script, tmp_path):
     assert launch(print_help, tmp_path, script) == [0]
     assert "usage: " in (tmp_path / "process_0.log").read_text()

@@ -21,7 +21,7 @@ from scenes.scenes import EXPERTS, Scenes, expert_labels
 from studies import experts as study
 from studies import report as study_report
 from studies.design import EXPERT_DROPOUT, NONE, STUDIES, Condition, Run, conditions_of, only, runs_of
-from studies.experts import coarse, noisy, parse_arguments, train_and_evaluate, work
+from studies.experts import parse_arguments, train_and_evaluate, work
 from studies.report import report
 
 
@@ -74,12 +74,11 @@ def folder(tmp_path_factory):
         images = rows.select_columns(["image_id", "image"])
         label_images(images, suite, folder / "labels", image_column="image", key_column="image_id", progress=False)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in {"WIDTH": 24, "HEADS": 2, "VISION_LAYERS": 1, "TEXT_LAYERS": 2}.items():
-            monkeypatch.setattr(train_backbones, name, value)
+        monkeypatch.setattr(train_backbones, "HEAD_WIDTH", 12)
         train_backbones.train_tokenizer(train_backbones.texts_of(splits["train"]), folder / "tokenizer")
         tokenizer = train_backbones.RobertaTokenizer.from_pretrained(folder / "tokenizer")
-        train_backbones.new_clip(tokenizer).save_pretrained(folder / "clip")
-        train_backbones.new_roberta(tokenizer).save_pretrained(folder / "roberta")
+        train_backbones.new_clip(tokenizer, 24, 1).save_pretrained(folder / "clip")
+        train_backbones.new_roberta(tokenizer, 24, 2).save_pretrained(folder / "roberta")
     return folder
 
 
@@ -210,44 +209,6 @@ def test_renewed_part_starts_with_new_weights(prepared, tmp_path, part):
 def true_labels(prepared):
     rows = few_scenes(prepared.data_dir, "scenes").as_dataset()["test"]
     return {row["image_id"]: expert_labels(row) for row in rows}
-
-
-def test_coarse_labels_have_blocks_and_a_wrong_letter_per_word(true_labels):
-    for image_id, labels in true_labels.items():
-        degraded = coarse(labels, image_id)
-        assert degraded.keys() == labels.keys()
-        for name, label in degraded.items():
-            old, new = (each["ids"] if isinstance(each, dict) else each for each in (labels[name], label))
-            assert new.shape == old.shape and new.dtype == old.dtype and not np.array_equal(new, old)
-            assert np.array_equal(new, new[8::16, 8::16].repeat(16, 0).repeat(16, 1))
-            if name in ("segmentation", "detection", "ocr"):
-                assert set(np.unique(new)) <= set(np.unique(old))  # ids are never mixed
-        for word, wrong in zip(labels["ocr"]["words"], degraded["ocr"]["words"], strict=True):
-            assert len(word) == len(wrong) and sum(a != b for a, b in zip(word, wrong)) == 1
-        assert np.array_equal(degraded["ocr"]["features"], HashedNgrams()(degraded["ocr"]["words"]))
-        assert coarse({"depth": None}, image_id) == {"depth": None}
-    word = {"ocr": {"ids": labels["ocr"]["ids"], "words": ["coffee"]}}
-    # the errors are not systematic
-    assert len({coarse(word, str(number))["ocr"]["words"][0] for number in range(20)}) > 10
-
-
-def test_noise_takes_a_share_of_labels_from_other_images():
-    labels = {str(number): {name: (str(number), name) for name in EXPERTS} for number in range(200)}
-    replaced = {}
-    for share in (0, 0.25, 0.75, 1):
-        changed = noisy(labels, share, seed=3)
-        assert changed.keys() == labels.keys()
-        assert all(label[1] == name for each in changed.values() for name, label in each.items())
-        replaced[share] = {
-            (image_id, name, label)
-            for image_id, each in changed.items()
-            for name, label in each.items()
-            if label[0] != image_id
-        }
-        assert len(replaced[share]) == pytest.approx(share * 1200, abs=60)
-        assert noisy(labels, share, seed=3) == changed
-    assert replaced[0.25] < replaced[0.75] < replaced[1] and len(replaced[1]) == 1200
-    assert noisy(labels, 0.25, seed=4) != noisy(labels, 0.25, seed=3)
 
 
 def test_each_condition_has_its_own_labels(prepared, true_labels, monkeypatch):

@@ -2,15 +2,12 @@
 
 import sys
 
-import numpy as np
 import pytest
 
 
 pytest.importorskip("datasets")
 
-from scenes.labels import DETECTION_CLASSES  # noqa: E402
 from scenes.scenes import EXPERTS, expert_labels, open_scenes  # noqa: E402
-from scenes.words import WORDS  # noqa: E402
 from studies import use  # noqa: E402
 
 
@@ -23,38 +20,6 @@ def data_dir(tmp_path_factory):
 def labels(data_dir):
     scenes = open_scenes(data_dir, "scenes", 0, 0, 4)["test"]
     return {row["image_id"]: expert_labels(row) for row in scenes}
-
-
-@pytest.mark.parametrize("name", use.LIES)
-def test_a_lie_changes_its_expert_alone(labels, name):
-    expert, _ = use.LIES[name]
-    lies = use.lying(labels, name)
-    for image_id, own in labels.items():
-        for other in EXPERTS:
-            if other != expert:
-                assert lies[image_id][other] is own[other]
-    same = [
-        np.array_equal(np.asarray(_values(own[expert], name)), np.asarray(_values(lies[image_id][expert], name)))
-        for image_id, own in labels.items()
-    ]
-    assert not all(same)
-    assert use.lying(use.without(labels, expert), name)[image_id][expert] is None
-
-
-def _values(label, name):
-    if not isinstance(label, dict):
-        return label
-    return label["classes"] if "classes" in name else label["words"] if "words" in name else label["ids"]
-
-
-def test_exchanged_classes_and_words_stay_in_the_vocabulary(labels):
-    for own in labels.values():
-        classes = use.swap_classes(own["detection"])["classes"]
-        assert all(0 <= new < len(DETECTION_CLASSES) for new in classes)
-        assert all(new != old for new, old in zip(classes, own["detection"]["classes"], strict=True))
-        words = use.swap_words(own["ocr"])
-        assert set(words["words"]) <= set(WORDS) and len(words["features"]) == len(own["ocr"]["words"])
-        assert not set(words["words"]) & set(own["ocr"]["words"])
 
 
 def test_conditions_have_their_labels(labels):

@@ -1,5 +1,6 @@
 """The seconds and the memory that a model needs."""
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,8 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-
-from studies.experts import peak_memory
 
 
 T = TypeVar("T")
@@ -49,3 +48,17 @@ def _reset_peak(device: torch.device) -> float:
     with suppress(OSError):  # Linux alone has this
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
+
+
+def peak_memory() -> float:
+    """The peak memory in MB, of the GPU if there is one, otherwise of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss includes memory of the parent process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from training import write_json
+from training import write_json, write_text
 
 from .scores import Interval, Score, difference, interval
 from .trials import Trial
@@ -111,10 +111,7 @@ def write_report(trials: Sequence[Trial], results: Sequence[Result], folder: Pat
     parts = [models_table(models)]
     for title, cells in found.items():
         parts += [f"### {title}", scores_table(by_trial[title], cells)]
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".table.md"
-    temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    temporary.replace(folder / "table.md")
+    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
     write_json(
         folder / "results.json",
         {

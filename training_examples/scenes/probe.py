@@ -26,7 +26,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor, pretrained_path
+from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
+from modeling_prismer.pretrained import find_checkpoint
 
 from .run_scenes import evaluation_splits
 from .scene import SHAPES
@@ -130,9 +131,9 @@ def main() -> None:
     parser.add_argument("--max_eval_rows", type=int, help="test on the first scenes of each kind only")
     arguments = parser.parse_args()
     splits = open_data(arguments)
-    path = pretrained_path(arguments.model) if "/" not in arguments.model else arguments.model
+    path = find_checkpoint(arguments.model)
     processor = PrismerProcessor.from_pretrained(path)
-    model = PrismerForConditionalGeneration.from_pretrained(path).eval()
+    model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     train = splits["train" if "train" in splits else "validation"]
     train = train.select(range(min(len(train), arguments.max_rows or len(train))))
     known = (encode(model, processor, train), train)

@@ -88,8 +88,10 @@ DEFAULTS = {
     "augment": False,
 }
 GENERATION = {"num_beams": 3, "max_new_tokens": 30}  # captions are longer than in COCO
-TEXTS_PER_IMAGE = {"all": 20, "signs": 3, "lists": 5}  # texts drawn for an image in each epoch
-LISTED = 7  # objects; a caption has at most 30 words
+TEXTS_PER_IMAGE = {"all": 20, "signs": 3, "lists": 8, "objects": 4}  # texts drawn for an image in each epoch
+ATTRIBUTES = ("size", "material", "color", "shape")
+LISTED = 5  # objects; more words do not fit into an answer
+RANDOM_LISTS = 4  # of a scene
 CAPTIONS = 5  # of a scene
 CAPTION_BATCHES = 0.2  # share of the batches; the others have questions
 WEIGHTS = {"sign": 3.0}  # loss weights by type; 200 words are learned from one question per image
@@ -107,8 +109,8 @@ class ScenesArguments(ScenesOptions, RecipeArguments):
     texts: str = field(
         default="all",
         metadata={
-            "help": "all; signs (scenes with a sign: the question for its word, and two other texts); or lists (of "
-            "objects and signs)."
+            "help": "all; signs (scenes with a sign: the question for its word, and two other texts); lists (of "
+            "objects and signs); or objects (lists of objects in a fixed order)."
         },
     )
     photographs: str | None = field(
@@ -131,14 +133,15 @@ class ScenesArguments(ScenesOptions, RecipeArguments):
 def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
     """
     Makes one row per image with all its questions and captions. With `only="signs"`, rows are images with a sign, and
-    have the question for its word and two other texts. With `only="lists"`, the texts list objects and signs.
+    have the question for its word and two other texts. With `only="lists"`, the texts list objects and signs, and with
+    `only="objects"` objects in a fixed order.
     Rows without a mark have no questions about it.
     """
     order = np.random.default_rng(0)
 
     def texts(row, index):
-        if only == "lists":
-            found = lists_of(row["facts"])
+        if only in ("lists", "objects"):
+            found = lists_of(row["facts"], order if only == "lists" else None)
             return {name: [text[name] for text in found] for name in ("text", "suffix", "task", "weight")}
         found = [
             {"text": q["question"], "suffix": q["answer"], "task": "vqa", "type": q["type"]}
@@ -164,10 +167,14 @@ def training_rows(scenes: Dataset, only: str = "all") -> Dataset:
     return rows.select([i for i, found in enumerate(rows["text"]) if found])
 
 
-def lists_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
+def lists_of(facts: dict[str, Any], order: np.random.Generator | None = None) -> list[dict[str, Any]]:
     """
-    Texts that name the objects of a scene with all attributes, in four orders, and the words on signs. Nearly every
-    word needs the image, so they teach a decoder to read places sooner than questions, whose answer is one word.
+    Texts that name the objects of a scene with all attributes, from one side to the other. Nearly every word needs the
+    image, so they teach a decoder sooner than questions, whose answer is one word.
+
+    With `order`, there are also texts that name the words on signs, and objects and their attributes in random order.
+    In these, a word follows from those before it as an answer from a question: the words `red cube` tell which object
+    it is, and the next one is its size.
     """
     orders: dict[str, Callable[[dict[str, Any]], float]] = {
         "From left to right": lambda thing: thing["center"][0],
@@ -176,12 +183,17 @@ def lists_of(facts: dict[str, Any]) -> list[dict[str, Any]]:
         "From far to near": lambda thing: -thing["distance"],
     }
     texts = []
-    for text, order in orders.items():
-        things = sorted(facts["objects"], key=order)[:LISTED]
+    for text, place in orders.items():
+        things = sorted(facts["objects"], key=place)[:LISTED]
         texts.append((text, ", ".join(phrase(thing, ("size", "material", "color")) for thing in things), 1.0))
-    words = [sign["word"] for sign in sorted(facts["signs"], key=lambda sign: sign["center"][0])]
-    texts.append(("Signs from left to right", ", ".join(words) or "none", WEIGHTS["sign"]))
-    return [{"text": text, "suffix": said, "task": "caption", "weight": weight} for text, said, weight in texts]
+    if order is not None:
+        words = [sign["word"] for sign in sorted(facts["signs"], key=lambda sign: sign["center"][0])]
+        texts.append(("Signs from left to right", ", ".join(words) or "none", WEIGHTS["sign"]))
+        for _ in range(RANDOM_LISTS):
+            things = [facts["objects"][place] for place in order.permutation(len(facts["objects"]))[:LISTED]]
+            names = [" ".join(thing[name] for name in order.permutation(ATTRIBUTES)) for thing in things]
+            texts.append(("In any order", ", ".join(names), 1.0))
+    return [{"text": text, "suffix": said, "task": "vqa", "weight": weight} for text, said, weight in texts]
 
 
 def is_marked(index: int) -> bool:
@@ -244,7 +256,8 @@ def no_labels(image_ids: list[str]) -> list[dict]:
 # ---- a new model ----
 
 
-def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
+def new_model(args: ScenesArguments, **kwargs: Any) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
+    """A model as the arguments say. `kwargs` are further fields of [`PrismerConfig`]."""
     folder = Path(args.backbones or "")
     if args.backbones is None or not all((folder / part).is_dir() for part in ("clip", "roberta", "tokenizer")):
         raise SystemExit(
@@ -258,6 +271,13 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
     if descriptions and args.data_config == "scenes2":
         descriptions = [*DESCRIPTIONS, MARK]
         suite = suite and ExpertSuite([*suite.values(), UserRegions()])
+    return from_backbones(folder, descriptions, suite, **kwargs)
+
+
+def from_backbones(
+    folder: Path, descriptions: list[dict[str, Any]], suite: ExpertSuite | None = None, **kwargs: Any
+) -> tuple[PrismerForConditionalGeneration, PrismerProcessor]:
+    """A model with new weights around the backbones of train_backbones.py, and its processor."""
     vision = CLIPVisionModel.from_pretrained(folder / "clip")
     model = PrismerForConditionalGeneration.from_backbones(
         vision=vision,
@@ -266,14 +286,12 @@ def new_model(args: ScenesArguments) -> tuple[PrismerForConditionalGeneration, P
             folder / "roberta", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         ),
         experts=descriptions,
-        num_latents=64,
-        resampler_layers=2,
+        **{"num_latents": EXPERT_GRID**2, "resampler_layers": 2, **kwargs},
     )
-    if descriptions:
-        names = {"segmentation": list(CLASSES), "detection": list(DETECTION_CLASSES)}
-        tables = class_features_from_names(names, HashedNgrams())
-        for expert in names:
-            model.set_class_features(expert, tables[expert], tables["background"])
+    names = {"segmentation": list(CLASSES), "detection": list(DETECTION_CLASSES)}
+    tables = class_features_from_names(names, HashedNgrams())
+    for expert in names.keys() & set(model.config.expert_names):
+        model.set_class_features(expert, tables[expert], tables["background"])
     image_processor = PrismerImageProcessor(
         experts=descriptions,
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},

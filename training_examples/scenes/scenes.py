@@ -263,7 +263,9 @@ class ScenesOptions:
     """Which scenes a script opens. A mixin of the arguments of scripts."""
 
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data set; made if missing."})
-    data_config: str = field(default="scenes", metadata={"help": "scenes; or shifted, with another appearance."})
+    data_config: str = field(
+        default="scenes", metadata={"help": "scenes, scenes2, or shifted, which has another appearance."}
+    )
     train_scenes: int | None = field(default=None, metadata={"help": "Scenes of `train`, if not all."})
     validation_scenes: int | None = field(default=None, metadata={"help": "Scenes of `validation`, if not all."})
     test_scenes: int | None = field(default=None, metadata={"help": "Scenes of `test`, if not all."})

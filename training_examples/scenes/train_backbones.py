@@ -31,7 +31,7 @@ from transformers import (
 
 from modeling_prismer.processing import PrismerImageProcessor, clean_caption, clean_question
 from muon import muon_with
-from training import last_checkpoint
+from training import last_checkpoint, save_model
 
 from .language import article, phrase
 from .scenes import add_data_arguments, open_data
@@ -39,7 +39,7 @@ from .train_vision import train_vision
 
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16
-WIDTH, HEADS, INITIALIZER_RANGE = 192, 6, 0.04  # the usual 0.02 fits a width of 768
+WIDTH, HEAD_WIDTH, INITIALIZER_RANGE = 192, 32, 0.04  # the usual 0.02 fits a width of 768
 VISION_LAYERS, TEXT_LAYERS = 6, 4
 CAPTIONS_PER_TEXT = 3  # for CLIP
 BRANCHES = 0.2  # factor that weakens the layers of CLIP after its training, before a short second training
@@ -117,17 +117,17 @@ def patches_of(box: list[int]) -> torch.Tensor:
     return shares / shares.sum()
 
 
-def new_clip(tokenizer: RobertaTokenizer) -> CLIPModel:
+def new_clip(tokenizer: RobertaTokenizer, width: int = WIDTH, layers: int = VISION_LAYERS) -> CLIPModel:
     shared = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 4 * WIDTH,
-        "num_attention_heads": HEADS,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
         "initializer_range": INITIALIZER_RANGE,
     }
     config = CLIPConfig(
         vision_config={
             **shared,
-            "num_hidden_layers": VISION_LAYERS,
+            "num_hidden_layers": layers,
             "image_size": IMAGE_SIZE,
             "patch_size": PATCH_SIZE,
         },
@@ -140,19 +140,19 @@ def new_clip(tokenizer: RobertaTokenizer) -> CLIPModel:
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": len(tokenizer),
         },
-        projection_dim=WIDTH,
+        projection_dim=width,
     )
     # the backward pass of sdpa is slow on CPUs for such short sequences
     return CLIPModel._from_config(config, attn_implementation="eager")
 
 
-def new_roberta(tokenizer: RobertaTokenizer) -> RobertaForMaskedLM:
+def new_roberta(tokenizer: RobertaTokenizer, width: int = WIDTH, layers: int = TEXT_LAYERS) -> RobertaForMaskedLM:
     config = RobertaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=HEADS,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // HEAD_WIDTH),
         max_position_embeddings=66,
         type_vocab_size=1,
         initializer_range=INITIALIZER_RANGE,
@@ -196,7 +196,7 @@ class ClipTrainer(Trainer):
 
 def train(trainer: Trainer, folder: Path) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
-    trainer.model.save_pretrained(folder)
+    save_model(trainer.model, folder)
 
 
 def main() -> None:
@@ -213,6 +213,9 @@ def main() -> None:
         "--clip_epochs", type=float, help="24 for captions, with a sixteenth for the second training; 8 for facts"
     )
     parser.add_argument("--roberta_epochs", type=float, default=1)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--vision_layers", type=int, default=VISION_LAYERS)
+    parser.add_argument("--text_layers", type=int, default=TEXT_LAYERS)
     parser.add_argument("--max_rows", type=int, help="use this many scenes only")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     args = parser.parse_args()
@@ -248,7 +251,8 @@ def main() -> None:
         )
         encoded = [{"input_ids": ids[:64]} for ids in tokenizer(texts)["input_ids"]]
         collator = DataCollatorForLanguageModeling(tokenizer)
-        trainer = Trainer(new_roberta(tokenizer), arguments, collator, train_dataset=encoded)
+        roberta = new_roberta(tokenizer, args.width, args.text_layers)
+        trainer = Trainer(roberta, arguments, collator, train_dataset=encoded)
         train(trainer, args.output_dir / "roberta")
 
     def train_clip(clip: CLIPModel, name: str, epochs: float, learning_rate: float, muon: bool) -> None:
@@ -270,11 +274,13 @@ def main() -> None:
         train(trainer, args.output_dir / name)
 
     if args.clip == "facts" and not (args.output_dir / "clip").is_dir():
-        train_vision(rows, args.output_dir, epochs=args.clip_epochs or 8, bf16=args.bf16)
+        sizes = {"width": args.width, "layers": args.vision_layers}
+        train_vision(rows, args.output_dir, **sizes, epochs=args.clip_epochs or 8, bf16=args.bf16)
     elif not (args.output_dir / "clip").is_dir():
         epochs = args.clip_epochs or 24
         if not (args.output_dir / "clip-strong").is_dir():
-            train_clip(new_clip(tokenizer), "clip-strong", epochs, 1e-3, muon=True)
+            clip = new_clip(tokenizer, args.width, args.vision_layers)
+            train_clip(clip, "clip-strong", epochs, 1e-3, muon=True)
         clip = CLIPModel.from_pretrained(args.output_dir / "clip-strong", attn_implementation="eager")
         weaken_branches(clip)
         # short, with a small learning rate: longer training would undo the weakening

@@ -11,6 +11,7 @@ that they are not recognised by their colors. The heads are used for this traini
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from modeling_prismer.processing import PrismerImageProcessor
 from muon import muon_with
-from training import last_checkpoint
+from training import last_checkpoint, save_model
 
 from .render import CLASSES
 from .scene import COLORS, MATERIALS, SHAPES, SIZES
@@ -40,46 +41,40 @@ LEAST_SHARE = 0.2  # of a cell that an object has to cover
 GRAY = 0.5  # share of gray images
 COLORED_SHAPES = 0.2  # weight of the shapes in colored images, next to 1 in gray ones
 ATTRIBUTES = {"shape": (*SHAPES, "sign", "none"), "color": COLORS, "material": MATERIALS, "size": SIZES}
-NUMBERS = 6  # offset and size of the box, depth and distance
+NUMBERS = 6  # middle and size of the box, depth and distance
 IGNORED = -100
+# Standard deviation of new positions. They are as large as the patches, so that a token tells its place.
+POSITIONS = 0.5
 
 
-def targets_of(row: dict[str, Any]) -> dict[str, np.ndarray]:
+def targets_of(row: dict[str, Any], attributes: dict[str, tuple[str, ...]] = ATTRIBUTES) -> dict[str, np.ndarray]:
     """
     Computes the targets of all cells of a scene: the object in a cell, with its attributes and place.
 
     Returns:
-        `dict` with int64 (cells, cells) for each of `ATTRIBUTES`, `IGNORED` where there is none; `center`, float32
+        `dict` with int64 (cells, cells) for each of `attributes`, `IGNORED` where there is none; `center`, float32
         (cells, cells), 1 in the cell with the middle of an object's visible part; and `numbers`, float32
-        (cells, cells, 6): the middle of the object's box relative to the cell, its width and height, in image widths;
-        a third of its depth and distance.
+        (cells, cells, 6): the middle of the object's box, its width and height, in image widths; a third of its depth
+        and distance.
     """
     side = IMAGE_SIZE // CELL
     things = [*row["facts"]["objects"], *({**sign, "shape": "sign"} for sign in row["facts"]["signs"])]
     segments, boxes = np.asarray(row["segmentation"]), np.asarray(row["detection"])
     ids = {tuple(box): number for number, box in enumerate(row["detection_boxes"])}
-    found = {name: np.full((side, side), IGNORED) for name in ATTRIBUTES}
+    found = {name: np.full((side, side), IGNORED) for name in attributes}
     found["shape"][:] = ATTRIBUTES["shape"].index("none")
     center, numbers = np.zeros((side, side), np.float32), np.zeros((side, side, NUMBERS), np.float32)
     best = np.full((side, side), LEAST_SHARE)
-    columns, rows = np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2)
     for thing in things:
         shown = (segments == CLASSES.index(thing["shape"])) & (boxes == ids[tuple(thing["box"])])
         share = shown.reshape(side, CELL, side, CELL).mean(axis=(1, 3))
         at = share > best
         best[at] = share[at]
-        for name, values in ATTRIBUTES.items():
+        for name, values in attributes.items():
             found[name][at] = values.index(thing[name]) if name in thing else IGNORED
         left, top, right, bottom = (value / IMAGE_SIZE for value in thing["box"])
-        numbers[at] = np.stack(
-            [
-                (left + right) / 2 - columns[at],
-                (top + bottom) / 2 - rows[at],
-                *(np.full(at.sum(), value) for value in (right - left, bottom - top)),
-                *(np.full(at.sum(), thing[name] / 3) for name in ("depth", "distance")),
-            ],
-            axis=-1,
-        )
+        middle = (left + right) / 2, (top + bottom) / 2
+        numbers[at] = *middle, right - left, bottom - top, thing["depth"] / 3, thing["distance"] / 3
         column, line = (min(int(value * side), side - 1) for value in thing["center"])
         center[line, column] = 1
     return {**found, "center": center, "numbers": numbers}
@@ -101,7 +96,7 @@ class LabelledImages:
             if is_mirrored:
                 image = ImageOps.mirror(image)
                 own = {name: np.ascontiguousarray(values[:, ::-1]) for name, values in own.items()}
-                own["numbers"][..., 0] *= -1
+                own["numbers"][..., 0] = 1 - own["numbers"][..., 0]
             if is_gray:
                 image = ImageOps.grayscale(image).convert("RGB")
                 own["color"] = np.full_like(own["color"], IGNORED)
@@ -116,27 +111,19 @@ class LabelledImages:
 @dataclass
 class ReaderOutput(ModelOutput):
     loss: torch.Tensor | None = None
-    losses: dict[str, torch.Tensor] | None = None
 
 
-class PlaceReader(nn.Module):
-    """A vision tower with a linear head for each target, `LabelledImages` as input."""
+class PlaceHeads(nn.Module):
+    """A linear head for each target, on tokens that are places of an image."""
 
-    def __init__(self, tower: CLIPVisionModel):
+    def __init__(self, width: int, patch_size: int, attributes: dict[str, tuple[str, ...]] = ATTRIBUTES):
         super().__init__()
-        self.tower = tower
-        self.per_side = tower.config.patch_size // CELL  # cells of a patch, along each side
-        sizes = {**{name: len(values) for name, values in ATTRIBUTES.items()}, "center": 1, "numbers": NUMBERS}
-        width = tower.config.hidden_size
+        self.per_side = patch_size // CELL  # cells of a patch, along each side
+        sizes = {**{name: len(values) for name, values in attributes.items()}, "center": 1, "numbers": NUMBERS}
         self.heads = nn.ModuleDict({name: nn.Linear(width, size * self.per_side**2) for name, size in sizes.items()})
 
-    def get_output_embeddings(self) -> None:
-        return None
-
-    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The output of each head, `(batch, cells, cells, size)`."""
-        tower = getattr(self.tower, "vision_model", self.tower)
-        tokens = tower.post_layernorm(self.tower(pixel_values).last_hidden_state[:, 1:])
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """From tokens `(batch, patches, width)` to the output of each head, `(batch, cells, cells, size)`."""
         side, own = round(tokens.shape[1] ** 0.5), self.per_side
         outputs = {}
         for name, head in self.heads.items():
@@ -144,22 +131,48 @@ class PlaceReader(nn.Module):
             outputs[name] = cells.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
         return outputs
 
-    def forward(self, pixel_values: torch.Tensor, gray: torch.Tensor, **targets: torch.Tensor) -> ReaderOutput:
-        outputs = self.predict(pixel_values)
-        losses = {
-            name: F.cross_entropy(outputs[name].flatten(0, 2), targets[name].flatten(), ignore_index=IGNORED)
-            for name in ("color", "material", "size")
-        }
-        weight = torch.tensor(8.0)  # there are far more cells without a middle
-        losses["center"] = F.binary_cross_entropy_with_logits(
-            outputs["center"][..., 0], targets["center"], pos_weight=weight.to(pixel_values.device)
+    def loss(
+        self, outputs: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], gray: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The sum of the losses of all heads. With `gray`, shapes are learned mostly from the gray images."""
+        losses = []
+        for name in self.heads.keys() - {"shape", "center", "numbers"}:
+            known = targets[name] != IGNORED
+            loss = F.cross_entropy(outputs[name][known], targets[name][known], reduction="sum")
+            losses.append(loss / known.sum().clamp(min=1))
+        weight = torch.tensor(8.0, device=targets["center"].device)  # there are far more cells without a middle
+        losses.append(
+            F.binary_cross_entropy_with_logits(outputs["center"][..., 0], targets["center"], pos_weight=weight)
         )
         covered = targets["shape"] != ATTRIBUTES["shape"].index("none")
-        losses["numbers"] = 5 * F.l1_loss(outputs["numbers"][covered], targets["numbers"][covered])
+        losses.append(5 * F.l1_loss(outputs["numbers"][covered], targets["numbers"][covered]))
         shape = F.cross_entropy(outputs["shape"].permute(0, 3, 1, 2), targets["shape"], reduction="none").mean((1, 2))
-        weights = COLORED_SHAPES + (1 - COLORED_SHAPES) * gray.to(shape)
-        losses["shape"] = 3 * (shape * weights).sum() / weights.sum()
-        return ReaderOutput(loss=torch.stack(list(losses.values())).sum(), losses=losses)
+        weights = torch.ones_like(shape) if gray is None else COLORED_SHAPES + (1 - COLORED_SHAPES) * gray.to(shape)
+        losses.append(3 * (shape * weights).sum() / weights.sum())
+        return torch.stack(losses).sum()
+
+
+class PlaceReader(nn.Module):
+    """A vision tower with [`PlaceHeads`], and [`LabelledImages`] as input."""
+
+    def __init__(self, tower: CLIPVisionModel):
+        super().__init__()
+        self.tower = tower
+        self.heads = PlaceHeads(tower.config.hidden_size, tower.config.patch_size)
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.heads(inner(self.tower).post_layernorm(self.tower(pixel_values).last_hidden_state[:, 1:]))
+
+    def forward(self, pixel_values: torch.Tensor, gray: torch.Tensor, **targets: torch.Tensor) -> ReaderOutput:
+        return ReaderOutput(loss=self.heads.loss(self.predict(pixel_values), targets, gray))
+
+
+def inner(tower: CLIPVisionModel) -> nn.Module:
+    """The module with the layers, which some versions of transformers wrap."""
+    return getattr(tower, "vision_model", tower)
 
 
 def new_tower(patch_size: int, width: int, layers: int) -> CLIPVisionModel:
@@ -172,25 +185,43 @@ def new_tower(patch_size: int, width: int, layers: int) -> CLIPVisionModel:
         patch_size=patch_size,
         initializer_range=0.04,  # the usual 0.02 fits a width of 768
     )
-    return CLIPVisionModel._from_config(config)
+    tower = CLIPVisionModel._from_config(config)
+    nn.init.normal_(inner(tower).embeddings.position_embedding.weight, std=POSITIONS)
+    return tower
 
 
 @torch.inference_mode()
-def accuracy(reader: PlaceReader, rows: Dataset, batch_size: int = 50) -> dict[str, float]:
-    """The share of right cells of objects for each attribute."""
-    reader.eval()
-    image_processor = PrismerImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    hits: dict[str, list[np.ndarray]] = {name: [] for name in ATTRIBUTES}
+def accuracy(
+    predict: Callable[[list[dict]], dict[str, torch.Tensor]],
+    rows: Dataset,
+    attributes: dict[str, tuple[str, ...]] = ATTRIBUTES,
+    batch_size: int = 50,
+) -> dict[str, float]:
+    """
+    The share of right cells of objects for each attribute.
+
+    Args:
+        predict (`Callable`): the outputs of [`PlaceHeads`] for rows.
+    """
+    hits: dict[str, list[np.ndarray]] = {name: [] for name in attributes}
     for start in range(0, len(rows), batch_size):
         batch = [rows[k] for k in range(start, min(start + batch_size, len(rows)))]
-        outputs = reader.predict(image_processor([row["image"] for row in batch])["pixel_values"])
-        targets = [targets_of(row) for row in batch]
-        for name, values in ATTRIBUTES.items():
+        outputs = predict(batch)
+        targets = [targets_of(row, attributes) for row in batch]
+        for name, values in attributes.items():
             wanted = np.stack([own[name] for own in targets])
             predicted = outputs[name].argmax(-1).cpu().numpy()
             shown = (wanted != IGNORED) & (wanted != (values.index("none") if "none" in values else IGNORED))
             hits[name].append(predicted[shown] == wanted[shown])
     return {name: float(np.concatenate(own).mean()) for name, own in hits.items()}
+
+
+def accuracy_of_tower(reader: PlaceReader, rows: Dataset) -> dict[str, float]:
+    reader.eval()
+    image_processor = PrismerImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return accuracy(
+        lambda batch: reader.predict(image_processor([row["image"] for row in batch])["pixel_values"]), rows
+    )
 
 
 def train_vision(
@@ -236,7 +267,7 @@ def train_vision(
         optimizer_cls_and_kwargs=muon_with(learning_rate, arguments.weight_decay),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
-    reader.tower.save_pretrained(output_dir / "clip")
+    save_model(reader.tower, output_dir / "clip")
     return reader
 
 
@@ -257,7 +288,7 @@ def main() -> None:
     reader = train_vision(splits["train"], args.output_dir, *settings)
     held_out = np.array(splits["test"]["held_out"])
     for name, rows in (("like the training", np.flatnonzero(~held_out)), ("held out", np.flatnonzero(held_out))):
-        print(name, accuracy(reader, splits["test"].select(rows[:300])))
+        print(name, accuracy_of_tower(reader, splits["test"].select(rows[:300])))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,9 @@ removes most details smaller than a sixteenth of the image, and each word has on
 
 import argparse
 import json
-import string
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,13 +38,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from PIL import Image
-from torch import nn
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from comparison.measuring import peak_memory
 from modeling_prismer import PrismerForConditionalGeneration
 from modeling_prismer.expert_spec import read_specs
-from modeling_prismer.processing.experts import ExpertSuite, HashedNgrams
+from modeling_prismer.processing.experts import ExpertSuite
 from modeling_prismer.processing.labels import label_images, label_source
 from muon import muon_with
 from scenes.run_scenes import (
@@ -61,70 +58,20 @@ from scenes.run_scenes import (
     new_model,
     training_rows,
 )
-from scenes.scenes import EXPERTS, Scenes
+from scenes.scenes import Scenes
 from training import PrismerTrainer, has_bfloat16, make_trainer, write_json
 
+from .adaptation import AllTokens, replace_adaptors
 from .design import STUDIES, Run, conditions_of, runs_of
 from .report import report
+from .trials import StepTimes
+from .wrong_labels import Labels, coarse, noisy
 
 
 SETTINGS = ("train_rows", "epochs", "batch_size", "texts_per_image", "learning_rate", "eval_rows")
-COARSE_SIZE = 8
-Labels = dict[str, dict[str, Any]]  # the labels of each image, by its image_id
 
 
 # ---- labels ----
-
-
-def coarse(labels: dict[str, Any], image_id: str) -> dict[str, Any]:
-    """Degrades the labels of an image, as the docstring of this file describes."""
-    random = np.random.default_rng(zlib.crc32(image_id.encode()))
-    degraded = {}
-    for name, label in labels.items():
-        if isinstance(label, dict):
-            label = {**label, "ids": _blocks(label["ids"], Image.Resampling.NEAREST)}
-            if "words" in label:
-                label["words"] = [_misspelt(word, random) for word in label["words"]]
-                label["features"] = HashedNgrams()(label["words"])
-        elif label is not None:
-            is_map_of_ids = name == "segmentation"  # true labels are not dicts
-            label = _blocks(label, Image.Resampling.NEAREST if is_map_of_ids else Image.Resampling.BOX)
-        degraded[name] = label
-    return degraded
-
-
-def _blocks(values: np.ndarray, resample: Image.Resampling) -> np.ndarray:
-    height, width = values.shape[:2]
-    small = Image.fromarray(values).resize((COARSE_SIZE, COARSE_SIZE), resample)
-    return np.array(small.resize((width, height), Image.Resampling.NEAREST))
-
-
-def _misspelt(word: str, random: np.random.Generator) -> str:
-    place = random.integers(len(word))
-    letter = random.choice([letter for letter in string.ascii_lowercase if letter != word[place]])
-    return f"{word[:place]}{letter}{word[place + 1 :]}"
-
-
-def noisy(labels: Labels, share: float, seed: int) -> Labels:
-    """
-    Replaces a random share of the experts' labels by those of the same expert for another image of `labels`. A larger
-    share also makes all the replacements of a smaller one.
-    """
-    random = np.random.default_rng(seed)
-    image_ids = list(labels)
-    size = (len(image_ids), len(EXPERTS))
-    replaced = random.random(size) < share
-    others = (np.arange(len(image_ids))[:, None] + random.integers(1, len(image_ids), size)) % len(image_ids)
-    return {
-        image_id: {
-            **labels[image_id],
-            **{
-                name: labels[image_ids[others[i, k]] if replaced[i, k] else image_id].get(name)
-                for k, name in enumerate(EXPERTS)
-            },
-        }
-        for i, image_id in enumerate(image_ids)
-    }
 
 
 def labels_for(rows: Dataset, run: Run, kind: str, store: Path | str) -> Labels:
@@ -141,48 +88,6 @@ def labels_for(rows: Dataset, run: Run, kind: str, store: Path | str) -> Labels:
 
 
 # ---- models ----
-
-
-class AllTokens(nn.Module):
-    """Replaces the resampler: returns the tokens of all experts unchanged. No expert may be missing."""
-
-    def forward(self, tokens: torch.Tensor, token_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        if token_mask is not None and not token_mask.all():
-            raise ValueError("an expert is missing; a model without a resampler needs all of them")
-        return tokens
-
-
-def backbone_layers(model: PrismerForConditionalGeneration) -> dict[str, nn.Linear]:
-    """The linear layers that come from CLIP and RoBERTa."""
-    model.freeze_backbones()
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name and not module.weight.requires_grad
-    }
-
-
-def put_lora_in_place_of_adaptors(model: PrismerForConditionalGeneration, use_dora: bool) -> None:
-    """
-    Freezes the backbones and the adaptors, and adds LoRA to the linear layers of the backbones. New adaptors have no
-    effect, except for the layer norm in those of the decoder. The rank of LoRA is chosen so that it has about as many
-    weights as the adaptors.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    layers = backbone_layers(model)
-    adaptors = [module for name, module in model.named_modules() if name.endswith(".adaptor")]
-    for adaptor in adaptors:
-        adaptor.requires_grad_(False)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = sum(parameter.numel() for adaptor in adaptors for parameter in adaptor.parameters())
-    wanted -= use_dora * sum(layer.out_features for layer in layers.values())
-    rank = max(1, round(wanted / sum(layer.in_features + layer.out_features for layer in layers.values())))
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers), use_dora=use_dora), model
-    )
-    for name, parameter in model.named_parameters():  # peft has frozen all other weights
-        parameter.requires_grad_(parameter.requires_grad or name in trained)
 
 
 PARTS = {"adaptors": ".adaptor.", "resampler": ".resampler."}  # Run.renewed: a part of the names of weights
@@ -227,7 +132,7 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
     if not run.resampler:
         model.model.vision_model.resampler = AllTokens()
     if run.adaptation != "adaptors":
-        put_lora_in_place_of_adaptors(model, use_dora=run.adaptation == "dora")
+        replace_adaptors(model, {"lora": "LoRA", "dora": "DoRA"}[run.adaptation])
     return make_trainer(
         model,
         processor,
@@ -242,33 +147,6 @@ def trainer_of(run: Run, seed: int, args: argparse.Namespace, rows: Dataset, lab
 
 
 # ---- one run ----
-
-
-class StepTimes(TrainerCallback):
-    """Records the computing time of the training steps in seconds, without making the batches."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, *args, **kwargs):
-        self.start = time.process_time()
-
-    def on_step_end(self, *args, **kwargs):
-        self.seconds.append(time.process_time() - self.start)
-
-
-def peak_memory() -> float:
-    """The peak memory in MB, of the GPU if there is one, otherwise of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss includes memory of the parent process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def train_and_evaluate(run: Run, seed: int, args: argparse.Namespace) -> dict[str, Any]:

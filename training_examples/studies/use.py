@@ -25,67 +25,17 @@ from comparison.report import markdown, write_interval
 from comparison.scores import Score, difference, interval
 from modeling_prismer import DataCollatorForPrismer, PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.pretrained import find_checkpoint
-from modeling_prismer.processing.experts import HashedNgrams
 from modeling_prismer.processing.labels import label_source
 from scenes.run_scenes import TrueLabels, WithMarks, choose_attention
-from scenes.scenes import DETECTION_CLASSES, EXPERTS, add_data_arguments, open_data
-from scenes.words import WORDS
-from training import write_json
+from scenes.scenes import EXPERTS, add_data_arguments, open_data
+from training import write_json, write_text
 
 from .answers import right_answers, rows_of
-from .experts import Labels, coarse, noisy
+from .wrong_labels import LIES, Labels, coarse, lying, noisy, without
 
 
 NOISE = (0.25, 0.5, 0.75, 1.0)
 PREDICTED = "labels of the experts"
-
-
-# ---- lies: the same for each image ----
-
-
-def mirror(label: Any) -> Any:
-    """The label of the mirrored image, without its sides exchanged in the values."""
-    if isinstance(label, dict):
-        return {**label, "ids": np.ascontiguousarray(label["ids"][:, ::-1])}
-    return np.ascontiguousarray(label[:, ::-1])
-
-
-def invert(label: np.ndarray) -> np.ndarray:
-    return 255 - label
-
-
-def swap_classes(label: dict[str, Any]) -> dict[str, Any]:
-    """Each class becomes the next one."""
-    return {**label, "classes": [(own + 1) % len(DETECTION_CLASSES) for own in label["classes"]]}
-
-
-def swap_words(label: dict[str, Any]) -> dict[str, Any]:
-    """Each word of the data set becomes the next one; other words become the first one."""
-    words = [WORDS[(WORDS.index(word) + 1) % len(WORDS)] if word in WORDS else WORDS[0] for word in label["words"]]
-    return {**label, "words": words, "features": HashedNgrams()(words)}
-
-
-LIES: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "depth: mirrored": ("depth", mirror),
-    "depth: near and far exchanged": ("depth", invert),
-    "segmentation: mirrored": ("segmentation", mirror),
-    "detection: mirrored": ("detection", mirror),
-    "detection: classes exchanged": ("detection", swap_classes),
-    "ocr: mirrored": ("ocr", mirror),
-    "ocr: words exchanged": ("ocr", swap_words),
-}
-
-
-def lying(labels: Labels, name: str) -> Labels:
-    expert, lie = LIES[name]
-    return {
-        image_id: {**own, expert: own[expert] if own.get(expert) is None else lie(own[expert])}
-        for image_id, own in labels.items()
-    }
-
-
-def without(labels: Labels, *experts: str) -> Labels:
-    return {image_id: {**own, **dict.fromkeys(experts)} for image_id, own in labels.items()}
 
 
 def conditions(predicted: Labels, true: Labels, seed: int = 0) -> dict[str, Callable[[], Labels]]:
@@ -198,10 +148,7 @@ def report(results: dict[str, Any], path: Path) -> None:
         "## Lies",
         thresholds(results),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "\n\n".join(text) + "\n")
 
 
 def main() -> None:
@@ -214,7 +161,6 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write the tables here (use.md in the output folder)")
     args = parser.parse_args()
     results = measure(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "use.json", results)
     report(results, args.report or args.output_dir / "use.md")
 
