@@ -14,6 +14,7 @@ DEMO_OUTPUT ?= demo_output
 EASY_VQA_OUTPUT ?= runs/easy-vqa
 SCENES ?= runs/scenes2
 SCENES_SUITE ?= modeling_prismer/checkpoints/prismer-scenes
+SCENES_ENCODER_STEPS ?= 2000
 SCENES_STEPS ?= 3500
 SEED ?= 0
 SMOLLM2 ?= runs/SmolLM2-135M-Instruct
@@ -154,8 +155,7 @@ evaluate-easy-vqa: $(VENV)/.test-ready  ## measure the bundled checkpoint on eas
 # in bfloat16 only where the processor computes in it
 BF16 := $(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null && echo --bf16)
 SCENES_DATA := --data_dir $(SCENES)/data --data_config scenes2
-SCENES_TRAIN := $(SCENES_DATA) --labels $(SCENES)/labels --freeze vision --freeze_patches --do_train $(BF16) \
-	--resume_from_checkpoint last
+SCENES_TRAIN := $(SCENES_DATA) --labels $(SCENES)/labels --do_train $(BF16) --resume_from_checkpoint last
 SCENES_PYTHON := HF_HUB_OFFLINE=1 PYTHONPATH=training_examples $(BIN)/python
 
 $(SCENES)/data/.made: | $(VENV)/.test-ready
@@ -171,15 +171,21 @@ $(SCENES)/backbones/.made: $(SCENES)/data/.made
 		--output_dir $(SCENES)/backbones
 	@touch $@
 
-$(SCENES)/lists-$(SEED)/.made: $(SCENES)/labels/.made $(SCENES)/backbones/.made
-	$(SCENES_PYTHON) -m scenes.run_scenes $(SCENES_TRAIN) --backbones $(SCENES)/backbones --suite $(SCENES_SUITE) \
-		--seed $(SEED) --texts lists --max_steps 1500 --lr_scheduler_type constant_with_warmup --warmup_steps 20 \
-		--output_dir $(SCENES)/lists-$(SEED)
+$(SCENES)/encoder-$(SEED)/.made: $(SCENES)/labels/.made $(SCENES)/backbones/.made
+	$(SCENES_PYTHON) -m scenes.train_encoder $(SCENES_TRAIN) --backbones $(SCENES)/backbones --suite $(SCENES_SUITE) \
+		--seed $(SEED) --max_steps $(SCENES_ENCODER_STEPS) --learning_rate 2e-3 --output_dir $(SCENES)/encoder-$(SEED)
+	@touch $@
+
+$(SCENES)/lists-$(SEED)/.made: $(SCENES)/encoder-$(SEED)/.made
+	$(SCENES_PYTHON) -m scenes.run_scenes $(SCENES_TRAIN) --model $(SCENES)/encoder-$(SEED) --seed $(SEED) \
+		--freeze vision --freeze_patches --texts lists --max_steps 1500 --lr_scheduler_type constant_with_warmup \
+		--warmup_steps 20 --output_dir $(SCENES)/lists-$(SEED)
 	@touch $@
 
 $(SCENES)/model-$(SEED)/scenes_results.json: $(SCENES)/lists-$(SEED)/.made
 	$(SCENES_PYTHON) -m scenes.run_scenes $(SCENES_TRAIN) --model $(SCENES)/lists-$(SEED) --seed $(SEED) \
-		--max_steps $(SCENES_STEPS) --do_eval --output_dir $(SCENES)/model-$(SEED) --publish_to $(SCENES)/published-$(SEED)
+		--freeze vision --freeze_patches --max_steps $(SCENES_STEPS) --do_eval \
+		--output_dir $(SCENES)/model-$(SEED) --publish_to $(SCENES)/published-$(SEED)
 
 train-scenes: $(SCENES)/model-$(SEED)/scenes_results.json  ## train a Prismer on Scenes 2 (hours; it can be stopped)
 

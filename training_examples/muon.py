@@ -14,14 +14,14 @@ import torch
 from timm.optim import muon
 from torch import nn
 
-from modeling_prismer.expert_stems import PrismerResampler
+from modeling_prismer.expert_stems import PrismerResamplerLayer
 from modeling_prismer.modeling_prismer import PrismerAdaptor
 
 
 # The learning rate of Muon is that of AdamW times this factor.
 FASTER = 3
-# A squared ReLU has an output that grows with the third power of the weights. At full speed, the resampler's MLP soon
-# adds the same large vector to all latents, which drowns the differences between images.
+# The output of an MLP with a squared ReLU grows with the third power of its weights. At full speed, the MLPs of the
+# resampler soon add the same large vector to all latents, which drowns the differences between images.
 SLOWER = 0.1
 
 
@@ -47,7 +47,7 @@ def muon_with(lr: float, weight_decay: float) -> tuple[Callable[[], Callable], d
 def muon_for(model: nn.Module, lr: float, weight_decay: float) -> Muon:
     """
     Muon for the weights of all linear layers except the output layer, AdamW for all other trained parameters. The
-    resampler and the adaptors learn [`SLOWER`].
+    adaptors and the resampler's MLPs learn [`SLOWER`].
 
     Args:
         model (`nn.Module`): parameters that need no gradient are left out.
@@ -56,7 +56,8 @@ def muon_for(model: nn.Module, lr: float, weight_decay: float) -> Muon:
     """
     last = model.get_output_embeddings()
     matrices = {module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not last}
-    squaring = [module for module in model.modules() if isinstance(module, (PrismerAdaptor, PrismerResampler))]
+    squaring = [module for module in model.modules() if isinstance(module, PrismerAdaptor)]
+    squaring += [module.mlp for module in model.modules() if isinstance(module, PrismerResamplerLayer)]
     slow = {parameter for module in squaring for parameter in module.parameters()}
     muon = {"use_muon": True, "nesterov": True, "weight_decay": weight_decay / FASTER}
     adamw = {"use_fallback": True, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}

@@ -32,11 +32,13 @@ def test_muon_is_used_for_linear_layers_only(model):
     assert not any("embed" in name or "lm_head.decoder" in name or "convs" in name for name in matrices)
 
 
-def test_resampler_and_adaptors_have_a_tenth_of_the_rate(model):
+def test_mlps_with_a_squared_relu_have_a_tenth_of_the_rate(model):
     rate = {name: group["lr"] for name, group in groups_by_name(model).items()}
     assert rate["model.vision_model.resampler.layers.0.mlp.fc1.weight"] == pytest.approx(3e-4)
     assert rate["model.text_model.layers.0.adaptor.down_proj.weight"] == pytest.approx(3e-4)
-    assert rate["model.vision_model.resampler.latents"] == pytest.approx(1e-4)
+    assert rate["model.vision_model.layers.0.adaptor.up_proj.weight"] == pytest.approx(3e-4)
+    assert rate["model.vision_model.resampler.latents"] == pytest.approx(1e-3)
+    assert rate["model.vision_model.resampler.layers.0.latent_attn.q_proj.weight"] == pytest.approx(3e-3)
     assert rate["model.text_model.layers.0.cross_attn.q_proj.weight"] == pytest.approx(3e-3)
     assert rate["model.text_model.embeddings.word_embeddings.weight"] == pytest.approx(1e-3)
 

@@ -176,7 +176,6 @@ def main() -> None:
         results[name] = measure(reader, scenes, splits["test"].select(rows))
         print(name, json.dumps(results[name], indent=2))
     write_json(Path(training_args.output_dir, "encoder_results.json"), results)
-    model.requires_grad_(True)
     model.save_pretrained(training_args.output_dir)
     processor.save_pretrained(training_args.output_dir)
 
