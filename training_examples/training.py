@@ -637,10 +637,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Saves a model in a folder that exists only when it is complete."""
+def save_model(model: PreTrainedModel, folder: Path, processor: Any = None) -> None:
+    """Saves a model, and its processor if there is one, in a folder that exists only when it is complete."""
     incomplete = folder.with_name(f"{folder.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
     model.save_pretrained(incomplete)
+    if processor is not None:
+        processor.save_pretrained(incomplete)
     shutil.rmtree(folder, ignore_errors=True)
     incomplete.rename(folder)

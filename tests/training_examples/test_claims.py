@@ -12,10 +12,9 @@ pytest.importorskip("datasets")
 
 from comparison.scores import Interval  # noqa: E402
 from modeling_prismer import DataCollatorForPrismer  # noqa: E402
-from modeling_prismer.processing.experts import Expert, ExpertSuite, HashedNgrams  # noqa: E402
 from modeling_prismer.processing.labels import label_images  # noqa: E402
 from scenes import train_backbones  # noqa: E402
-from scenes.run_scenes import DESCRIPTIONS, TrueLabels, freeze_patches, training_rows  # noqa: E402
+from scenes.run_scenes import TrueLabels, freeze_patches, training_rows  # noqa: E402
 from scenes.scenes import open_scenes  # noqa: E402
 from scenes.train_vision import new_tower  # noqa: E402
 from studies import claims as study  # noqa: E402
@@ -24,28 +23,7 @@ from studies.answers import right_words  # noqa: E402
 from studies.claims import CLAIMS, CONDITIONS, LYING, NONE, SIX, Condition, parse_arguments, trials_of  # noqa: E402
 from studies.trials import Training  # noqa: E402
 from studies.wrong_labels import coarse  # noqa: E402
-
-
-def look(name, image):
-    """The label of a simple expert: gray values, and the places where they are large."""
-    values = np.asarray(image.convert("L"))
-    if name == "normal":
-        return np.asarray(image)
-    if name in ("depth", "edge"):
-        return values
-    ids = np.where(values > 127, 0, 255).astype(np.uint8)
-    if name == "segmentation":
-        return {"ids": values // 32}
-    if name == "detection":
-        return {"ids": ids, "classes": [3]}
-    return {"ids": ids, "words": ["seen"], "features": HashedNgrams()(["seen"])}
-
-
-def simple_expert(description):
-    def run(self, images):
-        return [look(self.name, image) for image in images]
-
-    return type("Simple", (Expert,), {**description, "type": f"claims_{description['name']}", "run": run})()
+from tests.training_examples.simple_experts import simple_suite  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +31,7 @@ def folder(tmp_path_factory):
     """Scenes 2, small untrained backbones, and labels of simple experts."""
     folder = tmp_path_factory.mktemp("claims")
     splits = open_scenes(str(folder / "data"), "scenes2", 4, 2, 2)
-    suite = ExpertSuite([simple_expert(description) for description in DESCRIPTIONS])
+    suite = simple_suite()
     for rows in splits.values():
         images = rows.select_columns(["image_id", "image"])
         label_images(images, suite, folder / "labels", image_column="image", key_column="image_id", progress=False)

@@ -13,16 +13,15 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from modeling_prismer.processing.experts import Expert, ExpertSuite, HashedNgrams
 from modeling_prismer.processing.labels import label_images
 from scenes import train_backbones
-from scenes.run_scenes import DESCRIPTIONS
 from scenes.scenes import EXPERTS, Scenes, expert_labels
 from studies import experts as study
 from studies import report as study_report
 from studies.design import EXPERT_DROPOUT, NONE, STUDIES, Condition, Run, conditions_of, only, runs_of
 from studies.experts import parse_arguments, train_and_evaluate, work
 from studies.report import report
+from tests.training_examples.simple_experts import simple_suite
 
 
 SIZES = {"scenes": {"train": 4, "validation": 0, "test": 6}, "shifted": {"test": 3}}
@@ -30,28 +29,6 @@ SIZES = {"scenes": {"train": 4, "validation": 0, "test": 6}, "shifted": {"test":
 
 def few_scenes(cache_dir, config_name):
     return Scenes(cache_dir=cache_dir, config_name=config_name, **SIZES[config_name])
-
-
-def look(name, image):
-    """The label of a simple expert: gray values, and the places where they are large."""
-    values = np.asarray(image.convert("L"))
-    if name == "normal":
-        return np.asarray(image)
-    if name in ("depth", "edge"):
-        return values
-    ids = np.where(values > 127, 0, 255).astype(np.uint8)
-    if name == "segmentation":
-        return {"ids": values // 32}
-    if name == "detection":
-        return {"ids": ids, "classes": [3]}
-    return {"ids": ids, "words": ["seen"], "features": HashedNgrams()(["seen"])}
-
-
-def simple_expert(description):
-    def run(self, images):
-        return [look(self.name, image) for image in images]
-
-    return type("Simple", (Expert,), {**description, "type": f"study_{description['name']}", "run": run})()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +42,7 @@ def few():
 def folder(tmp_path_factory):
     """Scenes of both domains, small untrained backbones, a suite of experts, and its labels for the scenes."""
     folder = tmp_path_factory.mktemp("study")
-    suite = ExpertSuite([simple_expert(description) for description in DESCRIPTIONS])
+    suite = simple_suite()
     suite.save_pretrained(folder / "suite")
     for name in SIZES:
         few_scenes(folder / "data", name).download_and_prepare()

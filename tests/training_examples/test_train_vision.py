@@ -251,3 +251,11 @@ def test_a_model_of_scenes_2_is_trained_and_evaluated(backbones, data_dir, tmp_p
     assert {"marked", "two steps", "same", "not"} <= results["held_out"]["answers"].keys()
     model = PrismerForConditionalGeneration.from_pretrained(tmp_path)
     assert model.config.expert_names[-1] == "regions"
+
+
+def test_an_encoder_without_experts_is_refused(data_dir, coarse_backbones, tmp_path, monkeypatch):
+    command = encoder_command(data_dir, coarse_backbones, tmp_path)
+    command[command.index("--suite") + 1] = "none"
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="--suite none: there are no experts to learn from"):
+        train_encoder.main()

@@ -31,7 +31,7 @@ from modeling_prismer.pretrained import find_checkpoint
 
 from .run_scenes import evaluation_splits
 from .scene import SHAPES
-from .scenes import add_data_arguments, expert_labels, open_data
+from .scenes import add_data_arguments, expert_labels, first, open_data
 
 
 ATTRIBUTES = ("color", "shape", "material", "size")
@@ -134,8 +134,7 @@ def main() -> None:
     path = find_checkpoint(arguments.model)
     processor = PrismerProcessor.from_pretrained(path)
     model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    train = splits["train" if "train" in splits else "validation"]
-    train = train.select(range(min(len(train), arguments.max_rows or len(train))))
+    train = first(splits["train" if "train" in splits else "validation"], arguments.max_rows)
     known = (encode(model, processor, train), train)
     for name, scenes in evaluation_splits({"test": splits["test"]}, arguments.max_eval_rows).items():
         results = probe(known, (encode(model, processor, scenes), scenes))

@@ -52,7 +52,7 @@ from training import RecipeArguments, load_checkpoint, make_trainer, parse_argum
 from .labels import EXPERTS
 from .language import phrase, true_share
 from .render import CLASSES
-from .scenes import DETECTION_CLASSES, ScenesOptions, expert_labels
+from .scenes import DETECTION_CLASSES, ScenesOptions, expert_labels, first
 
 
 IMAGE_SIZE = 128
@@ -249,6 +249,18 @@ class OneTaskPerBatch(DataCollatorForPrismer):
         super()._draw_texts(row, CAPTIONS if row["task"][0] == "caption" else texts_per_image)
 
 
+def known_labels(
+    labels: str, experts: list[dict[str, Any]], splits: dict[str, Dataset]
+) -> Callable[[list[str]], list[dict[str, Any]]]:
+    """
+    A function from ids of images to labels: those of `labels`, a label store or `"true"`, and marks if `experts` have
+    [`MARK`].
+    """
+    others = [each for each in experts if each["name"] != MARK["name"]]
+    known: Any = TrueLabels(*splits.values()) if labels == "true" else label_source(labels, others)
+    return known if len(others) == len(experts) else WithMarks(known, splits)
+
+
 def no_labels(image_ids: list[str]) -> list[dict]:
     return [{} for _ in image_ids]
 
@@ -374,9 +386,7 @@ def evaluation_splits(splits: dict[str, Dataset], max_rows: int | None = None) -
     held_out = np.array(splits["test"]["held_out"])
     found |= {"test": splits["test"].select(np.flatnonzero(~held_out))}
     found |= {"held_out": splits["test"].select(np.flatnonzero(held_out))}
-    return {
-        name: rows.select(range(min(max_rows or len(rows), len(rows)))) for name, rows in found.items() if len(rows)
-    }
+    return {name: first(rows, max_rows) for name, rows in found.items() if len(rows)}
 
 
 def measure(model, processor, scenes, collator, num_beams: int = 3) -> dict[str, dict[str, float]]:
@@ -437,14 +447,10 @@ def main() -> None:
 
     train_rows = None
     if training_args.do_train:
-        scenes = splits["train"].select(range(min(args.max_train_rows or len(splits["train"]), len(splits["train"]))))
-        train_rows = training_rows(scenes, args.texts)
+        train_rows = training_rows(first(splits["train"], args.max_train_rows), args.texts)
     labels_for = no_labels if args.blind else None
-    if args.labels == "true":
-        labels_for = TrueLabels(*splits.values())
-    if MARK["name"] in model.config.expert_names and not args.blind:
-        others = [each for each in processor.image_processor.experts if each["name"] != MARK["name"]]
-        labels_for = WithMarks(labels_for or label_source(args.labels, others), splits)
+    if not args.blind and (args.labels == "true" or MARK["name"] in model.config.expert_names):
+        labels_for = known_labels(args.labels, processor.image_processor.experts, splits)
     trainer = make_trainer(
         model,
         processor,
@@ -465,7 +471,7 @@ def main() -> None:
     if args.publish_to:
         collator = trainer.eval_collator
         collator.with_suffix = False
-        known = splits["train"].select(range(min(FAMILIAR, len(splits["train"]))))
+        known = first(splits["train"], FAMILIAR)
         features = (features_of(model, scenes, collator) for scenes in (known, splits["validation"]))
         Familiarity.fit(*features).save_pretrained(args.publish_to)
     if training_args.do_eval:

@@ -286,6 +286,11 @@ def open_scenes(
     return builder.as_dataset()
 
 
+def first(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
+    """The first rows; all if there are fewer, or without a `number`."""
+    return rows.select(range(min(number or len(rows), len(rows))))
+
+
 def add_data_arguments(parser: argparse.ArgumentParser, config: str) -> None:
     """Adds `--data_dir`, `--data_config` and the numbers of scenes, which [`open_data`] reads."""
     parser.add_argument("--data_dir", required=True, help="folder of the data set; made if missing")

@@ -29,21 +29,19 @@ from torch import nn
 from transformers import Trainer
 
 from modeling_prismer import DataCollatorForPrismer, PrismerForConditionalGeneration
-from modeling_prismer.processing.labels import label_source
 from muon import muon_with
 from training import last_checkpoint, parse_arguments, write_json
 
 from .run_scenes import (
     DEFAULTS,
-    MARK,
     ScenesArguments,
-    TrueLabels,
-    WithMarks,
     choose_attention,
     freeze_patches,
+    known_labels,
     new_model,
 )
-from .train_vision import ATTRIBUTES, PlaceHeads, ReaderOutput, accuracy, targets_of
+from .scenes import first
+from .train_vision import ATTRIBUTES, PlaceHeads, ReaderOutput, accuracy, by_kind, targets_of
 from .words import WORDS
 
 
@@ -133,48 +131,37 @@ class LabelledScenes:
 def measure(reader: EncoderReader, scenes: LabelledScenes, rows: Dataset) -> dict[str, dict[str, float]]:
     """The share of right cells of objects for each attribute, by site."""
     reader.eval()
-    return {
-        site: accuracy(lambda batch, site=site: reader.predict(**scenes.inputs(batch))[site], rows, TARGETS)
-        for site in SITES
-    }
+    return accuracy(lambda batch: reader.predict(**scenes.inputs(batch)), rows, TARGETS)
 
 
 def main() -> None:
     args, training_args = parse_arguments(ScenesArguments, **DEFAULTS)
     splits = args.open_scenes()
+    if args.suite == "none":
+        raise SystemExit("--suite none: there are no experts to learn from; pass a folder of experts, or true")
     model, processor = new_model(args, resampler_attention_heads=1)
     look_at_places(model)
     choose_attention(model)
     model.freeze_backbones()
     freeze_patches(model)
-    model.model.text_model.requires_grad_(False)
-    labels_for: Any = TrueLabels(*splits.values()) if args.labels == "true" else None
-    if labels_for is None:
-        labels_for = label_source(
-            args.labels, [each for each in processor.image_processor.experts if each["name"] != MARK["name"]]
-        )
-    if MARK["name"] in model.config.expert_names:
-        labels_for = WithMarks(labels_for, splits)
+    labels_for = known_labels(args.labels, processor.image_processor.experts, splits)
     scenes = LabelledScenes(
         DataCollatorForPrismer(processor, labels_for, expert_dropout=args.expert_dropout, with_suffix=False)
     )
     columns = ["image_id", "image", "segmentation", "detection", "detection_boxes", "facts"]
-    train = splits["train"].select(range(min(args.max_train_rows or len(splits["train"]), len(splits["train"]))))
     reader = EncoderReader(model)
     trainer = Trainer(
         reader,
         training_args,
         scenes,
-        train_dataset=train.select_columns(columns),
+        train_dataset=first(splits["train"], args.max_train_rows).select_columns(columns),
         optimizer_cls_and_kwargs=muon_with(training_args.learning_rate, training_args.weight_decay),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
     scenes.collator.expert_dropout = 0.0
-    held_out, results = np.array(splits["test"]["held_out"]), {}
-    for name, rows in (("like the training", np.flatnonzero(~held_out)), ("held out", np.flatnonzero(held_out))):
-        rows = rows[: args.max_eval_rows or len(rows)]
-        results[name] = measure(reader, scenes, splits["test"].select(rows))
-        print(name, json.dumps(results[name], indent=2))
+    results = by_kind(lambda rows: measure(reader, scenes, rows), splits["test"], args.max_eval_rows)
+    for name, sites in results.items():
+        print(name, json.dumps(sites, indent=2))
     write_json(Path(training_args.output_dir, "encoder_results.json"), results)
     model.save_pretrained(training_args.output_dir)
     processor.save_pretrained(training_args.output_dir)

@@ -19,7 +19,6 @@ image. Networks that exist are not trained again. An interrupted training resume
 
 import argparse
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -47,7 +46,7 @@ from modeling_prismer.processing.experts import (
     SemanticSegmentation,
 )
 from modeling_prismer.processing.labels import label_images
-from training import last_checkpoint, write_json
+from training import last_checkpoint, save_model, write_json
 
 from .render import CLASSES
 from .scenes import DETECTION_CLASSES, EXPERTS, add_data_arguments, expert_labels, open_data
@@ -315,12 +314,8 @@ def train(name: str, rows: Dataset, output_dir: Path, max_steps: int | None = No
         loss=network.loss,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
-    folder = network_folder(output_dir, name)
-    partial = folder.with_name(f"{folder.name}.partial")
-    model.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(partial)
-    image_processor.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    model.to("cpu", torch.float16, memory_format=torch.contiguous_format)
+    save_model(model, network_folder(output_dir, name), image_processor)
 
 
 def make_suite(output_dir: Path) -> ExpertSuite:

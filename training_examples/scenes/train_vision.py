@@ -11,10 +11,11 @@ that they are not recognised by their colors. The heads are used for this traini
 """
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +32,12 @@ from muon import muon_with
 from training import last_checkpoint, save_model
 
 from .render import CLASSES
+from .run_scenes import evaluation_splits
 from .scene import COLORS, MATERIALS, SHAPES, SIZES
 from .scenes import add_data_arguments, open_data
 
 
+T = TypeVar("T")
 IMAGE_SIZE = 128
 CELL = 8  # pixels; a patch of 16 pixels has four cells
 LEAST_SHARE = 0.2  # of a cell that an object has to cover
@@ -192,36 +195,46 @@ def new_tower(patch_size: int, width: int, layers: int) -> CLIPVisionModel:
 
 @torch.inference_mode()
 def accuracy(
-    predict: Callable[[list[dict]], dict[str, torch.Tensor]],
+    predict: Callable[[list[dict]], dict[str, dict[str, torch.Tensor]]],
     rows: Dataset,
     attributes: dict[str, tuple[str, ...]] = ATTRIBUTES,
     batch_size: int = 50,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """
-    The share of right cells of objects for each attribute.
+    The share of right cells of objects for each attribute, by site.
 
     Args:
-        predict (`Callable`): the outputs of [`PlaceHeads`] for rows.
+        predict (`Callable`): the outputs of [`PlaceHeads`] for rows, by site.
     """
-    hits: dict[str, list[np.ndarray]] = {name: [] for name in attributes}
+    hits: dict[str, dict[str, list[np.ndarray]]] = defaultdict(lambda: {name: [] for name in attributes})
     for start in range(0, len(rows), batch_size):
         batch = [rows[k] for k in range(start, min(start + batch_size, len(rows)))]
-        outputs = predict(batch)
+        sites = predict(batch)
         targets = [targets_of(row, attributes) for row in batch]
         for name, values in attributes.items():
             wanted = np.stack([own[name] for own in targets])
-            predicted = outputs[name].argmax(-1).cpu().numpy()
             shown = (wanted != IGNORED) & (wanted != (values.index("none") if "none" in values else IGNORED))
-            hits[name].append(predicted[shown] == wanted[shown])
-    return {name: float(np.concatenate(own).mean()) for name, own in hits.items()}
+            for site, outputs in sites.items():
+                hits[site][name].append(outputs[name].argmax(-1).cpu().numpy()[shown] == wanted[shown])
+    return {
+        site: {name: float(np.concatenate(found).mean()) for name, found in own.items()} for site, own in hits.items()
+    }
+
+
+def by_kind(measure: Callable[[Dataset], T], test: Dataset, max_rows: int | None) -> dict[str, T]:
+    """What `measure` returns for test scenes like those of the training, and for those with held-out pairs."""
+    titles = {"test": "like the training", "held_out": "held out"}
+    return {titles[name]: measure(rows) for name, rows in evaluation_splits({"test": test}, max_rows).items()}
 
 
 def accuracy_of_tower(reader: PlaceReader, rows: Dataset) -> dict[str, float]:
     reader.eval()
     image_processor = PrismerImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
-    return accuracy(
-        lambda batch: reader.predict(image_processor([row["image"] for row in batch])["pixel_values"]), rows
-    )
+
+    def predict(batch: list[dict]) -> dict[str, dict[str, torch.Tensor]]:
+        return {"patches": reader.predict(image_processor([row["image"] for row in batch])["pixel_values"])}
+
+    return accuracy(predict, rows)["patches"]
 
 
 def train_vision(
@@ -286,9 +299,8 @@ def main() -> None:
     splits = open_data(args)
     settings = (args.patch_size, args.width, args.layers, args.epochs, args.max_steps, args.learning_rate, args.bf16)
     reader = train_vision(splits["train"], args.output_dir, *settings)
-    held_out = np.array(splits["test"]["held_out"])
-    for name, rows in (("like the training", np.flatnonzero(~held_out)), ("held out", np.flatnonzero(held_out))):
-        print(name, accuracy_of_tower(reader, splits["test"].select(rows[:300])))
+    for name, shares in by_kind(lambda rows: accuracy_of_tower(reader, rows), splits["test"], 300).items():
+        print(name, shares)
 
 
 if __name__ == "__main__":

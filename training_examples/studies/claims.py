@@ -9,10 +9,10 @@ Tests what the paper claims about training with experts: trains many small Prism
     python -m studies.claims ... --report docs/study/claims.md
 
 All models start from the same backbones and learn from the same scenes, for the same number of steps, to list the
-objects of a scene with their attributes. Each condition is trained with each learning rate
-of `--learning_rates` and the first seed, and with its best rate on the validation scenes and the other seeds. A score
-is the share of right words, each after the right words before it. The seed decides the new weights, the order of the
-scenes and the choice of texts. You can stop and restart the program, and several processes can work on one folder.
+objects of a scene with their attributes. Each condition is trained with each learning rate of `--learning_rates` and
+the first seed, and with its best rate on the validation scenes and the other seeds. A score is the share of right
+words, each after the right words before it. The seed decides the new weights, the order of the scenes and the choice
+of texts. You can stop and restart the program, and several processes can work on one folder.
 
 The third command makes the tables and the figure. A claim is decided if the 95 % interval of the difference, from a
 bootstrap over scenes that is paired, and the differences of all seeds agree.
@@ -35,31 +35,34 @@ from comparison.measuring import peak_memory
 from comparison.report import markdown, write_interval
 from comparison.scores import Interval, difference, interval
 from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
-from modeling_prismer.processing.labels import label_source
 from muon import muon_with
 from scenes.run_scenes import (
     DEFAULTS,
     DESCRIPTIONS,
     ScenesArguments,
-    TrueLabels,
     choose_attention,
     freeze_patches,
     from_backbones,
+    known_labels,
     training_rows,
 )
 from scenes.scene import COLORS, MATERIALS, SHAPES, SIZES
-from scenes.scenes import EXPERTS, add_data_arguments, open_data
+from scenes.scenes import EXPERTS, add_data_arguments, first, open_data
 from training import PrismerTrainer, has_bfloat16, make_trainer, write_text
 
 from .adaptation import AllTokens, replace_adaptors
 from .answers import right_words
 from .trials import (
+    AT_AN_END,
     StepTimes,
     Training,
     Trials,
     add_arguments,
     check_arguments,
+    run,
     score_of,
+    write_costs,
+    write_rate,
     write_validation,
 )
 from .wrong_labels import Labels, coarse, lying
@@ -81,7 +84,7 @@ MARGIN = 1.0  # points that "no worse" may lose
 @dataclass(frozen=True)
 class Condition:
     """
-    What differs between trainings.
+    The settings in which the trainings differ.
 
     Args:
         experts (`tuple[str]`): the experts of the model, in the order of `EXPERTS`.
@@ -308,10 +311,7 @@ def train(training: Training, args: argparse.Namespace) -> dict[str, Any]:
     """
     condition = CONDITIONS[training.condition]
     splits = scenes_of(args)
-    if args.labels == "true" or condition.labels == "true":
-        known: Callable[[list[str]], Any] = TrueLabels(*splits.values())
-    else:
-        known = label_source(args.labels, [each for each in DESCRIPTIONS if each["name"] in EXPERTS])
+    known = known_labels("true" if condition.labels == "true" else args.labels, DESCRIPTIONS, splits)
     rows = {name: training_rows(scenes, "objects") for name, scenes in splits.items()}
     set_seed(training.seed)
     model, processor = new_model(condition, args.backbones)
@@ -356,7 +356,7 @@ def later(step: int) -> str:
 def scenes_of(args: argparse.Namespace) -> dict[str, Dataset]:
     numbers = {"train": args.train_scenes, "validation": args.eval_scenes, "test": args.eval_scenes}
     splits = open_data(args)
-    return {name: splits[name].select(range(min(number, len(splits[name])))) for name, number in numbers.items()}
+    return {name: first(splits[name], number) for name, number in numbers.items()}
 
 
 # ---- the report ----
@@ -368,9 +368,6 @@ def table_of_conditions(trials: Trials) -> str:
         results = trials.results(name)
         if results is None:
             continue
-        first = results[0]
-        rates = trials.learning_rates
-        rate = first["training"]["learning_rate"]
         kinds = [f"{score_of(results, 'test', [kind]).value:.1f}" for kind in ATTRIBUTES]
         rows.append(
             [
@@ -378,11 +375,10 @@ def table_of_conditions(trials: Trials) -> str:
                 write_interval(interval(score_of(results))),
                 ", ".join(f"{score_of([each]).value:.1f}" for each in results),
                 *kinds,
-                f"{rate:g}" + "*" * (rate in (min(rates), max(rates))),
+                write_rate(trials, results),
                 write_validation(trials, name),
-                f"{100 * first['trained'] / first['total']:.0f}",
-                f"{np.median([each['seconds_per_step'] for each in results]):.2f}",
-                f"{np.median([each['megabytes'] for each in results]):.0f}",
+                f"{100 * results[0]['trained'] / results[0]['total']:.0f}",
+                *write_costs(results),
             ]
         )
     head = ["condition", "right words", "seeds", *ATTRIBUTES, "best rate", "validation by rate"]
@@ -401,7 +397,7 @@ class Finding:
 
 
 def findings(trials: Trials) -> tuple[list[Finding], list[str]]:
-    """What came out of each claim, and the conditions whose trainings are missing."""
+    """The difference for each claim, and the conditions that lack results."""
     found, missing = [], []
     for claim in CLAIMS:
         better, worse = (trials.results(name) for name in (claim.better, claim.worse))
@@ -419,7 +415,7 @@ def table_of_claims(found: Sequence[Finding]) -> str:
         [
             each.claim.text + (f" (loses at most {each.claim.margin:g} point)" if each.claim.margin else ""),
             write_interval(each.found, signed=True),
-            ", ".join(f"{seed:+.1f}".replace("-", "−") for seed in each.seeds),
+            ", ".join(write_interval(Interval(seed, None, None), signed=True) for seed in each.seeds),
             each.verdict,
         ]
         for each in found
@@ -486,7 +482,7 @@ def report(trials: Trials, path: Path) -> None:
         figure(found, path.with_suffix(".png"))
         text += [f"![Differences of the claims with intervals]({path.stem}.png)", table_of_claims(found)]
     text += ["## Conditions", table_of_conditions(trials)]
-    text.append("\\* The smallest or largest rate that was tried; one beyond it may be better.")
+    text.append(AT_AN_END)
     if (table := table_of_later(trials)) is not None:
         text += ["## A new expert later", table]
     if missing:
@@ -520,13 +516,7 @@ def trials_of(args: argparse.Namespace) -> Trials:
 
 def main() -> None:
     args = parse_arguments()
-    trials = trials_of(args)
-    if args.report:
-        report(trials, args.report)
-    elif args.training:
-        trials.train(trials.named(args.training), lambda training: train(training, args))
-    else:
-        trials.work(lambda training: trials.in_own_process(training, __spec__.name))
+    run(args, trials_of(args), train, report, __spec__.name)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ from scenes.run_scenes import (
     new_model,
     training_rows,
 )
-from scenes.scenes import Scenes
+from scenes.scenes import Scenes, first
 from training import PrismerTrainer, has_bfloat16, make_trainer, write_json
 
 from .adaptation import AllTokens, replace_adaptors
@@ -207,10 +207,6 @@ def train_and_evaluate(run: Run, seed: int, args: argparse.Namespace) -> dict[st
         "evaluations": evaluations,
         "minutes": (time.process_time() - start) / 60,
     }
-
-
-def first(rows: Dataset, number: int) -> Dataset:
-    return rows.select(range(min(number, len(rows))))
 
 
 def shifted_store(args: argparse.Namespace) -> Path | str | None:

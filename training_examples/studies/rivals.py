@@ -36,18 +36,23 @@ from modeling_prismer import PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.pretrained import find_checkpoint
 from modeling_prismer.processing.labels import label_images, label_source
 from run_easy_vqa import load_easy_vqa
+from scenes.run_scenes import choose_attention
 from scenes.scenes import Scenes
 from training import PrismerTrainer, RecipeArguments, make_trainer, write_text
 
 from .adaptation import backbone_layers, count_adaptors, ia3, lora
 from .answers import Counts, right_answers, rows_of
 from .trials import (
+    AT_AN_END,
     StepTimes,
     Training,
     Trials,
     add_arguments,
     check_arguments,
+    run,
     score_of,
+    write_costs,
+    write_rate,
     write_validation,
 )
 
@@ -166,8 +171,7 @@ def make(training: Training, args: argparse.Namespace, rows: Dataset, store: Pat
     processor.task = "vqa"
     set_seed(training.seed)
     model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # the backward pass of sdpa is slow on CPUs for such short sequences
+    choose_attention(model)
     settings = {
         "output_dir": str(args.output_dir),
         "augment": False,
@@ -238,13 +242,11 @@ def train(training: Training, args: argparse.Namespace) -> dict[str, Any]:
 def report(trials: Trials, path: Path) -> None:
     """Writes a table with the methods that have results of all rates and seeds, and lists what is missing."""
     rows, missing, first = [], [], None
-    ends = min(trials.learning_rates), max(trials.learning_rates)
     for method in trials.conditions:
         found = trials.results(method)
         if found is None:
             missing.append(method)
             continue
-        best = found[0]["training"]["learning_rate"]
         score = score_of(found)
         first = first or score
         change = "–" if first is score else write_interval(difference(score, first), signed=True)
@@ -258,13 +260,12 @@ def report(trials: Trials, path: Path) -> None:
             [
                 method,
                 f"{found[0]['trained']:,}",
-                f"{best:g}" + "*" * (best in ends),
+                write_rate(trials, found),
                 write_validation(trials, method),
                 write_interval(interval(score)) + spread,
                 change,
                 *forgotten,
-                f"{np.median([result['seconds_per_step'] for result in found]):.2f}",
-                f"{np.median([result['megabytes'] for result in found]):.0f}",
+                *write_costs(found),
             ]
         )
     head = ["method", "trained weights", "best rate", "validation by rate, %", "test, % [95 %]", "Δ to the first"]
@@ -273,7 +274,7 @@ def report(trials: Trials, path: Path) -> None:
     table = markdown([*head, "s a step", "MB"], rows) if rows else "No method has all of its results yet."
     left = [f"Missing: {', '.join(missing)}."] if missing else []
     if any(row[2].endswith("*") for row in rows):
-        left.append("\\* The smallest or largest rate that was tried; one beyond it may be better.")
+        left.append(AT_AN_END)
     write_text(path, "\n\n".join([table, *left]) + "\n")
     print(path.read_text())
 
@@ -302,13 +303,7 @@ def trials_of(args: argparse.Namespace) -> Trials:
 
 def main() -> None:
     args = parse_arguments()
-    trials = trials_of(args)
-    if args.report:
-        report(trials, args.report)
-    elif args.training:
-        trials.train(trials.named(args.training), lambda training: train(training, args))
-    else:
-        trials.work(lambda training: trials.in_own_process(training, __spec__.name))
+    run(args, trials_of(args), train, report, __spec__.name)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,40 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--learning_rates: at least three values are needed, so that each condition is tuned alike")
 
 
+def run(
+    args: argparse.Namespace,
+    trials: Trials,
+    train: Callable[[Training, argparse.Namespace], dict[str, Any]],
+    report: Callable[[Trials, Path], None],
+    module: str,
+) -> None:
+    """Reports, does one training or does all of them, as the arguments of [`add_arguments`] say."""
+    if args.report:
+        report(trials, args.report)
+    elif args.training:
+        trials.train(trials.named(args.training), lambda training: train(training, args))
+    else:
+        trials.work(lambda training: trials.in_own_process(training, module))
+
+
 # ---- scores ----
+
+
+AT_AN_END = "\\* The smallest or largest rate that was tried; one beyond it may be better."
+
+
+def write_rate(trials: Trials, results: Sequence[dict[str, Any]]) -> str:
+    """The learning rate of results, marked as [`AT_AN_END`] says."""
+    rate = results[0]["training"]["learning_rate"]
+    return f"{rate:g}" + "*" * (rate in (min(trials.learning_rates), max(trials.learning_rates)))
+
+
+def write_costs(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The seconds of a step and the megabytes, medians over the seeds."""
+    seconds, megabytes = (
+        np.median([result[name] for result in results]) for name in ("seconds_per_step", "megabytes")
+    )
+    return [f"{seconds:.2f}", f"{megabytes:.0f}"]
 
 
 def share(result: dict[str, Any], split: str) -> float:

@@ -25,9 +25,8 @@ from comparison.report import markdown, write_interval
 from comparison.scores import Score, difference, interval
 from modeling_prismer import DataCollatorForPrismer, PrismerForConditionalGeneration, PrismerProcessor
 from modeling_prismer.pretrained import find_checkpoint
-from modeling_prismer.processing.labels import label_source
-from scenes.run_scenes import TrueLabels, WithMarks, choose_attention
-from scenes.scenes import EXPERTS, add_data_arguments, open_data
+from scenes.run_scenes import choose_attention, known_labels
+from scenes.scenes import EXPERTS, add_data_arguments, first, open_data
 from training import write_json, write_text
 
 from .answers import right_answers, rows_of
@@ -69,14 +68,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     processor.task = "vqa"
     model = PrismerForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
     choose_attention(model)
-    scenes = open_data(args)["test"]
-    scenes = scenes.select(range(min(args.max_rows or len(scenes), len(scenes))))
-    ids = scenes["image_id"][:]
-    experts = processor.image_processor.experts
-    stored = [each for each in experts if each["name"] in EXPERTS]
-    sources = [TrueLabels(scenes) if args.labels == "true" else label_source(args.labels, stored), TrueLabels(scenes)]
-    if len(stored) < len(experts):
-        sources = [WithMarks(labels_for, {"test": scenes}) for labels_for in sources]
+    scenes = first(open_data(args)["test"], args.max_rows)
+    ids, experts = scenes["image_id"][:], processor.image_processor.experts
+    sources = (known_labels(labels, experts, {"test": scenes}) for labels in (args.labels, "true"))
     predicted, true = (dict(zip(ids, labels_for(ids))) for labels_for in sources)
     rows = rows_of(scenes)
     hits = {}
